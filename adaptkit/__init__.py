@@ -1,0 +1,34 @@
+"""adaptkit: small trainable modules for frozen vision transformers.
+
+``adaptkit.attach(model, "vit-adapter")`` is the call that everybody uses.
+"""
+
+from adaptkit.adapters.sfp import SimpleFeaturePyramidConfig
+from adaptkit.adapters.vit_adapter import ViTAdapterConfig
+from adaptkit.file import AdapterFile, load
+from adaptkit.heads.fpn import FPNHeadConfig
+from adaptkit.heads.linear import LinearHeadConfig
+from adaptkit.model import AdaptedModel, attach, list_adapters, list_heads
+from adaptkit.registry import register_adapter, register_family, register_head, view
+from adaptkit.version import __version__
+from adaptkit.vit import Features, Spec
+
+__all__ = [
+    "AdaptedModel",
+    "AdapterFile",
+    "FPNHeadConfig",
+    "Features",
+    "LinearHeadConfig",
+    "SimpleFeaturePyramidConfig",
+    "Spec",
+    "ViTAdapterConfig",
+    "__version__",
+    "attach",
+    "list_adapters",
+    "list_heads",
+    "load",
+    "register_adapter",
+    "register_family",
+    "register_head",
+    "view",
+]

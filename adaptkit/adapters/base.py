@@ -1,0 +1,89 @@
+"""The kinds of adapter, and how they stack.
+
+A *block adapter* wraps one frozen block; any number of them, in the order given. A *side adapter* runs a stream
+beside the blocks and owns the loop over them; at most one. Both can be attached at once: the side adapter then sees
+wrapped blocks. Nothing is written to ``self`` in a forward: what it gathers goes into the ``trace``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from adaptkit.vit import Block, Features, Fn, Source, Spec, ViT
+
+__all__ = ["Adapter", "BlockAdapter", "SideAdapter", "Trace", "WrappedViT"]
+
+Trace = dict[str, Tensor]  #: made by each forward, returned as ``Features.aux``
+
+
+class Adapter(nn.Module, ABC):
+    """A trainable module built from ``spec`` and ``config`` alone, so that its file fits every host of that spec.
+
+    A subclass completes the config (a preset per width, say) and keeps it as ``self.config``: the file stores that.
+    """
+
+    strides: ClassVar[tuple[int, ...]] = ()  #: of the maps it returns, in pixels
+
+    def __init__(self, spec: Spec, config: Any) -> None:
+        super().__init__()
+        self.spec = spec
+        self.config = config
+
+
+class BlockAdapter(Adapter):
+    """Acts around one block at a time."""
+
+    @abstractmethod
+    def wrap(self, block: Block, index: int, trace: Trace) -> Fn:
+        """Return what runs in place of block ``index``: (B, P+N, D) -> (B, P+N, D)."""
+
+
+class SideAdapter(Adapter):
+    """Owns the loop over the blocks, and may make a pyramid."""
+
+    @abstractmethod
+    def forward(self, vit: ViT, image: Tensor, trace: Trace) -> Features:
+        """Image (B, 3, H, W) -> features, as ``vit.finish`` closes them."""
+
+
+class WrappedViT(ViT):
+    """A view whose blocks are wrapped by block adapters, for one forward."""
+
+    def __init__(self, vit: ViT, adapters: Sequence[BlockAdapter], trace: Trace) -> None:
+        super().__init__(vit.host, vit.spec)
+        self.vit, self.adapters, self.trace = vit, adapters, trace
+        self.positions, self.prefix_optional = vit.positions, vit.prefix_optional
+
+    def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.vit.embed(image, grid)
+
+    def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Any]:
+        return [self._wrap(block, i) for i, block in enumerate(self.vit.blocks(image, grid))]
+
+    def _wrap(self, block: Block, index: int) -> Fn:
+        run: Fn = block
+        for adapter in self.adapters:
+            run = adapter.wrap(run if isinstance(run, Block) else _rerun(block, run), index, self.trace)
+        return run
+
+    def norm(self, x: Tensor) -> Tensor:
+        return self.vit.norm(x)
+
+    def classify(self, x: Tensor) -> Tensor | None:
+        return self.vit.classify(x)
+
+    def fingerprint_tensors(self) -> dict[str, Tensor]:
+        return self.vit.fingerprint_tensors()
+
+    def source(self) -> Source:
+        return self.vit.source()
+
+
+def _rerun(block: Block, run: Fn) -> Block:
+    """``block`` as an outer adapter sees it: its parts, but running with the inner adapters."""
+    return replace(block, run=run)

@@ -1,0 +1,73 @@
+"""Simple feature pyramid (ViTDet, Li et al. 2022, section 3): four maps from the last tokens alone.
+
+The honest, cheap baseline for ViT-Adapter on the same frozen backbone: no spatial prior, nothing read from the image
+but the tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from adaptkit.adapters.base import SideAdapter, Trace
+from adaptkit.layers import LayerNorm2d, init_weights
+from adaptkit.ops.grid import cells, resample_map, tokens_to_map
+from adaptkit.registry import register_adapter
+from adaptkit.vit import Features, Spec, ViT
+
+__all__ = ["SimpleFeaturePyramid", "SimpleFeaturePyramidConfig"]
+
+STRIDES = (4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class SimpleFeaturePyramidConfig:
+    """The pyramid has the backbone's width D at every level; there is nothing to choose."""
+
+
+@register_adapter("sfp", SimpleFeaturePyramidConfig)
+class SimpleFeaturePyramid(SideAdapter):
+    """Transposed convolutions to strides p/4 and p/2, the identity, and pooling to 2p; then 1x1 and 3x3 convolutions.
+
+    For a patch p other than 16 the maps are resampled from these strides to 4, 8, 16 and 32.
+    """
+
+    strides = STRIDES
+
+    def __init__(self, spec: Spec, config: SimpleFeaturePyramidConfig) -> None:
+        super().__init__(spec, config)
+        dim, half, quarter = spec.dim, max(1, spec.dim // 2), max(1, spec.dim // 4)
+        up4 = [nn.ConvTranspose2d(dim, half, 2, 2), LayerNorm2d(half, eps=1e-6), nn.GELU()]
+        self.stages = nn.ModuleList(
+            [
+                nn.Sequential(*up4, nn.ConvTranspose2d(half, quarter, 2, 2)),
+                nn.Sequential(nn.ConvTranspose2d(dim, half, 2, 2)),
+                nn.Identity(),
+                nn.MaxPool2d(2, 2, ceil_mode=True),
+            ]
+        )
+        widths = (quarter, half, dim, dim)
+        self.outputs = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(width, dim, 1, bias=False),
+                LayerNorm2d(dim, eps=1e-6),
+                nn.Conv2d(dim, dim, 3, padding=1, bias=False),
+                LayerNorm2d(dim, eps=1e-6),
+            )
+            for width in widths
+        )
+        self.apply(init_weights)
+
+    def forward(self, vit: ViT, image: Tensor, trace: Trace) -> Features:
+        """Image (B, 3, H, W) -> features with maps (B, D, H/s, W/s), s = 4, 8, 16, 32, rounded up."""
+        features = vit.features(image)
+        x = tokens_to_map(features.tokens, features.grid).to(self.outputs[0][0].weight.dtype)
+        patch, (height, width) = vit.spec.patch, features.size
+        maps = []
+        for stage, output, made, stride in zip(
+            self.stages, self.outputs, (patch / 4, patch / 2, patch, patch * 2), STRIDES
+        ):
+            size = (cells(height, stride), cells(width, stride))
+            maps.append(output(resample_map(stage(x), made, stride, size)))
+        return features._replace(maps=tuple(maps), aux=dict(trace))

@@ -1,0 +1,110 @@
+"""What views of transformers models share: patch side, provenance, and the three ways their blocks are written."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from adaptkit.backbones._timm import joined
+from adaptkit.vit import Block, Source, Spec, ViT, identity
+
+
+class HfViT(ViT):
+    """A transformers base model. It has no classifier (a pooler is none) and its config knows its Hub id."""
+
+    def classify(self, x: Tensor) -> Tensor | None:
+        """None."""
+        return None
+
+    def source(self) -> Source:
+        """From the config; the normalisation is kept elsewhere, by the image processor."""
+        config: Any = self.host.config
+        return Source(id=config._name_or_path or "", revision=getattr(config, "_commit_hash", None) or "")
+
+
+def hf_spec(family: str, config: Any, layers: nn.ModuleList, prefix: int) -> Spec:
+    """Read a Spec from a transformers config."""
+    return Spec(family, config.hidden_size, len(layers), config.num_attention_heads, patch_side(config), prefix)
+
+
+def patch_side(config: Any) -> int:
+    """Return the side of the square patch; ``TypeError`` for oblong patches."""
+    height, width = _pair(config.patch_size)
+    if height != width:
+        raise TypeError(f"patches of {height}x{width} pixels are not square; an adapter needs one patch side")
+    return height
+
+
+def is_native(image: Tensor, size: Any) -> bool:
+    """Whether the image (B, C, H, W) has the size of the position table: an int, or (H, W)."""
+    return tuple(image.shape[-2:]) == _pair(size)
+
+
+def _pair(x: Any) -> tuple[int, int]:
+    return (x, x) if isinstance(x, int) else tuple(x)
+
+
+def vit_block(layer: Any) -> Block:
+    """A layer as in ViT, DeiT, MSN, MAE and I-JEPA."""
+    return Block(
+        run=layer,
+        norm1=layer.layernorm_before,
+        scale1=layer.dropout,
+        norm2=layer.layernorm_after,
+        mlp=layer.mlp,
+        scale2=layer.dropout,
+        **attention_parts(layer.attention, layer.attention.o_proj, layer.attention.scaling),
+    )
+
+
+def dino_block(layer: Any, **given: Any) -> Block:
+    """A layer as in DINOv2 and DINOv3, called with these keywords."""
+    return Block(
+        run=partial(layer, **given),
+        norm1=layer.norm1,
+        scale1=joined(layer.layer_scale1, layer.drop_path),
+        norm2=layer.norm2,
+        mlp=layer.mlp,
+        scale2=joined(layer.layer_scale2, layer.drop_path),
+        **attention_parts(layer.attention, layer.attention.o_proj, layer.attention.scaling, **given),
+    )
+
+
+def clip_block(layer: Any) -> Block:
+    """A layer as in CLIP and SigLIP, whose mask is no optional argument."""
+    return Block(
+        run=partial(layer, attention_mask=None),
+        norm1=layer.layer_norm1,
+        scale1=identity,
+        norm2=layer.layer_norm2,
+        mlp=layer.mlp,
+        scale2=identity,
+        **attention_parts(layer.self_attn, layer.self_attn.out_proj, layer.self_attn.scale),
+    )
+
+
+def attention_parts(attn: Any, proj: nn.Module, scale: float, **given: Any) -> dict[str, Any]:
+    """``attn``, ``qkv``, ``out`` and ``scale`` of a Block; ``given`` are the keywords the attention is called with."""
+    return {
+        "attn": partial(_attend, attn, given),
+        "qkv": partial(project_qkv, attn),
+        "out": partial(_out, proj),
+        "scale": scale,
+    }
+
+
+def project_qkv(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, P+N, D) -> three of (B, heads, P+N, E)."""
+    projections = (attn.q_proj, attn.k_proj, attn.v_proj)
+    q, k, v = (p(h).unflatten(2, (-1, attn.head_dim)).transpose(1, 2) for p in projections)
+    return q, k, v
+
+
+def _attend(attn: Any, given: dict[str, Any], h: Tensor) -> Tensor:
+    return attn(h, **given)[0]  # transformers returns the weights beside the output
+
+
+def _out(proj: nn.Module, x: Tensor) -> Tensor:
+    return proj(x.transpose(1, 2).flatten(2))

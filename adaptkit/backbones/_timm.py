@@ -1,0 +1,108 @@
+"""What timm's plain transformers share: patches, prefix tokens, positions, provenance."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adaptkit.vit import Fn, Source, identity
+
+
+def patch_side(host: Any) -> int:
+    """Return the side of the square patch; ``TypeError`` for another patch embedding or oblong patches."""
+    embed = host.patch_embed
+    if type(embed).__name__ not in ("PatchEmbed", "PatchEmbedWithSize"):
+        raise TypeError(f"patch embedding {type(embed).__name__} is no plain strided convolution (PatchEmbed)")
+    height, width = embed.patch_size
+    if height != width:
+        raise TypeError(f"patches of {height}x{width} pixels are not square; an adapter needs one patch side")
+    return int(height)
+
+
+def patchify(host: Any, image: Tensor) -> Tensor:
+    """(B, 3, h*p, w*p) -> (B, h*w, D): timm's PatchEmbed without its fixed-size assertions."""
+    embed = host.patch_embed
+    return embed.norm(embed.proj(image).flatten(2).transpose(1, 2))
+
+
+def resampled_positions(host: Any, grid: tuple[int, int], prefix: int) -> Tensor:
+    """Return the position table (1, prefix + h*w, D) on another grid, by timm's own rule; the table itself on its own.
+
+    timm's rule only shortcuts on the table's own grid; an export keeps that grid's shortcut as a constant shape.
+    """
+    from timm.layers import resample_abs_pos_embed
+
+    native = tuple(host.patch_embed.grid_size)
+    if grid == native:
+        return host.pos_embed
+    return resample_abs_pos_embed(host.pos_embed, new_size=list(grid), old_size=list(native), num_prefix_tokens=prefix)
+
+
+def prefix_tokens(host: Any) -> list[Tensor]:
+    """Return class, distillation and register tokens in timm's order, each (1, n, D)."""
+    tokens = [host.cls_token, getattr(host, "dist_token", None), getattr(host, "reg_token", None)]
+    return [t for t in tokens if t is not None]
+
+
+def add_prefix_and_positions(host: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, h*w, D) -> (B, P + h*w, D), positions added before or after the prefix joins, as the host does."""
+    prefix = [t.expand(x.shape[0], -1, -1) for t in prefix_tokens(host)]
+    no_embed_class = getattr(host, "no_embed_class", False)
+    if host.pos_embed is None:
+        return torch.cat([*prefix, x], dim=1)
+    if no_embed_class:
+        return torch.cat([*prefix, x + resampled_positions(host, grid, 0)], dim=1)
+    return torch.cat([*prefix, x], dim=1) + resampled_positions(host, grid, host.num_prefix_tokens)
+
+
+def split_qkv(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, N, 3*heads*E) -> three of (B, heads, N, E)."""
+    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def fused_qkv(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as EVA and BEiT project them: a bias for q and v is kept beside the linear layer, k has none."""
+    if getattr(attn, "q_bias", None) is None:
+        return split_qkv(attn.qkv(h), attn.num_heads)
+    bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+    return split_qkv(F.linear(h, attn.qkv.weight, bias), attn.num_heads)
+
+
+def layer_scale(gamma: Tensor | None) -> Fn:
+    """LayerScale as EVA and BEiT hold it: a bare parameter, or None."""
+    return identity if gamma is None else partial(torch.mul, gamma)
+
+
+def joined(*parts: Fn) -> Fn:
+    """Return these parts one after the other; those that do nothing are left out."""
+    kept = [p for p in parts if p is not identity and not isinstance(p, nn.Identity)]
+    if not kept:
+        return identity
+    return kept[0] if len(kept) == 1 else partial(_chain, kept)
+
+
+def _chain(parts: list[Fn], x: Tensor) -> Tensor:
+    for part in parts:
+        x = part(x)
+    return x
+
+
+def classifier_logits(host: Any, x: Tensor) -> Tensor | None:
+    """Normed tokens -> logits, or None for a host built with ``num_classes=0``."""
+    return host.forward_head(x) if host.num_classes > 0 else None
+
+
+def timm_source(host: Any) -> Source:
+    """Read timm's ``pretrained_cfg``."""
+    cfg = getattr(host, "pretrained_cfg", None) or {}
+    name, tag = cfg.get("architecture", ""), cfg.get("tag", "")
+    return Source(
+        id=cfg.get("hf_hub_id") or (f"{name}.{tag}" if name and tag else name),
+        mean=tuple(cfg.get("mean", ())),
+        std=tuple(cfg.get("std", ())),
+    )

@@ -1,0 +1,72 @@
+"""transformers' BeitModel, with a relative position bias per layer or one for all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from adaptkit.backbones._hf import HfViT, attention_parts, hf_spec
+from adaptkit.backbones._timm import joined, layer_scale
+from adaptkit.registry import register_family
+from adaptkit.vit import Block
+
+
+@register_family("transformers.models.beit.modeling_beit.BeitModel")
+class HfBeit(HfViT):
+    """Blocks ``x + lambda * attn(norm(x))`` with a bias on the logits by where two patches lie to each other."""
+
+    positions = "relative bias, bilinear; absolute ones bicubic"
+    prefix_optional = False  # the bias has a row for the class token
+
+    def __init__(self, host: Any) -> None:
+        super().__init__(host, hf_spec("hf-beit", host.config, host.layers, 1))
+
+    def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+        """``host.embeddings``, which takes any size."""
+        return self.host.embeddings(image)
+
+    def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
+        """The host's layers, given the shared bias and the size of the image."""
+        host: Any = self.host
+        shared = None if host.shared_position_bias is None else host.shared_position_bias(grid)
+        return [_block(layer, shared, grid, tuple(image.shape[-2:])) for layer in host.layers]
+
+    def norm(self, x: Tensor) -> Tensor:
+        """``host.layernorm``; the identity where the host norms after pooling."""
+        return self.host.layernorm(x)
+
+    def fingerprint_tensors(self) -> dict[str, Tensor]:
+        """Patch kernel, first and last norms."""
+        host: Any = self.host
+        patch = host.embeddings.patch_embeddings.projection.weight
+        return {
+            "patch": patch,
+            "first": host.layers[0].layernorm_before.weight,
+            "last": host.layers[-1].layernorm_after.weight,
+        }
+
+
+def _block(layer: Any, shared: Tensor | None, grid: tuple[int, int], resolution: tuple[int, ...]) -> Block:
+    bias = shared
+    if layer.relative_position_bias is not None:
+        bias = layer.relative_position_bias(grid)
+        bias = bias if shared is None else bias + shared
+    attn = layer.attention
+    return Block(
+        run=partial(layer, attention_mask=shared, resolution=resolution),
+        norm1=layer.layernorm_before,
+        scale1=joined(layer.dropout, _scale(layer.lambda_1), layer.drop_path),
+        norm2=layer.layernorm_after,
+        mlp=layer.mlp,
+        scale2=joined(layer.dropout, _scale(layer.lambda_2), layer.drop_path),
+        bias=bias,
+        **attention_parts(attn, attn.o_proj, attn.scaling, attention_mask=bias),
+    )
+
+
+def _scale(value: Tensor | float) -> Any:
+    """LayerScale; transformers keeps the number 1 where there is none."""
+    return layer_scale(value if isinstance(value, Tensor) else None)

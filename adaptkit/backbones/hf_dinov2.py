@@ -1,0 +1,56 @@
+"""transformers' Dinov2Model and Dinov2Backbone, without and with registers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from adaptkit.backbones._hf import HfViT, dino_block, hf_spec
+from adaptkit.registry import register_family
+from adaptkit.vit import Block
+
+
+@register_family(
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Model",
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Backbone",
+)
+class HfDinov2(HfViT):
+    """Blocks ``x + ls(attn(norm(x)))``; absolute positions, resampled bicubic without antialias."""
+
+    positions = "bicubic"
+
+    def __init__(self, host: Any) -> None:
+        registers = getattr(host.embeddings, "register_tokens", None)
+        prefix = 1 if registers is None else 1 + registers.shape[1]
+        super().__init__(host, hf_spec("hf-dinov2", host.config, host.encoder.layer, prefix))
+
+    def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+        """``host.embeddings``, which takes any size."""
+        return self.host.embeddings(image)
+
+    def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
+        """The host's layers."""
+        return [dino_block(layer) for layer in self.host.encoder.layer]
+
+    def norm(self, x: Tensor) -> Tensor:
+        """``host.layernorm``."""
+        return self.host.layernorm(x)
+
+    def fingerprint_tensors(self) -> dict[str, Tensor]:
+        """Patch kernel, first and last norms."""
+        host: Any = self.host
+        layers = host.encoder.layer
+        patch = host.embeddings.patch_embeddings.projection.weight
+        return {"patch": patch, "first": layers[0].norm1.weight, "last": layers[-1].norm2.weight}
+
+
+@register_family(
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersModel",
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersBackbone",
+)
+class HfDinov2WithRegisters(HfDinov2):
+    """The same with register tokens, and positions resampled with antialias, as its authors trained it."""
+
+    positions = "bicubic antialias"

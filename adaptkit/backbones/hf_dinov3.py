@@ -1,0 +1,58 @@
+"""transformers' DINOv3ViTModel and DINOv3ViTBackbone: class and register tokens, rotary positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from adaptkit.backbones._hf import HfViT, dino_block, hf_spec, project_qkv
+from adaptkit.registry import register_family
+from adaptkit.vit import Block
+
+
+@register_family(
+    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTModel",
+    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTBackbone",
+)
+class HfDINOv3(HfViT):
+    """Blocks ``x + ls(attn(norm(x), rope))``; patch centres are given as -1..1 on any grid."""
+
+    positions = "rope"
+
+    def __init__(self, host: Any) -> None:
+        prefix = 1 + host.embeddings.register_tokens.shape[1]
+        super().__init__(host, hf_spec("hf-dinov3", host.config, host.model.layer, prefix))
+
+    def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+        """``host.embeddings``, which has no positions."""
+        return self.host.embeddings(image)
+
+    def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
+        """The host's layers, given the rotary angles of this grid."""
+        host: Any = self.host
+        rope = host.rope_embeddings(image)
+        blocks = [dino_block(layer, position_embeddings=rope) for layer in host.model.layer]
+        return [replace(b, qkv=partial(_qkv, layer.attention, rope)) for b, layer in zip(blocks, host.model.layer)]
+
+    def norm(self, x: Tensor) -> Tensor:
+        """``host.norm``."""
+        return self.host.norm(x)
+
+    def fingerprint_tensors(self) -> dict[str, Tensor]:
+        """Patch kernel, first and last norms."""
+        host: Any = self.host
+        layers = host.model.layer
+        patch = host.embeddings.patch_embeddings.weight
+        return {"patch": patch, "first": layers[0].norm1.weight, "last": layers[-1].norm2.weight}
+
+
+def _qkv(attn: Any, rope: tuple[Tensor, Tensor], h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb
+
+    q, k, v = project_qkv(attn, h)
+    q, k = apply_rotary_pos_emb(q, k, *rope)
+    return q, k, v

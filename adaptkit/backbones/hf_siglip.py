@@ -1,0 +1,48 @@
+"""transformers' SiglipVisionModel, alone or inside SiglipModel: patch tokens only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from adaptkit.backbones._hf import HfViT, clip_block, hf_spec, is_native
+from adaptkit.registry import register_family
+from adaptkit.vit import Block, ViT
+
+
+@register_family("transformers.models.siglip.modeling_siglip.SiglipVisionModel")
+class HfSiglip(HfViT):
+    """Blocks ``x + attn(norm(x))``; absolute positions, resampled bicubic without antialias."""
+
+    positions = "bicubic"
+
+    def __init__(self, host: Any) -> None:
+        super().__init__(host, hf_spec("hf-siglip", host.config, host.encoder.layers, 0))
+
+    def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+        """``host.embeddings``, with its own interpolation at another size."""
+        embeddings: Any = self.host.embeddings
+        return embeddings(image, interpolate_pos_encoding=not is_native(image, embeddings.image_size))
+
+    def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
+        """The host's layers."""
+        return [clip_block(layer) for layer in self.host.encoder.layers]
+
+    def norm(self, x: Tensor) -> Tensor:
+        """``host.post_layernorm``."""
+        return self.host.post_layernorm(x)
+
+    def fingerprint_tensors(self) -> dict[str, Tensor]:
+        """Patch kernel, first and last norms."""
+        host: Any = self.host
+        layers = host.encoder.layers
+        patch = host.embeddings.patch_embedding.weight
+        return {"patch": patch, "first": layers[0].layer_norm1.weight, "last": layers[-1].layer_norm2.weight}
+
+
+@register_family("transformers.models.siglip.modeling_siglip.SiglipModel")  # type: ignore[type-var]
+def siglip_vision_tower(model: Any) -> ViT:
+    """See the vision model inside; the text model stays beside it, unused."""
+    return HfSiglip(model.vision_model)

@@ -1,0 +1,113 @@
+"""timm's Beit: BEiT and BEiT v2, with a relative position bias per block or one for all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from adaptkit.backbones._timm import (
+    add_prefix_and_positions,
+    classifier_logits,
+    fused_qkv,
+    joined,
+    layer_scale,
+    patch_side,
+    patchify,
+    timm_source,
+)
+from adaptkit.registry import register_family
+from adaptkit.vit import Block, Source, Spec, ViT, identity
+
+
+@register_family("timm.models.beit.Beit")
+class TimmBeit(ViT):
+    """Blocks ``x + gamma * attn(norm(x))`` with a bias on the logits by where two patches lie to each other.
+
+    timm fixes the grid when the model is built. At another one the view resizes the bias tables as
+    ``set_input_size`` does, but leaves the host as it is.
+    """
+
+    positions = "relative bias, resized as timm's set_window_size; absolute ones bicubic antialias"
+    prefix_optional = False  # the bias has a row for the class token
+
+    def __init__(self, host: Any) -> None:
+        heads = host.blocks[0].attn.num_heads
+        spec = Spec("timm-beit", host.embed_dim, len(host.blocks), heads, patch_side(host), host.num_prefix_tokens)
+        super().__init__(host, spec)
+
+    def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patches, class token, absolute positions where there are any."""
+        return add_prefix_and_positions(self.host, patchify(self.host, image), grid)
+
+    def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
+        """timm's own blocks; at another grid their own parts, with the resized bias."""
+        host: Any = self.host
+        shared = None if host.rel_pos_bias is None else _bias(host.rel_pos_bias, grid)
+        return [_block(blk, shared, grid) for blk in host.blocks]
+
+    def norm(self, x: Tensor) -> Tensor:
+        """``host.norm``; the identity where timm norms after pooling (``fc_norm``)."""
+        return self.host.norm(x)
+
+    def classify(self, x: Tensor) -> Tensor | None:
+        """``host.forward_head`` where it has classes."""
+        return classifier_logits(self.host, x)
+
+    def fingerprint_tensors(self) -> dict[str, Tensor]:
+        """Patch kernel, first and last norms."""
+        host: Any = self.host
+        first, last = host.blocks[0], host.blocks[-1]
+        return {"patch": host.patch_embed.proj.weight, "first": first.norm1.weight, "last": last.norm2.weight}
+
+    def source(self) -> Source:
+        """From ``pretrained_cfg``."""
+        return timm_source(self.host)
+
+
+def _bias(holder: Any, grid: tuple[int, int]) -> Tensor:
+    """Look the bias up, (heads, 1+h*w, 1+h*w), in the table of an attention or of the whole model."""
+    from timm.layers import resize_rel_pos_bias_table
+    from timm.models.beit import gen_relative_position_index
+
+    table, index = holder.relative_position_bias_table, holder.relative_position_index
+    if grid != tuple(holder.window_size):
+        distances = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3  # and class to patch, patch to class, class to class
+        shape = (distances, table.shape[1])
+        table = resize_rel_pos_bias_table(table, grid, shape, old_window_size=holder.window_size)
+        index = gen_relative_position_index(grid, device=table.device)
+    return table[index].permute(2, 0, 1).contiguous()
+
+
+def _block(blk: Any, shared: Tensor | None, grid: tuple[int, int]) -> Block:
+    attn = blk.attn
+    biases = [b for b in (shared, None if attn.window_size is None else _bias(attn, grid)) if b is not None]
+    bias = sum(biases)[None] if biases else None  # four dimensions: attention on CPU picks its kernel by that
+    block = Block(
+        run=partial(blk, shared_rel_pos_bias=shared),
+        norm1=blk.norm1,
+        attn=partial(attn, shared_rel_pos_bias=shared),
+        scale1=joined(layer_scale(blk.gamma_1), blk.drop_path1),
+        norm2=blk.norm2,
+        mlp=blk.mlp,
+        scale2=joined(layer_scale(blk.gamma_2), blk.drop_path2),
+        qkv=partial(fused_qkv, attn),
+        out=partial(_out, attn),
+        bias=bias,
+    )
+    if attn.window_size is None or grid == tuple(attn.window_size):
+        return block
+    block = replace(block, run=identity, attn=partial(_attention, attn, bias))
+    return replace(block, run=block.equation)
+
+
+def _attention(attn: Any, bias: Tensor, h: Tensor) -> Tensor:
+    return _out(attn, F.scaled_dot_product_attention(*fused_qkv(attn, h), attn_mask=bias))
+
+
+def _out(attn: Any, x: Tensor) -> Tensor:
+    return attn.proj(x.transpose(1, 2).flatten(2))

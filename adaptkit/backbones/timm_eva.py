@@ -1,0 +1,128 @@
+"""timm's Eva: EVA-02, DINOv3, Perception Encoder, RoPE-ViT; absolute positions, rotary ones, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptkit.backbones._timm import (
+    add_prefix_and_positions,
+    classifier_logits,
+    fused_qkv,
+    joined,
+    layer_scale,
+    patch_side,
+    patchify,
+    timm_source,
+)
+from adaptkit.registry import register_family
+from adaptkit.vit import Block, Source, Spec, ViT, identity
+
+
+@register_family("timm.models.eva.Eva")
+class TimmEva(ViT):
+    """Blocks ``x + gamma * attn(norm(x), rope)``; the rotary angles are computed for the grid at hand."""
+
+    positions = "rope, absolute ones bicubic antialias"
+    prefix_optional = False  # timm leaves the first P tokens unrotated, whatever they are
+
+    def __init__(self, host: Any) -> None:
+        heads = host.blocks[0].attn.num_heads
+        spec = Spec("timm-eva", host.embed_dim, len(host.blocks), heads, patch_side(host), host.num_prefix_tokens)
+        super().__init__(host, spec)
+
+    def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patches, prefix, absolute positions where there are any, ``norm_pre``."""
+        host: Any = self.host
+        return host.norm_pre(add_prefix_and_positions(host, patchify(host, image), grid))
+
+    def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
+        """timm's own blocks, each given the rotary angles of this grid."""
+        host: Any = self.host
+        rope = _rope(host, grid)
+        per_block = rope if rope is not None and host.rope_mixed else [rope] * len(host.blocks)
+        return [_block(blk, angles) for blk, angles in zip(host.blocks, per_block)]
+
+    def norm(self, x: Tensor) -> Tensor:
+        """``host.norm``; the identity where timm norms after pooling (``fc_norm``)."""
+        return self.host.norm(x)
+
+    def classify(self, x: Tensor) -> Tensor | None:
+        """``host.forward_head`` where it has classes."""
+        return classifier_logits(self.host, x)
+
+    def fingerprint_tensors(self) -> dict[str, Tensor]:
+        """Patch kernel, first and last norms."""
+        host: Any = self.host
+        first, last = host.blocks[0], host.blocks[-1]
+        return {"patch": host.patch_embed.proj.weight, "first": first.norm1.weight, "last": last.norm2.weight}
+
+    def source(self) -> Source:
+        """From ``pretrained_cfg``."""
+        return timm_source(self.host)
+
+
+def _rope(host: Any, grid: tuple[int, int]) -> Tensor | None:
+    """Sines and cosines (h*w, 2*E); (depth, heads, h*w, 2*E) for the mixed kind; None for a host without."""
+    rope = host.rope
+    if rope is None:
+        return None
+    if hasattr(rope, "feat_shape") and not host.dynamic_img_size and grid == tuple(host.patch_embed.grid_size):
+        return rope.get_embed()  # the host's own buffer
+    if getattr(rope, "_use_cached_embed", False):  # built for one grid, `get_embed` would ignore another
+        return rope._build_embed_cat(list(grid), rope.bands)
+    return rope.get_embed(shape=list(grid))
+
+
+def _block(blk: Any, rope: Tensor | None) -> Block:
+    kind = type(blk).__name__
+    parts = {
+        "run": partial(blk, rope=rope),
+        "attn": partial(blk.attn, rope=rope),
+        "mlp": blk.mlp,
+        "qkv": partial(_qkv, blk.attn, rope),
+        "out": partial(_out, blk.attn),
+    }
+    if kind == "EvaBlock":
+        scale1 = joined(layer_scale(blk.gamma_1), blk.drop_path1)
+        scale2 = joined(layer_scale(blk.gamma_2), blk.drop_path2)
+        return Block(norm1=blk.norm1, scale1=scale1, norm2=blk.norm2, scale2=scale2, **parts)
+    if kind == "EvaBlockPostNorm":  # x + norm(attn(x)): the norm stands where LayerScale does
+        scale1, scale2 = joined(blk.norm1, blk.drop_path1), joined(blk.norm2, blk.drop_path2)
+        return Block(norm1=identity, scale1=scale1, norm2=identity, scale2=scale2, **parts)
+    raise TypeError(f"timm's {kind} is not of the form x + attn(norm(x)), x + mlp(norm(x)), so it cannot be seen as one")
+
+
+def _qkv(attn: Any, rope: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if attn.qkv is not None:
+        q, k, v = fused_qkv(attn, h)
+    else:
+        projections = (attn.q_proj, attn.k_proj, attn.v_proj)
+        q, k, v = (p(h).unflatten(2, (-1, attn.head_dim)).transpose(1, 2) for p in projections)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if rope is not None:
+        q, k = _rotate(attn, rope, q).type_as(v), _rotate(attn, rope, k).type_as(v)
+    groups = attn.num_heads // k.shape[1]  # grouped-query attention: one k and v for several q
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    return q, k, v
+
+
+def _rotate(attn: Any, rope: Tensor, x: Tensor) -> Tensor:
+    from timm.layers import apply_rot_embed_cat
+
+    prefix, patches = x.tensor_split([attn.num_prefix_tokens], dim=2)
+    return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=attn.rotate_half)], dim=2)
+
+
+def _out(attn: Any, x: Tensor) -> Tensor:
+    if getattr(attn, "gate", None) is not None:
+        raise TypeError(
+            "this EVA gates its attention by the block's input, so its output is no function of the heads alone; "
+            "use an adapter that leaves the inside of the attention alone"
+        )
+    return attn.proj(attn.norm(x.transpose(1, 2).flatten(2)))

@@ -1,0 +1,98 @@
+"""timm's VisionTransformerSAM: the image encoder of Segment Anything, windowed and global attention on a map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from adaptkit.backbones._timm import joined, patch_side, patchify, timm_source
+from adaptkit.registry import register_family
+from adaptkit.vit import Block, Source, Spec, ViT, identity
+
+
+@register_family("timm.models.vision_transformer_sam.VisionTransformerSAM")
+class TimmSam(ViT):
+    """Blocks on a map (B, h, w, D), given and taken as tokens. No class token and no final norm.
+
+    The neck, a small convolutional head to 256 channels, is left to the host: tokens are what the last block gives.
+    Attention does not come apart into ``qkv``, ``bias`` and ``out``: windows are padded with keys that are no
+    patch, and the relative positions are multiplied with the query. Those parts raise a ``TypeError``.
+    """
+
+    positions = "bicubic antialias, relative ones linear"
+
+    def __init__(self, host: Any) -> None:
+        heads = host.blocks[0].attn.num_heads
+        spec = Spec("timm-sam", host.embed_dim, len(host.blocks), heads, patch_side(host), 0)
+        super().__init__(host, spec)
+
+    def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patches, positions, ``norm_pre``."""
+        from timm.layers import resample_abs_pos_embed_nhwc
+
+        host: Any = self.host
+        x = patchify(host, image)
+        if host.pos_embed is not None:
+            x = x + resample_abs_pos_embed_nhwc(host.pos_embed, list(grid)).flatten(1, 2)
+        return host.norm_pre(x)
+
+    def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
+        """timm's own blocks, tokens unfolded to this grid."""
+        return [_block(blk, grid) for blk in self.host.blocks]
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The identity: SAM has a neck where others have a norm."""
+        return x
+
+    def classify(self, x: Tensor) -> Tensor | None:
+        """None: the host classifies what leaves its neck."""
+        return None
+
+    def fingerprint_tensors(self) -> dict[str, Tensor]:
+        """Patch kernel, first and last norms."""
+        host: Any = self.host
+        first, last = host.blocks[0], host.blocks[-1]
+        return {"patch": host.patch_embed.proj.weight, "first": first.norm1.weight, "last": last.norm2.weight}
+
+    def source(self) -> Source:
+        """From ``pretrained_cfg``."""
+        return timm_source(self.host)
+
+
+def _block(blk: Any, grid: tuple[int, int]) -> Block:
+    return Block(
+        run=partial(_on_map, blk, grid),
+        norm1=blk.norm1,
+        attn=partial(_on_map, partial(_windowed, blk), grid),
+        scale1=joined(blk.ls1, blk.drop_path1),
+        norm2=blk.norm2,
+        mlp=blk.mlp,
+        scale2=joined(blk.ls2, blk.drop_path2),
+        qkv=_refuse,
+        out=_refuse,
+    )
+
+
+def _on_map(f: Any, grid: tuple[int, int], x: Tensor) -> Tensor:
+    return f(x.unflatten(1, grid)).flatten(1, 2)
+
+
+def _windowed(blk: Any, x: Tensor) -> Tensor:
+    """(B, h, w, D) -> the same, attention inside windows where the block has them."""
+    from timm.models.vision_transformer_sam import window_partition, window_unpartition
+
+    side = blk.window_size
+    if side == 0:
+        return blk.attn(x)
+    windows, padded = window_partition(x, side)
+    return window_unpartition(blk.attn(windows), side, x.shape[1:3], padded)
+
+
+def _refuse(x: Tensor) -> Any:
+    raise TypeError(
+        "SAM attends inside padded windows, with positions that depend on the query: it has no global q, k, v and "
+        "bias; use an adapter that leaves the inside of the attention alone"
+    )

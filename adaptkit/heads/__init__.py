@@ -1,0 +1,1 @@
+"""Task heads: each takes :class:`adaptkit.vit.Features` and returns logits; found by folder."""

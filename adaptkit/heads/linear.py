@@ -1,0 +1,43 @@
+"""The linear head: one linear layer on each patch token, upsampled. What frozen features are worth by themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from adaptkit.layers import parameter_dtype
+from adaptkit.ops.grid import resample_map, tokens_to_map
+from adaptkit.registry import register_head
+from adaptkit.vit import Features, Spec
+
+__all__ = ["LinearHead", "LinearHeadConfig"]
+
+
+@dataclass(frozen=True)
+class LinearHeadConfig:
+    """``num_classes`` of the task."""
+
+    num_classes: int
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes={self.num_classes} must be at least 1")
+
+
+@register_head("linear", LinearHeadConfig)
+class LinearHead(nn.Module):
+    """BatchNorm and a 1x1 convolution on the patch tokens, as DINOv2's linear segmentation head has them."""
+
+    def __init__(self, spec: Spec, config: LinearHeadConfig, strides: tuple[int, ...]) -> None:
+        super().__init__()
+        self.config, self.patch = config, spec.patch
+        self.norm = nn.BatchNorm2d(spec.dim)
+        self.classifier = nn.Conv2d(spec.dim, config.num_classes, 1)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, features: Features) -> Tensor:
+        """Features -> logits (B, classes, H, W) at the image's own size."""
+        x = tokens_to_map(features.tokens, features.grid).to(parameter_dtype(self))
+        return resample_map(self.classifier(self.norm(x)), self.patch, 1, features.size)

@@ -1,0 +1,166 @@
+"""Official checkpoints in: the authors' state dicts become attached models."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adaptkit import registry
+from adaptkit.adapters.vit_adapter import ViTAdapterConfig, even_groups
+from adaptkit.model import AdaptedModel, attach, check_tensors
+from adaptkit.registry import view
+from adaptkit.vit import Spec
+
+__all__ = ["from_official"]
+
+
+def from_official(
+    method: str, state_dict: dict[str, Tensor], backbone: nn.Module, *, load_backbone: bool = False, **options: Any
+) -> AdaptedModel:
+    """Attach an official checkpoint to a backbone.
+
+    Args:
+        method: ``"vit-adapter"``.
+        state_dict: the authors' tensors, with or without the ``backbone.`` prefix; tensors of necks, heads and
+            optimisers are left aside. A whole checkpoint ``{"state_dict": ...}`` is opened.
+        backbone: the host; its weights are yours. The official ViT-Adapter has no class token and a layer scale: a timm
+            ViT built with ``class_token=False, global_pool="avg", fc_norm=False, init_values=1.0`` hosts it.
+        load_backbone: also load the ViT part of the checkpoint into the backbone, where its keys fit.
+        options: config fields that the tensors do not tell. For ``"vit-adapter"`` these are ``add_vit_feature``
+            (``"last"`` for detection, ``"per-stage"`` for segmentation, or ``None``), ``interaction_indexes`` where
+            the depth does not divide by their number, and ``deform_num_heads`` or ``n_points`` where a head does not
+            have the four points of every official configuration.
+
+    Returns the attached model in eval mode. Raises ``ValueError`` where tensors are missing or do not fit the backbone,
+    or where an option is needed, by name.
+    """
+    if method not in _METHODS:
+        raise ValueError(f"no official checkpoints are known for {method!r}; known: {', '.join(sorted(_METHODS))}")
+    if isinstance(state_dict.get("state_dict"), dict):
+        state_dict = state_dict["state_dict"]  # type: ignore[assignment]
+    return _METHODS[method](state_dict, backbone, load_backbone, options)
+
+
+# The adapter's keys, anchored: `norm1.` at the top is the pyramid's, `blocks.0.norm1.` is the ViT's.
+_ADAPTER_KEY = re.compile(r"(level_embed$|spm\.|interactions\.\d+\.|up\.|norm[1-4]\.)")
+
+
+def _vit_adapter(
+    state_dict: dict[str, Tensor], backbone: nn.Module, load_backbone: bool, options: dict[str, Any]
+) -> AdaptedModel:
+    if any(k.startswith("backbone.") for k in state_dict):
+        state_dict = {k[len("backbone.") :]: v for k, v in state_dict.items() if k.startswith("backbone.")}
+    own = {_our_key(k): v for k, v in state_dict.items() if _ADAPTER_KEY.match(k)}
+    if "level_embed" not in own:
+        raise ValueError("the state dict has no 'level_embed', so it is no ViT-Adapter checkpoint")
+    vit = view(backbone)
+    dim = own["level_embed"].shape[1]
+    if dim != vit.spec.dim:
+        raise ValueError(f"the checkpoint has dim={dim}, the backbone dim={vit.spec.dim}; give a ViT of that width")
+    if "add_vit_feature" not in options:
+        raise ValueError(
+            "add_vit_feature is not in the tensors: pass add_vit_feature='last' (the authors' detection models), "
+            "'per-stage' (their segmentation models) or None"
+        )
+    if load_backbone:
+        _load_vit(state_dict, backbone)
+    model = attach(backbone, _vit_adapter_config(own, vit.spec, options))
+    adapter = model.adapters["vit-adapter"]
+    for key, tensor in adapter.state_dict().items():  # a counter that inference does not need
+        if key.endswith("num_batches_tracked"):
+            own.setdefault(key, torch.zeros_like(tensor))
+    check_tensors(adapter.state_dict(), own, "the official checkpoint")
+    adapter.load_state_dict(own)
+    return model.eval()
+
+
+def _our_key(key: str) -> str:
+    return key.replace(".ffn.dwconv.dwconv.", ".ffn.dwconv.")
+
+
+def _vit_adapter_config(own: dict[str, Tensor], spec: Spec, options: dict[str, Any]) -> ViTAdapterConfig:
+    """Read the config off the tensors' shapes; ``options`` adds the rest and must not contradict them."""
+    groups = 1 + max(int(k.split(".")[1]) for k in own if k.startswith("interactions."))
+    last = f"interactions.{groups - 1}."
+    width = own[last + "extractor.attn.value_proj.weight"].shape[0]
+    samples = own[last + "extractor.attn.attention_weights.weight"].shape[0]  # heads * points
+    hidden = own.get(last + "extractor.ffn.fc1.weight")
+    points = options.get("n_points") or (samples // options["deform_num_heads"] if "deform_num_heads" in options else 4)
+    if samples % points:
+        raise ValueError(
+            f"the checkpoint has {samples} sampling points over all heads, which {points} per head do not divide: "
+            "pass deform_num_heads= or n_points="
+        )
+    told = {
+        "injector": last + "injector.gamma" in own,
+        "conv_inplane": own["spm.stem.0.weight"].shape[0],
+        "n_points": points,
+        "deform_num_heads": samples // points,
+        "deform_ratio": width / spec.dim,
+        "with_cffn": hidden is not None,
+        "extra_extractors": len({k.split(".")[3] for k in own if k.startswith(last + "extra_extractors.")}),
+    }
+    if hidden is not None:
+        told["cffn_ratio"] = hidden.shape[0] / spec.dim
+    if "interaction_indexes" not in options:
+        if spec.depth % groups:
+            raise ValueError(
+                f"the checkpoint has {groups} interactions for {spec.depth} blocks, and where they sit is not in its "
+                "tensors: pass interaction_indexes=[(first, last), ...], inclusive"
+            )
+        told["interaction_indexes"] = even_groups(spec.depth, groups)
+    asked = registry.adapters()["vit-adapter"].configure({"prefix": "drop", **options})
+    for name, value in told.items():
+        given = getattr(asked, name)
+        same = int(given * spec.dim) == int(value * spec.dim) if name.endswith("_ratio") and given else given == value
+        if name in options and not same:
+            raise ValueError(f"{name}={options[name]!r}, but the checkpoint's tensors say {value!r}; leave it out")
+    return replace(asked, **told)
+
+
+def _load_vit(state_dict: dict[str, Tensor], backbone: nn.Module) -> None:
+    """Load the authors' plain ViT (fused qkv, gamma1/gamma2) into a timm VisionTransformer."""
+    host: Any = backbone
+    if view(backbone).spec.family != "timm-vit":
+        raise ValueError(
+            f"load_backbone=True needs a timm VisionTransformer, this is {type(backbone).__name__}; load the ViT's "
+            "weights yourself and leave load_backbone out"
+        )
+    own = {
+        re.sub(r"\.gamma([12])$", r".ls\1.gamma", k): v
+        for k, v in state_dict.items()
+        if k.startswith(("patch_embed.", "blocks."))
+    }
+    target = host.state_dict()
+    for key in [k for k in own if k.endswith("gamma") and k not in target]:
+        if not torch.equal(own[key], torch.ones_like(own[key])):
+            raise ValueError(f"the checkpoint has a layer scale ({key}), the backbone has none: build it with init_values=1.0")
+        del own[key]
+    if "pos_embed" in state_dict:
+        own["pos_embed"] = _positions(state_dict["pos_embed"], host)
+    needed = {k: v for k, v in target.items() if k.startswith(("patch_embed.", "blocks.", "pos_embed"))}
+    check_tensors(needed, own, "the ViT part of the official checkpoint")
+    host.load_state_dict(own, strict=False)
+
+
+def _positions(pos_embed: Tensor, host: Any) -> Tensor:
+    """(1, 1 + n*n, D) -> the host's own table, resampled as the authors do: bicubic, without antialias."""
+    side = math.isqrt(pos_embed.shape[1] - 1)
+    if side * side != pos_embed.shape[1] - 1:
+        raise ValueError(f"pos_embed has {pos_embed.shape[1]} entries, which is no class position and a square grid")
+    table = pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    grid = tuple(host.patch_embed.grid_size)
+    if grid != (side, side):
+        table = F.interpolate(table, size=grid, mode="bicubic", align_corners=False)
+    prefix = pos_embed[:, :1] if host.pos_embed.shape[1] == grid[0] * grid[1] + 1 else pos_embed[:, :0]
+    return torch.cat([prefix, table.flatten(2).transpose(1, 2)], dim=1)
+
+
+_METHODS: dict[str, Callable[..., AdaptedModel]] = {"vit-adapter": _vit_adapter}

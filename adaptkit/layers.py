@@ -1,0 +1,101 @@
+"""Small layers that adapters and heads share."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["DropPath", "LayerNorm2d", "Norm", "SyncBatchNorm2d", "check_choice", "norm2d"]
+
+Norm = Literal["batch", "sync", "group", "layer"]
+
+
+class DropPath(nn.Module):
+    """Drop a residual branch per sample with probability ``p`` in training (Huang et al. 2016)."""
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) -> (B, ...)."""
+        if self.p == 0.0 or not self.training:
+            return x
+        keep = 1.0 - self.p
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
+        return x * mask / keep
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of a map (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class SyncBatchNorm2d(nn.SyncBatchNorm):
+    """SyncBatchNorm that is plain BatchNorm where it cannot run: on the CPU, or with a single process.
+
+    ``torch.nn.SyncBatchNorm`` raises on CPU tensors once a process group exists. The parameters are the same, so
+    files interchange with ``norm="batch"``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        if x.is_cuda:
+            return super().forward(x)
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        mean, var = self.running_mean, self.running_var
+        return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, momentum, self.eps)
+
+
+def norm2d(kind: Norm, channels: int) -> nn.Module:
+    """Build the normalisation of a map with ``channels`` channels.
+
+    ``"batch"`` keeps running statistics (batches of one or two are noisy, and a 1x1 map of a single image has none);
+    ``"sync"`` shares them over GPUs; ``"group"`` (32 groups or fewer) and ``"layer"`` look at one image alone.
+    """
+    check_choice("norm", kind, get_args(Norm))
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    if kind == "sync":
+        return SyncBatchNorm2d(channels)
+    if kind == "group":
+        return nn.GroupNorm(next(g for g in range(min(32, channels), 0, -1) if channels % g == 0), channels)
+    return LayerNorm2d(channels, eps=1e-6)
+
+
+def check_choice(option: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise ``ValueError`` where ``value`` is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{option}={value!r} is not a choice; choose one of {', '.join(map(repr, choices))}")
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initialise as ViT-Adapter does: linear layers trunc. normal 0.02, convolutions by their fan-out."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=(2.0 / fan_out) ** 0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.modules.batchnorm._BatchNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def parameter_dtype(module: nn.Module) -> torch.dtype:
+    """Return the dtype that ``module`` computes in outside autocast."""
+    return next(module.parameters()).dtype

@@ -1,0 +1,283 @@
+"""``attach``: a frozen backbone and trainable adapters in one module."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from adaptkit import registry
+from adaptkit.adapters.base import Adapter, BlockAdapter, SideAdapter, Trace, WrappedViT
+from adaptkit.card import model_card
+from adaptkit.file import AdapterFile, check_fits, describe_backbone, load, write_folder
+from adaptkit.vit import Features, Spec, ViT
+
+__all__ = ["AdaptedModel", "attach", "list_adapters", "list_heads"]
+
+
+class Part(NamedTuple):
+    """One adapter to build: what, how, and from which file its tensors come."""
+
+    entry: registry.Entry
+    config: Any
+    file: AdapterFile | None
+
+
+def attach(model: nn.Module, *adapters: Any, head: Any = None, strict: bool = False) -> AdaptedModel:
+    """Freeze ``model`` and attach adapters to it, and optionally a head.
+
+    Args:
+        model: a timm or transformers ViT; see ``adaptkit doctor`` for what is seen of it.
+        adapters: each a name (``"vit-adapter"``), a config (``ViTAdapterConfig(injector=False)``), a pair
+            ``("vit-adapter", {"injector": False})``, or a saved adapter: its folder, or ``adaptkit.load(folder)``.
+        head: a config (``LinearHeadConfig(num_classes=21)``), a pair ``("linear", {"num_classes": 21})``, or your
+            own module, called with :class:`~adaptkit.vit.Features`. A saved adapter brings its own head.
+        strict: make other backbone weights than those of the file an error instead of a warning.
+
+    Returns the adapted model, in the training mode of ``model``; in eval mode where a saved adapter is attached.
+
+    Raises ``TypeError`` for a host of an unknown class and ``ValueError`` for an unknown name or option, or for a
+    saved adapter that does not fit.
+    """
+    if isinstance(model, AdaptedModel):
+        raise TypeError("this model has adapters already: attach all of them in one call, or detach() first")
+    vit = registry.view(model)
+    parts: list[Part] = []
+    for adapter in adapters:
+        parts += _parts(adapter, vit, strict)
+    files = [a for a in (_as_file(a) for a in adapters) if a is not None]
+    return AdaptedModel(model, vit, parts, *_head(head, files))
+
+
+def list_adapters() -> list[str]:
+    """Return the names that ``attach`` takes."""
+    return sorted(registry.adapters())
+
+
+def list_heads() -> list[str]:
+    """Return the names that ``attach(head=...)`` takes."""
+    return sorted(registry.heads())
+
+
+def _as_file(arg: Any) -> AdapterFile | None:
+    if isinstance(arg, AdapterFile):
+        return arg
+    if isinstance(arg, str | os.PathLike) and str(arg) not in registry.adapters() and Path(arg).exists():
+        return load(arg)
+    return None
+
+
+def _parts(arg: Any, vit: ViT, strict: bool) -> list[Part]:
+    file = _as_file(arg)
+    if file is None:
+        return [Part(*_configured(arg, registry.adapters(), "adapter"), None)]
+    check_fits(file, vit, strict)
+    saved = [(a["name"], a["config"]) for a in file.header["adapters"]]
+    return [Part(*_configured(pair, registry.adapters(), "adapter"), file) for pair in saved]
+
+
+def _head(arg: Any, files: list[AdapterFile]) -> tuple[Any, AdapterFile | None]:
+    """Return the head to build (or the module given) and the file its tensors come from."""
+    saved = [f for f in files if f.header["head"] is not None]
+    if arg is None and len(saved) > 1:
+        raise ValueError(f"{saved[0].path} and {saved[1].path} both bring a head; say which with head=")
+    if arg is None and not saved:
+        return None, None
+    if arg is None and saved[0].header["head"]["name"] is None:
+        raise ValueError(
+            f"the head in {saved[0].path} is a custom module ({saved[0].header['head']['class']}); build it and pass "
+            "it as head="
+        )
+    if arg is None:
+        head = saved[0].header["head"]
+        return _configured((head["name"], head["config"]), registry.heads(), "head"), saved[0]
+    if isinstance(arg, nn.Module):
+        custom = [f for f in saved if f.header["head"]["name"] is None]
+        return arg, custom[0] if custom else None
+    return _configured(arg, registry.heads(), "head"), None
+
+
+def _configured(arg: Any, known: dict[str, registry.Entry], kind: str) -> tuple[registry.Entry, Any]:
+    """Return the entry and config of a name, a config or a (name, options) pair."""
+    if dataclasses.is_dataclass(arg) and not isinstance(arg, type):
+        for entry in known.values():
+            if type(arg) is entry.config:
+                return entry, arg
+    name, options = arg if isinstance(arg, tuple) and len(arg) == 2 else (arg, {})
+    if not isinstance(name, str | os.PathLike) or not isinstance(options, dict):
+        raise TypeError(
+            f"{arg!r} is no {kind}: give a name ({', '.join(sorted(known))}), its config, a pair (name, options), or "
+            "a saved adapter"
+        )
+    if str(name) not in known:
+        raise ValueError(
+            f"no {kind} is named {str(name)!r} and no file is there; the {kind}s are {', '.join(sorted(known))}"
+        )
+    entry = known[str(name)]
+    try:
+        return entry, entry.configure(options)
+    except TypeError as error:  # a required option is missing
+        raise ValueError(f"{kind} {str(name)!r} needs more options: {error}") from error
+
+
+class AdaptedModel(nn.Module):
+    """A frozen backbone with adapters, as :func:`attach` builds it; ``model(image)`` returns ``Features``.
+
+    The backbone is never trained: no parameter of it requires a gradient and it stays in eval mode whatever
+    ``train()`` is told.
+    """
+
+    def __init__(
+        self, model: nn.Module, vit: ViT, parts: list[Part], head: Any = None, head_file: AdapterFile | None = None
+    ) -> None:
+        super().__init__()
+        names = [p.entry.name for p in parts]
+        if len(set(names)) != len(names):
+            raise ValueError(f"adapters {', '.join(names)}: each may be attached once")
+        built = {p.entry.name: _build(p, vit.spec) for p in parts}
+        sides = [name for name, a in built.items() if isinstance(a, SideAdapter)]
+        if len(sides) > 1:
+            raise ValueError(f"{' and '.join(sides)} each own the loop over the blocks; attach one of them")
+        strides = built[sides[0]].strides if sides else ()
+        module, self._head_entry = _build_head(head, head_file, vit.spec, strides)
+
+        # Nothing of the host is touched before everything that can fail has been built.
+        self._vit: ViT | None = vit
+        self._restore = [(m, m.training) for m in model.modules()]
+        self._restore_grad = [(p, p.requires_grad) for p in model.parameters()]
+        self.backbone = model.requires_grad_(False)
+        self.adapters = nn.ModuleDict(built)
+        self.head: nn.Module | None = module
+        loaded = head_file is not None or any(p.file is not None for p in parts)
+        self.train(model.training and not loaded)
+
+    @property
+    def vit(self) -> ViT:
+        """The view of the backbone."""
+        if self._vit is None:
+            raise RuntimeError("this model was detached: attach to the backbone again")
+        return self._vit
+
+    @property
+    def spec(self) -> Spec:
+        """What the adapters were built for."""
+        return self.vit.spec
+
+    def forward(self, image: Tensor) -> Features:
+        """Image (B, 3, H, W), normalised as the backbone wants it, of any size -> features."""
+        if image.ndim != 4:
+            raise ValueError(f"image has shape {tuple(image.shape)}; expected (batch, channels, height, width)")
+        trace: Trace = {}
+        vit, side = self.vit, None
+        wrappers = [a for a in self.adapters.values() if isinstance(a, BlockAdapter)]
+        if wrappers:
+            vit = WrappedViT(vit, wrappers, trace)
+        for adapter in self.adapters.values():
+            side = adapter if isinstance(adapter, SideAdapter) else side
+        features = vit.features(image) if side is None else side(vit, image, trace)
+        features = features._replace(aux={**features.aux, **trace})
+        logits = self.vit.logits(features) if self.head is None else self.head(features)
+        return features._replace(logits=logits)
+
+    def train(self, mode: bool = True) -> AdaptedModel:
+        """Set the mode of adapters and head; the backbone stays in eval mode."""
+        super().train(mode)
+        if self._vit is not None:
+            self.backbone.eval()
+        return self
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """Return the tensors that the file holds: ``<adapter>.<own key>`` and ``head.<own key>``."""
+        tensors = {f"{n}.{k}": v for n, a in self.adapters.items() for k, v in a.state_dict().items()}
+        if self.head is not None:
+            tensors.update({f"head.{k}": v for k, v in self.head.state_dict().items()})
+        return tensors
+
+    def load_adapter_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Put such tensors back; ``ValueError`` names what is missing, unexpected or of another shape."""
+        own = self.adapter_state_dict()
+        check_tensors(own, tensors, "the tensors given")
+        for name, module in self._own_modules().items():
+            prefix = name + "."
+            module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
+
+    def _own_modules(self) -> dict[str, nn.Module]:
+        own: dict[str, nn.Module] = dict(self.adapters.items())
+        return own if self.head is None else {**own, "head": self.head}
+
+    def header(self) -> dict[str, Any]:
+        """Return what the file says besides its tensors."""
+        adapters = [{"name": n, "config": dataclasses.asdict(a.config)} for n, a in self._adapters().items()]
+        head = None
+        if self.head is not None:
+            entry = self._head_entry
+            cls = f"{type(self.head).__module__}.{type(self.head).__qualname__}"
+            config: Any = getattr(self.head, "config", None)
+            head = {"name": entry.name, "config": dataclasses.asdict(config)} if entry else {"name": None, "class": cls}
+        return {"adapters": adapters, "head": head, "backbone": describe_backbone(self.vit)}
+
+    def _adapters(self) -> dict[str, Adapter]:
+        return {n: a for n, a in self.adapters.items() if isinstance(a, Adapter)}
+
+    def save(self, folder: str | os.PathLike[str], **metadata: Any) -> Path:
+        """Write the adapters and the head to ``folder``: weights, config and card, each atomically.
+
+        ``metadata`` (JSON values, e.g. ``task="segmentation"``, ``classes=[...]``) is kept in the header. Raises
+        ``OSError`` where the folder cannot be written.
+        """
+        header = {**self.header(), "metadata": metadata}
+        return write_folder(folder, header, self.adapter_state_dict(), model_card(header))
+
+    def detach(self) -> nn.Module:
+        """Return the very backbone that was given, its training modes and ``requires_grad`` flags as they were."""
+        if self._vit is None:
+            raise RuntimeError("this model was detached already")
+        for module, mode in self._restore:
+            module.training = mode
+        for parameter, flag in self._restore_grad:
+            parameter.requires_grad_(flag)
+        model = self.backbone
+        self._vit = None
+        del self.backbone
+        return model
+
+
+def _build(part: Part, spec: Spec) -> nn.Module:
+    module = part.entry.module(spec, part.config)
+    if part.file is not None:
+        tensors = part.file.tensors_of(part.entry.name)
+        check_tensors(module.state_dict(), tensors, f"{part.file.path}, adapter {part.entry.name!r}")
+        module.load_state_dict(tensors)
+    return module
+
+
+def _build_head(
+    head: Any, file: AdapterFile | None, spec: Spec, strides: tuple[int, ...]
+) -> tuple[nn.Module | None, registry.Entry | None]:
+    if head is None:
+        return None, None
+    entry = None if isinstance(head, nn.Module) else head[0]
+    module = head if isinstance(head, nn.Module) else head[0].module(spec, head[1], strides)
+    if file is not None:
+        tensors = file.tensors_of("head")
+        check_tensors(module.state_dict(), tensors, f"{file.path}, head")
+        module.load_state_dict(tensors)
+    return module, entry
+
+
+def check_tensors(own: dict[str, Tensor], given: dict[str, Tensor], where: str) -> None:
+    """Raise ``ValueError`` where the keys or shapes of ``given`` are not those of ``own``."""
+    missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{where}: {len(missing)} tensors are missing ({', '.join(missing[:3])}), {len(unexpected)} are not "
+            f"expected ({', '.join(unexpected[:3])}); the file does not match its own header: save it again"
+        )
+    for key, tensor in own.items():
+        if tensor.shape != given[key].shape:
+            raise ValueError(
+                f"{where}: {key} has shape {tuple(given[key].shape)}, this model needs {tuple(tensor.shape)}"
+            )

@@ -1,0 +1,50 @@
+"""Grids: padding to a multiple, tokens and maps, bilinear resampling that keeps pixels where they are."""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["cells", "map_to_tokens", "pad_to_multiple", "resample_map", "tokens_to_map"]
+
+
+def cells(length: int, side: int) -> int:
+    """Return how many cells of ``side`` pixels cover ``length`` pixels."""
+    return -(-length // side)
+
+
+def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
+    """(B, C, H, W) -> (B, C, H', W'), the next multiples, zeros at the bottom and the right."""
+    height, width = image.shape[-2:]
+    bottom, right = -height % multiple, -width % multiple
+    return F.pad(image, (0, right, 0, bottom)) if bottom or right else image
+
+
+def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, h*w, D) -> (B, D, h, w)."""
+    return tokens.transpose(1, 2).unflatten(2, grid)
+
+
+def map_to_tokens(x: Tensor) -> Tensor:
+    """(B, D, h, w) -> (B, h*w, D)."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def resample_map(x: Tensor, stride: float, to_stride: float, size: tuple[int, int]) -> Tensor:
+    """Bilinear resampling from one stride to another, cell centres keeping their place in the image.
+
+    x: (B, C, h, w), one cell every ``stride`` pixels from the top left corner. Returns (B, C, *size), one cell every
+    ``to_stride`` pixels from the same corner. Beyond the last cell the border is repeated, so the two grids may
+    cover a different number of pixels (an image padded to a multiple of 14 against one padded to 32).
+    """
+    if stride == to_stride and x.shape[-2:] == size:
+        return x
+    scale = stride / to_stride
+    # `interpolate` gives floor(h * scale) cells; repeat the border until that is enough, then crop.
+    missing = [max(0, math.ceil(want / scale) - have) for want, have in zip(size, x.shape[-2:])]
+    if any(missing):
+        x = F.pad(x, (0, missing[1], 0, missing[0]), mode="replicate")
+    x = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False, recompute_scale_factor=False)
+    return x[..., : size[0], : size[1]]

@@ -1,0 +1,117 @@
+"""Names to adapters and heads, class paths to backbone families.
+
+Nothing is listed by hand: the modules of ``adaptkit/backbones``, ``adaptkit/adapters`` and ``adaptkit/heads`` are
+imported on first use, and each registers what it defines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+from torch import nn
+
+from adaptkit.vit import ViT
+
+__all__ = ["Entry", "adapters", "families", "heads", "register_adapter", "register_family", "register_head", "view"]
+
+T = TypeVar("T", bound=type)
+
+
+class Entry(NamedTuple):
+    """A registered method: its module class and its config, a frozen dataclass."""
+
+    name: str
+    module: type[nn.Module]
+    config: type[Any]
+
+    def configure(self, options: dict[str, Any]) -> Any:
+        """Build the config from JSON-like options; an unknown option is a ``ValueError`` that names the known ones."""
+        known = [f.name for f in dataclasses.fields(self.config)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ValueError(
+                f"{self.name!r} has no option {', '.join(map(repr, unknown))}; its options are {', '.join(known)}"
+            )
+        return self.config(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+
+
+_FAMILIES: dict[str, Callable[[nn.Module], ViT]] = {}
+_ADAPTERS: dict[str, Entry] = {}
+_HEADS: dict[str, Entry] = {}
+
+
+def register_family(*class_paths: str) -> Callable[[T], T]:
+    """Class decorator: this view sees hosts of these classes, given as ``"package.module.Class"``, and subclasses."""
+
+    def register(cls: T) -> T:
+        _FAMILIES.update(dict.fromkeys(class_paths, cls))
+        return cls
+
+    return register
+
+
+def _register(table: dict[str, Entry], name: str, config: type[Any]) -> Callable[[T], T]:
+    def register(cls: T) -> T:
+        table[name] = Entry(name, cls, config)
+        return cls
+
+    return register
+
+
+def register_adapter(name: str, config: type[Any]) -> Callable[[T], T]:
+    """Class decorator: ``attach(model, name)`` builds this adapter as ``cls(spec, config)``."""
+    return _register(_ADAPTERS, name, config)
+
+
+def register_head(name: str, config: type[Any]) -> Callable[[T], T]:
+    """Class decorator: ``attach(..., head=config)`` builds this head as ``cls(spec, config, pyramid)``."""
+    return _register(_HEADS, name, config)
+
+
+@functools.cache
+def _discover(folder: str) -> None:
+    package = importlib.import_module(f"adaptkit.{folder}")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def families() -> dict[str, Callable[[nn.Module], ViT]]:
+    """Return every known host class path and the view that sees it."""
+    _discover("backbones")
+    return _FAMILIES
+
+
+def adapters() -> dict[str, Entry]:
+    """Return every adapter by name."""
+    _discover("adapters")
+    return _ADAPTERS
+
+
+def heads() -> dict[str, Entry]:
+    """Return every head by name."""
+    _discover("heads")
+    return _HEADS
+
+
+def view(model: nn.Module) -> ViT:
+    """See ``model`` as a :class:`~adaptkit.vit.ViT`.
+
+    Raises ``TypeError`` for an unknown class, naming the known ones and how to add a family.
+    """
+    known = families()
+    for cls in type(model).__mro__:
+        family = known.get(f"{cls.__module__}.{cls.__qualname__}")
+        if family is not None:
+            return family(model)
+    names = ", ".join(sorted({path.rpartition(".")[2] for path in known}))
+    raise TypeError(
+        f"no family sees {type(model).__module__}.{type(model).__qualname__}; known hosts: {names}. "
+        "A transformers model with a task head is attached through its base (`model.base_model`); another class "
+        "needs a family: subclass adaptkit.vit.ViT and decorate it with "
+        "@adaptkit.register_family('package.module.Class')"
+    )

@@ -1,0 +1,174 @@
+"""The one view of a frozen vision transformer.
+
+Every block of every host is seen as the MetaFormer equation (Yu et al. 2022, eq. 2-3)::
+
+    x = x + scale1(attn(norm1(x)))
+    x = x + scale2(mlp(norm2(x)))
+
+in timm's names, an absent part being the identity. A family file in ``adaptkit/backbones`` says how one host
+is seen this way. It calls the host's own modules and copies nothing, so that the view equals the host bitwise.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adaptkit.ops.grid import cells, pad_to_multiple
+
+__all__ = ["Block", "Features", "Spec", "Source", "ViT", "identity"]
+
+Fn = Callable[[Tensor], Tensor]
+
+
+class Spec(NamedTuple):
+    """What an adapter may depend on, and what its file stores."""
+
+    family: str  #: how the host is seen, e.g. ``"timm-vit"``; never a condition for compatibility
+    dim: int  #: width D of the token stream
+    depth: int  #: number of blocks
+    heads: int  #: attention heads per block
+    patch: int  #: side of a square patch, in pixels
+    prefix: int  #: class and register tokens P before the patch tokens
+
+
+class Source(NamedTuple):
+    """Where a backbone comes from, as far as it knows itself; empty where it does not."""
+
+    id: str = ""  #: Hub id, timm name or local folder
+    revision: str = ""  #: commit, where recorded
+    mean: tuple[float, ...] = ()  #: normalisation of the image, channel by channel, for values in 0..1
+    std: tuple[float, ...] = ()
+
+
+class Features(NamedTuple):
+    """What a forward returns. A pytree: ``torch.compile``, ``torch.export`` and DDP take it as it is."""
+
+    tokens: Tensor  #: (B, N, D) patch tokens after the final norm, N = h * w row by row
+    prefix: Tensor  #: (B, P, D) class and register tokens after the final norm
+    maps: tuple[Tensor, ...]  #: pyramid, finest first: (B, D, H/4, W/4) ... (B, D, H/32, W/32); () if none is made
+    aux: dict[str, Tensor]  #: what adapters report, e.g. usage for a usage loss
+    logits: Tensor | None  #: of the head given to ``attach``, or of the backbone's own classifier
+    grid: tuple[int, int]  #: (h, w) of the patch tokens: the image size over the patch, rounded up
+    size: tuple[int, int]  #: (H, W) of the image, in pixels
+
+
+def identity(x: Tensor) -> Tensor:
+    """Return ``x``: the part that a block does not have."""
+    return x
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One frozen block, bound to one image (rotary angles, relative bias and masks are already inside).
+
+    ``run`` is the host's own forward and what ``block(x)`` calls. The parts say the same as an equation, for
+    adapters that need to step inside. ``attn`` itself comes apart as
+    ``out(softmax(q k^T * scale + bias) v)`` with ``q, k, v = qkv(h)``.
+    """
+
+    run: Fn  #: (B, P+N, D) -> (B, P+N, D)
+    norm1: Fn
+    attn: Fn
+    scale1: Fn
+    norm2: Fn
+    mlp: Fn
+    scale2: Fn
+    qkv: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  #: (B, P+N, D) -> three of (B, heads, P+N, E)
+    out: Fn  #: (B, heads, P+N, E) -> (B, P+N, D)
+    scale: float | None = None  #: of the logits; None is 1/sqrt(E)
+    bias: Tensor | None = None  #: added to the logits, broadcast to (B, heads, P+N, P+N)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run the host's own forward."""
+        return self.run(x)
+
+    def equation(self, x: Tensor) -> Tensor:
+        """Run the block from its parts: the MetaFormer equation above."""
+        x = x + self.scale1(self.attn(self.norm1(x)))
+        return x + self.scale2(self.mlp(self.norm2(x)))
+
+    def attention(self, h: Tensor) -> Tensor:
+        """``attn`` from ``qkv``, ``bias`` and ``out``: (B, P+N, D) -> (B, P+N, D)."""
+        q, k, v = self.qkv(h)
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias, scale=self.scale))
+
+
+class ViT(ABC):
+    """The view of a whole model. It holds no parameter: everything is read from ``host`` when it is needed.
+
+    A family implements the abstract methods; the others are final.
+    """
+
+    positions: str = "none"  #: the rule by which positions go to another grid, as the host does it
+    prefix_optional: bool = True  #: whether the blocks also run without the prefix tokens
+
+    def __init__(self, host: nn.Module, spec: Spec) -> None:
+        self.host = host
+        self.spec = spec
+
+    @abstractmethod
+    def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Image (B, 3, h*patch, w*patch) -> tokens (B, P+N, D) as they enter the first block."""
+
+    @abstractmethod
+    def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
+        """Return the blocks, bound to this (padded) image."""
+
+    @abstractmethod
+    def norm(self, x: Tensor) -> Tensor:
+        """Apply the host's final norm to (B, P+N, D); the identity where the host has none."""
+
+    @abstractmethod
+    def classify(self, x: Tensor) -> Tensor | None:
+        """Normed tokens (B, P+N, D) -> the host's own logits (B, classes), or None where it has no classifier."""
+
+    @abstractmethod
+    def fingerprint_tensors(self) -> dict[str, Tensor]:
+        """Return a few frozen tensors that every copy of these weights shares, whichever library holds them."""
+
+    @abstractmethod
+    def source(self) -> Source:
+        """Return what the host knows of its origin."""
+
+    def grid(self, image: Tensor) -> tuple[int, int]:
+        """Return (h, w), the patches that cover the image (B, C, H, W)."""
+        return cells(image.shape[-2], self.spec.patch), cells(image.shape[-1], self.spec.patch)
+
+    def begin(self, image: Tensor) -> tuple[Tensor, Sequence[Block]]:
+        """Image (B, 3, H, W) of any size -> tokens (B, P+N, D) before the first block, and the blocks.
+
+        A size that is no multiple of the patch is padded with zeros at the right and the bottom.
+        """
+        grid = self.grid(image)
+        image = pad_to_multiple(image.to(next(self.host.parameters()).dtype), self.spec.patch)
+        return self.embed(image, grid), self.blocks(image, grid)
+
+    def finish(
+        self, x: Tensor, image: Tensor, maps: Sequence[Tensor] = (), aux: dict[str, Tensor] | None = None
+    ) -> Features:
+        """Close the forward: final norm, prefix and patch tokens apart. x: (B, P+N, D), or (B, N, D) if dropped."""
+        grid = self.grid(image)
+        x = self.norm(x)
+        prefix, tokens = x.tensor_split([x.shape[1] - grid[0] * grid[1]], dim=1)
+        size = (image.shape[-2], image.shape[-1])
+        return Features(tokens, prefix, tuple(maps), dict(aux or {}), None, grid, size)
+
+    def features(self, image: Tensor) -> Features:
+        """Run the plain forward, no adapter: begin, every block, finish."""
+        x, blocks = self.begin(image)
+        for block in blocks:
+            x = block(x)
+        return self.finish(x, image)
+
+    def logits(self, features: Features) -> Tensor | None:
+        """Return the host's own logits (B, classes); None without a classifier or where the prefix was dropped."""
+        if features.prefix.shape[1] != self.spec.prefix:
+            return None
+        return self.classify(torch.cat([features.prefix, features.tokens], dim=1))
