@@ -5,7 +5,7 @@ Every head of every query reads P points in each of L feature levels and adds th
     out[n, q, h] = sum_{l, p}  A[n, q, h, l, p] * V_l[n, h](x, y),      x = loc_x W_l - 1/2,  y = loc_y H_l - 1/2
 
 where V_l(x, y) is the bilinear value between the four pixels around (x, y), and zero outside the level.
-Let b = clamp(floor(x), 0, W - 2) be the *cell* of a point and r = x - b. The hat function t(r) = max(0, 1 - |r|) then gives
+Let b = clamp(floor(x), 0, W - 2) be the *cell* of a point, r = x - b, and t(r) = max(0, 1 - |r|) the hat. Then
 
     V(x) = t(r) V[b] + t(r - 1) V[b + 1]
 
@@ -18,16 +18,14 @@ Source: Deformable DETR (Zhu et al., ICLR 2021), eq. 2-3; ViT-Adapter (Chen et a
 and extractors.
 """
 
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
-import warnings
 
 import torch
-from torch import Tensor
 import torch.nn.functional as F
-
-BACKENDS = ("auto", "embedding_bag", "gather", "grid_sample")
+from torch import Tensor
 
 
 def ms_deform_attn(
@@ -56,24 +54,19 @@ def ms_deform_attn(
     Raises:
         ValueError: if the shapes do not fit together, or the backend is unknown.
 
-    At whole coordinates, where bilinear interpolation has a kink, the derivative is the one to the right, in all backends.
+    At whole coordinates, where bilinear interpolation has a kink, all backends take the derivative to the right.
     """
     locations, weights = _checked(value, spatial_shapes, sampling_locations, attention_weights)
     if backend == "auto":
-        backend = _choose(value)
+        fast = "embedding_bag" if value.device.type in ("cpu", "cuda") else "grid_sample"
+        backend = "gather" if torch.compiler.is_exporting() else fast
     if backend == "embedding_bag":
         return _bag(value, locations, weights, [side for shape in spatial_shapes for side in shape])
     if backend == "gather":
         return _gather(value, spatial_shapes, locations, weights)
     if backend == "grid_sample":
         return _grid_sample(value, spatial_shapes, locations, weights)
-    raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
-
-
-def _choose(value: Tensor) -> str:
-    if torch.compiler.is_exporting():
-        return "gather"
-    return "embedding_bag" if value.device.type in ("cpu", "cuda") else "grid_sample"
+    raise ValueError(f"backend={backend!r} is unknown; choose one of auto, embedding_bag, gather, grid_sample")
 
 
 def _checked(value, spatial_shapes, locations, weights) -> tuple[Tensor, Tensor]:
@@ -81,10 +74,10 @@ def _checked(value, spatial_shapes, locations, weights) -> tuple[Tensor, Tensor]
     if value.ndim != 4:
         raise ValueError(f"value has shape {tuple(value.shape)}, expected (N, S, H, D); split its last axis into heads")
     batch, pixels, heads, _ = value.shape
-    if pixels != sum(h * w for h, w in spatial_shapes):
+    if any(h < 1 or w < 1 for h, w in spatial_shapes) or pixels != sum(h * w for h, w in spatial_shapes):
         raise ValueError(
             f"value has S={pixels} pixels, spatial_shapes {list(spatial_shapes)} have "
-            f"{sum(h * w for h, w in spatial_shapes)}; give the (h, w) of each level that value is made of"
+            f"{[h * w for h, w in spatial_shapes]}; give the (h, w) of each level that value is made of"
         )
     if locations.ndim != 6 or locations.shape[-1] != 2:
         raise ValueError(
@@ -108,7 +101,7 @@ def _compute_dtype(value: Tensor) -> torch.dtype:
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
-# ----------------------------------------------------------------------------------------------- cells and hats
+# -------- cells and hats
 
 
 class Cells(NamedTuple):
@@ -133,7 +126,7 @@ class Cells(NamedTuple):
 
 
 def _find_cells(locations: Tensor, shapes: list[int], pixels: int, dtype: torch.dtype) -> Cells:
-    batch, queries, heads, levels, points, _ = locations.shape
+    batch, _, heads, levels, points, _ = locations.shape
     # Constants of a level are spread over (H, L, P): a long inner axis keeps the arithmetic below vectorised. They are
     # filled, not copied from the host, so that a GPU does not wait.
     size = locations.new_empty((2, 1, 1, heads, levels, points), dtype=dtype)
@@ -168,14 +161,14 @@ def _find_cells(locations: Tensor, shapes: list[int], pixels: int, dtype: torch.
 
 
 def _index_dtype(locations: Tensor, pixels: int) -> torch.dtype:
-    """32-bit indices, which are faster, where the rows of the table and the corners of all points can be counted so."""
+    """32 bits, which are faster, if they can count the table's rows and `_transposed_bag`'s numbers, 16 a point."""
     batch, _, heads = locations.shape[:3]
-    counted = max(batch * pixels * heads, 2 * locations.numel())
-    return torch.int32 if counted <= torch.iinfo(torch.int32).max else torch.int64
+    counted = max(batch * pixels * heads, 8 * locations.numel())
+    return torch.int32 if counted < torch.iinfo(torch.int32).max else torch.int64
 
 
 def _arange(end: int, like: Tensor, step: int = 1) -> Tensor:
-    return torch.arange(0, end * step, step, dtype=like.dtype, device=like.device)
+    return torch.arange(0, (end - 1) * step + 1, step, dtype=like.dtype, device=like.device)
 
 
 def _corner_weights(hats: Tensor, weights: Tensor) -> Tensor:
@@ -189,7 +182,7 @@ def _corner_weights(hats: Tensor, weights: Tensor) -> Tensor:
     return corners
 
 
-# -------------------------------------------------------------------------------------------------- embedding_bag
+# -------- embedding_bag
 
 
 @torch.library.custom_op(
@@ -289,8 +282,8 @@ def _warn_of_sparse_csr_once() -> None:
 def _transposed_bag(rows: Tensor, corner_weights: Tensor, grad: Tensor, value_shape, shapes: list[int]) -> Tensor:
     """(N, S, H, D) for each pixel, the weighted sum of the gradients of the bags that have read it.
 
-    The points are sorted by cell. A pixel is then read by four runs of them: those of the cell that begins at it, and of
-    the cells that begin one pixel to the left, above, and both. Laid end to end, pixel after pixel, the runs are bags.
+    The points are sorted by cell. A pixel is then read by four runs of them: those of the cell that begins at it, and
+    of the cells that begin one pixel to the left, above, and both. Laid end to end, pixel by pixel, the runs are bags.
     No atomics: the order of every sum is fixed, so the result is the same bits each time.
     """
     batch, pixels, heads, dim = value_shape
@@ -334,10 +327,6 @@ def _backward(ctx, grad):
     return *_bag_backward(grad, *ctx.saved_tensors, ctx.shapes), None
 
 
-def _save_nothing(ctx, inputs, output):
-    pass
-
-
 def _backward_twice(ctx, *grads):
     raise RuntimeError(
         "ms_deform_attn with backend='embedding_bag' is differentiable once and this backward asks for a second "
@@ -346,10 +335,10 @@ def _backward_twice(ctx, *grads):
 
 
 _bag.register_autograd(_backward, setup_context=_save_inputs)
-_bag_backward.register_autograd(_backward_twice, setup_context=_save_nothing)
+_bag_backward.register_autograd(_backward_twice)
 
 
-# ------------------------------------------------------------------------------------ plain operators, and the reference
+# -------- plain operators, and the reference
 
 
 def _gather(value: Tensor, spatial_shapes, locations: Tensor, weights: Tensor) -> Tensor:
@@ -361,7 +350,8 @@ def _gather(value: Tensor, spatial_shapes, locations: Tensor, weights: Tensor) -
     head = torch.arange(heads, device=value.device).view(-1, 1)
     out, start = table.new_zeros((batch, locations.shape[1], heads, dim)), 0
     for level, (h, w) in enumerate(spatial_shapes):
-        x, y = (locations[:, :, :, level].to(dtype) * locations.new_tensor((w, h), dtype=dtype) - 0.5).unbind(-1)
+        x, y = locations[:, :, :, level].to(dtype).unbind(-1)  # (N, Q, H, P) each
+        x, y = x * w - 0.5, y * h - 0.5
         for row, y_weight in _neighbours(y, h):
             for column, x_weight in _neighbours(x, w):
                 pixel = F.embedding((item + start + row * w + column) * heads + head, table)  # (N, Q, H, P, D)
@@ -379,13 +369,13 @@ def _neighbours(x: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
     pixels = []
     for pixel, weight in ((whole, 1 - fraction), (whole + 1, fraction)):
         inside = (pixel >= 0) & (pixel <= size - 1)
-        pixels.append((pixel.long().clamp(0, size - 1), weight * inside))
+        pixels.append((pixel.long().clamp(0, size - 1), weight * inside.to(weight.dtype)))
     return pixels
 
 
 def _grid_sample(value: Tensor, spatial_shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """The form the papers' code has in pure Python: one `grid_sample` per level."""
-    batch, pixels, heads, dim = value.shape
+    batch, _, heads, dim = value.shape
     queries, points, dtype = locations.shape[1], locations.shape[4], _compute_dtype(value)
     levels = value.to(dtype).split([h * w for h, w in spatial_shapes], dim=1)
     grid = (2 * locations.to(dtype) - 1).transpose(1, 2)  # (N, H, Q, L, P, 2)
