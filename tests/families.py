@@ -176,7 +176,10 @@ _timm("timm-sam", _sam, use_rel_pos=True, window_size=3, global_attn_indexes=(1,
 
 for _name in ("timm-beit", "timm-beit-shared", "timm-beit-both"):
     HOSTS[_name] = HOSTS[_name]._replace(at=_resized(HOSTS[_name].build))
-HOSTS["timm-sam"] = HOSTS["timm-sam"]._replace(tokens=_sam_tokens, logits=None, splits=False)
+_build_sam = HOSTS["timm-sam"].build
+HOSTS["timm-sam"] = HOSTS["timm-sam"]._replace(
+    tokens=_sam_tokens, logits=None, at=lambda h, w: _build_sam(), splits=False
+)
 
 
 def _hf(

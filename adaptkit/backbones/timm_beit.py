@@ -29,7 +29,8 @@ class TimmBeit(ViT):
     """Blocks ``x + gamma * attn(norm(x))`` with a bias on the logits by where two patches lie to each other.
 
     timm fixes the grid when the model is built. At another one the view resizes the bias tables as
-    ``set_input_size`` does, but leaves the host as it is.
+    ``set_input_size`` does, but leaves the host as it is. timm's rule is slow and is paid in every forward: to stay
+    at one other size, call ``set_input_size`` on the model before it is attached.
     """
 
     positions = "relative bias, resized as timm's set_window_size; absolute ones bicubic antialias"
@@ -47,8 +48,9 @@ class TimmBeit(ViT):
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """timm's own blocks; at another grid their own parts, with the resized bias."""
         host: Any = self.host
-        shared = None if host.rel_pos_bias is None else _bias(host.rel_pos_bias, grid)
-        return [_block(blk, shared, grid) for blk in host.blocks]
+        index = _other_index(host, grid)
+        shared = None if host.rel_pos_bias is None else _bias(host.rel_pos_bias, grid, index)
+        return [_block(blk, shared, grid, index) for blk in host.blocks]
 
     def norm(self, x: Tensor) -> Tensor:
         """``host.norm``; the identity where timm norms after pooling (``fc_norm``)."""
@@ -69,24 +71,34 @@ class TimmBeit(ViT):
         return timm_source(self.host)
 
 
-def _bias(holder: Any, grid: tuple[int, int]) -> Tensor:
-    """Look the bias up, (heads, 1+h*w, 1+h*w), in the table of an attention or of the whole model."""
-    from timm.layers import resize_rel_pos_bias_table
+def _other_index(host: Any, grid: tuple[int, int]) -> Tensor | None:
+    """Which row of the table a pair of tokens reads, (1+h*w, 1+h*w); None on the host's own grid."""
     from timm.models.beit import gen_relative_position_index
 
-    table, index = holder.relative_position_bias_table, holder.relative_position_index
-    if grid != tuple(holder.window_size):
+    if grid == tuple(host.patch_embed.grid_size):
+        return None
+    return gen_relative_position_index(grid, device=host.cls_token.device)
+
+
+def _bias(holder: Any, grid: tuple[int, int], index: Tensor | None) -> Tensor:
+    """Look the bias up, (heads, 1+h*w, 1+h*w), in the table of an attention or of the whole model."""
+    from timm.layers import resize_rel_pos_bias_table
+
+    table = holder.relative_position_bias_table
+    if index is None:
+        index = holder.relative_position_index
+    else:
         distances = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3  # and class to patch, patch to class, class to class
-        shape = (distances, table.shape[1])
-        table = resize_rel_pos_bias_table(table, grid, shape, old_window_size=holder.window_size)
-        index = gen_relative_position_index(grid, device=table.device)
-    return table[index].permute(2, 0, 1).contiguous()
+        table = resize_rel_pos_bias_table(table, grid, (distances, table.shape[1]), old_window_size=holder.window_size)
+    return table.t().contiguous()[:, index]
 
 
-def _block(blk: Any, shared: Tensor | None, grid: tuple[int, int]) -> Block:
-    attn = blk.attn
-    biases = [b for b in (shared, None if attn.window_size is None else _bias(attn, grid)) if b is not None]
-    bias = sum(biases)[None] if biases else None  # four dimensions: attention on CPU picks its kernel by that
+def _block(blk: Any, shared: Tensor | None, grid: tuple[int, int], index: Tensor | None) -> Block:
+    attn, bias = blk.attn, shared
+    if attn.window_size is not None:
+        bias = _bias(attn, grid, index)
+        bias = bias if shared is None else bias + shared
+    bias = None if bias is None else bias[None]  # four dimensions as timm's own: the CPU picks its kernel by that
     block = Block(
         run=partial(blk, shared_rel_pos_bias=shared),
         norm1=blk.norm1,
@@ -99,7 +111,7 @@ def _block(blk: Any, shared: Tensor | None, grid: tuple[int, int]) -> Block:
         out=partial(_out, attn),
         bias=bias,
     )
-    if attn.window_size is None or grid == tuple(attn.window_size):
+    if index is None or attn.window_size is None:
         return block
     block = replace(block, run=identity, attn=partial(_attention, attn, bias))
     return replace(block, run=block.equation)

@@ -94,7 +94,9 @@ def _block(blk: Any, rope: Tensor | None) -> Block:
     if kind == "EvaBlockPostNorm":  # x + norm(attn(x)): the norm stands where LayerScale does
         scale1, scale2 = joined(blk.norm1, blk.drop_path1), joined(blk.norm2, blk.drop_path2)
         return Block(norm1=identity, scale1=scale1, norm2=identity, scale2=scale2, **parts)
-    raise TypeError(f"timm's {kind} is not of the form x + attn(norm(x)), x + mlp(norm(x)), so it cannot be seen as one")
+    raise TypeError(
+        f"timm's {kind} is not of the form x + attn(norm(x)), x + mlp(norm(x)), so it cannot be seen as one"
+    )
 
 
 def _qkv(attn: Any, rope: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:

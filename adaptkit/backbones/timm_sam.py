@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adaptkit.backbones._timm import joined, patch_side, patchify, timm_source
 from adaptkit.registry import register_family
-from adaptkit.vit import Block, Source, Spec, ViT, identity
+from adaptkit.vit import Block, Source, Spec, ViT
 
 
 @register_family("timm.models.vision_transformer_sam.VisionTransformerSAM")

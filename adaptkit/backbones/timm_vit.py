@@ -1,4 +1,4 @@
-"""timm's plain VisionTransformer: ViT, DeiT, DeiT-3, distilled DeiT, MAE, DINO, DINOv2 (registers too), CLIP, SigLIP."""
+"""timm's plain VisionTransformer: ViT, DeiT (1 to 3, distilled), MAE, DINO, DINOv2 (registers too), CLIP, SigLIP."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def _block(blk: Any) -> Block:
         return Block(run=blk, norm1=blk.norm1, scale1=scale1, norm2=blk.norm2, scale2=scale2, **parts)
     if kind == "ResPostBlock":  # x + norm(attn(x)): the norm stands where LayerScale does
         return Block(run=blk, norm1=identity, scale1=blk.norm1, norm2=identity, scale2=blk.norm2, **parts)
-    raise TypeError(f"timm's {kind} is not of the form x + attn(norm(x)), x + mlp(norm(x)), so it cannot be seen as one")
+    raise TypeError(
+        f"timm's {kind} is not of the form x + attn(norm(x)), x + mlp(norm(x)), so it cannot be seen as one"
+    )
 
 
 def _qkv(attn: nn.Module, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:

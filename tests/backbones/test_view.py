@@ -103,5 +103,7 @@ def test_fingerprint_tensors_and_source_are_there(name):
 
 
 def test_an_unknown_class_is_a_type_error_that_says_how_to_add_a_family():
-    with pytest.raises(TypeError, match=r"torch\.nn\.modules\.linear\.Linear; known hosts: .*VisionTransformer.*register_family"):
+    with pytest.raises(
+        TypeError, match=r"torch\.nn\.modules\.linear\.Linear; known hosts: .*VisionTransformer.*register_family"
+    ):
         view(torch.nn.Linear(2, 2))

@@ -1,0 +1,126 @@
+"""Images and masks from a Parquet file, a Hub data set or a folder, transformed together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from adaptkit.vit import Source
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+MASK_NAMES = ("label", "mask", "annotation", "semantic_segmentation", "segmentation", "labels", "segmentation_mask")
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+def open_dataset(name: str, split: str, columns: tuple[str | None, str | None] = (None, None)) -> Any:
+    """Return a ``datasets.Dataset`` with the columns ``image`` and ``mask``, both decoded to PIL images.
+
+    ``name`` is a Parquet file, a folder with ``images/`` and ``masks/`` (same file stems), or a Hub id, of which
+    ``split`` is read. Raises ``ValueError`` where images or masks are not found or nothing is in it.
+    """
+    import datasets
+
+    path = Path(name)
+    if path.is_dir():
+        data = _folder(path)
+    elif path.suffix == ".parquet" or "*" in name:
+        if "*" not in name and not path.is_file():
+            raise ValueError(f"there is no file {name}")
+        data = datasets.load_dataset("parquet", data_files=name, split="train")
+    elif path.exists():
+        raise ValueError(f"{name} is neither a Parquet file nor a folder with images/ and masks/")
+    else:
+        data = datasets.load_dataset(name, split=split)
+    if len(data) == 0:
+        raise ValueError(f"{name} ({split}) holds no rows")
+    image, mask = _columns(data, columns, name)
+    return data.select_columns([image, mask]).rename_columns({image: "image", mask: "mask"})
+
+
+def _folder(path: Path) -> Any:
+    import datasets
+
+    images = {p.stem: p for p in sorted((path / "images").glob("*")) if p.suffix.lower() in SUFFIXES}
+    masks = {p.stem: p for p in sorted((path / "masks").glob("*")) if p.suffix.lower() in SUFFIXES}
+    if not images:
+        raise ValueError(f"{path}/images holds no images ({', '.join(sorted(SUFFIXES))})")
+    lonely = sorted(images.keys() ^ masks.keys())
+    if lonely:
+        raise ValueError(f"{path}: {len(lonely)} of {len(images)} images and masks have no partner, e.g. {lonely[0]!r}")
+    rows = {"image": [str(images[k]) for k in images], "mask": [str(masks[k]) for k in images]}
+    features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def _columns(data: Any, columns: tuple[str | None, str | None], name: str) -> tuple[str, str]:
+    import datasets
+
+    pictures = [k for k, f in data.features.items() if isinstance(f, datasets.Image)]
+    for column in columns:
+        if column is not None and column not in pictures:
+            raise ValueError(f"{name} has no column of images {column!r}; its columns are {dict(data.features)}")
+    mask = columns[1] or next((m for m in MASK_NAMES if m in pictures), None)
+    image = columns[0] or next((k for k in pictures if k != mask), None)
+    mask = mask or next((k for k in pictures if k != image), None)
+    if image is None or mask is None:
+        raise ValueError(
+            f"{name} has no pair of image columns; its columns are {dict(data.features)}. Name them with "
+            "--image-column and --mask-column"
+        )
+    return image, mask
+
+
+class SegmentationData(Dataset):
+    """Pairs (image (3, H, W) normalised as the backbone wants it, mask (H, W) int64).
+
+    Training samples are asked for as ``(epoch, index)`` and cropped, flipped and coloured by a random state of their
+    own, so that they do not depend on workers, ranks or a resumed run. Others are resized only.
+    """
+
+    def __init__(self, data: Any, size: tuple[int, int], source: Source, seed: int = 0, train: bool = False) -> None:
+        self.data, self.seed = data, seed
+        mean, std = (source.mean, source.std) if source.mean else IMAGENET
+        to_tensor = [v2.ToImage(), v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
+        geometry = [v2.RandomResizedCrop(size, scale=(0.4, 1.0), ratio=(0.8 * size[1] / size[0], 1.25 * size[1] / size[0]),
+                                         antialias=True), v2.RandomHorizontalFlip(),
+                    v2.ColorJitter(0.3, 0.3, 0.2, 0.05)] if train else [v2.Resize(size, antialias=True)]  # fmt: skip
+        self.transform = v2.Compose([*to_tensor, *geometry, v2.Normalize(list(mean), list(std))])
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        row = self.data[index]
+        image, mask = row["image"].convert("RGB"), tv_tensors.Mask(mask_array(row["mask"]))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + index)
+            image, mask = self.transform(image, mask)
+        return image.as_subclass(Tensor), mask.as_subclass(Tensor)
+
+
+def mask_array(mask: Any) -> Tensor:
+    """PIL mask -> class ids (H, W) int64. A colour image holds no class ids and is a ``ValueError``."""
+    ids = np.asarray(mask)
+    if ids.ndim != 2:
+        raise ValueError(f"a mask has {ids.shape[-1]} channels (mode {mask.mode}); store one class id per pixel (mode L or P)")
+    return torch.from_numpy(ids.astype(np.int64))
+
+
+def check_labels(data: SegmentationData, num_classes: int, ignore_index: int, name: str, most: int = 2000) -> None:
+    """Look at the masks (the first ``most``) before training: labels out of range are a ``ValueError``."""
+    for index in range(min(len(data), most)):
+        labels = torch.unique(mask_array(data.data[index]["mask"]))
+        wrong = [int(v) for v in labels if v != ignore_index and not 0 <= v < num_classes]
+        if wrong:
+            raise ValueError(
+                f"{name}, row {index}: the mask holds labels {wrong[:5]}, outside 0..{num_classes - 1} and not the "
+                f"ignore index {ignore_index}; pass --num-classes {max(wrong) + 1} or --ignore-index {wrong[-1]}"
+            )

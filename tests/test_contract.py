@@ -1,0 +1,201 @@
+"""The promises, over every adapter and every family. A new adapter or host enters by being registered."""
+
+import copy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from families import HOSTS
+
+import adaptkit
+from adaptkit.adapters.base import BlockAdapter
+from adaptkit.registry import register_adapter, view
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    width: int = 4
+
+
+@register_adapter("toy-bottleneck", ToyConfig)
+class ToyBottleneck(BlockAdapter):
+    """A block adapter from outside the package: a zero-initialised bottleneck after each block."""
+
+    def __init__(self, spec, config):
+        super().__init__(spec, config)
+        self.down = torch.nn.ModuleList(torch.nn.Linear(spec.dim, config.width) for _ in range(spec.depth))
+        self.up = torch.nn.ModuleList(torch.nn.Linear(config.width, spec.dim) for _ in range(spec.depth))
+        for up in self.up:
+            torch.nn.init.zeros_(up.weight)
+            torch.nn.init.zeros_(up.bias)
+
+    def wrap(self, block, index, trace):
+        def run(x):
+            x = block(x)
+            delta = self.up[index](torch.relu(self.down[index](x)))
+            trace["usage"] = trace.get("usage", 0) + delta.abs().mean()
+            return x + delta
+
+        return run
+
+
+SMALL = {"conv_inplane": 8}
+ADAPTERS = {
+    "vit-adapter": [("vit-adapter", SMALL)],
+    "vit-adapter-extract-only": [("vit-adapter", {**SMALL, "injector": False, "norm": "group"})],
+    "vit-adapter-light": [("vit-adapter", {**SMALL, "add_vit_feature": None, "extra_extractors": 0, "with_cffn": False,
+                                           "checkpoint": True, "norm": "layer"})],
+    "sfp": ["sfp"],
+    "toy-bottleneck": ["toy-bottleneck"],
+    "toy-bottleneck+vit-adapter": ["toy-bottleneck", ("vit-adapter", SMALL)],
+}  # fmt: skip
+assert set(adaptkit.list_adapters()) <= {a if isinstance(a, str) else a[0] for group in ADAPTERS.values() for a in group}
+
+every = pytest.mark.parametrize(
+    ("adapter", "name"), [pytest.param(a, h, id=f"{a}-{h}") for a in ADAPTERS for h in sorted(HOSTS)]
+)
+
+
+def attach(adapter, name, seed=1, **options):
+    host = HOSTS[name].build()
+    torch.manual_seed(seed)
+    return adaptkit.attach(host, *ADAPTERS[adapter], **options)
+
+
+def image(name, batch=2, cells=None, extra=(0, 0), seed=0):
+    """A batch at the host's own size, or at ``cells`` patches plus some pixels."""
+    side = HOSTS[name].size
+    size = (side, side)
+    if cells is not None:
+        patch = view(HOSTS[name].build()).spec.patch
+        size = (cells[0] * patch + extra[0], cells[1] * patch + extra[1])
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def randomise(model):
+    """Move every trainable parameter off its initial value, so that nothing is compared at zero."""
+    g = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=g))
+    return model.eval()
+
+
+def scalar(features):
+    outputs = [features.tokens, features.prefix, *features.maps, *features.aux.values()]
+    return sum((x.float() * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for x in outputs)
+
+
+def same(a, b):
+    pairs = [(a.tokens, b.tokens), (a.prefix, b.prefix), *zip(a.maps, b.maps)]
+    if a.logits is not None:
+        pairs.append((a.logits, b.logits))
+    return all(torch.equal(x, y) for x, y in pairs) and len(a.maps) == len(b.maps)
+
+
+@every
+@torch.no_grad()
+def test_just_attached_the_output_is_the_frozen_backbones_bitwise(adapter, name):
+    x = image(name)
+    plain = view(HOSTS[name].build())
+    expected = plain.features(x)
+    expected = expected._replace(logits=plain.logits(expected))
+    features = attach(adapter, name).eval()(x)
+    assert same(features._replace(maps=()), expected)
+
+
+@every
+def test_detach_returns_the_very_object_as_it_was(adapter, name):
+    host = HOSTS[name].build().train()
+    next(host.parameters()).requires_grad_(False)
+    some = list(host.modules())[-1]
+    some.eval()
+    before = copy.deepcopy(host.state_dict())
+    modules = [(m, m.training, type(m), set(vars(m))) for m in host.modules()]
+    flags = [p.requires_grad for p in host.parameters()]
+    model = adaptkit.attach(host, *ADAPTERS[adapter])
+    model.train()
+    scalar(model(image(name))).backward()
+    assert model.detach() is host
+    assert [(m, m.training, type(m), set(vars(m))) for m in host.modules()] == modules
+    assert [p.requires_grad for p in host.parameters()] == flags
+    assert all(p.grad is None for p in host.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in host.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in host.modules())
+
+
+@every
+def test_frozen_means_frozen_and_every_adapter_parameter_gets_a_gradient(adapter, name):
+    model = attach(adapter, name).train()
+    before = copy.deepcopy(model.backbone.state_dict())
+    scalar(model(image(name))).backward()
+    assert not any(m.training for m in model.backbone.modules())
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+    assert all(p.grad is None and not p.requires_grad for p in model.backbone.parameters())
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2).step()
+    assert all(torch.equal(v, before[k]) for k, v in model.backbone.state_dict().items())
+
+
+@every
+@torch.no_grad()
+def test_save_load_attach_elsewhere_gives_the_same_output_bitwise(adapter, name, tmp_path):
+    model = randomise(attach(adapter, name, head=("fpn", {"num_classes": 3, "channels": 8})))
+    x = image(name)
+    expected = model(x)
+    model.save(tmp_path)
+    again = adaptkit.attach(HOSTS[name].build(), tmp_path)
+    assert not again.training
+    assert same(again(x), expected)
+
+
+@every
+@torch.no_grad()
+@pytest.mark.parametrize(("cells", "extra"), [((3, 5), (0, 0)), ((4, 3), (3, 1))], ids=["rectangle", "odd"])
+def test_any_input_size_gives_maps_of_the_image_size(adapter, name, cells, extra):
+    model = attach(adapter, name, head=("linear", {"num_classes": 3})).eval()
+    x = image(name, 1, cells, extra)
+    features = model(x)
+    height, width = x.shape[-2:]
+    strides = (4, 8, 16, 32) if features.maps else ()
+    assert [m.shape[-2:] for m in features.maps] == [(-(-height // s), -(-width // s)) for s in strides]
+    assert features.logits.shape == (1, 3, height, width)
+    assert all(m.isfinite().all() for m in features.maps)
+
+
+# Tracing every pair would take minutes and say little more: blocks of every family are traced with one adapter, and
+# every adapter on one host of each position scheme.
+TRACED = [("toy-bottleneck+vit-adapter", h) for h in sorted(HOSTS)] + [
+    (a, h) for a in ADAPTERS for h in ("timm-vit", "timm-dinov3", "hf-dinov2") if h in HOSTS
+]
+traced = pytest.mark.parametrize(("adapter", "name"), [pytest.param(a, h, id=f"{a}-{h}") for a, h in dict.fromkeys(TRACED)])
+
+
+@traced
+def test_compiles_as_one_graph(adapter, name):
+    torch._dynamo.reset()
+    model = randomise(attach(adapter, name))
+    x = image(name)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")(x)
+    expected = model(x)
+    torch.testing.assert_close(compiled.tokens, expected.tokens)
+    for a, b in zip(compiled.maps, expected.maps):
+        torch.testing.assert_close(a, b)
+
+
+@traced
+@torch.no_grad()
+def test_exports(adapter, name):
+    model = randomise(attach(adapter, name))
+    x = image(name)
+    program = torch.export.export(model, (x,), strict=False)
+    exported, expected = program.module()(x), model(x)
+    torch.testing.assert_close(exported.tokens, expected.tokens)
+    for a, b in zip(exported.maps, expected.maps):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert not any("grid_sampler" in str(n.target) for n in program.graph.nodes)
