@@ -18,7 +18,9 @@ def model_card(header: dict[str, Any]) -> str:
     spec = backbone["spec"]
     title = " + ".join(names) or "head"
     config = json.dumps({"adapters": header["adapters"], "head": header["head"]}, indent=2)
-    return "\n".join(front) + f"""
+    return (
+        "\n".join(front)
+        + f"""
 # {title} for {backbone["source"] or backbone["class"]}
 
 Trained with adaptkit (`pip install adaptkit`) beside a frozen ViT: dim {spec["dim"]}, depth
@@ -36,3 +38,4 @@ features = model(image)  # features.maps, features.logits
 {config}
 ```
 """
+    )

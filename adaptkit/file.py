@@ -103,7 +103,7 @@ def describe_backbone(vit: ViT) -> dict[str, Any]:
 
 
 def fingerprint(vit: ViT) -> dict[str, list[float]]:
-    """Return eight values of each of a few frozen tensors, spread evenly: the same in timm, transformers and half precision."""
+    """Return eight values each of a few frozen tensors: the same in timm, transformers and half precision."""
     marks = {}
     for name, tensor in vit.fingerprint_tensors().items():
         flat = tensor.detach().flatten()
@@ -124,8 +124,8 @@ def check_fits(file: AdapterFile, vit: ViT, strict: bool = False) -> None:
         if a != b:
             saved = file.header["backbone"]
             raise ValueError(
-                f"{file.path} was trained on {name}={a} ({saved['source'] or saved['class']}: {_say(then)}), this "
-                f"backbone has {name}={b} ({vit.source().id or type(vit.host).__name__}: {_say(now)}); attach it to "
+                f"{file.path} was trained on {name}={a} ({saved['source'] or saved['class']}: {say_spec(then)}), this "
+                f"backbone has {name}={b} ({vit.source().id or type(vit.host).__name__}: {say_spec(now)}); attach it to "
                 f"a ViT with {name}={a}"
             )
     if not _same_marks(file.header["backbone"]["fingerprint"], fingerprint(vit)):
@@ -148,7 +148,8 @@ def check_fits(file: AdapterFile, vit: ViT, strict: bool = False) -> None:
         )
 
 
-def _say(spec: Spec) -> str:
+def say_spec(spec: Spec) -> str:
+    """Return the numbers that a backbone must share with a file."""
     return f"dim={spec.dim}, depth={spec.depth}, heads={spec.heads}, patch={spec.patch}, prefix={spec.prefix}"
 
 

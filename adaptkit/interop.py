@@ -141,7 +141,9 @@ def _load_vit(state_dict: dict[str, Tensor], backbone: nn.Module) -> None:
     target = host.state_dict()
     for key in [k for k in own if k.endswith("gamma") and k not in target]:
         if not torch.equal(own[key], torch.ones_like(own[key])):
-            raise ValueError(f"the checkpoint has a layer scale ({key}), the backbone has none: build it with init_values=1.0")
+            raise ValueError(
+                f"the checkpoint has a layer scale ({key}), the backbone has none: build it with init_values=1.0"
+            )
         del own[key]
     if "pos_embed" in state_dict:
         own["pos_embed"] = _positions(state_dict["pos_embed"], host)

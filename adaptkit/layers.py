@@ -29,6 +29,7 @@ class DropPath(nn.Module):
         return x * mask / keep
 
     def extra_repr(self) -> str:
+        """Show the probability."""
         return f"p={self.p}"
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from adaptkit.ops.grid import cells, pad_to_multiple
 
-__all__ = ["Block", "Features", "Spec", "Source", "ViT", "identity"]
+__all__ = ["Block", "Features", "Source", "Spec", "ViT", "identity"]
 
 Fn = Callable[[Tensor], Tensor]
 

@@ -33,7 +33,10 @@ def open_dataset(name: str, split: str, columns: tuple[str | None, str | None] =
     elif path.suffix == ".parquet" or "*" in name:
         if "*" not in name and not path.is_file():
             raise ValueError(f"there is no file {name}")
-        data = datasets.load_dataset("parquet", data_files=name, split="train")
+        try:
+            data = datasets.load_dataset("parquet", data_files=name, split="train")
+        except ValueError as error:  # how datasets says that a file has no rows
+            raise ValueError(f"{name} holds no rows ({error})") from error
     elif path.exists():
         raise ValueError(f"{name} is neither a Parquet file nor a folder with images/ and masks/")
     else:
@@ -110,7 +113,9 @@ def mask_array(mask: Any) -> Tensor:
     """PIL mask -> class ids (H, W) int64. A colour image holds no class ids and is a ``ValueError``."""
     ids = np.asarray(mask)
     if ids.ndim != 2:
-        raise ValueError(f"a mask has {ids.shape[-1]} channels (mode {mask.mode}); store one class id per pixel (mode L or P)")
+        raise ValueError(
+            f"a mask has {ids.shape[-1]} channels (mode {mask.mode}); store one class id per pixel (mode L or P)"
+        )
     return torch.from_numpy(ids.astype(np.int64))
 
 

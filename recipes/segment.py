@@ -47,8 +47,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--backbone", default="demo", help="demo, a timm name, hf-hub:..., org/repo, or a local folder")
     p.add_argument("--random-backbone", action="store_true", help="random weights, for comparison")
     p.add_argument("--adapter", default="vit-adapter", help="vit-adapter, sfp, none")
-    p.add_argument("--adapter-options", type=json.loads, default={}, help='JSON, e.g. \'{"injector": false}\'')
-    p.add_argument("--head", default="fpn", help="fpn or linear")
+    p.add_argument("--adapter-options", type=json.loads, default={}, help="JSON, e.g. '{\"injector\": false}'")
+    p.add_argument("--head", default=None, help="fpn or linear; default: fpn, linear without adapter")
     p.add_argument("--size", type=int, nargs=2, default=(240, 320), metavar=("H", "W"))
     p.add_argument("--steps", type=int, default=400)
     p.add_argument("--batch-size", type=int, default=8, help="per process")
@@ -66,8 +66,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--out", default="runs/segment")
     p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     args = p.parse_args(argv)
+    args.head = args.head or ("linear" if args.adapter == "none" else "fpn")
     if args.steps < 1 or args.batch_size < 1 or args.accumulate < 1:
         p.error("--steps, --batch-size and --accumulate must be at least 1")
+    if args.head == "linear" and args.adapter != "none":
+        p.error(f"--head linear reads the tokens, so {args.adapter}'s pyramid would not be trained; use --head fpn")
     return args
 
 
@@ -166,7 +169,7 @@ def save_checkpoint(accelerator: Accelerator, out: Path, step: int, args: argpar
     accelerator.save_state(str(unfinished), safe_serialization=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (unfinished / "progress.json").write_text(json.dumps({"step": step, "recipe": recipe_of(args)}))
+        (unfinished / "progress.json").write_text(json.dumps({"step": step, "arguments": lasting(args)}))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(unfinished, final)
         for old in checkpoints(out)[:-2]:
@@ -174,7 +177,7 @@ def save_checkpoint(accelerator: Accelerator, out: Path, step: int, args: argpar
     accelerator.wait_for_everyone()
 
 
-def recipe_of(args: argparse.Namespace) -> dict[str, Any]:
+def lasting(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments that a resumed run must share with the run it goes on with."""
     free = {"resume", "out", "workers", "eval_every", "save_every", "tracker"}
     return json.loads(json.dumps({k: v for k, v in vars(args).items() if k not in free}))
@@ -185,13 +188,12 @@ def resume_step(out: Path, args: argparse.Namespace) -> tuple[Path | None, int]:
     if not found:
         return None, 0
     progress = json.loads((found[-1] / "progress.json").read_text())
-    now = recipe_of(args)
-    changed = [k for k in now if progress["recipe"].get(k) != now[k]]
+    then, now = progress["arguments"], lasting(args)
+    changed = [k for k in now if then.get(k) != now[k]]
     if changed:
-        then = ", ".join(f"{k}={progress['recipe'].get(k)!r}" for k in changed)
-        raise SystemExit(
-            f"{found[-1]} was trained with {then}; now it is {', '.join(f'{k}={now[k]!r}' for k in changed)}. "
-            "Resume with the same arguments, or train into another --out"
+        raise ValueError(
+            f"{found[-1]} was trained with {', '.join(f'{k}={then.get(k)!r}' for k in changed)}; now it is "
+            f"{', '.join(f'{k}={now[k]!r}' for k in changed)}. Resume with the same arguments, or choose another --out"
         )
     return found[-1], progress["step"]
 
@@ -217,7 +219,9 @@ def train(
     log, started = Log(out, accelerator, args, first), time.time()
     for i, (image, mask) in enumerate(loader):
         step = first + i // k
-        set_seed(args.seed * 1_000_003 + first * k + i, device_specific=True)  # dropout belongs to the step, not to the run
+        set_seed(
+            args.seed * 1_000_003 + first * k + i, device_specific=True
+        )  # dropout belongs to the step, not to the run
         with accelerator.accumulate(model):
             loss = F.cross_entropy(model(image).logits.float(), mask, ignore_index=args.ignore_index)
             if not torch.isfinite(accelerator.gather(loss.detach())).all():
@@ -350,4 +354,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, TypeError, OSError) as error:  # the user's to mend: the message says how
+        raise SystemExit(f"segment: {error}") from error

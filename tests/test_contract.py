@@ -53,7 +53,9 @@ ADAPTERS = {
     "toy-bottleneck": ["toy-bottleneck"],
     "toy-bottleneck+vit-adapter": ["toy-bottleneck", ("vit-adapter", SMALL)],
 }  # fmt: skip
-assert set(adaptkit.list_adapters()) <= {a if isinstance(a, str) else a[0] for group in ADAPTERS.values() for a in group}
+assert set(adaptkit.list_adapters()) <= {
+    a if isinstance(a, str) else a[0] for group in ADAPTERS.values() for a in group
+}
 
 every = pytest.mark.parametrize(
     ("adapter", "name"), [pytest.param(a, h, id=f"{a}-{h}") for a in ADAPTERS for h in sorted(HOSTS)]
@@ -173,7 +175,9 @@ def test_any_input_size_gives_maps_of_the_image_size(adapter, name, cells, extra
 TRACED = [("toy-bottleneck+vit-adapter", h) for h in sorted(HOSTS)] + [
     (a, h) for a in ADAPTERS for h in ("timm-vit", "timm-dinov3", "hf-dinov2") if h in HOSTS
 ]
-traced = pytest.mark.parametrize(("adapter", "name"), [pytest.param(a, h, id=f"{a}-{h}") for a, h in dict.fromkeys(TRACED)])
+traced = pytest.mark.parametrize(
+    ("adapter", "name"), [pytest.param(a, h, id=f"{a}-{h}") for a, h in dict.fromkeys(TRACED)]
+)
 
 
 @traced

@@ -13,7 +13,9 @@ from adaptkit.interop import from_official
 
 SHARED = Path(os.environ.get("ADAPTKIT_SHARED", Path(__file__).parents[2] / "shared"))
 GOLDEN = SHARED / "golden" / "vit_adapter_a.safetensors"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_file(), reason=f"no reference vectors at {GOLDEN} (set ADAPTKIT_SHARED)")
+needs_golden = pytest.mark.skipif(
+    not GOLDEN.is_file(), reason=f"no reference vectors at {GOLDEN} (set ADAPTKIT_SHARED)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,9 @@ def test_vit_adapter_matches_the_authors_outputs_and_gradients(golden, dtype, to
 def test_the_backbone_prefix_and_a_whole_checkpoint_are_understood(golden):
     config, tensors = golden
     plain = official(tensors)
-    wrapped = {"state_dict": {**{f"backbone.{k}": v for k, v in plain.items()}, "decode_head.conv.weight": torch.ones(1)}}
+    wrapped = {
+        "state_dict": {**{f"backbone.{k}": v for k, v in plain.items()}, "decode_head.conv.weight": torch.ones(1)}
+    }
     image = tensors["input"]
     outputs = [
         from_official("vit-adapter", sd, host(config), load_backbone=True, add_vit_feature="last")(image).maps[0]

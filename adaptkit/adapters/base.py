@@ -60,9 +60,11 @@ class WrappedViT(ViT):
         self.positions, self.prefix_optional = vit.positions, vit.prefix_optional
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+        """As the inner view."""
         return self.vit.embed(image, grid)
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Any]:
+        """Blocks of the inner view, each wrapped in the order given."""
         return [self._wrap(block, i) for i, block in enumerate(self.vit.blocks(image, grid))]
 
     def _wrap(self, block: Block, index: int) -> Fn:
@@ -72,15 +74,19 @@ class WrappedViT(ViT):
         return run
 
     def norm(self, x: Tensor) -> Tensor:
+        """As the inner view."""
         return self.vit.norm(x)
 
     def classify(self, x: Tensor) -> Tensor | None:
+        """As the inner view."""
         return self.vit.classify(x)
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
+        """As the inner view."""
         return self.vit.fingerprint_tensors()
 
     def source(self) -> Source:
+        """As the inner view."""
         return self.vit.source()
 
 

@@ -28,8 +28,9 @@ class SimpleFeaturePyramidConfig:
 
 @register_adapter("sfp", SimpleFeaturePyramidConfig)
 class SimpleFeaturePyramid(SideAdapter):
-    """Transposed convolutions to strides p/4 and p/2, the identity, and pooling to 2p; then 1x1 and 3x3 convolutions.
+    """Simple feature pyramid: strides 4 to 32 from the last tokens alone.
 
+    Transposed convolutions to strides p/4 and p/2, the identity, and pooling to 2p; then 1x1 and 3x3 convolutions.
     For a patch p other than 16 the maps are resampled from these strides to 4, 8, 16 and 32.
     """
 

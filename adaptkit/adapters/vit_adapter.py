@@ -13,6 +13,7 @@ point is a pixel position over the extent, in pixels, of the grid that is sample
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -78,22 +79,22 @@ class ViTAdapterConfig:
         heads, ratio, drop_path = _preset(spec.dim)
         ratio = ratio if self.deform_ratio is None else self.deform_ratio
         width = int(spec.dim * ratio)
-        config = replace(
+        heads = self.deform_num_heads or (heads if width % heads == 0 else _heads(width))
+        groups = self.interaction_indexes or even_groups(spec.depth, 4)
+        _check_groups(groups, spec.depth)
+        if width == 0 or width % heads:
+            raise ValueError(
+                f"deform_num_heads={heads} does not divide the value width {width} (deform_ratio={ratio} of "
+                f"dim={spec.dim}); choose a divisor of {width}"
+            )
+        return replace(
             self,
-            interaction_indexes=self.interaction_indexes or even_groups(spec.depth, 4),
-            deform_num_heads=self.deform_num_heads or (heads if width % heads == 0 else _heads(width)),
+            interaction_indexes=groups,
+            deform_num_heads=heads,
             deform_ratio=ratio,
             tap_norm=not self.injector if self.tap_norm is None else self.tap_norm,
             drop_path=drop_path if self.drop_path is None else self.drop_path,
         )
-        assert config.interaction_indexes is not None and config.deform_num_heads is not None
-        _check_groups(config.interaction_indexes, spec.depth)
-        if width == 0 or width % config.deform_num_heads:
-            raise ValueError(
-                f"deform_num_heads={config.deform_num_heads} does not divide the value width {width} "
-                f"(deform_ratio={ratio} of dim={spec.dim}); choose a divisor of {width}"
-            )
-        return config
 
 
 def _preset(dim: int) -> tuple[int, float, float]:
@@ -114,7 +115,7 @@ def even_groups(depth: int, groups: int) -> tuple[tuple[int, int], ...]:
     """Split 0..depth-1 into (first, last) ranges as even as can be: depth 14 -> 3, 4, 3, 4 blocks."""
     groups = min(groups, depth)
     edges = [round(i * depth / groups) for i in range(groups + 1)]
-    return tuple((a, b - 1) for a, b in zip(edges, edges[1:]))
+    return tuple((a, b - 1) for a, b in itertools.pairwise(edges))
 
 
 def _check_groups(groups: Sequence[tuple[int, int]], depth: int) -> None:
@@ -180,9 +181,7 @@ class MSDeformAttn(nn.Module):
             nn.init.xavier_uniform_(proj.weight)
             nn.init.zeros_(proj.bias)
 
-    def forward(
-        self, query: Tensor, reference: Tensor, feat: Tensor, grids: Sequence[tuple[int, int]]
-    ) -> Tensor:
+    def forward(self, query: Tensor, reference: Tensor, feat: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """query (B, Q, D), reference (Q, 2) in 0..1, feat (B, S, D) of maps ``grids`` -> (B, Q, D)."""
         shape = (self.heads, self.levels, self.points)
         value = self.value_proj(feat).unflatten(2, (self.heads, -1))
@@ -298,7 +297,7 @@ class SpatialPrior(nn.Module):
 
 @register_adapter("vit-adapter", ViTAdapterConfig)
 class ViTAdapter(SideAdapter):
-    """ViT-Adapter on a frozen ViT of any patch size, for images of any size."""
+    """ViT-Adapter: a spatial prior and deformable attention beside the blocks, strides 4 to 32."""
 
     strides = STRIDES
 
@@ -335,7 +334,9 @@ class ViTAdapter(SideAdapter):
         taps = []
         for interaction, (first, last) in zip(self.interactions, self.config.interaction_indexes):
 
-            def through_group(x: Tensor, c: Tensor, step: Any = interaction, group: Any = blocks[first : last + 1]) -> Tensor:
+            def through_group(
+                x: Tensor, c: Tensor, step: Any = interaction, group: Any = blocks[first : last + 1]
+            ) -> Tensor:
                 x = step.inject(x, c, grids)
                 for block in group:
                     x = block(x)

@@ -31,8 +31,9 @@ class FPNHeadConfig:
 
 @register_head("fpn", FPNHeadConfig)
 class FPNHead(nn.Module):
-    """Top-down sums over the pyramid, a 3x3 convolution per level, all summed at the finest stride and classified.
+    """Panoptic FPN's semantic branch on the pyramid, or on the tokens where there is none.
 
+    Top-down sums over the pyramid, a 3x3 convolution per level, all summed at the finest stride and classified.
     Without a pyramid (no side adapter) the patch tokens are its only level.
     """
 

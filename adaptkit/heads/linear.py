@@ -27,7 +27,7 @@ class LinearHeadConfig:
 
 @register_head("linear", LinearHeadConfig)
 class LinearHead(nn.Module):
-    """BatchNorm and a 1x1 convolution on the patch tokens, as DINOv2's linear segmentation head has them."""
+    """BatchNorm and one linear layer on each patch token, upsampled."""
 
     def __init__(self, spec: Spec, config: LinearHeadConfig, strides: tuple[int, ...]) -> None:
         super().__init__()

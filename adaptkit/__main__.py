@@ -1,0 +1,7 @@
+"""``python -m adaptkit`` is the command line."""
+
+import sys
+
+from adaptkit.cli import main
+
+sys.exit(main())

@@ -1,0 +1,201 @@
+"""The command line: ``adaptkit list | demo | inspect FILE | doctor MODEL``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from adaptkit.version import __version__
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. An error of the user's is one line on stderr and status 2."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"adaptkit {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="adaptkit", description="Small trainable modules for frozen ViTs.")
+    parser.add_argument("--version", action="version", version=f"adaptkit {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    listing = commands.add_parser("list", help="adapters, heads and backbone families")
+    listing.set_defaults(run=_list)
+
+    demo = commands.add_parser("demo", help="train three ways to read a frozen backbone, offline, in minutes")
+    demo.add_argument("--out", default="adaptkit-demo", help="folder for adapters and picture (default: %(default)s)")
+    demo.add_argument("--steps", type=int, default=100, help="per way (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=_demo)
+
+    inspect = commands.add_parser("inspect", help="what an adapter file holds and what it fits")
+    inspect.add_argument("file", help="a saved folder, or its adapter_model.safetensors")
+    inspect.add_argument("--json", action="store_true", help="print the header as it is")
+    inspect.set_defaults(run=_inspect)
+
+    doctor = commands.add_parser("doctor", help="how a backbone is seen, and what attaches to it")
+    doctor.add_argument("model", help="demo, a timm name, hf-hub:..., org/repo, or a local folder")
+    doctor.add_argument("--pretrained", action="store_true", help="load the weights too (may download them)")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _first_line(thing: Any) -> str:
+    return (thing.__doc__ or "").strip().splitlines()[0]
+
+
+def _list(args: argparse.Namespace) -> None:
+    from adaptkit import registry
+
+    for title, entries in (("adapters", registry.adapters()), ("heads", registry.heads())):
+        _table(title, [(name, _first_line(entry.module)) for name, entry in sorted(entries.items())])
+    hosts: dict[str, list[str]] = {}
+    for path in sorted(registry.families()):
+        library, _, name = path.partition(".")[0], None, path.rpartition(".")[2]
+        hosts.setdefault(library, []).append(name)
+    _table("backbones", [(library, ", ".join(names)) for library, names in hosts.items()])
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from adaptkit.demo.run import WAYS, demo, table
+
+    if args.steps < 1:
+        raise ValueError(f"--steps {args.steps}: give at least 1")
+    console = Console()
+    columns = (
+        TextColumn("{task.description:12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        tasks = {name: progress.add_task(name, total=args.steps, loss="") for name in WAYS}
+
+        def advance(name: str, loss: float) -> None:
+            progress.update(tasks[name], advance=1, loss=f"loss {loss:.3f}")
+
+        rows = demo(args.out, args.steps, args.seed, advance)
+    console.print(table(rows, args.steps))
+    console.print(f"predictions: {args.out}/predictions.png", soft_wrap=True)
+    console.print(
+        f"adapters:    {args.out}/{{{','.join(WAYS)}}}, see `adaptkit inspect {args.out}/vit-adapter`", soft_wrap=True
+    )
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from adaptkit.file import load, say_spec
+
+    file = load(args.file)
+    if args.json:
+        print(json.dumps(file.header, indent=2, sort_keys=True))
+        return
+    backbone, spec = file.header["backbone"], file.spec
+    count = sum(t.numel() for t in file.tensors.values())
+    rows = [
+        (
+            "file",
+            f"{file.path} ({file.path.stat().st_size / 1e6:.2f} MB, {len(file.tensors)} tensors, {count:,} values)",
+        )
+    ]
+    rows += [(f"adapter {a['name']}", json.dumps(a["config"])) for a in file.header["adapters"]]
+    head = file.header["head"]
+    if head is not None:
+        rows += [(f"head {head['name'] or head['class']}", json.dumps(head.get("config", {})))]
+    rows += [
+        ("trained on", f"{backbone['source'] or 'unnamed'} ({backbone['class']})"),
+        (
+            "fits",
+            f"ViTs of dim {spec.dim}, depth {spec.depth}, {spec.heads} heads, patch {spec.patch}, {spec.prefix} prefix tokens",
+        ),
+        (
+            "images",
+            f"mean {backbone['mean']}, std {backbone['std']}" if backbone["mean"] else "normalisation not recorded",
+        ),
+        ("positions", backbone["positions"]),
+        ("metadata", json.dumps(file.header.get("metadata", {}))),
+        ("written by", f"adaptkit {file.header['adaptkit']}, format {file.header['format']}"),
+    ]
+    _table("adapter file", rows)
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    import torch
+
+    from adaptkit import registry
+    from adaptkit.hosts import create_backbone
+    from adaptkit.model import attach
+
+    model = create_backbone(args.model, pretrained=args.pretrained)
+    vit = registry.view(model)
+    spec, source = vit.spec, vit.source()
+    rows = [
+        ("class", f"{type(vit.host).__module__}.{type(vit.host).__qualname__}"),
+        ("family", spec.family),
+        ("source", source.id or "unnamed"),
+        ("width, depth, heads", f"{spec.dim}, {spec.depth}, {spec.heads}"),
+        (
+            "patch",
+            f"{spec.patch} pixels; an image of 240x320 is a grid of {-(-240 // spec.patch)}x{-(-320 // spec.patch)}",
+        ),
+        ("prefix tokens", str(spec.prefix)),
+        ("positions", f"{vit.positions} to another grid"),
+        (
+            "normalisation",
+            f"mean {list(source.mean)}, std {list(source.std)}" if source.mean else "not recorded by the model",
+        ),
+    ]
+    image = torch.zeros(1, 3, 5 * spec.patch + 3, 7 * spec.patch)
+    for name in sorted(registry.adapters()):
+        rows.append((f"attach {name!r}", _try(attach, model, name, image)))
+    _table(args.model, rows)
+
+
+def _try(attach: Any, model: Any, name: str, image: Any) -> str:
+    """Attach, run one odd-sized image, detach; say what happened."""
+    import torch
+
+    try:
+        adapted = attach(model, name).eval()
+    except (TypeError, ValueError) as error:
+        return f"no: {error}"
+    try:
+        with torch.no_grad():
+            maps = adapted(image).maps
+        trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        made = ", ".join(f"{m.shape[-2]}x{m.shape[-1]}" for m in maps)
+        size = f"{image.shape[-2]}x{image.shape[-1]}"
+        return f"yes: {trained:,} trainable parameters; {size} pixels give {f'maps of {made}' if made else 'tokens'}"
+    finally:
+        adapted.detach()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

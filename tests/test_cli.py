@@ -1,0 +1,70 @@
+"""The command line says what it does, and one line where it can not."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from families import HOSTS
+
+import adaptkit
+from adaptkit.cli import main
+
+
+def test_list_names_adapters_heads_and_hosts(capsys):
+    assert main(["list"]) == 0
+    said = capsys.readouterr().out
+    for name in ("vit-adapter", "sfp", "fpn", "linear", "VisionTransformer", "Dinov2Model"):
+        assert name in said
+
+
+def test_doctor_says_how_a_backbone_is_seen_and_what_attaches(capsys):
+    assert main(["doctor", "vit_tiny_patch16_224"]) == 0
+    said = capsys.readouterr().out
+    for fact in ("timm-vit", "192, 12, 3", "15x20", "2,438,192 trainable"):
+        assert fact in said
+
+
+def test_inspect_says_what_a_file_holds_and_what_it_fits(tmp_path, capsys):
+    adaptkit.attach(HOSTS["timm-vit"].build(), "sfp", head=("linear", {"num_classes": 3})).save(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    for fact in ("adapter sfp", "head linear", "dim=32, depth=4, heads=2, patch=8"):
+        assert fact in said
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["adapters"][0]["name"] == "sfp"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["inspect", "nowhere"], "no adapter at nowhere"),
+        (["doctor", "resnet18"], "no family sees timm.models.resnet.ResNet"),
+        (["doctor", "vit_no_such"], "no backbone is named 'vit_no_such'"),
+        (["demo", "--steps", "0"], "--steps 0: give at least 1"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_two(argv, message, capsys):
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_demo_trains_three_ways_and_draws_a_picture(tmp_path, capsys, monkeypatch):
+    import adaptkit.demo
+
+    real = adaptkit.demo.scenes
+    monkeypatch.setattr(adaptkit.demo, "scenes", lambda split, seed: real(split, seed=seed, size=64, count=8))
+    assert main(["demo", "--steps", "2", "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    for name in ("linear", "sfp", "vit-adapter"):
+        assert name in said
+        assert adaptkit.load(tmp_path / "out" / name).header["metadata"]["task"] == "semantic-segmentation"
+    from PIL import Image
+
+    assert Image.open(tmp_path / "out" / "predictions.png").size[0] > 5 * 128
+    assert torch.get_num_threads() == 1
