@@ -131,10 +131,7 @@ def _inspect(args: argparse.Namespace) -> None:
         rows += [(f"head {head['name'] or head['class']}", json.dumps(head.get("config", {})))]
     rows += [
         ("trained on", f"{backbone['source'] or 'unnamed'} ({backbone['class']})"),
-        (
-            "fits",
-            f"ViTs of dim {spec.dim}, depth {spec.depth}, {spec.heads} heads, patch {spec.patch}, {spec.prefix} prefix tokens",
-        ),
+        ("fits", f"ViTs of {say_spec(spec)}"),
         (
             "images",
             f"mean {backbone['mean']}, std {backbone['std']}" if backbone["mean"] else "normalisation not recorded",

@@ -123,9 +123,10 @@ def check_fits(file: AdapterFile, vit: ViT, strict: bool = False) -> None:
         a, b = getattr(then, name), getattr(now, name)
         if a != b:
             saved = file.header["backbone"]
+            here = vit.source().id or type(vit.host).__name__
             raise ValueError(
                 f"{file.path} was trained on {name}={a} ({saved['source'] or saved['class']}: {say_spec(then)}), this "
-                f"backbone has {name}={b} ({vit.source().id or type(vit.host).__name__}: {say_spec(now)}); attach it to "
+                f"backbone has {name}={b} ({here}: {say_spec(now)}); attach it to "
                 f"a ViT with {name}={a}"
             )
     if not _same_marks(file.header["backbone"]["fingerprint"], fingerprint(vit)):

@@ -26,7 +26,7 @@ class Part(NamedTuple):
     file: AdapterFile | None
 
 
-def attach(model: nn.Module, *adapters: Any, head: Any = None, strict: bool = False) -> AdaptedModel:
+def attach(model: nn.Module, *adapters: Any, head: Any = None, strict: bool = False, **options: Any) -> AdaptedModel:
     """Freeze ``model`` and attach adapters to it, and optionally a head.
 
     Args:
@@ -36,6 +36,7 @@ def attach(model: nn.Module, *adapters: Any, head: Any = None, strict: bool = Fa
         head: a config (``LinearHeadConfig(num_classes=21)``), a pair ``("linear", {"num_classes": 21})``, or your
             own module, called with :class:`~adaptkit.vit.Features`. A saved adapter brings its own head.
         strict: make other backbone weights than those of the file an error instead of a warning.
+        options: of the adapter, where it is the only one and given by name: ``attach(m, "vit-adapter", norm="group")``.
 
     Returns the adapted model, in the training mode of ``model``; in eval mode where a saved adapter is attached.
 
@@ -44,6 +45,10 @@ def attach(model: nn.Module, *adapters: Any, head: Any = None, strict: bool = Fa
     """
     if isinstance(model, AdaptedModel):
         raise TypeError("this model has adapters already: attach all of them in one call, or detach() first")
+    if options:
+        if len(adapters) != 1 or not isinstance(adapters[0], str):
+            raise TypeError(f"{', '.join(options)}: options go with one adapter given by name; otherwise use (name, {{...}})")
+        adapters = ((adapters[0], options),)
     vit = registry.view(model)
     parts: list[Part] = []
     for adapter in adapters:

@@ -90,11 +90,17 @@ class SegmentationData(Dataset):
     def __init__(self, data: Any, size: tuple[int, int], source: Source, seed: int = 0, train: bool = False) -> None:
         self.data, self.seed = data, seed
         mean, std = (source.mean, source.std) if source.mean else IMAGENET
-        to_tensor = [v2.ToImage(), v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
-        geometry = [v2.RandomResizedCrop(size, scale=(0.4, 1.0), ratio=(0.8 * size[1] / size[0], 1.25 * size[1] / size[0]),
-                                         antialias=True), v2.RandomHorizontalFlip(),
-                    v2.ColorJitter(0.3, 0.3, 0.2, 0.05)] if train else [v2.Resize(size, antialias=True)]  # fmt: skip
-        self.transform = v2.Compose([*to_tensor, *geometry, v2.Normalize(list(mean), list(std))])
+        aspect = size[1] / size[0]
+        steps = [v2.ToImage(), v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
+        if train:
+            steps += [
+                v2.RandomResizedCrop(size, scale=(0.4, 1.0), ratio=(0.8 * aspect, 1.25 * aspect), antialias=True),
+                v2.RandomHorizontalFlip(),
+                v2.ColorJitter(0.3, 0.3, 0.2, 0.05),
+            ]
+        else:
+            steps += [v2.Resize(size, antialias=True)]
+        self.transform = v2.Compose([*steps, v2.Normalize(list(mean), list(std))])
 
     def __len__(self) -> int:
         return len(self.data)

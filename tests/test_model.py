@@ -32,6 +32,12 @@ def test_a_name_a_config_and_a_pair_are_the_same():
     assert all(torch.equal(states[0][k], s[k]) for s in states for k in s)
 
 
+def test_options_go_with_the_one_adapter_given_by_name():
+    assert adaptkit.attach(host(), "vit-adapter", injector=False).adapters["vit-adapter"].config.injector is False
+    with pytest.raises(TypeError, match="injector: options go with one adapter given by name"):
+        adaptkit.attach(host(), ViTAdapterConfig(), injector=False)
+
+
 def test_the_names_are_listed():
     assert {"sfp", "vit-adapter"} <= set(adaptkit.list_adapters())
     assert {"fpn", "linear"} <= set(adaptkit.list_heads())

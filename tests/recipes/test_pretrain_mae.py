@@ -1,0 +1,58 @@
+"""The pretraining recipe: it runs from the command line, and a resumed run is the run that was never stopped."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from recipes import pretrain_mae
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--batch-size", "2", "--image-size", "64", "--canvases", "2", "--reuse", "2", "--save-every", "100"]
+
+
+def pretrain(monkeypatch: pytest.MonkeyPatch, out: Path, *options: str) -> dict[str, torch.Tensor]:
+    """Run the recipe in this process and return the weights it publishes."""
+    monkeypatch.setattr(sys, "argv", ["pretrain_mae", "--out", str(out), *TINY, *options])
+    pretrain_mae.main()
+    return load_file(out / "demo_backbone.safetensors")
+
+
+def test_the_command_line_makes_weights_and_a_card(tmp_path):
+    command = [sys.executable, "-m", "recipes.pretrain_mae", "--steps", "2", "--out", str(tmp_path), *TINY]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    model = timm.create_model(pretrain_mae.ARCHITECTURE, num_classes=0)
+    model.load_state_dict(load_file(tmp_path / "demo_backbone.safetensors"))
+    assert "4 crops of 64 x 64 pixels" in (tmp_path / "README.md").read_text()
+
+
+def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, monkeypatch):
+    whole = pretrain(monkeypatch, tmp_path / "whole", "--steps", "4")
+    part = pretrain(monkeypatch, tmp_path / "part", "--steps", "4", "--minutes", "0")  # stops after one step
+    resumed = pretrain(monkeypatch, tmp_path / "part", "--steps", "4", "--resume")
+    assert any(not torch.equal(whole[name], part[name]) for name in whole)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_blocks_start_as_the_identity():
+    model = timm.create_model(pretrain_mae.ARCHITECTURE, num_classes=0)
+    pretrain_mae.initialise(model)
+    x = torch.randn(1, 5, 192)
+    assert torch.equal(model.blocks(x), x)
+
+
+def test_the_orthogonal_update_has_singular_values_near_one():
+    from recipes.muon import orthogonal
+
+    values = torch.linalg.svdvals(orthogonal(torch.randn(48, 16, generator=torch.Generator().manual_seed(0))))
+    assert values.min() > 0.5
+    assert values.max() < 1.5
+
+
+def test_patches_are_taken_row_by_row():
+    image = torch.arange(16.0).reshape(1, 1, 4, 4)
+    assert pretrain_mae.patchify(image, 2)[0, 1].tolist() == [2, 3, 6, 7]
