@@ -1,0 +1,46 @@
+"""A backbone from its name, offline."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from families import HOSTS
+
+from adaptkit.hosts import create_backbone
+from adaptkit.registry import view
+
+
+def test_a_timm_name_builds_the_timm_model():
+    assert view(create_backbone("vit_tiny_patch16_224", pretrained=False)).spec.dim == 192
+
+
+def test_a_folder_that_transformers_saved(tmp_path):
+    host = HOSTS["hf-dinov2"].build()
+    host.save_pretrained(tmp_path)
+    again = create_backbone(str(tmp_path))
+    assert type(again) is type(host)
+    assert all(torch.equal(v, host.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+def test_a_folder_that_timm_saved(tmp_path):
+    import timm
+    from timm.models import save_for_hf
+
+    host = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    save_for_hf(host, str(tmp_path), safe_serialization=True)
+    again = create_backbone(str(tmp_path))
+    assert all(torch.equal(v, host.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["no_such_model", "vit_no_such"])
+def test_an_unknown_name_says_what_was_tried(name):
+    with pytest.raises(ValueError, match=f"no backbone is named '{name}': it is no timm model"):
+        create_backbone(name)
+
+
+def test_an_empty_folder_says_what_was_expected(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        create_backbone(str(tmp_path))
