@@ -5,6 +5,7 @@
 
 from adaptkit.adapters.sfp import SimpleFeaturePyramidConfig
 from adaptkit.adapters.vit_adapter import ViTAdapterConfig
+from adaptkit.demo import demo_backbone
 from adaptkit.file import AdapterFile, load
 from adaptkit.heads.fpn import FPNHeadConfig
 from adaptkit.heads.linear import LinearHeadConfig
@@ -24,6 +25,7 @@ __all__ = [
     "ViTAdapterConfig",
     "__version__",
     "attach",
+    "demo_backbone",
     "list_adapters",
     "list_heads",
     "load",

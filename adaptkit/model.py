@@ -47,7 +47,9 @@ def attach(model: nn.Module, *adapters: Any, head: Any = None, strict: bool = Fa
         raise TypeError("this model has adapters already: attach all of them in one call, or detach() first")
     if options:
         if len(adapters) != 1 or not isinstance(adapters[0], str):
-            raise TypeError(f"{', '.join(options)}: options go with one adapter given by name; otherwise use (name, {{...}})")
+            raise TypeError(
+                f"{', '.join(options)}: options go with one adapter given by name; otherwise use (name, {{...}})"
+            )
         adapters = ((adapters[0], options),)
     vit = registry.view(model)
     parts: list[Part] = []

@@ -1,0 +1,153 @@
+"""What did the demonstration backbone learn? A linear head on its frozen tokens, and on the same network untrained.
+
+    python -m recipes.bench.demo_backbone                      # CamVid from ../shared, or the folder ADAPTKIT_SHARED
+    python -m recipes.bench.demo_backbone --weights runs/mae/demo_backbone.safetensors
+
+The head is a batch norm without parameters and a 1 x 1 convolution on the patch tokens, its logits brought to the size
+of the labels bilinearly. Both backbones get the same head, images, steps and learning rate. The spread is the standard
+deviation over the seeds; a seed sets the head, the order of the images and the weights of the untrained network.
+"""
+
+import argparse
+import os
+import statistics
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parents[2]
+CLASSES = ("sky", "building", "pole", "road", "sidewalk", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
+IGNORE = 255
+
+
+# Arguments
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    shared = Path(os.environ.get("ADAPTKIT_SHARED", ROOT.parent / "shared"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=Path, default=shared / "data" / "camvid-train.parquet")
+    parser.add_argument("--val", type=Path, default=shared / "data" / "camvid-val.parquet")
+    parser.add_argument("--weights", type=Path, help="other weights than those that ship")
+    parser.add_argument("--height", type=int, default=240, help="images are resized to height x width pixels")
+    parser.add_argument("--width", type=int, default=320)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--classes", action="store_true", help="print a second table with one row per class")
+    return parser.parse_args()
+
+
+# Data
+
+
+def read(path: Path, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Parquet file -> images (K, 3, height, width) uint8 and labels (K, H, W) uint8 at their own size."""
+    import datasets
+    import numpy as np
+
+    rows = datasets.Dataset.from_parquet(str(path))
+    images = [torch.from_numpy(np.array(row["image"].convert("RGB").resize((width, height)))) for row in rows]
+    labels = [torch.from_numpy(np.array(row["label"])) for row in rows]
+    return torch.stack(images).permute(0, 3, 1, 2), torch.stack(labels)
+
+
+# Model
+
+
+def make_backbone(pretrained: bool, seed: int, weights: Path | None) -> nn.Module:
+    """Make the demonstration backbone, trained or not."""
+    from safetensors.torch import load_file
+
+    from adaptkit.demo.backbone import demo_backbone
+
+    torch.manual_seed(seed)
+    backbone = demo_backbone(pretrained=pretrained and weights is None)
+    if pretrained and weights is not None:
+        backbone.load_state_dict({name: tensor.float() for name, tensor in load_file(weights).items()})
+    return backbone
+
+
+@torch.inference_mode()
+def features(backbone: nn.Module, images: Tensor) -> Tensor:
+    """Frozen patch tokens of all images as maps (K, D, H/16, W/16), half precision."""
+    maps = []
+    for batch in images.split(8):
+        tokens = backbone.forward_features((batch / 255 - 0.5) / 0.5)[:, 1:]
+        maps.append(tokens.mT.unflatten(-1, (images.shape[2] // 16, -1)).half())
+    return torch.cat(maps).clone()
+
+
+# Loop
+
+
+def train(args: argparse.Namespace, maps: Tensor, labels: Tensor, seed: int) -> nn.Module:
+    """Train the linear head; the loss is taken at a quarter of the labels' size."""
+    torch.manual_seed(seed)
+    head = nn.Sequential(nn.BatchNorm2d(maps.shape[1], affine=False), nn.Conv2d(maps.shape[1], len(CLASSES), 1))
+    optimizer = torch.optim.AdamW(head.parameters(), lr=args.lr, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps)
+    labels = labels[:, 2::4, 2::4].long()
+    for _ in range(args.steps):
+        chosen = torch.randint(len(maps), (args.batch_size,))
+        logits = F.interpolate(head(maps[chosen].float()), labels.shape[1:], mode="bilinear")
+        F.cross_entropy(logits, labels[chosen], ignore_index=IGNORE).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return head.eval()
+
+
+@torch.inference_mode()
+def score(head: nn.Module, maps: Tensor, labels: Tensor) -> Tensor:
+    """Intersection over union of each class in per cent (C,), over all pixels of all images."""
+    count = len(CLASSES)
+    confusion = torch.zeros(count * count)
+    for some, truth in zip(maps.split(8), labels.split(8)):
+        guess = F.interpolate(head(some.float()), truth.shape[1:], mode="bilinear").argmax(1)
+        known = truth != IGNORE
+        confusion += torch.bincount(truth[known].long() * count + guess[known], minlength=count * count)
+    confusion = confusion.view(count, count)
+    hits = confusion.diag()
+    return 100 * hits / (confusion.sum(0) + confusion.sum(1) - hits).clamp(min=1)
+
+
+# Table
+
+
+def main() -> None:
+    """Score both backbones and print the table."""
+    args = arguments()
+    train_images, train_labels = read(args.train, args.height, args.width)
+    val_images, val_labels = read(args.val, args.height, args.width)
+    results: dict[str, list[Tensor]] = {"random weights": [], "demo backbone": []}
+    for name, scores in results.items():
+        for seed in args.seeds:
+            if name == "random weights" or not scores:  # the trained one is the same for every seed
+                backbone = make_backbone(name == "demo backbone", seed, args.weights)
+                train_maps, val_maps = features(backbone, train_images), features(backbone, val_images)
+            scores.append(score(train(args, train_maps, train_labels, seed), val_maps, val_labels))
+    means = {name: [scores.mean().item() for scores in rows] for name, rows in results.items()}
+
+    size = f"{args.height} x {args.width}"
+    print(f"Linear head, {args.steps} steps, {len(val_images)} images of {size} pixels, mIoU in per cent:\n")
+    print("| frozen backbone | " + " | ".join(f"seed {seed}" for seed in args.seeds) + " | mean | spread |")
+    print("|---" * (len(args.seeds) + 3) + "|")
+    for name, row in means.items():
+        spread = statistics.stdev(row) if len(row) > 1 else 0.0
+        cells = [*row, statistics.mean(row)]
+        print(f"| {name} | " + " | ".join(f"{cell:.1f}" for cell in cells) + f" | ± {spread:.1f} |")
+    gain = [b - a for a, b in zip(means["random weights"], means["demo backbone"])]
+    print("| gain | " + " | ".join(f"{cell:+.1f}" for cell in [*gain, statistics.mean(gain)]) + " | |")
+    if args.classes:
+        print("\n| class | " + " | ".join(results) + " |\n|---|---|---|")
+        for i, name in enumerate(CLASSES):
+            print(f"| {name} | " + " | ".join(f"{torch.stack(r)[:, i].mean():.1f}" for r in results.values()) + " |")
+
+
+if __name__ == "__main__":
+    main()
