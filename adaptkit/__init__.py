@@ -3,10 +3,12 @@
 ``adaptkit.attach(model, "vit-adapter")`` is the call that everybody uses.
 """
 
+from adaptkit.adapters.adavit import AdaViTConfig
 from adaptkit.adapters.sfp import SimpleFeaturePyramidConfig
 from adaptkit.adapters.vit_adapter import ViTAdapterConfig
 from adaptkit.demo import demo_backbone
 from adaptkit.file import AdapterFile, load
+from adaptkit.heads.classifier import ClassifierHeadConfig
 from adaptkit.heads.fpn import FPNHeadConfig
 from adaptkit.heads.linear import LinearHeadConfig
 from adaptkit.model import AdaptedModel, attach, list_adapters, list_heads
@@ -15,8 +17,10 @@ from adaptkit.version import __version__
 from adaptkit.vit import Features, Spec
 
 __all__ = [
+    "AdaViTConfig",
     "AdaptedModel",
     "AdapterFile",
+    "ClassifierHeadConfig",
     "FPNHeadConfig",
     "Features",
     "LinearHeadConfig",

@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from adaptkit import registry
+from adaptkit.adapters.adavit import AdaViT
 from adaptkit.adapters.base import Adapter, BlockAdapter, SideAdapter, Trace, WrappedViT
 from adaptkit.card import model_card
 from adaptkit.file import AdapterFile, check_fits, describe_backbone, load, write_folder
@@ -145,6 +147,7 @@ class AdaptedModel(nn.Module):
         if len(set(names)) != len(names):
             raise ValueError(f"adapters {', '.join(names)}: each may be attached once")
         built = {p.entry.name: _build(p, vit.spec) for p in parts}
+        _check_inside(built, vit)
         sides = [name for name, a in built.items() if isinstance(a, SideAdapter)]
         if len(sides) > 1:
             raise ValueError(f"{' and '.join(sides)} each own the loop over the blocks; attach one of them")
@@ -238,6 +241,34 @@ class AdaptedModel(nn.Module):
         header = {**self.header(), "metadata": metadata}
         return write_folder(folder, header, self.adapter_state_dict(), model_card(header))
 
+    @torch.no_grad()
+    def verify(self, image: Tensor, tolerance: float = 1e-5) -> float:
+        """Prove that skipping changes nothing: run AdaViT masked, then packed under the same decisions.
+
+        Args:
+            image: (B, 3, H, W).
+            tolerance: how far a value may be off, as a share of the largest value of its output (at least 1).
+
+        Returns the largest such difference over all outputs. Raises ``RuntimeError`` where it exceeds the tolerance,
+        and ``TypeError`` where nothing is skipped, for there are no gates.
+        """
+        gates, training = AdaViT.of(self), self.training
+        self.eval()
+        try:
+            with gates.executing("masked"):
+                reference = self(image)
+            with gates.executing("packed"), gates.deciding(gates.given(reference.aux)):
+                packed = self(image)
+        finally:
+            self.train(training)
+        off = max(_distance(a, b) for a, b in zip(_outputs(packed), _outputs(reference)))
+        if not off <= tolerance:
+            raise RuntimeError(
+                f"packed execution differs from masked by {off:.1e}, more than {tolerance:.1e}; report the backbone "
+                f"({type(self.backbone).__name__}) and use execution='masked' with it"
+            )
+        return off
+
     def detach(self) -> nn.Module:
         """Return the very backbone that was given, its training modes and ``requires_grad`` flags as they were."""
         if self._vit is None:
@@ -250,6 +281,31 @@ class AdaptedModel(nn.Module):
         self._vit = None
         del self.backbone
         return model
+
+
+def _outputs(features: Features) -> list[Tensor]:
+    logits = [] if features.logits is None else [features.logits]
+    return [x for x in (features.tokens, features.prefix, *features.maps, *logits) if x.numel()]
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1.0))
+
+
+def _check_inside(built: dict[str, nn.Module], vit: ViT) -> None:
+    """Adapters that run a block from its parts need a host that has them, and the bare block."""
+    wrappers = [(name, a) for name, a in built.items() if isinstance(a, BlockAdapter)]
+    for place, (name, adapter) in enumerate(wrappers):
+        if adapter.inside and not vit.splits:
+            raise TypeError(
+                f"{name} steps inside the attention, and that of {type(vit.host).__name__} does not come apart into "
+                "q, k, v and an output; attach it to a ViT with plain attention"
+            )
+        if adapter.inside and place > 0:
+            raise ValueError(
+                f"{name} steps inside the blocks, but {wrappers[place - 1][0]} was given before it and would be left "
+                f"out; name {name} first, and only one adapter of this kind"
+            )
 
 
 def _build(part: Part, spec: Spec) -> nn.Module:

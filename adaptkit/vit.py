@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from adaptkit.ops.grid import cells, pad_to_multiple
 
-__all__ = ["Block", "Features", "Source", "Spec", "ViT", "identity"]
+__all__ = ["Block", "Features", "Projections", "Source", "Spec", "ViT", "identity"]
 
 Fn = Callable[[Tensor], Tensor]
 
@@ -64,6 +64,21 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
+class Projections(NamedTuple):
+    """The linear layers around one attention, head by head: views of the host's own weights.
+
+    ``k = norms[1](h @ weights[1][head].T + biases[1][head])`` is the key of one head, and the heads' outputs are
+    joined by ``out_weight``. Only for an attention that is nothing else: plain linear layers, no position inside, no
+    norm over several heads, one key and value for each query.
+    """
+
+    weights: tuple[Tensor, Tensor, Tensor]  #: of q, k and v, each (heads, E, D)
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None]  #: (heads, E)
+    norms: tuple[Fn, Fn]  #: of q and k, over E
+    out_weight: Tensor  #: (D, heads, E)
+    out_bias: Tensor | None  #: (D,)
+
+
 @dataclass(frozen=True, eq=False)
 class Block:
     """One frozen block, bound to one image (rotary angles, relative bias and masks are already inside).
@@ -84,6 +99,11 @@ class Block:
     out: Fn  #: (B, heads, P+N, E) -> (B, P+N, D)
     scale: float | None = None  #: of the logits; None is 1/sqrt(E)
     bias: Tensor | None = None  #: added to the logits, broadcast to (B, heads, P+N, P+N)
+    #: ``qkv`` of some rows: (1, R, D) and their places (R,), the patch 0..N-1 or -1 for a prefix token -> three of
+    #: (1, heads, R, E). None: the place does not matter and ``qkv`` itself takes any rows.
+    qkv_at: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
+    projections: Projections | None = None  #: where heads can be computed one by one
+    grid: tuple[int, int] | None = None  #: (h, w) of the patch tokens, as a block adapter gets the block
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run the host's own forward."""
@@ -108,6 +128,7 @@ class ViT(ABC):
 
     positions: str = "none"  #: the rule by which positions go to another grid, as the host does it
     prefix_optional: bool = True  #: whether the blocks also run without the prefix tokens
+    splits: bool = True  #: whether the attention of the blocks comes apart into ``qkv``, ``bias`` and ``out``
 
     def __init__(self, host: nn.Module, spec: Spec) -> None:
         self.host = host

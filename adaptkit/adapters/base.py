@@ -36,7 +36,13 @@ class Adapter(nn.Module, ABC):
 
 
 class BlockAdapter(Adapter):
-    """Acts around one block at a time."""
+    """Acts around one block at a time.
+
+    One that steps ``inside`` runs the block from its parts, so it must wrap the bare block: it comes before every
+    other block adapter, and needs a host whose attention comes apart (``ViT.splits``).
+    """
+
+    inside: ClassVar[bool] = False
 
     @abstractmethod
     def wrap(self, block: Block, index: int, trace: Trace) -> Fn:
@@ -57,7 +63,7 @@ class WrappedViT(ViT):
     def __init__(self, vit: ViT, adapters: Sequence[BlockAdapter], trace: Trace) -> None:
         super().__init__(vit.host, vit.spec)
         self.vit, self.adapters, self.trace = vit, adapters, trace
-        self.positions, self.prefix_optional = vit.positions, vit.prefix_optional
+        self.positions, self.prefix_optional, self.splits = vit.positions, vit.prefix_optional, vit.splits
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """As the inner view."""
@@ -65,7 +71,7 @@ class WrappedViT(ViT):
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Any]:
         """Blocks of the inner view, each wrapped in the order given."""
-        return [self._wrap(block, i) for i, block in enumerate(self.vit.blocks(image, grid))]
+        return [self._wrap(replace(block, grid=grid), i) for i, block in enumerate(self.vit.blocks(image, grid))]
 
     def _wrap(self, block: Block, index: int) -> Fn:
         run: Fn = block

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from adaptkit.backbones._timm import joined
-from adaptkit.vit import Block, Source, Spec, ViT, identity
+from adaptkit.vit import Block, Projections, Source, Spec, ViT, identity
 
 
 class HfViT(ViT):
@@ -92,7 +92,21 @@ def attention_parts(attn: Any, proj: nn.Module, scale: float, **given: Any) -> d
         "qkv": partial(project_qkv, attn),
         "out": partial(_out, proj),
         "scale": scale,
+        "projections": _projections(attn, proj),
     }
+
+
+def _projections(attn: Any, proj: nn.Module) -> Projections | None:
+    """Return the weights by head; None where a layer is no plain linear one, LoRA for instance."""
+    layers = (attn.q_proj, attn.k_proj, attn.v_proj)
+    if any(type(layer) is not nn.Linear for layer in (*layers, proj)):
+        return None
+    by_head: Any = [layer.weight.unflatten(0, (-1, attn.head_dim)) for layer in layers]
+    biases: Any = [None if layer.bias is None else layer.bias.unflatten(0, (-1, attn.head_dim)) for layer in layers]
+    out: Any = proj
+    return Projections(
+        tuple(by_head), tuple(biases), (identity, identity), out.weight.unflatten(1, (-1, attn.head_dim)), out.bias
+    )
 
 
 def project_qkv(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:

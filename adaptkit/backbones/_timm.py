@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.vit import Fn, Source, identity
+from adaptkit.vit import Fn, Projections, Source, identity
 
 
 def patch_side(host: Any) -> int:
@@ -71,6 +71,13 @@ def fused_qkv(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return split_qkv(attn.qkv(h), attn.num_heads)
     bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
     return split_qkv(F.linear(h, attn.qkv.weight, bias), attn.num_heads)
+
+
+def by_head(qkv: nn.Linear, proj: nn.Linear, heads: int, norms: tuple[Fn, Fn]) -> Projections:
+    """See a fused ``qkv`` and its ``proj`` head by head, without a copy."""
+    q, k, v = qkv.weight.unflatten(0, (3, heads, -1)).unbind(0)
+    biases: Any = (None, None, None) if qkv.bias is None else qkv.bias.unflatten(0, (3, heads, -1)).unbind(0)
+    return Projections((q, k, v), tuple(biases), norms, proj.weight.unflatten(1, (heads, -1)), proj.bias)  # type: ignore[arg-type]
 
 
 def layer_scale(gamma: Tensor | None) -> Fn:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adaptkit.backbones._hf import HfViT, dino_block, hf_spec, project_qkv
@@ -36,7 +37,15 @@ class HfDINOv3(HfViT):
         host: Any = self.host
         rope = host.rope_embeddings(image)
         blocks = [dino_block(layer, position_embeddings=rope) for layer in host.model.layer]
-        return [replace(b, qkv=partial(_qkv, layer.attention, rope)) for b, layer in zip(blocks, host.model.layer)]
+        return [
+            replace(
+                block,
+                qkv=partial(_qkv, layer.attention, rope),
+                qkv_at=partial(_qkv_at, layer.attention, rope),
+                projections=None,
+            )
+            for block, layer in zip(blocks, host.model.layer)
+        ]
 
     def norm(self, x: Tensor) -> Tensor:
         """``host.norm``."""
@@ -48,6 +57,15 @@ class HfDINOv3(HfViT):
         layers = host.model.layer
         patch = host.embeddings.patch_embeddings.weight
         return {"patch": patch, "first": layers[0].norm1.weight, "last": layers[-1].norm2.weight}
+
+
+def _qkv_at(attn: Any, rope: tuple[Tensor, Tensor], h: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of the rows at these places: the angles of each, zero (cosine 1, sine 0) for a prefix token."""
+    cos, sin = rope
+    index = places % (len(cos) + 1)  # the row that is added is place -1
+    cos = torch.cat([cos, cos.new_ones(1, cos.shape[-1])]).index_select(0, index)
+    sin = torch.cat([sin, sin.new_zeros(1, sin.shape[-1])]).index_select(0, index)
+    return _qkv(attn, (cos, sin), h)
 
 
 def _qkv(attn: Any, rope: tuple[Tensor, Tensor], h: Tensor) -> tuple[Tensor, Tensor, Tensor]:

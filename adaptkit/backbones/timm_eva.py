@@ -34,6 +34,7 @@ class TimmEva(ViT):
         heads = host.blocks[0].attn.num_heads
         spec = Spec("timm-eva", host.embed_dim, len(host.blocks), heads, patch_side(host), host.num_prefix_tokens)
         super().__init__(host, spec)
+        self.splits = all(getattr(blk.attn, "gate", None) is None for blk in host.blocks)
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patches, prefix, absolute positions where there are any, ``norm_pre``."""
@@ -85,6 +86,7 @@ def _block(blk: Any, rope: Tensor | None) -> Block:
         "attn": partial(blk.attn, rope=rope),
         "mlp": blk.mlp,
         "qkv": partial(_qkv, blk.attn, rope),
+        "qkv_at": None if rope is None else partial(_qkv_at, blk.attn, rope),
         "out": partial(_out, blk.attn),
     }
     if kind == "EvaBlock":
@@ -99,7 +101,15 @@ def _block(blk: Any, rope: Tensor | None) -> Block:
     )
 
 
-def _qkv(attn: Any, rope: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _qkv_at(attn: Any, rope: Tensor, h: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of the rows at these places: the angles of each, zero (sine 0, cosine 1) for a prefix token."""
+    half = rope.shape[-1] // 2  # timm lays out sines, then cosines
+    still = torch.cat([rope.new_zeros(half), rope.new_ones(half)]).expand(*rope.shape[:-2], 1, -1)
+    angles = torch.cat([rope, still], dim=-2)  # the last row is place -1
+    return _qkv(attn, angles.index_select(-2, places % angles.shape[-2]), h, prefix=0)
+
+
+def _qkv(attn: Any, rope: Tensor | None, h: Tensor, prefix: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     if attn.qkv is not None:
         q, k, v = fused_qkv(attn, h)
     else:
@@ -107,17 +117,18 @@ def _qkv(attn: Any, rope: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor, Ten
         q, k, v = (p(h).unflatten(2, (-1, attn.head_dim)).transpose(1, 2) for p in projections)
     q, k = attn.q_norm(q), attn.k_norm(k)
     if rope is not None:
-        q, k = _rotate(attn, rope, q).type_as(v), _rotate(attn, rope, k).type_as(v)
+        still = attn.num_prefix_tokens if prefix is None else prefix
+        q, k = _rotate(attn, rope, q, still).type_as(v), _rotate(attn, rope, k, still).type_as(v)
     groups = attn.num_heads // k.shape[1]  # grouped-query attention: one k and v for several q
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     return q, k, v
 
 
-def _rotate(attn: Any, rope: Tensor, x: Tensor) -> Tensor:
+def _rotate(attn: Any, rope: Tensor, x: Tensor, still: int) -> Tensor:
     from timm.layers import apply_rot_embed_cat
 
-    prefix, patches = x.tensor_split([attn.num_prefix_tokens], dim=2)
+    prefix, patches = x.tensor_split([still], dim=2)
     return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=attn.rotate_half)], dim=2)
 
 

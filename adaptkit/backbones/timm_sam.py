@@ -23,6 +23,7 @@ class TimmSam(ViT):
     """
 
     positions = "bicubic antialias, relative ones linear"
+    splits = False
 
     def __init__(self, host: Any) -> None:
         heads = host.blocks[0].attn.num_heads

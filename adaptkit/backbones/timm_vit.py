@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from adaptkit.backbones._timm import (
     add_prefix_and_positions,
+    by_head,
     classifier_logits,
     joined,
     patch_side,
@@ -18,7 +19,7 @@ from adaptkit.backbones._timm import (
     timm_source,
 )
 from adaptkit.registry import register_family
-from adaptkit.vit import Block, Source, Spec, ViT, identity
+from adaptkit.vit import Block, Projections, Source, Spec, ViT, identity
 
 
 @register_family(
@@ -67,7 +68,13 @@ class TimmViT(ViT):
 
 def _block(blk: Any) -> Block:
     kind = type(blk).__name__
-    parts = {"attn": blk.attn, "mlp": blk.mlp, "qkv": partial(_qkv, blk.attn), "out": partial(_out, blk.attn)}
+    parts = {
+        "attn": blk.attn,
+        "mlp": blk.mlp,
+        "qkv": partial(_qkv, blk.attn),
+        "out": partial(_out, blk.attn),
+        "projections": _projections(blk.attn),
+    }
     if kind == "Block":
         scale1, scale2 = joined(blk.ls1, blk.drop_path1), joined(blk.ls2, blk.drop_path2)
         return Block(run=blk, norm1=blk.norm1, scale1=scale1, norm2=blk.norm2, scale2=scale2, **parts)
@@ -76,6 +83,12 @@ def _block(blk: Any) -> Block:
     raise TypeError(
         f"timm's {kind} is not of the form x + attn(norm(x)), x + mlp(norm(x)), so it cannot be seen as one"
     )
+
+
+def _projections(attn: Any) -> Projections | None:
+    """Return the weights by head; None where a layer is no plain linear one (LoRA) or a norm spans the heads."""
+    plain = type(attn.qkv) is nn.Linear and type(attn.proj) is nn.Linear and isinstance(attn.norm, nn.Identity)
+    return by_head(attn.qkv, attn.proj, attn.num_heads, (attn.q_norm, attn.k_norm)) if plain else None
 
 
 def _qkv(attn: nn.Module, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:

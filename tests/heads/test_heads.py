@@ -65,3 +65,24 @@ def test_a_head_learns_what_a_token_shows(name):
 def test_options_out_of_range_are_clear_errors(name, options):
     with pytest.raises(ValueError, match="must be at least 1|is not a choice"):
         adaptkit.attach(HOSTS["timm-vit"].build(), head=(name, options))
+
+
+@pytest.mark.parametrize(("pool", "width"), [("avg", 32), ("token", 32), ("both", 64)])
+def test_the_classifier_reads_what_it_says(pool, width):
+    model = adaptkit.attach(HOSTS["timm-vit"].build(), head=("classifier", {"num_classes": 3, "pool": pool})).eval()
+    features = model(torch.randn(2, 3, 32, 32))
+    assert features.logits.shape == (2, 3)
+    pooled = model.head.pool(features)
+    assert pooled.shape == (2, width)
+    expected = {"avg": features.tokens.mean(1), "token": features.prefix[:, 0]}
+    expected["both"] = torch.cat([expected["token"], expected["avg"]], 1)
+    assert torch.equal(pooled, expected[pool])
+
+
+def test_the_classifier_needs_the_token_that_it_reads():
+    with pytest.raises(ValueError, match="this backbone has none; use 'avg'"):
+        adaptkit.attach(HOSTS["timm-siglip"].build(), head=("classifier", {"num_classes": 3, "pool": "token"}))
+    drops = ("vit-adapter", {"prefix": "drop", "conv_inplane": 8})
+    head = ("classifier", {"num_classes": 3, "pool": "token"})
+    with pytest.raises(ValueError, match="an adapter dropped it"):
+        adaptkit.attach(HOSTS["timm-vit"].build(), drops, head=head)(torch.randn(2, 3, 32, 32))

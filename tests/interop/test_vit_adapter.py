@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from adaptkit.interop import from_official
 
-SHARED = Path(os.environ.get("ADAPTKIT_SHARED", Path(__file__).parents[2] / "shared"))
+SHARED = Path(os.environ.get("ADAPTKIT_SHARED", Path(__file__).parents[3] / "shared"))
 GOLDEN = SHARED / "golden" / "vit_adapter_a.safetensors"
 needs_golden = pytest.mark.skipif(
     not GOLDEN.is_file(), reason=f"no reference vectors at {GOLDEN} (set ADAPTKIT_SHARED)"
@@ -104,7 +104,7 @@ def test_another_width_and_a_foreign_state_dict_are_refused(golden):
         from_official("vit-adapter", official(tensors), host({**config, "dim": 96}), add_vit_feature="last")
     with pytest.raises(ValueError, match="no ViT-Adapter checkpoint"):
         from_official("vit-adapter", {"head.weight": torch.ones(2)}, host(config), add_vit_feature="last")
-    with pytest.raises(ValueError, match="known: vit-adapter"):
+    with pytest.raises(ValueError, match="known: adavit, vit-adapter"):
         from_official("unheard-of", {}, host(config))
 
 

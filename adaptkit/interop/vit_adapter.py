@@ -1,10 +1,9 @@
-"""Official checkpoints in: the authors' state dicts become attached models."""
+"""The authors' ViT-Adapter checkpoints."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,43 +17,14 @@ from adaptkit.model import AdaptedModel, attach, check_tensors
 from adaptkit.registry import view
 from adaptkit.vit import Spec
 
-__all__ = ["from_official"]
-
-
-def from_official(
-    method: str, state_dict: dict[str, Tensor], backbone: nn.Module, *, load_backbone: bool = False, **options: Any
-) -> AdaptedModel:
-    """Attach an official checkpoint to a backbone.
-
-    Args:
-        method: ``"vit-adapter"``.
-        state_dict: the authors' tensors, with or without the ``backbone.`` prefix; tensors of necks, heads and
-            optimisers are left aside. A whole checkpoint ``{"state_dict": ...}`` is opened.
-        backbone: the host; its weights are yours. The official ViT-Adapter has no class token and a layer scale: a timm
-            ViT built with ``class_token=False, global_pool="avg", fc_norm=False, init_values=1.0`` hosts it.
-        load_backbone: also load the ViT part of the checkpoint into the backbone, where its keys fit.
-        options: config fields that the tensors do not tell. For ``"vit-adapter"`` these are ``add_vit_feature``
-            (``"last"`` for detection, ``"per-stage"`` for segmentation, or ``None``), ``interaction_indexes`` where
-            the depth does not divide by their number, and ``deform_num_heads`` or ``n_points`` where a head does not
-            have the four points of every official configuration.
-
-    Returns the attached model in eval mode. Raises ``ValueError`` where tensors are missing or do not fit the backbone,
-    or where an option is needed, by name.
-    """
-    if method not in _METHODS:
-        raise ValueError(f"no official checkpoints are known for {method!r}; known: {', '.join(sorted(_METHODS))}")
-    if isinstance(state_dict.get("state_dict"), dict):
-        state_dict = state_dict["state_dict"]  # type: ignore[assignment]
-    return _METHODS[method](state_dict, backbone, load_backbone, options)
-
-
 # The adapter's keys, anchored: `norm1.` at the top is the pyramid's, `blocks.0.norm1.` is the ViT's.
 _ADAPTER_KEY = re.compile(r"(level_embed$|spm\.|interactions\.\d+\.|up\.|norm[1-4]\.)")
 
 
-def _vit_adapter(
+def vit_adapter(
     state_dict: dict[str, Tensor], backbone: nn.Module, load_backbone: bool, options: dict[str, Any]
 ) -> AdaptedModel:
+    """Attach the authors' ViT-Adapter; see :func:`adaptkit.interop.from_official`."""
     if any(k.startswith("backbone.") for k in state_dict):
         state_dict = {k[len("backbone.") :]: v for k, v in state_dict.items() if k.startswith("backbone.")}
     own = {_our_key(k): v for k, v in state_dict.items() if _ADAPTER_KEY.match(k)}
@@ -146,13 +116,13 @@ def _load_vit(state_dict: dict[str, Tensor], backbone: nn.Module) -> None:
             )
         del own[key]
     if "pos_embed" in state_dict:
-        own["pos_embed"] = _positions(state_dict["pos_embed"], host)
+        own["pos_embed"] = resampled_positions(state_dict["pos_embed"], host)
     needed = {k: v for k, v in target.items() if k.startswith(("patch_embed.", "blocks.", "pos_embed"))}
     check_tensors(needed, own, "the ViT part of the official checkpoint")
     host.load_state_dict(own, strict=False)
 
 
-def _positions(pos_embed: Tensor, host: Any) -> Tensor:
+def resampled_positions(pos_embed: Tensor, host: Any) -> Tensor:
     """(1, 1 + n*n, D) -> the host's own table, resampled as the authors do: bicubic, without antialias."""
     side = math.isqrt(pos_embed.shape[1] - 1)
     if side * side != pos_embed.shape[1] - 1:
@@ -163,6 +133,3 @@ def _positions(pos_embed: Tensor, host: Any) -> Tensor:
         table = F.interpolate(table, size=grid, mode="bicubic", align_corners=False)
     prefix = pos_embed[:, :1] if host.pos_embed.shape[1] == grid[0] * grid[1] + 1 else pos_embed[:, :0]
     return torch.cat([prefix, table.flatten(2).transpose(1, 2)], dim=1)
-
-
-_METHODS: dict[str, Callable[..., AdaptedModel]] = {"vit-adapter": _vit_adapter}

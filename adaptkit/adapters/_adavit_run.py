@@ -1,0 +1,213 @@
+"""One block under a decision, twice: masked (everything is computed) and packed (what is off is not).
+
+With keep t of a token, m of a sub-layer and heads kept or off, both say (AdaViT, section 3.3)::
+
+    x = x + t * m_msa * scale1(attn(norm1(x)))      attention among kept tokens
+    x = x + t * m_ffn * scale2(mlp(norm2(x)))
+
+An off token, sub-layer or image passes by unchanged. An off head gives zero (``"full"``) or each token's own value
+(``"partial"``); the output projection keeps its bias. With ``only_prefix`` the patch tokens are read as keys and
+values but not updated: all that a class-token classifier needs of the last block.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adaptkit.adapters._adavit_gates import Decision
+from adaptkit.ops.kept import masked_attention, packed_attention, packed_backend
+from adaptkit.vit import Block, Projections
+
+__all__ = ["Way", "masked", "packed"]
+
+TILE = 512  #: rows that go through the FFN together on a CPU, so that its hidden layer stays in the cache
+
+
+class Way(NamedTuple):
+    """How a block is run, whatever is decided."""
+
+    head_mode: str  #: "full" or "partial"
+    only_prefix: bool
+
+
+def masked(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> Tensor:
+    """Tokens x (B, P+N, D) and h = norm1(x) -> (B, P+N, D), differentiable in the decision."""
+    patches = 0 if block.grid is None else block.grid[0] * block.grid[1]
+    prefix = x.shape[1] - patches
+    keep = _all_rows(x, decision.patch, prefix)
+    update = keep * (torch.arange(x.shape[1], device=x.device) < prefix) if way.only_prefix else keep
+    m1, m2 = (None, None) if decision.layer is None else decision.layer[:, :, None, None].unbind(1)
+
+    q, k, v = block.qkv(h)
+    o = masked_attention(q, k, v, keep, block.scale, block.bias)
+    if decision.head is not None:
+        on = decision.head[:, :, None, None].to(o.dtype)
+        o = o * on + v * (1 - on) if way.head_mode == "partial" else o * on
+    x = x + _gated(block.scale1(block.out(o)), update, m1)
+    return x + _gated(block.scale2(block.mlp(block.norm2(x))), update, m2)
+
+
+def _all_rows(x: Tensor, patch: Tensor | None, prefix: int) -> Tensor:
+    """Keep of every token (B, P+N): prefix tokens always."""
+    if patch is None:
+        return x.new_ones(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
+    return F.pad(patch, (prefix, 0), value=1.0)
+
+
+def _gated(update: Tensor, keep: Tensor, layer: Tensor | None) -> Tensor:
+    gate = keep[..., None] if layer is None else keep[..., None] * layer
+    return update * gate.to(update.dtype)
+
+
+def packed(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> Tensor:
+    """Compute the same for hard decisions, from kept rows alone: gather, run, scatter."""
+    count, tokens, dim = x.shape
+    patches = 0 if block.grid is None else block.grid[0] * block.grid[1]
+    prefix = tokens - patches
+    keep = _all_rows(x, decision.patch, prefix) > 0  # (B, P+N)
+    on = x.new_ones(2, count, dtype=torch.bool) if decision.layer is None else decision.layer.t() > 0
+    rows = x.reshape(-1, dim).clone()
+    kept = Kept.of(keep & on[0, :, None])
+    if kept.lengths:
+        places, update = _msa(block, h, kept, decision.head, way, prefix)
+        _add(rows, places, block.scale1(update[None])[0])
+    if way.only_prefix:
+        keep = keep & (torch.arange(tokens, device=x.device) < prefix)
+    places = (keep & on[1, :, None]).flatten().nonzero()[:, 0]
+    for tile in places.split(TILE if x.device.type == "cpu" else max(1, len(places))):
+        if len(tile):
+            _add(rows, tile, block.scale2(block.mlp(block.norm2(rows.index_select(0, tile)[None])))[0])
+    return rows.view(count, tokens, dim)
+
+
+def _add(rows: Tensor, places: Tensor, update: Tensor) -> None:
+    rows.index_copy_(0, places, (rows.index_select(0, places) + update).to(rows.dtype))
+
+
+class Kept(NamedTuple):
+    """Rows that attend, image after image; images without any are left out."""
+
+    places: Tensor  #: (R,) in the flattened (B * (P+N))
+    images: list[int]
+    lengths: list[int]  #: rows of each of these images
+    tokens: int  #: P+N
+
+    @staticmethod
+    def of(keep: Tensor) -> Kept:
+        """From (B, P+N) booleans."""
+        lengths = keep.sum(1).tolist()
+        images = [i for i, n in enumerate(lengths) if n]
+        return Kept(keep.flatten().nonzero()[:, 0], images, [lengths[i] for i in images], keep.shape[1])
+
+    def positions(self) -> Tensor:
+        """Place (R,) of each row in its own image."""
+        return self.places % self.tokens
+
+    def of_prefix(self, prefix: int) -> Tensor:
+        """Which of the R rows are prefix tokens."""
+        return (self.positions() < prefix).nonzero()[:, 0]
+
+
+def _msa(block: Block, h: Tensor, kept: Kept, head: Tensor | None, way: Way, prefix: int) -> tuple[Tensor, Tensor]:
+    """Return the places (R',) that attention updates and the update (R', D), before LayerScale."""
+    rows = h.reshape(-1, h.shape[-1]).index_select(0, kept.places)
+    part = kept.of_prefix(prefix) if way.only_prefix else None
+    places = kept.places if part is None else kept.places[part]
+    if block.projections is not None and rows.device.type == "cpu" and (head is not None or part is not None):
+        return places, _by_image(block, block.projections, rows, kept, head, way, prefix)
+    if block.qkv_at is None:
+        q, k, v = block.qkv(rows[None])
+    else:
+        q, k, v = block.qkv_at(rows[None], (kept.positions() - prefix).clamp_min(-1))
+    biases = None if block.bias is None else _biases(block.bias, kept, q.shape[1])
+    o = packed_attention(q, k, v, kept.lengths, block.scale, biases, packed_backend(q, block.bias))
+    if part is not None:
+        o, v = o[:, :, part], v[:, :, part]
+    if head is not None:
+        image = places // kept.tokens
+        on = head.index_select(0, image).t()[None, :, :, None].to(o.dtype)  # (1, heads, R', 1)
+        o = o * on + v * (1 - on) if way.head_mode == "partial" else o * on
+    return places, block.out(o)[0]
+
+
+def _biases(bias: Tensor, kept: Kept, heads: int) -> list[Tensor]:
+    """Relative bias among the kept rows of each image, (1, heads, n, n)."""
+    places = kept.positions().split(kept.lengths)
+    bias = bias.expand(-1, heads, -1, -1)
+    own = [bias[i : i + 1] if bias.shape[0] > 1 else bias for i in kept.images]
+    return [b[:, :, p[:, None], p] for b, p in zip(own, places)]
+
+
+def _by_image(
+    block: Block, w: Projections, rows: Tensor, kept: Kept, head: Tensor | None, way: Way, prefix: int
+) -> Tensor:
+    """Attention image by image, each with the weights of the heads it keeps."""
+    heads = w.out_weight.shape[1]
+    on = [list(range(heads))] * len(kept.images)
+    if head is not None:
+        table = (head > 0).tolist()
+        on = [[j for j, yes in enumerate(table[i]) if yes] for i in kept.images]
+    biases: list[Tensor | None] = [None] * len(on) if block.bias is None else list(_biases(block.bias, kept, heads))
+    run = _full if way.head_mode == "full" else _partial
+    outs = []
+    for h, chosen, bias in zip(rows.split(kept.lengths), on, biases):
+        index = None if len(chosen) == heads else torch.tensor(chosen, device=rows.device, dtype=torch.long)
+        queries = h[:prefix] if way.only_prefix else h
+        if bias is not None:
+            bias = bias[:, :, : len(queries)] if index is None else bias[:, index, : len(queries)]
+        outs.append(run(w, queries, h, index, block.scale, bias))
+    return torch.cat(outs)
+
+
+def _full(
+    w: Projections, queries: Tensor, h: Tensor, index: Tensor | None, scale: float | None, bias: Tensor | None
+) -> Tensor:
+    """(R', D), (R, D) -> (R', D) from the heads ``index`` alone; the others give zero."""
+    if index is not None and len(index) == 0:
+        zero = h.new_zeros(len(queries), w.out_weight.shape[0])
+        return zero if w.out_bias is None else zero + w.out_bias
+    o = _attend(w, queries, h, index, scale, bias)
+    out = w.out_weight if index is None else w.out_weight.index_select(1, index)
+    return F.linear(o.flatten(1), out.flatten(1), w.out_bias)
+
+
+def _partial(
+    w: Projections, queries: Tensor, h: Tensor, index: Tensor | None, scale: float | None, bias: Tensor | None
+) -> Tensor:
+    """(R', D), (R, D) -> (R', D); the heads that are not in ``index`` give each token's own value."""
+    if index is None:
+        return _full(w, queries, h, None, scale, bias)
+    v = _project(w, 2, h, None)  # (R, heads, E)
+    o = v[: len(queries)].clone()
+    if len(index):
+        o[:, index] = _attend(w, queries, h, index, scale, bias, v[:, index]).to(o.dtype)
+    return F.linear(o.flatten(1), w.out_weight.flatten(1), w.out_bias)
+
+
+def _attend(
+    w: Projections,
+    queries: Tensor,
+    h: Tensor,
+    index: Tensor | None,
+    scale: float | None,
+    bias: Tensor | None,
+    v: Tensor | None = None,
+) -> Tensor:
+    """Attention of some heads in one image -> (R', heads kept, E)."""
+    q = w.norms[0](_project(w, 0, queries, index).transpose(0, 1)[None])
+    k = w.norms[1](_project(w, 1, h, index).transpose(0, 1)[None])
+    v = (_project(w, 2, h, index) if v is None else v).transpose(0, 1)[None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)[0].transpose(0, 1)
+
+
+def _project(w: Projections, part: int, h: Tensor, index: Tensor | None) -> Tensor:
+    """(R, D) -> (R, heads kept, E): q, k or v of the heads ``index``, all for None."""
+    weight, bias = w.weights[part], w.biases[part]
+    if index is not None:
+        weight, bias = weight.index_select(0, index), None if bias is None else bias.index_select(0, index)
+    out = F.linear(h, weight.flatten(0, 1), None if bias is None else bias.flatten())
+    return out.unflatten(1, weight.shape[:2])

@@ -1,0 +1,48 @@
+"""Official checkpoints in: the authors' state dicts become attached models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from adaptkit.interop.adavit import adavit
+from adaptkit.interop.vit_adapter import vit_adapter
+from adaptkit.model import AdaptedModel
+
+__all__ = ["from_official"]
+
+_METHODS: dict[str, Callable[..., AdaptedModel]] = {"adavit": adavit, "vit-adapter": vit_adapter}
+
+
+def from_official(
+    method: str, state_dict: dict[str, Tensor], backbone: nn.Module, *, load_backbone: bool = False, **options: Any
+) -> AdaptedModel:
+    """Attach an official checkpoint to a backbone.
+
+    Args:
+        method: ``"vit-adapter"`` or ``"adavit"``.
+        state_dict: the authors' tensors, with or without the ``backbone.`` prefix; tensors of necks, heads and
+            optimisers are left aside. A whole checkpoint ``{"state_dict": ...}`` is opened.
+        backbone: the host; its weights are yours. The official ViT-Adapter has no class token and a layer scale: a timm
+            ViT built with ``class_token=False, global_pool="avg", fc_norm=False, init_values=1.0`` hosts it. An
+            official AdaViT is a DeiT: timm's, whose classifier gives the logits.
+        load_backbone: also load the ViT part of the checkpoint into the backbone, where its keys fit.
+        options: config fields that the tensors do not tell. For ``"vit-adapter"`` these are ``add_vit_feature``
+            (``"last"`` for detection, ``"per-stage"`` for segmentation, or ``None``), ``interaction_indexes`` where
+            the depth does not divide by their number, and ``deform_num_heads`` or ``n_points`` where a head does not
+            have the four points of every official configuration. For ``"adavit"`` it is ``head_mode`` (``"full"``:
+            ``--ada-head``, ``"partial"``: ``--ada-head-attn``) where the checkpoint has head gates; the authors'
+            thresholds (0.6 for patches, 0.5) are the defaults.
+
+    Returns the attached model in eval mode. Raises ``ValueError`` where tensors are missing or do not fit the backbone,
+    or where an option is needed, by name.
+    """
+    if method not in _METHODS:
+        raise ValueError(f"no official checkpoints are known for {method!r}; known: {', '.join(sorted(_METHODS))}")
+    for whole in ("state_dict_ema", "state_dict", "model"):
+        if isinstance(state_dict.get(whole), dict):
+            state_dict = state_dict[whole]  # type: ignore[assignment]
+            break
+    return _METHODS[method](state_dict, backbone, load_backbone, options)

@@ -1,0 +1,124 @@
+"""How much of the MACs that AdaViT skips is time saved? A DeiT-S at 224 pixels beside its dense self, in one run.
+
+    python -m recipes.bench.adavit
+
+Decisions are drawn at random with fixed rates, for every image and block anew, so the figures need no training. The
+ideal is the ratio of MACs, dense to adaptive (gates included, counted by ``adaptkit.accounting``); "of ideal" is the
+ratio of times over it. Each way sees the same images; they take turns, and the medians over the rounds are compared.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import adaptkit
+from adaptkit import accounting
+from adaptkit.adapters.adavit import Given, Random
+
+POLICIES = {  # kept shares of patches, heads, sub-layers
+    "0.5 / 0.65 / 0.8": (0.5, 0.65, 0.8),
+    "0.7 / 0.8 / 0.9": (0.7, 0.8, 0.9),
+    "0.9 / 0.95 / 0.97": (0.9, 0.95, 0.97),
+    "1 / 1 / 1": (1.0, 1.0, 1.0),
+}
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="deit_small_patch16_224", help="a timm name; weights are random")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batches", type=int, nargs="+", default=[64, 1])
+    parser.add_argument("--images", type=int, default=64, help="per round and way")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--head-mode", default="full", choices=["full", "partial"])
+    parser.add_argument("--last-block", default="all", choices=["all", "class"])
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_args()
+
+
+def timed(run: Callable[[Tensor], object], batches: list[Tensor]) -> float:
+    """Seconds for all batches."""
+    if batches[0].is_cuda:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    for batch in batches:
+        run(batch)
+    if batches[0].is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+class Recorded:
+    """Decisions drawn beforehand, batch after batch, so that drawing them is not what is timed."""
+
+    def __init__(self, model: adaptkit.AdaptedModel, batches: list[Tensor], rates: tuple[float, ...]) -> None:
+        gates = model.adapters["adavit"]
+        self.given: list[Given] = []
+        spent = []
+        costs = accounting.costs(model, tuple(batches[0].shape[-2:]))
+        with gates.deciding(Random(*rates, seed=0)), gates.executing("packed"):
+            for batch in batches:
+                aux = model(batch).aux
+                self.given.append(gates.given(aux))
+                spent.append(accounting.macs(costs, aux))
+        self.share = float(torch.cat(spent).mean()) / costs.dense
+
+
+def main() -> None:
+    """Print one table."""
+    args = arguments()
+    import timm
+
+    torch.manual_seed(0)
+    host = timm.create_model(args.backbone, img_size=args.size).eval().to(args.device)
+    options = {"first_block": 0, "head_mode": args.head_mode, "last_block": args.last_block}
+    images = torch.randn(args.images, 3, args.size, args.size, device=args.device)
+    dense_host = timm.create_model(args.backbone, img_size=args.size).eval().to(args.device)
+    model = adaptkit.attach(host, ("adavit", options)).eval().to(args.device)
+    gates = model.adapters["adavit"]
+    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    print(f"{args.backbone}, {args.size} pixels, {args.rounds} rounds of {args.images} images; {device}, ", end="")
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print(
+        "| patches / heads / sub-layers | batch | MACs | ideal | packed | of ideal | auto | masked | dense ms/image |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    with torch.inference_mode():
+        for name, rates in POLICIES.items():
+            for size in args.batches:
+                batches = list(images.split(size))
+                recorded = Recorded(model, batches, rates)
+
+                def run(way: str, given: list[Given] = recorded.given) -> Callable[[Tensor], object]:
+                    turn = iter(given)
+
+                    def forward(batch: Tensor) -> object:
+                        with gates.executing(way), gates.deciding(next(turn)):
+                            return model(batch)
+
+                    return forward
+
+                seconds: dict[str, list[float]] = {"dense": [], "packed": [], "auto": [], "masked": []}
+                for _ in range(args.rounds):
+                    seconds["dense"].append(timed(dense_host, batches))
+                    for way in ("packed", "auto", "masked"):
+                        seconds[way].append(timed(run(way), batches))
+                median = {way: statistics.median(s) for way, s in seconds.items()}
+                gain = {way: median["dense"] / median[way] for way in median}
+                ideal = 1 / recorded.share
+                print(
+                    f"| {name} | {size} | {recorded.share:.1%} | {ideal:.2f}x | {gain['packed']:.2f}x | "
+                    f"{gain['packed'] / ideal:.0%} | {gain['auto']:.2f}x | {gain['masked']:.2f}x | "
+                    f"{1000 * median['dense'] / args.images:.1f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The AdaViT recipe, small: it ends with a table, a file that attaches, and pictures."""
+
+import json
+
+import pytest
+import torch
+
+import adaptkit
+from recipes import adavit
+from recipes.labelled import open_labelled
+
+SMALL = ["--size", "32", "--steps", "4", "--head-steps", "20", "--batch-size", "16"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    adavit.main(["--data", "digits", *SMALL, "--out", str(out)])
+    return out
+
+
+def test_it_ends_with_scores_at_the_budget(finished):
+    result = json.loads((finished / "result.json").read_text())
+    assert set(result["accuracy"]) == {"dense", "adaptive", "random"}
+    assert result["macs"]["mean"] <= 0.55
+    assert result["random_macs"] == pytest.approx(result["macs"]["mean"], abs=0.03)
+    assert result["packed_minus_masked"] <= 1e-5
+
+
+def test_what_it_saved_attaches_to_a_fresh_backbone(finished):
+    model = adaptkit.attach(adaptkit.demo_backbone(), finished / "adapter")
+    features = model(torch.randn(2, 3, 32, 32))
+    assert features.logits.shape == (2, 10)
+    assert features.aux["patch_keep"].shape == (2, 11, 4)
+
+
+def test_it_logs_usage_as_sampled_and_as_thresholded(finished):
+    row = json.loads((finished / "metrics.jsonl").read_text().splitlines()[0])
+    assert {f"{way}_{kind}" for way in ("sampled", "thresholded") for kind in ("patch", "head", "layer")} <= set(row)
+
+
+def test_it_draws_what_was_kept(finished):
+    from PIL import Image
+
+    assert Image.open(finished / "kept_patches.png").size[0] > 200
+    assert Image.open(finished / "usage.png").size == (640, 220)
+
+
+def test_a_budget_outside_zero_to_one_is_refused_before_anything_is_read():
+    with pytest.raises(ValueError, match=r"--budget is 1.5"):
+        adavit.parse(["--budget", "1.5"])
+
+
+@pytest.fixture
+def segmentation(tmp_path):
+    import datasets
+    import numpy as np
+    from PIL import Image
+
+    def picture(array):
+        return Image.fromarray(array.astype(np.uint8))
+
+    mask = np.zeros((48, 64))
+    mask[:, 32:] = 1
+    mask[:8] = 255
+    rows = {"image": [picture(np.random.default_rng(0).integers(0, 255, (48, 64, 3)))], "label": [picture(mask)]}
+    path = tmp_path / "set.parquet"
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(path))
+    return path
+
+
+def test_crops_are_labelled_by_the_class_that_covers_them(segmentation):
+    crops = open_labelled(f"crops:{segmentation}", "train", 16)
+    assert crops.images.shape[1:] == (3, 16, 16)
+    assert sorted(set(crops.labels.tolist())) == [0, 1]
+    # Five rows of seven; the first is half unlabelled, and the middle column is half and half.
+    assert len(crops.labels) == 4 * 6
+
+
+def test_a_folder_of_class_folders_is_read(tmp_path):
+    from PIL import Image
+
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (20, 30)).save(tmp_path / name / "a.png")
+    data = open_labelled(str(tmp_path), "train", 16)
+    assert data.images.shape == (2, 3, 16, 16)
+    assert data.classes == ["cat", "dog"]
+
+
+def test_a_set_without_labels_says_what_it_has(segmentation):
+    import datasets
+
+    path = segmentation.with_name("plain.parquet")
+    datasets.Dataset.from_dict({"number": [1, 2]}).to_parquet(str(path))
+    with pytest.raises(ValueError, match="2 rows with the columns number; it needs images"):
+        open_labelled(str(path), "train", 16)
+    with pytest.raises(ValueError, match="there is no file"):
+        open_labelled(str(path) + "x.parquet", "train", 16)
