@@ -77,6 +77,8 @@ class Projections(NamedTuple):
     norms: tuple[Fn, Fn]  #: of q and k, over E
     out_weight: Tensor  #: (D, heads, E)
     out_bias: Tensor | None  #: (D,)
+    fused: Tensor | None = None  #: (3, heads, E, D) where q, k and v are one matrix: ``weights`` are views of it
+    fused_bias: Tensor | None = None  #: (3, heads, E)
 
 
 @dataclass(frozen=True, eq=False)

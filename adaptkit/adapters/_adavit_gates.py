@@ -117,4 +117,6 @@ class Gates(nn.Module):
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+    if x.dtype == layer.weight.dtype == dtype:
+        return F.linear(x, layer.weight, layer.bias)
     return F.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))

@@ -36,8 +36,7 @@ class Way(NamedTuple):
 
 def masked(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> Tensor:
     """Tokens x (B, P+N, D) and h = norm1(x) -> (B, P+N, D), differentiable in the decision."""
-    patches = 0 if block.grid is None else block.grid[0] * block.grid[1]
-    prefix = x.shape[1] - patches
+    prefix = _prefix(block, x)
     keep = _all_rows(x, decision.patch, prefix)
     update = keep * (torch.arange(x.shape[1], device=x.device) < prefix) if way.only_prefix else keep
     m1, m2 = (None, None) if decision.layer is None else decision.layer[:, :, None, None].unbind(1)
@@ -49,6 +48,11 @@ def masked(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> 
         o = o * on + v * (1 - on) if way.head_mode == "partial" else o * on
     x = x + _gated(block.scale1(block.out(o)), update, m1)
     return x + _gated(block.scale2(block.mlp(block.norm2(x))), update, m2)
+
+
+def _prefix(block: Block, x: Tensor) -> int:
+    """How many of the tokens (B, P+N, D) are class and register tokens."""
+    return x.shape[1] - (0 if block.grid is None else block.grid[0] * block.grid[1])
 
 
 def _all_rows(x: Tensor, patch: Tensor | None, prefix: int) -> Tensor:
@@ -66,15 +70,17 @@ def _gated(update: Tensor, keep: Tensor, layer: Tensor | None) -> Tensor:
 def packed(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> Tensor:
     """Compute the same for hard decisions, from kept rows alone: gather, run, scatter."""
     count, tokens, dim = x.shape
-    patches = 0 if block.grid is None else block.grid[0] * block.grid[1]
-    prefix = tokens - patches
+    if count == 1:
+        return _alone(block, x, h, decision, way)
+    prefix = _prefix(block, x)
     keep = _all_rows(x, decision.patch, prefix) > 0  # (B, P+N)
     on = x.new_ones(2, count, dtype=torch.bool) if decision.layer is None else decision.layer.t() > 0
     rows = x.reshape(-1, dim).clone()
     kept = Kept.of(keep & on[0, :, None])
     if kept.lengths:
-        places, update = _msa(block, h, kept, decision.head, way, prefix)
-        _add(rows, places, block.scale1(update[None])[0])
+        normed = h.reshape(-1, dim).index_select(0, kept.places)
+        places = kept.places[kept.of_prefix(prefix)] if way.only_prefix else kept.places
+        _add(rows, places, block.scale1(_attention(block, normed, kept, decision.head, way, prefix)[None])[0])
     if way.only_prefix:
         keep = keep & (torch.arange(tokens, device=x.device) < prefix)
     places = (keep & on[1, :, None]).flatten().nonzero()[:, 0]
@@ -86,6 +92,27 @@ def packed(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> 
 
 def _add(rows: Tensor, places: Tensor, update: Tensor) -> None:
     rows.index_copy_(0, places, (rows.index_select(0, places) + update).to(rows.dtype))
+
+
+def _alone(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> Tensor:
+    """One image: its kept rows are gathered once and stay together for both sub-layers.
+
+    The arithmetic of one image is over so soon that the number of operators counts.
+    """
+    msa, ffn = (True, True) if decision.layer is None else decision.layer[0].tolist()
+    if not (msa or ffn):
+        return x
+    prefix, places = _prefix(block, x), torch.arange(x.shape[1], device=x.device)
+    if decision.patch is not None:
+        places = _all_rows(x, decision.patch, prefix)[0].nonzero()[:, 0]
+    kept = Kept(places, [0], [len(places)], x.shape[1])
+    rows = x[0].index_select(0, places[:prefix] if way.only_prefix else places)  # prefix tokens come first
+    if msa:
+        normed = h[0].index_select(0, places)
+        rows = rows + block.scale1(_attention(block, normed, kept, decision.head, way, prefix)[None])[0]
+    if ffn:
+        rows = rows + block.scale2(block.mlp(block.norm2(rows[None])))[0]
+    return x.index_copy(1, places[: len(rows)], rows[None].to(x.dtype))
 
 
 class Kept(NamedTuple):
@@ -112,26 +139,24 @@ class Kept(NamedTuple):
         return (self.positions() < prefix).nonzero()[:, 0]
 
 
-def _msa(block: Block, h: Tensor, kept: Kept, head: Tensor | None, way: Way, prefix: int) -> tuple[Tensor, Tensor]:
-    """Return the places (R',) that attention updates and the update (R', D), before LayerScale."""
-    rows = h.reshape(-1, h.shape[-1]).index_select(0, kept.places)
+def _attention(block: Block, h: Tensor, kept: Kept, head: Tensor | None, way: Way, prefix: int) -> Tensor:
+    """Normed rows h (R, D) -> their update before LayerScale (R, D), or (R', D) of the prefix tokens alone."""
     part = kept.of_prefix(prefix) if way.only_prefix else None
-    places = kept.places if part is None else kept.places[part]
-    if block.projections is not None and rows.device.type == "cpu" and (head is not None or part is not None):
-        return places, _by_image(block, block.projections, rows, kept, head, way, prefix)
+    if block.projections is not None and h.device.type == "cpu" and (head is not None or part is not None):
+        return _by_image(block, block.projections, h, kept, head, way, prefix)
     if block.qkv_at is None:
-        q, k, v = block.qkv(rows[None])
+        q, k, v = block.qkv(h[None])
     else:
-        q, k, v = block.qkv_at(rows[None], (kept.positions() - prefix).clamp_min(-1))
+        q, k, v = block.qkv_at(h[None], (kept.positions() - prefix).clamp_min(-1))
     biases = None if block.bias is None else _biases(block.bias, kept, q.shape[1])
     o = packed_attention(q, k, v, kept.lengths, block.scale, biases, packed_backend(q, block.bias))
     if part is not None:
         o, v = o[:, :, part], v[:, :, part]
     if head is not None:
-        image = places // kept.tokens
-        on = head.index_select(0, image).t()[None, :, :, None].to(o.dtype)  # (1, heads, R', 1)
+        places = kept.places if part is None else kept.places[part]
+        on = head.index_select(0, places // kept.tokens).t()[None, :, :, None].to(o.dtype)  # (1, heads, R', 1)
         o = o * on + v * (1 - on) if way.head_mode == "partial" else o * on
-    return places, block.out(o)[0]
+    return block.out(o)[0]
 
 
 def _biases(bias: Tensor, kept: Kept, heads: int) -> list[Tensor]:
@@ -181,7 +206,7 @@ def _partial(
     """(R', D), (R, D) -> (R', D); the heads that are not in ``index`` give each token's own value."""
     if index is None:
         return _full(w, queries, h, None, scale, bias)
-    v = _project(w, 2, h, None)  # (R, heads, E)
+    v = _project(w.weights[2], w.biases[2], h, None)  # (R, heads, E)
     o = v[: len(queries)].clone()
     if len(index):
         o[:, index] = _attend(w, queries, h, index, scale, bias, v[:, index]).to(o.dtype)
@@ -198,16 +223,21 @@ def _attend(
     v: Tensor | None = None,
 ) -> Tensor:
     """Attention of some heads in one image -> (R', heads kept, E)."""
-    q = w.norms[0](_project(w, 0, queries, index).transpose(0, 1)[None])
-    k = w.norms[1](_project(w, 1, h, index).transpose(0, 1)[None])
-    v = (_project(w, 2, h, index) if v is None else v).transpose(0, 1)[None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)[0].transpose(0, 1)
+    if w.fused is not None and v is None and queries is h:
+        q, k, v = _project(w.fused, w.fused_bias, h, index).unbind(1)
+    else:
+        q = _project(w.weights[0], w.biases[0], queries, index)
+        k = _project(w.weights[1], w.biases[1], h, index)
+        v = _project(w.weights[2], w.biases[2], h, index) if v is None else v
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads kept, R, E)
+    o = F.scaled_dot_product_attention(w.norms[0](q), w.norms[1](k), v, attn_mask=bias, scale=scale)
+    return o[0].transpose(0, 1)
 
 
-def _project(w: Projections, part: int, h: Tensor, index: Tensor | None) -> Tensor:
-    """(R, D) -> (R, heads kept, E): q, k or v of the heads ``index``, all for None."""
-    weight, bias = w.weights[part], w.biases[part]
+def _project(weight: Tensor, bias: Tensor | None, h: Tensor, index: Tensor | None) -> Tensor:
+    """(R, D) and a weight (..., heads, E, D) -> (R, ..., heads kept, E) of the heads ``index``, all for None."""
     if index is not None:
-        weight, bias = weight.index_select(0, index), None if bias is None else bias.index_select(0, index)
-    out = F.linear(h, weight.flatten(0, 1), None if bias is None else bias.flatten())
-    return out.unflatten(1, weight.shape[:2])
+        weight = weight.index_select(-3, index)
+        bias = None if bias is None else bias.index_select(-2, index)
+    out = F.linear(h, weight.flatten(0, -2), None if bias is None else bias.flatten())
+    return out.unflatten(1, weight.shape[:-1])

@@ -164,9 +164,11 @@ class AdaViT(BlockAdapter):
         masks = self.training or torch.compiler.is_compiling() or self.execution == "masked"
         if masks or (self.execution == "auto" and torch.is_grad_enabled()):
             return masked
+        if self.execution == "packed":
+            return packed
         if decision.everything() and not way.only_prefix:
             return _dense
-        return packed if self.execution == "packed" or _pays(x, decision, way, self.spec) else masked
+        return packed if _pays(x, decision, way, self.spec) else masked
 
     def _record(self, trace: Trace, index: int, decision: Decision, logits: Decision) -> None:
         """Keep what was decided; the last block stacks it, (B, gated blocks, ...)."""

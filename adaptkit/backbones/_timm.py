@@ -75,9 +75,12 @@ def fused_qkv(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def by_head(qkv: nn.Linear, proj: nn.Linear, heads: int, norms: tuple[Fn, Fn]) -> Projections:
     """See a fused ``qkv`` and its ``proj`` head by head, without a copy."""
-    q, k, v = qkv.weight.unflatten(0, (3, heads, -1)).unbind(0)
-    biases: Any = (None, None, None) if qkv.bias is None else qkv.bias.unflatten(0, (3, heads, -1)).unbind(0)
-    return Projections((q, k, v), tuple(biases), norms, proj.weight.unflatten(1, (heads, -1)), proj.bias)  # type: ignore[arg-type]
+    fused = qkv.weight.unflatten(0, (3, heads, -1))
+    bias = None if qkv.bias is None else qkv.bias.unflatten(0, (3, heads, -1))
+    q, k, v = fused.unbind(0)
+    biases: Any = (None, None, None) if bias is None else bias.unbind(0)
+    out: Any = proj.weight.unflatten(1, (heads, -1))
+    return Projections((q, k, v), tuple(biases), norms, out, proj.bias, fused, bias)
 
 
 def layer_scale(gamma: Tensor | None) -> Fn:

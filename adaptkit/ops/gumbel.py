@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,8 @@ def gumbel_sigmoid(logits: Tensor, temperature: float, threshold: float, noise: 
 
     Returns a tensor of the shape of ``logits``, of zeros and ones.
     """
+    if not (noise or logits.requires_grad):  # the same comparison before the sigmoid
+        return (logits > temperature * math.log(threshold / (1 - threshold))).to(logits.dtype)
     if noise:
         tiny = torch.finfo(logits.dtype).tiny
         uniform = torch.rand_like(logits).clamp(tiny, 1 - torch.finfo(logits.dtype).eps)
