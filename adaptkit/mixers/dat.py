@@ -21,6 +21,7 @@ half a cell beside the cells when every offset is zero. ``exact``, ours, then re
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -125,6 +126,15 @@ def resize_table(table: Tensor, size: Grid) -> Tensor:
     return resized[0].to(table.dtype)
 
 
+def resized(table: Tensor, size: Grid) -> Tensor:
+    """``resize_table``, and say so: for a table of another size that is being loaded."""
+    if tuple(table.shape[-2:]) == tuple(size):
+        return table
+    old, new = ("x".join(map(str, shape)) for shape in (table.shape[-2:], size))
+    warnings.warn(f"bias tables of {old} were resized to {new} (bicubic), the size of this model", stacklevel=2)
+    return resize_table(table, size)
+
+
 def table_bias(table: Tensor, grid: Grid, points: Tensor, convention: Convention) -> Tensor:
     """Deformable relative position bias (eq. 7), read from a table by displacement.
 
@@ -217,6 +227,7 @@ class DeformableAttention(nn.Module):
             nn.init.trunc_normal_(self.rpe_table, std=0.01)
         elif bias == "log-cpb":
             self.rpe_table = log_cpb(heads // groups)
+        self.register_load_state_dict_pre_hook(_fit)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -249,6 +260,13 @@ class DeformableAttention(nn.Module):
     def _split(self, x: Tensor) -> Tensor:
         """(B, C, ., .) -> (B, heads, n, C/heads)."""
         return x.flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)
+
+
+def _fit(module: DeformableAttention, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Before loading: resize the table of another map."""
+    key = prefix + "rpe_table"
+    if isinstance(module.rpe_table, nn.Parameter) and key in state_dict:
+        state_dict[key] = resized(state_dict[key], (module.rpe_table.shape[1], module.rpe_table.shape[2]))
 
 
 def _fold(x: Tensor, groups: int) -> Tensor:
