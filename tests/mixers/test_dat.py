@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 
 from adaptkit.mixers.dat import (
@@ -60,6 +61,60 @@ def test_v1_has_the_gradients_of_the_authors_module(dtype, tolerance):
     grads = {"input": x.grad, **{n: p.grad for n, p in mixer.named_parameters()}}
     for key in (k for k in tensors if k.startswith("grad.")):
         torch.testing.assert_close(grads[key[5:]], tensors[key], atol=tolerance, rtol=tolerance, msg=key)
+
+
+def in_plain_steps(mixer, x, factor):
+    """v1 step by step, one group and one head at a time, with torch's own sampling operator."""
+    batch, dim, height, width = x.shape
+    g, h = mixer.groups, mixer.heads
+    q = mixer.proj_q(x)
+    sampled, points = [], []
+    for group in range(g):
+        own = slice(group * dim // g, (group + 1) * dim // g)
+        offset = mixer.conv_offset(q[:, own]).permute(0, 2, 3, 1)
+        rows, columns = offset.shape[1:3]
+        if factor > 0:
+            offset = offset.tanh() * torch.tensor([factor / rows, factor / columns], dtype=x.dtype)
+        y, column = torch.meshgrid(
+            (torch.arange(rows, dtype=x.dtype) + 0.5) / rows * 2 - 1,
+            (torch.arange(columns, dtype=x.dtype) + 0.5) / columns * 2 - 1,
+            indexing="ij",
+        )
+        pos = torch.stack([y, column], -1) + offset
+        pos = pos if factor >= 0 else pos.tanh()
+        points.append(pos.flatten(1, 2))
+        sampled.append(F.grid_sample(x[:, own], pos.flip(-1), align_corners=True).flatten(2))
+    sampled = torch.cat(sampled, 1)[..., None]
+    k, v = mixer.proj_k(sampled)[..., 0], mixer.proj_v(sampled)[..., 0]
+    y, column = torch.meshgrid(
+        (torch.arange(height, dtype=x.dtype) + 0.5) / height * 2 - 1,
+        (torch.arange(width, dtype=x.dtype) + 0.5) / width * 2 - 1,
+        indexing="ij",
+    )
+    queries = torch.stack([y, column], -1).flatten(0, 1)
+    out = []
+    for head in range(h):
+        own = slice(head * dim // h, (head + 1) * dim // h)
+        logits = q[:, own].flatten(2).transpose(1, 2) @ k[:, own] * (dim // h) ** -0.5
+        displacement = (queries[None, :, None] - points[head * g // h][:, None]) / 2
+        table = mixer.rpe_table[None, head : head + 1].expand(batch, -1, -1, -1)
+        logits = logits + F.grid_sample(table, displacement.flip(-1), align_corners=True)[:, 0]
+        out.append(v[:, own] @ logits.softmax(-1).transpose(1, 2))
+    return mixer.proj_out(torch.cat(out, 1).unflatten(2, (height, width)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("factor", [2, 5.5, 0, -1])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [3, 4, 9])
+@pytest.mark.parametrize(("heads", "groups", "grid"), [(4, 2, (6, 9)), (4, 1, (1, 7)), (6, 6, (8, 5))])
+def test_v1_is_the_paper_step_by_step(factor, stride, kernel, heads, groups, grid):
+    torch.manual_seed(0)
+    mixer = DeformableAttention(24, heads, groups, grid, kernel, stride, factor).double()
+    for p in mixer.parameters():
+        p.add_(0.2 * torch.randn_like(p))
+    x = torch.randn(2, 24, *grid, dtype=torch.float64)
+    torch.testing.assert_close(mixer(x), in_plain_steps(mixer, x, factor))
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 5), (4, 1), (4, 6)])
