@@ -57,7 +57,9 @@ class DATConfig:
 
     groups: int | None = None  #: sets of points; None: 3, or the next smaller number that divides the heads
     kernel_size: int = 5  #: of the offset network
-    stride: int = 1  #: of the offset network: a grid of h/stride x w/stride keys
+    #: Of the offset network: a grid of h/stride x w/stride keys. With more than 1 mode "replace" starts elsewhere than
+    #: the frozen attention, since most keys are gone.
+    stride: int = 1
     offset_range: float | None = 2.0  #: s bounds an offset to s/2 key cells (the paper has 2); None: anywhere
     bias: Bias | None = "table"  #: B: a table by displacement, a network of it ("log-cpb"), or none
     bias_grid: int = 14  #: side of the grid the table is made for; on another grid it is resized (bicubic)

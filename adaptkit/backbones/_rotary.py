@@ -62,7 +62,12 @@ def rotary_of_timm(rope: Any, grid: tuple[int, int], index: int) -> Rotary:
     if kind == "RotaryEmbeddingDinoV3":
         return axial(2 * math.pi / rope.periods, *_centred(rope, grid), yx, rope.rotate_half)
     if kind == "RotaryEmbeddingCat":
-        return axial(rope.bands, *_cat(rope, grid), yx, rope.rotate_half)
+        if rope.bands is None:  # timm before it kept the frequencies beside the angles of a fixed grid
+            raise TypeError(
+                "this version of timm keeps rotary angles of one grid and not their frequencies: upgrade timm, or "
+                "build the model with dynamic_img_size=True"
+            )
+        return axial(rope.bands, *_cat(rope, grid), yx, getattr(rope, "rotate_half", False))
     raise TypeError(f"timm's {kind} has no rule here for places between cells; use an adapter that moves no keys")
 
 

@@ -301,7 +301,7 @@ def _cfg(size: int = 224, **more: Any) -> dict[str, Any]:
         "num_classes": 1000,
         "input_size": (3, size, size),
         "pool_size": (size // 32, size // 32),
-        "crop_pct": 0.9 if size == 224 else 1.0,
+        "crop_pct": 0.875 if size == 224 else 1.0,
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
