@@ -4,6 +4,7 @@
 """
 
 from adaptkit.adapters.adavit import AdaViTConfig
+from adaptkit.adapters.dat import DATConfig
 from adaptkit.adapters.sfp import SimpleFeaturePyramidConfig
 from adaptkit.adapters.vit_adapter import ViTAdapterConfig
 from adaptkit.demo import demo_backbone
@@ -21,6 +22,7 @@ __all__ = [
     "AdaptedModel",
     "AdapterFile",
     "ClassifierHeadConfig",
+    "DATConfig",
     "FPNHeadConfig",
     "Features",
     "LinearHeadConfig",

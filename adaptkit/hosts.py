@@ -15,7 +15,8 @@ def create_backbone(name: str, pretrained: bool = True) -> nn.Module:
     """Return a ViT, ready to be given to ``attach``.
 
     Args:
-        name: ``"demo"`` (the small backbone in this package), a timm name (``"vit_small_patch14_dinov2.lvd142m"``),
+        name: ``"demo"`` (the small backbone in this package), a timm name (``"vit_small_patch14_dinov2.lvd142m"``;
+            ``"dat_tiny"`` and the others of :mod:`adaptkit.models` too),
             ``"hf-hub:<org>/<repo>"`` (timm weights on the Hub), ``"<org>/<repo>"`` (timm's repositories through timm,
             others through transformers), or a local folder that either library saved.
         pretrained: load the weights; ``False`` builds the architecture with random ones.
@@ -45,6 +46,8 @@ def create_backbone(name: str, pretrained: bool = True) -> nn.Module:
 
 def _timm(name: str, pretrained: bool) -> nn.Module:
     import timm
+
+    import adaptkit.models  # noqa: F401  registers DAT with timm
 
     if ":" not in name and not timm.is_model(name.split(".")[0]):
         close = timm.list_models(f"*{name.split('_')[0]}*")[:5]

@@ -104,6 +104,9 @@ class Block:
     #: ``qkv`` of some rows: (1, R, D) and their places (R,), the patch 0..N-1 or -1 for a prefix token -> three of
     #: (1, heads, R, E). None: the place does not matter and ``qkv`` itself takes any rows.
     qkv_at: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
+    #: Rotary hosts: q or k (B, heads, R, E) made at place -1, and places (R, 2) or (B, heads, R, 2), continuous, as
+    #: (y, x) in patches from the centre of the first one -> the same turned there. None: no position inside.
+    rotate: Callable[[Tensor, Tensor], Tensor] | None = None
     projections: Projections | None = None  #: where heads can be computed one by one
     grid: tuple[int, int] | None = None  #: (h, w) of the patch tokens, as a block adapter gets the block
 

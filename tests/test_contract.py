@@ -52,6 +52,8 @@ ADAPTERS = {
     "sfp": ["sfp"],
     "adavit": ["adavit"],
     "adavit+vit-adapter": ["adavit", ("vit-adapter", SMALL)],
+    "dat": ["dat"],
+    "dat+vit-adapter": [("dat", {"blocks": 2, "bias": "log-cpb", "stride": 2}), ("vit-adapter", SMALL)],
     "toy-bottleneck": ["toy-bottleneck"],
     "toy-bottleneck+vit-adapter": ["toy-bottleneck", ("vit-adapter", SMALL)],
 }  # fmt: skip
@@ -61,8 +63,8 @@ assert set(adaptkit.list_adapters()) <= {
 
 
 def fits(adapter, name):
-    """AdaViT steps inside the attention, so it needs one that comes apart; its own tests check the refusal."""
-    return HOSTS[name].splits or not adapter.startswith("adavit")
+    """AdaViT and DAT-KV step inside the attention, so they need one that comes apart; their tests check the refusal."""
+    return HOSTS[name].splits or not adapter.startswith(("adavit", "dat"))
 
 
 every = pytest.mark.parametrize(

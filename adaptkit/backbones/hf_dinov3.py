@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.backbones._hf import HfViT, dino_block, hf_spec, project_qkv
+from adaptkit.backbones._rotary import axial
 from adaptkit.registry import register_family
 from adaptkit.vit import Block
 
@@ -42,6 +44,7 @@ class HfDINOv3(HfViT):
                 block,
                 qkv=partial(_qkv, layer.attention, rope),
                 qkv_at=partial(_qkv_at, layer.attention, rope),
+                rotate=partial(_turn, host.rope_embeddings, grid),
                 projections=None,
             )
             for block, layer in zip(blocks, host.model.layer)
@@ -57,6 +60,13 @@ class HfDINOv3(HfViT):
         layers = host.model.layer
         patch = host.embeddings.patch_embeddings.weight
         return {"patch": patch, "first": layers[0].norm1.weight, "last": layers[-1].norm2.weight}
+
+
+def _turn(rope: Any, grid: tuple[int, int], x: Tensor, places: Tensor) -> Tensor:
+    """Turn rows made without a place to continuous ones: a cell's centre is (2i + 1) / n - 1, times 2 pi."""
+    frequencies = 2 * math.pi * rope.inv_freq
+    origins, steps = (1 / grid[0] - 1, 1 / grid[1] - 1), (2 / grid[0], 2 / grid[1])
+    return axial(frequencies, origins, steps, yx=True, half=True).turn(x, places)
 
 
 def _qkv_at(attn: Any, rope: tuple[Tensor, Tensor], h: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from adaptkit.backbones._rotary import rotary_of_timm
 from adaptkit.backbones._timm import (
     add_prefix_and_positions,
     classifier_logits,
@@ -46,7 +48,10 @@ class TimmEva(ViT):
         host: Any = self.host
         rope = _rope(host, grid)
         per_block = rope if rope is not None and host.rope_mixed else [rope] * len(host.blocks)
-        return [_block(blk, angles) for blk, angles in zip(host.blocks, per_block)]
+        blocks = [_block(blk, angles) for blk, angles in zip(host.blocks, per_block)]
+        if rope is None:
+            return blocks
+        return [replace(b, rotate=partial(_turn, host.rope, grid, i)) for i, b in enumerate(blocks)]
 
     def norm(self, x: Tensor) -> Tensor:
         """``host.norm``; the identity where timm norms after pooling (``fc_norm``)."""
@@ -77,6 +82,11 @@ def _rope(host: Any, grid: tuple[int, int]) -> Tensor | None:
     if getattr(rope, "_use_cached_embed", False):  # built for one grid, `get_embed` would ignore another
         return rope._build_embed_cat(list(grid), rope.bands)
     return rope.get_embed(shape=list(grid))
+
+
+def _turn(rope: Any, grid: tuple[int, int], index: int, x: Tensor, places: Tensor) -> Tensor:
+    """Turn rows made without a place to continuous ones; the angles are computed only where this is called."""
+    return rotary_of_timm(rope, grid, index).turn(x, places)
 
 
 def _block(blk: Any, rope: Tensor | None) -> Block:

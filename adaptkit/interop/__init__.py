@@ -8,39 +8,49 @@ from typing import Any
 from torch import Tensor, nn
 
 from adaptkit.interop.adavit import adavit
+from adaptkit.interop.dat import dat
 from adaptkit.interop.vit_adapter import vit_adapter
-from adaptkit.model import AdaptedModel
 
 __all__ = ["from_official"]
 
-_METHODS: dict[str, Callable[..., AdaptedModel]] = {"adavit": adavit, "vit-adapter": vit_adapter}
+_METHODS: dict[str, Callable[..., nn.Module]] = {"adavit": adavit, "dat": dat, "vit-adapter": vit_adapter}
 
 
 def from_official(
-    method: str, state_dict: dict[str, Tensor], backbone: nn.Module, *, load_backbone: bool = False, **options: Any
-) -> AdaptedModel:
-    """Attach an official checkpoint to a backbone.
+    method: str,
+    state_dict: dict[str, Tensor],
+    backbone: nn.Module | None = None,
+    *,
+    load_backbone: bool = False,
+    **options: Any,
+) -> Any:
+    """Attach an official checkpoint to a backbone, or load one that is a backbone itself (DAT).
 
     Args:
-        method: ``"vit-adapter"`` or ``"adavit"``.
+        method: ``"vit-adapter"``, ``"adavit"`` or ``"dat"``.
         state_dict: the authors' tensors, with or without the ``backbone.`` prefix; tensors of necks, heads and
             optimisers are left aside. A whole checkpoint ``{"state_dict": ...}`` is opened.
         backbone: the host; its weights are yours. The official ViT-Adapter has no class token and a layer scale: a timm
             ViT built with ``class_token=False, global_pool="avg", fc_norm=False, init_values=1.0`` hosts it. An
-            official AdaViT is a DeiT: timm's, whose classifier gives the logits.
+            official AdaViT is a DeiT: timm's, whose classifier gives the logits. For ``"dat"`` it is a
+            :class:`~adaptkit.models.DAT` of any size, or left out to build one from the options.
         load_backbone: also load the ViT part of the checkpoint into the backbone, where its keys fit.
         options: config fields that the tensors do not tell. For ``"vit-adapter"`` these are ``add_vit_feature``
             (``"last"`` for detection, ``"per-stage"`` for segmentation, or ``None``), ``interaction_indexes`` where
             the depth does not divide by their number, and ``deform_num_heads`` or ``n_points`` where a head does not
             have the four points of every official configuration. For ``"adavit"`` it is ``head_mode`` (``"full"``:
             ``--ada-head``, ``"partial"``: ``--ada-head-attn``) where the checkpoint has head gates; the authors'
-            thresholds (0.6 for patches, 0.5) are the defaults.
+            thresholds (0.6 for patches, 0.5) are the defaults. For ``"dat"`` they are the authors' constructor
+            arguments, ``dims``, ``stage_spec`` and so on; for the tensors of a single attention ``heads``,
+            ``head_dim``, ``groups``, ``hw``, ``stride``, ``offset_range_factor`` and ``kernel`` or ``stage_idx``.
 
-    Returns the attached model in eval mode. Raises ``ValueError`` where tensors are missing or do not fit the backbone,
-    or where an option is needed, by name.
+    Returns the attached model in eval mode; for ``"dat"`` the DAT, or the one attention. Raises ``ValueError`` where
+    tensors are missing or do not fit the backbone, or where an option is needed, by name.
     """
     if method not in _METHODS:
         raise ValueError(f"no official checkpoints are known for {method!r}; known: {', '.join(sorted(_METHODS))}")
+    if backbone is None and method != "dat":
+        raise ValueError(f"{method!r} needs the backbone that the checkpoint is attached to; give a ViT")
     for whole in ("state_dict_ema", "state_dict", "model"):
         if isinstance(state_dict.get(whole), dict):
             state_dict = state_dict[whole]  # type: ignore[assignment]
