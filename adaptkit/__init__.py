@@ -4,6 +4,7 @@
 """
 
 from adaptkit.adapters.adavit import AdaViTConfig
+from adaptkit.adapters.metaformer import MetaFormerConfig
 from adaptkit.adapters.sfp import SimpleFeaturePyramidConfig
 from adaptkit.adapters.vit_adapter import ViTAdapterConfig
 from adaptkit.demo import demo_backbone
@@ -24,6 +25,7 @@ __all__ = [
     "FPNHeadConfig",
     "Features",
     "LinearHeadConfig",
+    "MetaFormerConfig",
     "SimpleFeaturePyramidConfig",
     "Spec",
     "ViTAdapterConfig",

@@ -52,6 +52,10 @@ ADAPTERS = {
     "sfp": ["sfp"],
     "adavit": ["adavit"],
     "adavit+vit-adapter": ["adavit", ("vit-adapter", SMALL)],
+    "metaformer": [("metaformer", {"width": 8, "mixer": ("pool", "conv", "global", "msda")})],
+    "metaformer-gate": [("metaformer", {"width": 0, "norm": "group1"})],
+    "metaformer-random+vit-adapter": [("metaformer", {"width": 8, "mixer": ("random", "window", "sepconv", "identity")}),
+                                      ("vit-adapter", SMALL)],
     "toy-bottleneck": ["toy-bottleneck"],
     "toy-bottleneck+vit-adapter": ["toy-bottleneck", ("vit-adapter", SMALL)],
 }  # fmt: skip
