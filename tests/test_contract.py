@@ -49,6 +49,8 @@ ADAPTERS = {
     "vit-adapter-extract-only": [("vit-adapter", {**SMALL, "injector": False, "norm": "group"})],
     "vit-adapter-light": [("vit-adapter", {**SMALL, "add_vit_feature": None, "extra_extractors": 0, "with_cffn": False,
                                            "checkpoint": True, "norm": "layer"})],
+    "vit-adapter-window": [("vit-adapter", {**SMALL, "attention": "window"})],
+    "vit-adapter-pool": [("vit-adapter", {**SMALL, "attention": "pool"})],
     "sfp": ["sfp"],
     "adavit": ["adavit"],
     "adavit+vit-adapter": ["adavit", ("vit-adapter", SMALL)],

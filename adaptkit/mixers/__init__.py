@@ -73,7 +73,8 @@ def cross_mixer(
     """Build a mixer in its cross form: queries of D channels read ``levels`` maps of D channels.
 
     ``"msda"``, ``"global"`` and ``"window"`` are attention by their papers. The others have no cross form in any paper;
-    ours brings the values to the queries' own grids bilinearly, averages the levels, and mixes there.
+    ours brings the values to the queries' own grids bilinearly, averages the levels, and mixes there. ``"pool"`` is
+    then the mean alone: its minus belongs to a residual of the values, which a cross form does not have.
 
     Args:
         name: of the mixer.
@@ -97,6 +98,8 @@ def cross_mixer(
         return GlobalCrossAttention(dim, width, heads)
     if name == "window":
         return WindowCrossAttention(dim, width, heads, **options)
+    if name == "pool":
+        options = {"minus": False, **options}
     return Resampled(dim, width, mixer(name, width, **options))
 
 

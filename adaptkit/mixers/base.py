@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -28,6 +28,8 @@ class Layout(NamedTuple):
 
 class CrossMixer(nn.Module, ABC):
     """The cross form: queries read maps."""
+
+    reads_query: ClassVar[bool] = True  #: False: only the places of the queries matter, not what they hold
 
     @abstractmethod
     def forward(self, query: Tensor, feat: Tensor, layout: Layout) -> Tensor:

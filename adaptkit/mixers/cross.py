@@ -21,9 +21,11 @@ class Resampled(CrossMixer):
     The queries decide where to read, not what: their content is not looked at.
     """
 
+    reads_query = False
+
     def __init__(self, dim: int, width: int, mixer: nn.Module) -> None:
         super().__init__()
-        self.value_proj = nn.Linear(dim, width)
+        self.value_proj = nn.Linear(dim, width, bias=False)  # a constant goes through to `output_proj`, which has one
         self.mixer = mixer
         self.output_proj = nn.Linear(width, dim)
 

@@ -25,18 +25,20 @@ class Identity(Mixer):
 class Pool(Mixer):
     """PoolFormer's mixer (eq. 4): ``y = mean over size x size neighbours - x``.
 
-    At the border the mean is over the neighbours that exist. The block's residual adds ``x`` again, hence the minus.
+    At the border the mean is over the neighbours that exist. The block's residual adds ``x`` again, hence the minus;
+    ``minus=False`` leaves it out.
     """
 
-    def __init__(self, dim: int, size: int = 3) -> None:
+    def __init__(self, dim: int, size: int = 3, minus: bool = True) -> None:
         super().__init__()
         if size < 1 or size % 2 == 0:
             raise ValueError(f"size={size} has no centre; choose an odd one: 3, 5, 7 or 9")
-        self.size = size
+        self.size, self.minus = size, minus
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W); zero where the map is constant."""
-        return F.avg_pool2d(x, self.size, stride=1, padding=self.size // 2, count_include_pad=False) - x
+        """(B, C, H, W) -> (B, C, H, W); with the minus, zero where the map is constant."""
+        mean = F.avg_pool2d(x, self.size, stride=1, padding=self.size // 2, count_include_pad=False)
+        return mean - x if self.minus else mean
 
 
 class Random(Mixer):

@@ -12,6 +12,7 @@ from families import HOSTS, randomise
 import adaptkit
 from adaptkit import Spec
 from adaptkit.adapters.vit_adapter import Grids, ViTAdapter, ViTAdapterConfig, even_groups
+from adaptkit.mixers import list_mixers
 
 SMALL = {"conv_inplane": 8}
 OFFICIAL = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
@@ -169,3 +170,33 @@ def test_vit_features_come_from_the_stage_the_option_says():
     assert not torch.equal(outputs["last"][0], outputs["per-stage"][0])
     assert torch.equal(outputs["last"][3], outputs["per-stage"][3])  # the last stage is the last either way
     assert not torch.equal(outputs[None][3], outputs["last"][3])
+
+
+@pytest.mark.parametrize("attention", list_mixers())
+def test_any_mixer_stands_in_for_the_attention_and_every_tensor_learns_within_four_sgd_steps(attention):
+    torch.manual_seed(0)
+    model = adaptkit.attach(host(), ("vit-adapter", {**SMALL, "attention": attention, "norm": "layer"})).train()
+    x = torch.randn(2, 3, 70, 52)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.05)
+    largest = dict.fromkeys(trained, 0.0)
+    targets = [torch.randn(m.shape) for m in model(x).maps]
+    for _ in range(4):
+        optimizer.zero_grad()
+        sum((m * t).sum() for m, t in zip(model(x).maps, targets)).backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), 100.0)
+        for n, p in trained.items():
+            largest[n] = max(largest[n], float(p.grad.abs().max()))
+        optimizer.step()
+    assert {n: g for n, g in largest.items() if g < 1e-4} == {}
+
+
+def test_the_attention_is_deformable_unless_another_is_asked_for():
+    keys = set(adaptkit.attach(host(), ("vit-adapter", SMALL)).adapters["vit-adapter"].state_dict())
+    assert keys == set(adaptkit.attach(host(), ("vit-adapter", {**SMALL, "attention": "msda"})).adapters["vit-adapter"].state_dict())  # fmt: skip
+    assert "interactions.0.injector.attn.sampling_offsets.weight" in keys
+
+
+def test_an_unknown_attention_is_a_value_error_that_names_the_mixers():
+    with pytest.raises(ValueError, match="attention='fft' is not a choice; choose one of 'conv', 'global'"):
+        ViTAdapterConfig(attention="fft")

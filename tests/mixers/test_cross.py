@@ -80,3 +80,7 @@ def test_a_query_reads_only_cells_of_its_own_part_of_the_image():
     assert torch.equal(fine.view(28, 28).nonzero().amax(0), torch.tensor([13, 13]))
     assert torch.equal(middle.view(14, 14).nonzero().amax(0), torch.tensor([6, 6]))
     assert torch.equal(coarse.view(7, 7).nonzero().amax(0), torch.tensor([3, 3]))
+
+
+def test_the_cross_form_of_pool_is_the_mean_alone():
+    assert not build("pool", 1).mixer.minus
