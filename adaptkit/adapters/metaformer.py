@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +35,12 @@ from adaptkit.layers import check_choice
 from adaptkit.mixers import list_mixers, mixer
 from adaptkit.ops.grid import map_to_tokens, tokens_to_map
 from adaptkit.registry import register_adapter
+from adaptkit.staged import StagedSpec
 from adaptkit.vit import Block, Fn, Spec, identity
 
 __all__ = ["MetaFormer", "MetaFormerConfig"]
 
+T = TypeVar("T")
 Norm = Literal["layer", "group1", "none"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "none": identity}
 
@@ -47,9 +49,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.
 class MetaFormerConfig:
     """The mixer, and the paper's ablations of the block around it."""
 
-    #: A name, or several: one per block, or spread evenly over the depth, first to last ("pool, pool, global, global").
+    #: A name, or several: one per block, or spread evenly over the depth ("pool, pool, global, global"). On a
+    #: hierarchical host one per block or per stage.
     mixer: str | tuple[str, ...] = "pool"
-    width: int = 64  #: of the bottleneck; 0: none, the gate gamma
+    #: Of the bottleneck; 0: none, the gate gamma. Several: one per stage of a hierarchical host.
+    width: int | tuple[int, ...] = 64
     mlp_ratio: float | None = (
         None  #: hidden width of the MLP over the bottleneck's; 0: no MLP; None: 1, or 0 without one
     )
@@ -67,26 +71,49 @@ class MetaFormerConfig:
         check_choice("act", self.act, tuple(ACTIVATIONS))
         if not names:
             raise ValueError("mixer=() names no mixer; give one name, or several to spread over the depth")
-        if self.width < 0 or (self.mlp_ratio or 0) < 0:
+        widths = (self.width,) if isinstance(self.width, int) else self.width
+        if min(widths) < 0 or (self.mlp_ratio or 0) < 0:
             raise ValueError(f"width={self.width} and mlp_ratio={self.mlp_ratio} must not be negative")
+        if len(widths) > 1 and min(widths) == 0:
+            raise ValueError(f"width={self.width} mixes bottlenecks and gates; use 0 for all, or no 0")
         if self.width == 0 and self.mlp_ratio:
             raise ValueError(f"mlp_ratio={self.mlp_ratio} needs a bottleneck, width=0 has none; leave it out")
         unused = sorted(set(self.mixer_options) - set(names))
         if unused:
             raise ValueError(f"mixer_options are for {', '.join(unused)}, but mixer={self.mixer!r}; name them there")
 
-    def resolve(self, spec: Spec) -> MetaFormerConfig:
+    def resolve(self, spec: Spec | StagedSpec) -> MetaFormerConfig:
         """Fill in what depends on the backbone. ``ValueError`` where the two do not fit."""
-        names = (self.mixer,) if isinstance(self.mixer, str) else self.mixer
-        if len(names) > spec.depth:
-            raise ValueError(f"mixer names {len(names)} mixers for {spec.depth} blocks; give one per block or fewer")
+        self.mixers(spec)
+        self.widths(spec)
         mlp_ratio = (1.0 if self.width else 0.0) if self.mlp_ratio is None else float(self.mlp_ratio)
         return replace(self, mlp_ratio=mlp_ratio)
 
-    def mixers(self, spec: Spec) -> list[str]:
+    def mixers(self, spec: Spec | StagedSpec) -> list[str]:
         """Return the mixer's name of each block."""
         names = (self.mixer,) if isinstance(self.mixer, str) else self.mixer
+        if isinstance(spec, StagedSpec) and len(names) not in (1, spec.depth):
+            return _per_stage("mixer", names, spec)
+        if len(names) > spec.depth:
+            raise ValueError(f"mixer names {len(names)} mixers for {spec.depth} blocks; give one per block or fewer")
         return [names[i * len(names) // spec.depth] for i in range(spec.depth)]
+
+    def widths(self, spec: Spec | StagedSpec) -> list[int]:
+        """Return the width of the bottleneck of each block."""
+        if isinstance(self.width, int):
+            return [self.width] * spec.depth
+        if isinstance(spec, StagedSpec):
+            return _per_stage("width", self.width, spec)
+        raise ValueError(f"width={self.width} is for a host of {len(self.width)} stages, a ViT has one; give one width")
+
+
+def _per_stage(option: str, values: tuple[T, ...], spec: StagedSpec) -> list[T]:
+    if len(values) != len(spec.depths):
+        raise ValueError(
+            f"{option}={values} has {len(values)} entries, the host {len(spec.depths)} stages of "
+            f"{', '.join(map(str, spec.depths))} blocks; give one, or one per stage"
+        )
+    return [value for value, depth in zip(values, spec.depths) for _ in range(depth)]
 
 
 class TokenNorm(nn.Module):
@@ -122,7 +149,7 @@ class TokenNorm(nn.Module):
 class MixerGate(nn.Module):
     """``gamma * mixer(n(x))``, gamma = 0 at the start; the norm has no parameters, gamma has them."""
 
-    def __init__(self, dim: int, mix: nn.Module, config: MetaFormerConfig) -> None:
+    def __init__(self, dim: int, width: int, mix: nn.Module, config: MetaFormerConfig) -> None:
         super().__init__()
         self.norm = TokenNorm(config.norm, dim, affine=False)
         self.mixer = mix
@@ -138,9 +165,9 @@ class MixerGate(nn.Module):
 class MetaBlock(nn.Module):
     """The MetaFormer block in a bottleneck: down, norm and mixer, norm and MLP, activation, up = 0."""
 
-    def __init__(self, dim: int, mix: nn.Module, config: MetaFormerConfig) -> None:
+    def __init__(self, dim: int, width: int, mix: nn.Module, config: MetaFormerConfig) -> None:
         super().__init__()
-        width, hidden = config.width, round(config.width * (config.mlp_ratio or 0))
+        hidden = round(width * (config.mlp_ratio or 0))
         self.residual, self.act = config.residual, ACTIVATIONS[config.act]
         self.norm = TokenNorm(config.norm, dim, affine=False)  # `down` is affine already
         self.down = nn.Linear(dim, width)
@@ -181,13 +208,16 @@ def _on_grid(mix: nn.Module, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 class MetaFormer(BlockAdapter):
     """A MetaFormer block beside each frozen block, with any token mixer: pooling, convolution, attention, ..."""
 
-    def __init__(self, spec: Spec, config: MetaFormerConfig) -> None:
+    staged = True
+
+    def __init__(self, spec: Spec | StagedSpec, config: MetaFormerConfig) -> None:
         config = config.resolve(spec)
         super().__init__(spec, config)
         make = MetaBlock if config.width else MixerGate
+        sizes = zip(config.mixers(spec), spec.widths, config.widths(spec))
         self.blocks = nn.ModuleList(
-            make(dim, _mixer(name, config.width or dim, i, config), config)
-            for i, (name, dim) in enumerate(zip(config.mixers(spec), [spec.dim] * spec.depth))
+            make(dim, width, _mixer(name, width or dim, i, config), config)
+            for i, (name, dim, width) in enumerate(sizes)
         )
 
     def wrap(self, block: Block, index: int, trace: Trace) -> Fn:

@@ -173,22 +173,15 @@ def test_vit_features_come_from_the_stage_the_option_says():
 
 
 @pytest.mark.parametrize("attention", list_mixers())
-def test_any_mixer_stands_in_for_the_attention_and_every_tensor_learns_within_four_sgd_steps(attention):
+def test_any_mixer_stands_in_for_the_attention_and_none_of_its_tensors_is_dead(attention):
     torch.manual_seed(0)
-    model = adaptkit.attach(host(), ("vit-adapter", {**SMALL, "attention": attention, "norm": "layer"})).train()
-    x = torch.randn(2, 3, 70, 52)
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.SGD(trained.values(), lr=0.05)
-    largest = dict.fromkeys(trained, 0.0)
-    targets = [torch.randn(m.shape) for m in model(x).maps]
-    for _ in range(4):
-        optimizer.zero_grad()
-        sum((m * t).sum() for m, t in zip(model(x).maps, targets)).backward()
-        torch.nn.utils.clip_grad_norm_(trained.values(), 100.0)
-        for n, p in trained.items():
-            largest[n] = max(largest[n], float(p.grad.abs().max()))
-        optimizer.step()
-    assert {n: g for n, g in largest.items() if g < 1e-4} == {}
+    options = {**SMALL, "attention": attention, "norm": "layer", "gamma_init": 0.5}
+    model = randomise(adaptkit.attach(host(), ("vit-adapter", options)), 5).double()
+    maps = model(torch.randn(2, 3, 70, 52).double()).maps
+    sum((m * torch.randn_like(m)).sum() for m in maps).backward()
+    gradients = {n: float(p.grad.abs().max()) for n, p in model.named_parameters() if p.requires_grad}
+    # In float64 a gradient that cancels exactly is 1e-16 of the sums that make it.
+    assert {n: g for n, g in gradients.items() if g < 1e-9 * max(gradients.values())} == {}
 
 
 def test_the_attention_is_deformable_unless_another_is_asked_for():
