@@ -175,24 +175,34 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def verdict(results: list[dict[str, Any]]) -> str:
-    """Compare the spread over mixers with what the structure is worth, and both with the seeds."""
+    """Compare how far the mixers lie apart with what taking the block apart costs, and both with chance."""
     mixers = {r["name"]: r["mean"] for r in results if r["table"] == "mixer, equal parameters"}
     ablated = {r["name"]: r["mean"] for r in results if r["table"].startswith("structure") and r["options"] is not None}
-    base = next((n for n in mixers if any(a.startswith(f"{n}, ") for a in ablated)), None)
-    seeds = max(r["spread"] for r in results)
     best, worst = max(mixers, key=mixers.__getitem__), min(mixers, key=mixers.__getitem__)
-    spread = mixers[best] - mixers[worst]
+    apart = mixers[best] - mixers[worst]
     ends = f"{best} {mixers[best]:.2f}, {worst} {mixers[worst]:.2f}"
-    said = f"At equal parameters the mixers lie {spread:.2f} points apart ({ends})"
+    said = f"At equal parameters the {len(mixers)} mixers lie {apart:.2f} points apart ({ends})"
+    base = next((name for name in mixers if any(a.startswith(f"{name}, ") for a in ablated)), None)
     if base is None:
-        return f"{said}; the largest spread over seeds is {seeds:.2f}."
+        return f"{said}; give --ablate one of these mixers to compare that with the structure."
     gone = min(ablated, key=ablated.__getitem__)
     cost = mixers[base] - ablated[gone]
-    more = "more" if cost > spread else "less"
-    return (
-        f"{said}. Taking the block apart costs up to {cost:.2f} points ({gone}). So here the structure matters {more} "
-        f"than the mixer; differences below the largest spread over seeds, {seeds:.2f}, say nothing."
-    )
+    said += f". Taking the block of {base} apart costs up to {cost:.2f} points ({gone})."
+    seeds = min(len(r["scores"]) for r in results)
+    if seeds < 2:
+        return f"{said} One seed does not tell what of it is chance: give --seeds two or more."
+    error = (statistics.mean(r["spread"] ** 2 for r in results) / seeds) ** 0.5  # of a mean, pooled over the rows
+    chance = error * expected_range(len(mixers))
+    said += f" By chance alone (a mean is good to {error:.2f}) that many equal mixers would lie {chance:.2f} apart."
+    if abs(cost - apart) < 2 * 2**0.5 * error:
+        return f"{said} Whether structure or mixer matters more here cannot be told at this number of seeds."
+    return f"{said} Here the {'structure' if cost > apart else 'mixer'} matters more."
+
+
+def expected_range(n: int) -> float:
+    """Return how far the largest and the smallest of ``n`` standard normal numbers lie apart on average."""
+    draws = torch.randn(20_000, n, generator=torch.Generator().manual_seed(0))
+    return float((draws.amax(1) - draws.amin(1)).mean())
 
 
 def chart(results: list[dict[str, Any]], path: Path) -> None:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from adaptkit import Spec  # noqa: E402
-from recipes.mixers import count, main, matched, parse, rows, verdict  # noqa: E402
+from recipes.mixers import count, expected_range, main, matched, parse, rows, verdict  # noqa: E402
 
 SPEC = Spec("timm-vit", 192, 12, 3, 16, 1)
 
@@ -51,13 +51,21 @@ def test_the_nearest_even_width_is_found():
     assert matched(SPEC, {"mixer": "pool"}, target + 100)["width"] == 46
 
 
-def test_the_verdict_compares_mixers_with_structure():
-    row = {"spread": 0.1, "options": {}}
+@pytest.mark.parametrize(("worst", "seeds", "said"), [
+    (34.0, 2, "the structure matters more"),
+    (39.9, 2, "the mixer matters more"),
+    (39.0, 2, "cannot be told"),
+    (34.0, 1, "One seed does not tell"),
+])  # fmt: skip
+def test_the_verdict_compares_mixers_with_structure_and_with_chance(worst, seeds, said):
+    row = {"spread": 0.2, "options": {}, "scores": [0.0] * seeds}
     mixers = [{"table": "mixer, equal parameters", "name": n, "mean": m, **row} for n, m in (("pool", 40.0), ("conv", 41.0))]  # fmt: skip
-    structure = [{"table": "structure, equal parameters", "name": "pool, no norm", "mean": 37.0, **row}]
-    assert "matters more" in verdict(mixers + structure)
-    structure[0]["mean"] = 39.5
-    assert "matters less" in verdict(mixers + structure)
+    structure = {"table": "structure, equal parameters", "name": "pool, no norm", "mean": worst, **row}
+    assert said in verdict([*mixers, structure])
+
+
+def test_the_range_of_two_normals_is_that_of_the_textbook():
+    assert abs(expected_range(2) - 1.128) < 0.02
 
 
 def test_the_comparison_runs_from_a_folder_to_a_table_and_a_chart(folder, tmp_path):
