@@ -5,6 +5,7 @@
 
 from adaptkit.adapters.adavit import AdaViTConfig
 from adaptkit.adapters.dat import DATConfig
+from adaptkit.adapters.metaformer import MetaFormerConfig
 from adaptkit.adapters.sfp import SimpleFeaturePyramidConfig
 from adaptkit.adapters.vit_adapter import ViTAdapterConfig
 from adaptkit.demo import demo_backbone
@@ -12,8 +13,10 @@ from adaptkit.file import AdapterFile, load
 from adaptkit.heads.classifier import ClassifierHeadConfig
 from adaptkit.heads.fpn import FPNHeadConfig
 from adaptkit.heads.linear import LinearHeadConfig
+from adaptkit.mixers import list_mixers, register_mixer
 from adaptkit.model import AdaptedModel, attach, list_adapters, list_heads
 from adaptkit.registry import register_adapter, register_family, register_head, view
+from adaptkit.staged import StagedSpec
 from adaptkit.version import __version__
 from adaptkit.vit import Features, Spec
 
@@ -26,17 +29,21 @@ __all__ = [
     "FPNHeadConfig",
     "Features",
     "LinearHeadConfig",
+    "MetaFormerConfig",
     "SimpleFeaturePyramidConfig",
     "Spec",
+    "StagedSpec",
     "ViTAdapterConfig",
     "__version__",
     "attach",
     "demo_backbone",
     "list_adapters",
     "list_heads",
+    "list_mixers",
     "load",
     "register_adapter",
     "register_family",
     "register_head",
+    "register_mixer",
     "view",
 ]

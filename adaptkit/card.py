@@ -15,7 +15,7 @@ def model_card(header: dict[str, Any]) -> str:
     if "/" in backbone["source"]:
         front += [f"base_model: {backbone['source']}", "base_model_relation: adapter"]
     front += ["tags:", "- adaptkit", *[f"- {name}" for name in names], "---", ""]
-    spec = backbone["spec"]
+    spec = ", ".join(f"{name} {value}" for name, value in backbone["spec"].items() if name != "family")
     title = " + ".join(names) or "head"
     config = json.dumps({"adapters": header["adapters"], "head": header["head"]}, indent=2)
     return (
@@ -23,9 +23,7 @@ def model_card(header: dict[str, Any]) -> str:
         + f"""
 # {title} for {backbone["source"] or backbone["class"]}
 
-Trained with adaptkit (`pip install adaptkit`) beside a frozen ViT: dim {spec["dim"]}, depth
-{spec["depth"]}, {spec["heads"]} heads, patch {spec["patch"]}, {spec["prefix"]} prefix tokens. The backbone is not in
-this file.
+Trained with adaptkit (`pip install adaptkit`) beside a frozen backbone: {spec}. The backbone is not in this file.
 
 ```python
 import adaptkit

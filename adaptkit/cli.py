@@ -131,7 +131,7 @@ def _inspect(args: argparse.Namespace) -> None:
         rows += [(f"head {head['name'] or head['class']}", json.dumps(head.get("config", {})))]
     rows += [
         ("trained on", f"{backbone['source'] or 'unnamed'} ({backbone['class']})"),
-        ("fits", f"ViTs of {say_spec(spec)}"),
+        ("fits", f"backbones of {say_spec(spec)}"),
         (
             "images",
             f"mean {backbone['mean']}, std {backbone['std']}" if backbone["mean"] else "normalisation not recorded",
@@ -147,17 +147,22 @@ def _doctor(args: argparse.Namespace) -> None:
     import torch
 
     from adaptkit import registry
+    from adaptkit.file import say_spec
     from adaptkit.hosts import create_backbone
     from adaptkit.model import attach
+    from adaptkit.vit import Spec
 
     model = create_backbone(args.model, pretrained=args.pretrained)
     vit = registry.view(model)
     spec, source = vit.spec, vit.source()
+    structure = ("structure", say_spec(spec))
+    if isinstance(spec, Spec):
+        structure = ("width, depth, heads", f"{spec.dim}, {spec.depth}, {spec.heads}")
     rows = [
         ("class", f"{type(vit.host).__module__}.{type(vit.host).__qualname__}"),
         ("family", spec.family),
         ("source", source.id or "unnamed"),
-        ("width, depth, heads", f"{spec.dim}, {spec.depth}, {spec.heads}"),
+        structure,
         (
             "patch",
             f"{spec.patch} pixels; an image of 240x320 is a grid of {-(-240 // spec.patch)}x{-(-320 // spec.patch)}",

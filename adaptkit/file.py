@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from adaptkit.staged import StagedSpec
 from adaptkit.version import __version__
-from adaptkit.vit import Spec, ViT
+from adaptkit.vit import Spec, View
 
 __all__ = ["AdapterFile", "check_fits", "check_writable", "describe_backbone", "load", "write_atomic", "write_folder"]
 
@@ -39,9 +40,11 @@ class AdapterFile:
     tensors: dict[str, Tensor]
 
     @property
-    def spec(self) -> Spec:
+    def spec(self) -> Spec | StagedSpec:
         """Spec of the backbone that the file was trained on."""
-        return Spec(**self.header["backbone"]["spec"])
+        saved = self.header["backbone"]["spec"]
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        return StagedSpec(**fields) if "depths" in fields else Spec(**fields)
 
     def tensors_of(self, name: str) -> dict[str, Tensor]:
         """Tensors of one adapter (or ``"head"``), by its own keys."""
@@ -87,7 +90,7 @@ def load(path: str | os.PathLike[str]) -> AdapterFile:
     return AdapterFile(file, header, tensors)
 
 
-def describe_backbone(vit: ViT) -> dict[str, Any]:
+def describe_backbone(vit: View) -> dict[str, Any]:
     """Return what the header says of the backbone."""
     source = vit.source()
     return {
@@ -102,7 +105,7 @@ def describe_backbone(vit: ViT) -> dict[str, Any]:
     }
 
 
-def fingerprint(vit: ViT) -> dict[str, list[float]]:
+def fingerprint(vit: View) -> dict[str, list[float]]:
     """Return eight values each of a few frozen tensors: the same in timm, transformers and half precision."""
     marks = {}
     for name, tensor in vit.fingerprint_tensors().items():
@@ -112,14 +115,19 @@ def fingerprint(vit: ViT) -> dict[str, list[float]]:
     return marks
 
 
-def check_fits(file: AdapterFile, vit: ViT, strict: bool = False) -> None:
+def check_fits(file: AdapterFile, vit: View, strict: bool = False) -> None:
     """Compare a file with a backbone.
 
     Another structure is a ``ValueError``. Other weights of the same structure are a warning, or with ``strict`` a
     ``ValueError`` too: the adapter runs, but was trained on other features.
     """
     then, now = file.spec, vit.spec
-    for name in ("dim", "depth", "heads", "patch", "prefix"):
+    if type(then) is not type(now):
+        raise ValueError(
+            f"{file.path} was trained on a {_kind(then)} ({say_spec(then)}), this backbone is a {_kind(now)} "
+            f"({vit.source().id or type(vit.host).__name__}: {say_spec(now)}); attach it to a {_kind(then)}"
+        )
+    for name in then._fields[1:]:  # whichever library holds them: the family does not matter
         a, b = getattr(then, name), getattr(now, name)
         if a != b:
             saved = file.header["backbone"]
@@ -127,7 +135,7 @@ def check_fits(file: AdapterFile, vit: ViT, strict: bool = False) -> None:
             raise ValueError(
                 f"{file.path} was trained on {name}={a} ({saved['source'] or saved['class']}: {say_spec(then)}), this "
                 f"backbone has {name}={b} ({here}: {say_spec(now)}); attach it to "
-                f"a ViT with {name}={a}"
+                f"a {_kind(then)} with {name}={a}"
             )
     if not _same_marks(file.header["backbone"]["fingerprint"], fingerprint(vit)):
         message = (
@@ -149,9 +157,13 @@ def check_fits(file: AdapterFile, vit: ViT, strict: bool = False) -> None:
         )
 
 
-def say_spec(spec: Spec) -> str:
+def say_spec(spec: Spec | StagedSpec) -> str:
     """Return the numbers that a backbone must share with a file."""
-    return f"dim={spec.dim}, depth={spec.depth}, heads={spec.heads}, patch={spec.patch}, prefix={spec.prefix}"
+    return ", ".join(f"{name}={getattr(spec, name)}" for name in spec._fields[1:])
+
+
+def _kind(spec: Spec | StagedSpec) -> str:
+    return "ViT" if isinstance(spec, Spec) else "hierarchical host"
 
 
 def _same_marks(then: dict[str, list[float]], now: dict[str, list[float]]) -> bool:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from adaptkit import registry
 from adaptkit.adapters.adavit import AdaViT
-from adaptkit.adapters.base import Adapter, BlockAdapter, SideAdapter, Trace, WrappedViT
+from adaptkit.adapters.base import Adapter, BlockAdapter, SideAdapter, Trace, wrapped
 from adaptkit.card import model_card
 from adaptkit.file import AdapterFile, check_fits, describe_backbone, load, write_folder
-from adaptkit.vit import Features, Spec, ViT
+from adaptkit.staged import StagedSpec, StagedViT
+from adaptkit.vit import Features, View, ViT
 
 __all__ = ["AdaptedModel", "attach", "list_adapters", "list_heads"]
 
@@ -79,7 +80,7 @@ def _as_file(arg: Any) -> AdapterFile | None:
     return None
 
 
-def _parts(arg: Any, vit: ViT, strict: bool) -> list[Part]:
+def _parts(arg: Any, vit: View, strict: bool) -> list[Part]:
     file = _as_file(arg)
     if file is None:
         return [Part(*_configured(arg, registry.adapters(), "adapter"), None)]
@@ -140,22 +141,24 @@ class AdaptedModel(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, vit: ViT, parts: list[Part], head: Any = None, head_file: AdapterFile | None = None
+        self, model: nn.Module, vit: View, parts: list[Part], head: Any = None, head_file: AdapterFile | None = None
     ) -> None:
         super().__init__()
         names = [p.entry.name for p in parts]
         if len(set(names)) != len(names):
             raise ValueError(f"adapters {', '.join(names)}: each may be attached once")
-        built = {p.entry.name: _build(p, vit.spec) for p in parts}
+        spec = vit.spec
+        _check_staged(parts, vit)
+        built = {p.entry.name: _build(p, spec) for p in parts}
         _check_inside(built, vit)
         sides = [name for name, a in built.items() if isinstance(a, SideAdapter)]
         if len(sides) > 1:
             raise ValueError(f"{' and '.join(sides)} each own the loop over the blocks; attach one of them")
-        strides = built[sides[0]].strides if sides else ()
-        module, self._head_entry = _build_head(head, head_file, vit.spec, strides)
+        strides = spec.strides if isinstance(spec, StagedSpec) else built[sides[0]].strides if sides else ()
+        module, self._head_entry = _build_head(head, head_file, spec, strides)
 
         # Nothing of the host is touched before everything that can fail has been built.
-        self._vit: ViT | None = vit
+        self._vit: View | None = vit
         self._restore = [(m, m.training) for m in model.modules()]
         self._restore_grad = [(p, p.requires_grad) for p in model.parameters()]
         self.backbone = model.requires_grad_(False)
@@ -165,14 +168,14 @@ class AdaptedModel(nn.Module):
         self.train(model.training and not loaded)
 
     @property
-    def vit(self) -> ViT:
+    def vit(self) -> Any:
         """The view of the backbone."""
         if self._vit is None:
             raise RuntimeError("this model was detached: attach to the backbone again")
         return self._vit
 
     @property
-    def spec(self) -> Spec:
+    def spec(self) -> Any:
         """What the adapters were built for."""
         return self.vit.spec
 
@@ -184,7 +187,7 @@ class AdaptedModel(nn.Module):
         vit, side = self.vit, None
         wrappers = [a for a in self.adapters.values() if isinstance(a, BlockAdapter)]
         if wrappers:
-            vit = WrappedViT(vit, wrappers, trace)
+            vit = wrapped(vit, wrappers, trace)
         for adapter in self.adapters.values():
             side = adapter if isinstance(adapter, SideAdapter) else side
         features = vit.features(image) if side is None else side(vit, image, trace)
@@ -292,11 +295,23 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max().clamp_min(1.0))
 
 
-def _check_inside(built: dict[str, nn.Module], vit: ViT) -> None:
+def _check_staged(parts: list[Part], vit: View) -> None:
+    """On a host of several stages there is no one width and no one grid to build for."""
+    for part in parts:
+        if isinstance(vit, StagedViT) and not part.entry.module.staged:
+            fits = ", ".join(name for name, entry in sorted(registry.adapters().items()) if entry.module.staged)
+            raise TypeError(
+                f"{part.entry.name} needs one width and one grid from the first block to the last, "
+                f"{type(vit.host).__name__} has stages of {', '.join(map(str, vit.spec.dims))} channels at strides "
+                f"{', '.join(map(str, vit.spec.strides))}, its own pyramid; attach {fits} to it, or use a plain ViT"
+            )
+
+
+def _check_inside(built: dict[str, nn.Module], vit: View) -> None:
     """Adapters that run a block from its parts need a host that has them, and the bare block."""
     wrappers = [(name, a) for name, a in built.items() if isinstance(a, BlockAdapter)]
     for place, (name, adapter) in enumerate(wrappers):
-        if adapter.inside and not vit.splits:
+        if adapter.inside and not (isinstance(vit, ViT) and vit.splits):
             raise TypeError(
                 f"{name} steps inside the attention, and that of {type(vit.host).__name__} does not come apart into "
                 "q, k, v and an output; attach it to a ViT with plain attention"
@@ -308,7 +323,7 @@ def _check_inside(built: dict[str, nn.Module], vit: ViT) -> None:
             )
 
 
-def _build(part: Part, spec: Spec) -> nn.Module:
+def _build(part: Part, spec: Any) -> nn.Module:
     module = part.entry.module(spec, part.config)
     if part.file is not None:
         tensors = part.file.tensors_of(part.entry.name)
@@ -318,7 +333,7 @@ def _build(part: Part, spec: Spec) -> nn.Module:
 
 
 def _build_head(
-    head: Any, file: AdapterFile | None, spec: Spec, strides: tuple[int, ...]
+    head: Any, file: AdapterFile | None, spec: Any, strides: tuple[int, ...]
 ) -> tuple[nn.Module | None, registry.Entry | None]:
     if head is None:
         return None, None

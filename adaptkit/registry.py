@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
-from adaptkit.vit import ViT
+from adaptkit.vit import View
 
 __all__ = ["Entry", "adapters", "families", "heads", "register_adapter", "register_family", "register_head", "view"]
 
@@ -40,7 +40,7 @@ class Entry(NamedTuple):
         return self.config(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
 
 
-_FAMILIES: dict[str, Callable[[nn.Module], ViT]] = {}
+_FAMILIES: dict[str, Callable[[nn.Module], View]] = {}
 _ADAPTERS: dict[str, Entry] = {}
 _HEADS: dict[str, Entry] = {}
 
@@ -80,7 +80,7 @@ def _discover(folder: str) -> None:
         importlib.import_module(f"{package.__name__}.{module.name}")
 
 
-def families() -> dict[str, Callable[[nn.Module], ViT]]:
+def families() -> dict[str, Callable[[nn.Module], View]]:
     """Return every known host class path and the view that sees it."""
     _discover("backbones")
     return _FAMILIES
@@ -98,8 +98,8 @@ def heads() -> dict[str, Entry]:
     return _HEADS
 
 
-def view(model: nn.Module) -> ViT:
-    """See ``model`` as a :class:`~adaptkit.vit.ViT`.
+def view(model: nn.Module) -> Any:
+    """See ``model`` as a :class:`~adaptkit.vit.ViT`, or as a :class:`~adaptkit.staged.StagedViT`.
 
     Raises ``TypeError`` for an unknown class, naming the known ones and how to add a family.
     """

@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from adaptkit.ops.grid import cells, pad_to_multiple
 
-__all__ = ["Block", "Features", "Projections", "Source", "Spec", "ViT", "identity"]
+__all__ = ["Block", "Features", "Projections", "Source", "Spec", "ViT", "View", "identity"]
 
 Fn = Callable[[Tensor], Tensor]
 
@@ -36,6 +36,11 @@ class Spec(NamedTuple):
     heads: int  #: attention heads per block
     patch: int  #: side of a square patch, in pixels
     prefix: int  #: class and register tokens P before the patch tokens
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of each block."""
+        return (self.dim,) * self.depth
 
 
 class Source(NamedTuple):
@@ -125,18 +130,44 @@ class Block:
         return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias, scale=self.scale))
 
 
-class ViT(ABC):
-    """The view of a whole model. It holds no parameter: everything is read from ``host`` when it is needed.
+class View(ABC):
+    """How a frozen host is seen, plain or hierarchical. It holds no parameter: everything is read from ``host``.
 
     A family implements the abstract methods; the others are final.
     """
 
     positions: str = "none"  #: the rule by which positions go to another grid, as the host does it
+    spec: Any  #: Spec of a plain ViT, StagedSpec of a hierarchical host
+
+    def __init__(self, host: nn.Module) -> None:
+        self.host = host
+
+    @abstractmethod
+    def features(self, image: Tensor) -> Features:
+        """Image (B, 3, H, W) of any size -> features of the plain forward, no adapter."""
+
+    @abstractmethod
+    def logits(self, features: Features) -> Tensor | None:
+        """Return the host's own logits (B, classes), or None."""
+
+    @abstractmethod
+    def fingerprint_tensors(self) -> dict[str, Tensor]:
+        """Return a few frozen tensors that every copy of these weights shares, whichever library holds them."""
+
+    @abstractmethod
+    def source(self) -> Source:
+        """Return what the host knows of its origin."""
+
+
+class ViT(View):
+    """The view of a plain ViT: one width and one grid from the first block to the last."""
+
+    spec: Spec
     prefix_optional: bool = True  #: whether the blocks also run without the prefix tokens
     splits: bool = True  #: whether the attention of the blocks comes apart into ``qkv``, ``bias`` and ``out``
 
     def __init__(self, host: nn.Module, spec: Spec) -> None:
-        self.host = host
+        super().__init__(host)
         self.spec = spec
 
     @abstractmethod
@@ -154,14 +185,6 @@ class ViT(ABC):
     @abstractmethod
     def classify(self, x: Tensor) -> Tensor | None:
         """Normed tokens (B, P+N, D) -> the host's own logits (B, classes), or None where it has no classifier."""
-
-    @abstractmethod
-    def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """Return a few frozen tensors that every copy of these weights shares, whichever library holds them."""
-
-    @abstractmethod
-    def source(self) -> Source:
-        """Return what the host knows of its origin."""
 
     def grid(self, image: Tensor) -> tuple[int, int]:
         """Return (h, w), the patches that cover the image (B, C, H, W)."""

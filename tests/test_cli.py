@@ -21,6 +21,13 @@ def test_list_names_adapters_heads_and_hosts(capsys):
         assert name in said
 
 
+def test_doctor_sees_a_hierarchical_host_stage_by_stage(capsys):
+    assert main(["doctor", "poolformer_s12"]) == 0
+    said = capsys.readouterr().out
+    for fact in ("timm-metaformer", "dims=(64, 128, 320, 512)", "no: vit-adapter needs one width"):
+        assert fact in said
+
+
 def test_doctor_says_how_a_backbone_is_seen_and_what_attaches(capsys):
     assert main(["doctor", "vit_tiny_patch16_224"]) == 0
     said = capsys.readouterr().out

@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from adaptkit.vit import Block, Features, Fn, Source, Spec, ViT
+from adaptkit.staged import StagedViT
+from adaptkit.vit import Block, Features, Fn, Source, View, ViT
 
-__all__ = ["Adapter", "BlockAdapter", "SideAdapter", "Trace", "WrappedViT"]
+__all__ = ["Adapter", "BlockAdapter", "SideAdapter", "Trace", "WrappedStages", "WrappedViT", "wrapped"]
 
 Trace = dict[str, Tensor]  #: made by each forward, returned as ``Features.aux``
 
@@ -28,8 +29,9 @@ class Adapter(nn.Module, ABC):
     """
 
     strides: ClassVar[tuple[int, ...]] = ()  #: of the maps it returns, in pixels
+    staged: ClassVar[bool] = False  #: whether it also acts on hierarchical hosts; its spec may then be a StagedSpec
 
-    def __init__(self, spec: Spec, config: Any) -> None:
+    def __init__(self, spec: Any, config: Any) -> None:
         super().__init__()
         self.spec = spec
         self.config = config
@@ -57,6 +59,22 @@ class SideAdapter(Adapter):
         """Image (B, 3, H, W) -> features, as ``vit.finish`` closes them."""
 
 
+def wrapped(vit: View, adapters: Sequence[BlockAdapter], trace: Trace) -> View:
+    """Return ``vit`` with its blocks wrapped, for one forward."""
+    if isinstance(vit, StagedViT):
+        return WrappedStages(vit, adapters, trace)
+    if isinstance(vit, ViT):
+        return WrappedViT(vit, adapters, trace)
+    raise TypeError(f"{type(vit).__name__} is neither a ViT nor a StagedViT; subclass one of them")
+
+
+def _wrap(block: Block, index: int, adapters: Sequence[BlockAdapter], trace: Trace) -> Fn:
+    run: Fn = block
+    for adapter in adapters:
+        run = adapter.wrap(run if isinstance(run, Block) else replace(block, run=run), index, trace)
+    return run
+
+
 class WrappedViT(ViT):
     """A view whose blocks are wrapped by block adapters, for one forward."""
 
@@ -71,13 +89,8 @@ class WrappedViT(ViT):
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Any]:
         """Blocks of the inner view, each wrapped in the order given."""
-        return [self._wrap(replace(block, grid=grid), i) for i, block in enumerate(self.vit.blocks(image, grid))]
-
-    def _wrap(self, block: Block, index: int) -> Fn:
-        run: Fn = block
-        for adapter in self.adapters:
-            run = adapter.wrap(run if isinstance(run, Block) else _rerun(block, run), index, self.trace)
-        return run
+        blocks = enumerate(self.vit.blocks(image, grid))
+        return [_wrap(replace(block, grid=grid), i, self.adapters, self.trace) for i, block in blocks]
 
     def norm(self, x: Tensor) -> Tensor:
         """As the inner view."""
@@ -96,6 +109,39 @@ class WrappedViT(ViT):
         return self.vit.source()
 
 
-def _rerun(block: Block, run: Fn) -> Block:
-    """``block`` as an outer adapter sees it: its parts, but running with the inner adapters."""
-    return replace(block, run=run)
+class WrappedStages(StagedViT):
+    """A hierarchical view whose blocks are wrapped by block adapters, for one forward."""
+
+    def __init__(self, vit: StagedViT, adapters: Sequence[BlockAdapter], trace: Trace) -> None:
+        super().__init__(vit.host, vit.spec)
+        self.vit, self.adapters, self.trace, self.positions = vit, adapters, trace, vit.positions
+
+    def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """As the inner view."""
+        return self.vit.embed(image)
+
+    def enter(self, stage: int, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        """As the inner view."""
+        return self.vit.enter(stage, x, grid)
+
+    def blocks(self, stage: int, grid: tuple[int, int]) -> Sequence[Any]:
+        """Blocks of the inner view, each wrapped in the order given."""
+        first = sum(self.spec.depths[:stage])
+        blocks = enumerate(self.vit.blocks(stage, grid), first)
+        return [_wrap(replace(block, grid=grid), i, self.adapters, self.trace) for i, block in blocks]
+
+    def norm(self, x: Tensor) -> Tensor:
+        """As the inner view."""
+        return self.vit.norm(x)
+
+    def classify(self, x: Tensor, grid: tuple[int, int]) -> Tensor | None:
+        """As the inner view."""
+        return self.vit.classify(x, grid)
+
+    def fingerprint_tensors(self) -> dict[str, Tensor]:
+        """As the inner view."""
+        return self.vit.fingerprint_tensors()
+
+    def source(self) -> Source:
+        """As the inner view."""
+        return self.vit.source()

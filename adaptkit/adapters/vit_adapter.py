@@ -6,7 +6,8 @@ Per interaction i, with tokens x of the ViT and multi-scale tokens c of the spat
     x = block(x)  for the blocks of group i
     c = c + attn(norm(c), norm(x));  c = c + ffn(norm(c))     extractor
 
-All attention is multi-scale deformable. The pyramid has strides 4, 8, 16 and 32. Where the image is padded to a
+The attention is multi-scale deformable; any other mixer of ``adaptkit.mixers`` can stand in its place (``attention=``),
+as the paper's table 7 compares. The pyramid has strides 4, 8, 16 and 32. Where the image is padded to a
 multiple of the patch for the ViT and of 32 for the prior, both grids keep their place in the image: a reference
 point is a pixel position over the extent, in pixels, of the grid that is sampled.
 """
@@ -14,7 +15,6 @@ point is a pixel position over the extent, in pixels, of the grid that is sample
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -26,8 +26,9 @@ from torch.utils.checkpoint import checkpoint
 
 from adaptkit.adapters.base import SideAdapter, Trace
 from adaptkit.layers import DropPath, Norm, check_choice, init_weights, norm2d, parameter_dtype
-from adaptkit.ops import ms_deform_attn
-from adaptkit.ops.grid import cells, map_to_tokens, pad_to_multiple, resample_map, tokens_to_map
+from adaptkit.mixers import CrossMixer, Layout, cross_mixer, list_mixers
+from adaptkit.mixers.msda import MSDeformAttn
+from adaptkit.ops.grid import cell_centres, cells, map_to_tokens, pad_to_multiple, resample_map, tokens_to_map
 from adaptkit.registry import register_adapter
 from adaptkit.vit import Features, Spec, ViT
 
@@ -57,10 +58,12 @@ class ViTAdapterConfig:
     norm: Norm = "batch"  #: of the spatial prior and the pyramid; "sync" over GPUs
     drop_path: float | None = None  #: in the extractors, constant over depth
     checkpoint: bool = False  #: recompute the groups in the backward pass: less memory, more time
+    attention: str = "msda"  #: a mixer of ``adaptkit.mixers``: "msda", "global", "window", "pool", ...
 
     def __post_init__(self) -> None:
         if self.add_vit_feature is False:  # the official switch is a bool; True would not say which
             object.__setattr__(self, "add_vit_feature", None)
+        check_choice("attention", self.attention, tuple(list_mixers()))
         check_choice("add_vit_feature", self.add_vit_feature, ("last", "per-stage", None))
         check_choice("prefix", self.prefix, ("keep", "drop"))
         check_choice("norm", self.norm, ("batch", "sync", "group", "layer"))
@@ -138,59 +141,24 @@ class Grids(NamedTuple):
     def of(tokens: tuple[int, int], patch: int, levels: Sequence[tuple[int, int]], image: Tensor) -> Grids:
         """Lay out both grids for a token grid, its patch and the levels of the prior."""
         device, dtype = image.device, torch.promote_types(image.dtype, torch.float32)
-        x = _centres(tokens, patch, device, dtype)
-        c = torch.cat([_centres(g, s, device, dtype) for g, s in zip(levels, STRIDES[1:])])
+        x = cell_centres(tokens, patch, device, dtype)
+        c = torch.cat([cell_centres(g, s, device, dtype) for g, s in zip(levels, STRIDES[1:])])
         extent_x = x.new_tensor([tokens[1] * patch, tokens[0] * patch])
         extent_c = x.new_tensor([levels[0][1] * STRIDES[1], levels[0][0] * STRIDES[1]])
         return Grids(tokens, tuple(levels), x / extent_c, c / extent_x)
 
+    def injection(self) -> Layout:
+        """Tokens of x read the levels of c."""
+        return Layout((self.tokens,), self.levels, self.to_prior)
 
-def _centres(grid: tuple[int, int], stride: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return cell centres (h*w, 2) in pixels, x then y, row by row."""
-    y = (torch.arange(grid[0], device=device, dtype=dtype) + 0.5) * stride
-    x = (torch.arange(grid[1], device=device, dtype=dtype) + 0.5) * stride
-    y, x = torch.meshgrid(y, x, indexing="ij")
-    return torch.stack([x, y], dim=-1).flatten(0, 1)
+    def extraction(self) -> Layout:
+        """Tokens of c read the map of x."""
+        return Layout(self.levels, (self.tokens,), self.to_tokens)
 
 
-class MSDeformAttn(nn.Module):
-    """Multi-scale deformable attention (Deformable DETR, eq. 3) with a narrower value: ``ratio`` of D."""
-
-    def __init__(self, dim: int, levels: int, heads: int, points: int, ratio: float) -> None:
-        super().__init__()
-        self.levels, self.heads, self.points = levels, heads, points
-        width = int(dim * ratio)
-        self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
-        self.attention_weights = nn.Linear(dim, heads * levels * points)
-        self.value_proj = nn.Linear(dim, width)
-        self.output_proj = nn.Linear(width, dim)
-
-    def reset_parameters(self) -> None:
-        """Point k of head m starts k cells away in direction 2*pi*m/heads; all weigh the same."""
-        theta = torch.arange(self.heads) * (2 * math.pi / self.heads)
-        star = torch.stack([theta.cos(), theta.sin()], -1)
-        star = star / star.abs().amax(-1, keepdim=True)  # on the unit square
-        steps = torch.arange(1, self.points + 1).view(1, 1, -1, 1)
-        offsets = star.view(self.heads, 1, 1, 2) * steps.expand(-1, self.levels, -1, -1)
-        with torch.no_grad():
-            self.sampling_offsets.weight.zero_()
-            self.sampling_offsets.bias.copy_(offsets.flatten())
-        nn.init.zeros_(self.attention_weights.weight)
-        nn.init.zeros_(self.attention_weights.bias)
-        for proj in (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(proj.weight)
-            nn.init.zeros_(proj.bias)
-
-    def forward(self, query: Tensor, reference: Tensor, feat: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """query (B, Q, D), reference (Q, 2) in 0..1, feat (B, S, D) of maps ``grids`` -> (B, Q, D)."""
-        shape = (self.heads, self.levels, self.points)
-        value = self.value_proj(feat).unflatten(2, (self.heads, -1))
-        # Coordinates stay in float32 whatever the autocast dtype: bf16 cannot tell neighbouring pixels apart.
-        offsets = self.sampling_offsets(query).unflatten(2, (*shape, 2)).to(reference.dtype)
-        cells_xy = reference.new_tensor([(w, h) for h, w in grids])
-        locations = reference[:, None, None, None, :] + offsets / cells_xy[:, None, :]  # (B, Q, H, L, K, 2)
-        weights = self.attention_weights(query).to(reference.dtype).unflatten(2, (self.heads, -1)).softmax(-1)
-        return self.output_proj(ms_deform_attn(value, list(grids), locations, weights.unflatten(3, shape[1:])))
+def _attention(dim: int, levels: int, config: Any) -> CrossMixer:
+    heads, points, ratio = config.deform_num_heads, config.n_points, config.deform_ratio
+    return cross_mixer(config.attention, dim, levels=levels, heads=heads, points=points, ratio=ratio)
 
 
 class Injector(nn.Module):
@@ -198,16 +166,17 @@ class Injector(nn.Module):
 
     def __init__(self, dim: int, config: Any) -> None:
         super().__init__()
-        self.query_norm = nn.LayerNorm(dim, eps=EPS)
+        attn = _attention(dim, 3, config)
+        self.query_norm = nn.LayerNorm(dim, eps=EPS) if attn.reads_query else nn.Identity()
         self.feat_norm = nn.LayerNorm(dim, eps=EPS)
-        self.attn = MSDeformAttn(dim, 3, config.deform_num_heads, config.n_points, config.deform_ratio)
+        self.attn = attn
         self.gamma = nn.Parameter(torch.full((dim,), float(config.gamma_init)))
 
     def forward(self, x: Tensor, c: Tensor, grids: Grids) -> Tensor:
         """x (B, P+N, D), c (B, M, D) -> (B, P+N, D); the P prefix tokens pass by."""
         prefix, patches = x.tensor_split([x.shape[1] - grids.to_prior.shape[0]], dim=1)
         query = self.query_norm(patches.to(self.gamma.dtype))
-        injected = self.gamma * self.attn(query, grids.to_prior, self.feat_norm(c), grids.levels)
+        injected = self.gamma * self.attn(query, self.feat_norm(c), grids.injection())
         return torch.cat([prefix, (patches + injected).to(x.dtype)], dim=1)
 
 
@@ -232,16 +201,17 @@ class Extractor(nn.Module):
 
     def __init__(self, dim: int, config: Any) -> None:
         super().__init__()
-        self.query_norm = nn.LayerNorm(dim, eps=EPS)
+        attn = _attention(dim, 1, config)
+        self.query_norm = nn.LayerNorm(dim, eps=EPS) if attn.reads_query else nn.Identity()
         self.feat_norm = nn.LayerNorm(dim, eps=EPS)
-        self.attn = MSDeformAttn(dim, 1, config.deform_num_heads, config.n_points, config.deform_ratio)
+        self.attn = attn
         self.ffn_norm = nn.LayerNorm(dim, eps=EPS) if config.with_cffn else None
         self.ffn = ConvFFN(dim, int(dim * config.cffn_ratio)) if config.with_cffn else None
         self.drop_path = DropPath(config.drop_path)
 
     def forward(self, c: Tensor, x: Tensor, grids: Grids) -> Tensor:
         """c (B, M, D), patch tokens x (B, N, D) -> (B, M, D)."""
-        c = c + self.attn(self.query_norm(c), grids.to_tokens, self.feat_norm(x), [grids.tokens])
+        c = c + self.attn(self.query_norm(c), self.feat_norm(x), grids.extraction())
         if self.ffn is not None and self.ffn_norm is not None:
             c = c + self.drop_path(self.ffn(self.ffn_norm(c), grids.levels))
         return c

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from adaptkit.layers import Norm, check_choice, init_weights, norm2d, parameter_dtype
 from adaptkit.ops.grid import resample_map, tokens_to_map
 from adaptkit.registry import register_head
+from adaptkit.staged import StagedSpec
 from adaptkit.vit import Features, Spec
 
 __all__ = ["FPNHead", "FPNHeadConfig"]
@@ -37,13 +38,14 @@ class FPNHead(nn.Module):
     Without a pyramid (no side adapter) the patch tokens are its only level.
     """
 
-    def __init__(self, spec: Spec, config: FPNHeadConfig, strides: tuple[int, ...]) -> None:
+    def __init__(self, spec: Spec | StagedSpec, config: FPNHeadConfig, strides: tuple[int, ...]) -> None:
         super().__init__()
         self.config = config
         self.pyramid = bool(strides)
         self.strides = strides or (spec.patch,)
         width = config.channels
-        self.lateral = nn.ModuleList(nn.Conv2d(spec.dim, width, 1) for _ in self.strides)
+        dims = spec.dims if isinstance(spec, StagedSpec) else (spec.dim,) * len(self.strides)
+        self.lateral = nn.ModuleList(nn.Conv2d(dim, width, 1) for dim in dims)
         self.smooth = nn.ModuleList(
             nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), norm2d(config.norm, width), nn.GELU())
             for _ in self.strides

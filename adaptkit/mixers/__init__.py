@@ -1,5 +1,112 @@
-"""Token mixers: the part of a MetaFormer block that moves information between positions.
+"""Token mixers: what stands where a transformer has attention.
 
-A mixer is a module built as ``Mixer(dim, **options)`` that maps (B, C, H, W) to (B, C, H, W). It has no gate: the
-zero that keeps a frozen host unchanged belongs to the adapter that holds the mixer.
+MetaFormer (Yu et al. 2022) sees every block as ``x + mixer(norm(x))`` and ``x + mlp(norm(x))``; PoolFormer is the block
+with the plainest mixer. Here is one registry of them, in two forms:
+
+* :func:`mixer`, the self form: a map (B, C, H, W) -> (B, C, H, W), on a grid of any size;
+* :func:`cross_mixer`, the cross form of ViT-Adapter's injector and extractor: queries (B, Q, D) on one or several grids
+  read maps of one or several levels, see :class:`~adaptkit.mixers.base.Layout`.
+
+A mixer has no residual, no norm and no gate: those belong to its host, which has exactly one zero (a zero
+up-projection, or a zero gamma). Class and register tokens have no place on a grid: a host never passes them in.
 """
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import nn
+
+from adaptkit.mixers.base import CrossMixer, Layout, Mixer
+
+__all__ = ["CrossMixer", "Layout", "Mixer", "cross_mixer", "list_mixers", "mixer", "register_mixer"]
+
+T = TypeVar("T", bound=Callable[..., nn.Module])
+
+#: Where each mixer is; imported when it is built.
+_BUILT_IN = {
+    "identity": "adaptkit.mixers.plain:Identity",
+    "random": "adaptkit.mixers.plain:Random",
+    "pool": "adaptkit.mixers.plain:Pool",
+    "conv": "adaptkit.mixers.conv:DepthwiseConv",
+    "multi-conv": "adaptkit.mixers.conv:MultiKernelConv",
+    "sepconv": "adaptkit.mixers.conv:SepConv",
+    "global": "adaptkit.mixers.attention:GlobalAttention",
+    "window": "adaptkit.mixers.attention:WindowAttention",
+    "msda": "adaptkit.mixers.msda:MSDeformMixer",
+}
+_REGISTERED: dict[str, Callable[..., nn.Module]] = {}
+
+
+def register_mixer(name: str) -> Callable[[T], T]:
+    """Class decorator: ``mixer(name, dim, **options)`` builds this module as ``cls(dim, **options)``."""
+
+    def register(cls: T) -> T:
+        _REGISTERED[name] = cls
+        return cls
+
+    return register
+
+
+def list_mixers() -> list[str]:
+    """Return the names that :func:`mixer` takes."""
+    return sorted({*_BUILT_IN, *_REGISTERED})
+
+
+def mixer(name: str, dim: int, **options: Any) -> nn.Module:
+    """Build a mixer of ``dim`` channels in its self form, (B, dim, H, W) -> (B, dim, H, W).
+
+    Raises ``ValueError`` for a name that is not registered or options that this mixer does not have.
+    """
+    build = _builder(name)
+    try:
+        return build(dim, **options)
+    except TypeError as error:
+        raise ValueError(f"mixer {name!r} does not take {options}: {error}") from error
+
+
+def cross_mixer(
+    name: str, dim: int, *, levels: int, heads: int, points: int, ratio: float, **options: Any
+) -> CrossMixer:
+    """Build a mixer in its cross form: queries of D channels read ``levels`` maps of D channels.
+
+    ``"msda"``, ``"global"`` and ``"window"`` are attention by their papers. The others have no cross form in any paper;
+    ours brings the values to the queries' own grids bilinearly, averages the levels, and mixes there. ``"pool"`` is
+    then the mean alone: its minus belongs to a residual of the values, which a cross form does not have.
+
+    Args:
+        name: of the mixer.
+        dim: width D of queries and maps.
+        levels: number of maps.
+        heads: attention heads, where there are any; they divide ``int(dim * ratio)``.
+        points: sampling points per head and level, for ``"msda"``.
+        ratio: width of the values over D.
+        options: of the mixer.
+
+    Raises ``ValueError`` as :func:`mixer` does.
+    """
+    from adaptkit.mixers.attention import GlobalCrossAttention, WindowCrossAttention
+    from adaptkit.mixers.cross import Resampled
+    from adaptkit.mixers.msda import MSDeformAttn
+
+    width = int(dim * ratio)
+    if name == "msda":
+        return MSDeformAttn(dim, levels, heads, points, ratio)
+    if name == "global":
+        return GlobalCrossAttention(dim, width, heads)
+    if name == "window":
+        return WindowCrossAttention(dim, width, heads, **options)
+    if name == "pool":
+        options = {"minus": False, **options}
+    return Resampled(dim, width, mixer(name, width, **options))
+
+
+def _builder(name: str) -> Callable[..., nn.Module]:
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    if name not in _BUILT_IN:
+        raise ValueError(f"no mixer is named {name!r}; the mixers are {', '.join(list_mixers())}")
+    module, _, attribute = _BUILT_IN[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["cells", "map_to_tokens", "pad_to_multiple", "resample_map", "tokens_to_map"]
+__all__ = ["cell_centres", "cells", "map_to_tokens", "pad_to_multiple", "resample_map", "tokens_to_map"]
 
 
 def cells(length: int, side: int) -> int:
     """Return how many cells of ``side`` pixels cover ``length`` pixels."""
     return -(-length // side)
+
+
+def cell_centres(grid: tuple[int, int], stride: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the centres (h*w, 2) of the cells of a grid in pixels, x then y, row by row."""
+    y = (torch.arange(grid[0], device=device, dtype=dtype) + 0.5) * stride
+    x = (torch.arange(grid[1], device=device, dtype=dtype) + 0.5) * stride
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    return torch.stack([x, y], dim=-1).flatten(0, 1)
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:

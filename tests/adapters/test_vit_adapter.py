@@ -12,6 +12,7 @@ from families import HOSTS, randomise
 import adaptkit
 from adaptkit import Spec
 from adaptkit.adapters.vit_adapter import Grids, ViTAdapter, ViTAdapterConfig, even_groups
+from adaptkit.mixers import list_mixers
 
 SMALL = {"conv_inplane": 8}
 OFFICIAL = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
@@ -169,3 +170,26 @@ def test_vit_features_come_from_the_stage_the_option_says():
     assert not torch.equal(outputs["last"][0], outputs["per-stage"][0])
     assert torch.equal(outputs["last"][3], outputs["per-stage"][3])  # the last stage is the last either way
     assert not torch.equal(outputs[None][3], outputs["last"][3])
+
+
+@pytest.mark.parametrize("attention", list_mixers())
+def test_any_mixer_stands_in_for_the_attention_and_none_of_its_tensors_is_dead(attention):
+    torch.manual_seed(0)
+    options = {**SMALL, "attention": attention, "norm": "layer", "gamma_init": 0.5}
+    model = randomise(adaptkit.attach(host(), ("vit-adapter", options)), 5).double()
+    maps = model(torch.randn(2, 3, 70, 52).double()).maps
+    sum((m * torch.randn_like(m)).sum() for m in maps).backward()
+    gradients = {n: float(p.grad.abs().max()) for n, p in model.named_parameters() if p.requires_grad}
+    # In float64 a gradient that cancels exactly is 1e-16 of the sums that make it.
+    assert {n: g for n, g in gradients.items() if g < 1e-9 * max(gradients.values())} == {}
+
+
+def test_the_attention_is_deformable_unless_another_is_asked_for():
+    keys = set(adaptkit.attach(host(), ("vit-adapter", SMALL)).adapters["vit-adapter"].state_dict())
+    assert keys == set(adaptkit.attach(host(), ("vit-adapter", {**SMALL, "attention": "msda"})).adapters["vit-adapter"].state_dict())  # fmt: skip
+    assert "interactions.0.injector.attn.sampling_offsets.weight" in keys
+
+
+def test_an_unknown_attention_is_a_value_error_that_names_the_mixers():
+    with pytest.raises(ValueError, match="attention='fft' is not a choice; choose one of 'conv', .*'global'"):
+        ViTAdapterConfig(attention="fft")

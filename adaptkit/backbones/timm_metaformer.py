@@ -1,0 +1,103 @@
+"""timm's MetaFormer: PoolFormer, PoolFormerV2, ConvFormer, CAFormer. Four stages of maps, attention on tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from adaptkit.backbones._timm import joined, timm_source
+from adaptkit.ops.grid import map_to_tokens, tokens_to_map
+from adaptkit.registry import register_family
+from adaptkit.staged import StagedSpec, StagedViT
+from adaptkit.vit import Block, Fn, Source
+
+
+@register_family("timm.models.metaformer.MetaFormer")
+class TimmMetaFormer(StagedViT):
+    """Blocks ``x + scale(mixer(norm(x)))``; the last two stages of the newer models also scale ``x`` (ResScale).
+
+    Convolutions take the place of positions, so any size is native. There is no norm before pooling. Maps become tokens
+    and maps again without a copy, in the memory layout that the host gave them: another one would pick other kernels,
+    which round differently.
+    """
+
+    def __init__(self, host: Any) -> None:
+        strides = [host.stem.conv.stride[0]]
+        for stage in list(host.stages)[1:]:
+            same = isinstance(stage.downsample, nn.Identity)
+            strides.append(strides[-1] * (1 if same else stage.downsample.conv.stride[0]))
+        dims = tuple(info["num_chs"] for info in host.feature_info)
+        depths = tuple(len(stage.blocks) for stage in host.stages)
+        super().__init__(host, StagedSpec("timm-metaformer", dims, depths, tuple(strides)))
+
+    def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """``host.stem``."""
+        return _tokens(self.host.stem(image))
+
+    def enter(self, stage: int, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        """Downsampling, a strided convolution, where the stage has one."""
+        host: Any = self.host
+        return _tokens(host.stages[stage].downsample(tokens_to_map(x, grid)))
+
+    def blocks(self, stage: int, grid: tuple[int, int]) -> Sequence[Block]:
+        """timm's own blocks; those on maps are given maps."""
+        host: Any = self.host
+        on_map = host.stages[stage].use_nchw
+        return [_block(blk, partial(_on_map, grid) if on_map else _as_is) for blk in host.stages[stage].blocks]
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The identity: timm norms after pooling."""
+        return x
+
+    def classify(self, x: Tensor, grid: tuple[int, int]) -> Tensor | None:
+        """``host.forward_head`` where it has classes."""
+        return self.host.forward_head(tokens_to_map(x, grid)) if self.host.num_classes > 0 else None
+
+    def fingerprint_tensors(self) -> dict[str, Tensor]:
+        """Stem kernel, and an MLP's weights in the first and the last block."""
+        host: Any = self.host
+        first, last = host.stages[0].blocks[0], host.stages[-1].blocks[-1]
+        return {"patch": host.stem.conv.weight, "first": first.mlp.fc1.weight, "last": last.mlp.fc2.weight}
+
+    def source(self) -> Source:
+        """From ``pretrained_cfg``."""
+        return timm_source(self.host)
+
+
+def _tokens(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    return map_to_tokens(x), (x.shape[-2], x.shape[-1])
+
+
+def _on_map(grid: tuple[int, int], f: Fn, x: Tensor) -> Tensor:
+    """(B, h*w, D) -> (B, h*w, D) through a module that works on maps."""
+    return map_to_tokens(f(tokens_to_map(x, grid)))
+
+
+def _as_is(f: Fn, x: Tensor) -> Tensor:
+    return f(x)
+
+
+def _block(blk: Any, on: Any) -> Block:
+    parts: dict[str, Any] = {
+        "norm1": blk.norm1,
+        "attn": blk.token_mixer,
+        "scale1": joined(blk.drop_path1, blk.layer_scale1),
+        "norm2": blk.norm2,
+        "mlp": blk.mlp,
+        "scale2": joined(blk.drop_path2, blk.layer_scale2),
+    }
+    if not (isinstance(blk.res_scale1, nn.Identity) and isinstance(blk.res_scale2, nn.Identity)):
+        parts = dict.fromkeys(parts, _no_equation)
+    parts = {name: partial(on, f) for name, f in parts.items()}
+    return Block(run=partial(on, blk), qkv=_no_qkv, out=_no_qkv, **parts)
+
+
+def _no_equation(x: Tensor) -> Any:
+    raise TypeError("this block also scales x itself (ResScale), so it is not x + attn(norm(x)); run it as a whole")
+
+
+def _no_qkv(x: Tensor) -> Any:
+    raise TypeError("a MetaFormer's token mixer does not come apart into q, k and v; use an adapter around the block")

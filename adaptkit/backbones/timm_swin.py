@@ -1,0 +1,112 @@
+"""timm's SwinTransformer: four stages of shifted windows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from adaptkit.backbones._timm import timm_source
+from adaptkit.registry import register_family
+from adaptkit.staged import StagedSpec, StagedViT
+from adaptkit.vit import Block, Fn, Source
+
+
+@register_family("timm.models.swin_transformer.SwinTransformer")
+class TimmSwin(StagedViT):
+    """Blocks on maps (B, h, w, D), given and taken as tokens.
+
+    Windows and shifts stay those the host was built with; on another grid the masks of the shift are made anew, as timm
+    does for ``dynamic_img_size=True``.
+    """
+
+    positions = "relative in windows, kept as they are"
+
+    def __init__(self, host: Any) -> None:
+        patch = host.patch_embed.patch_size[0]
+        dims = tuple(info["num_chs"] for info in host.feature_info)
+        strides = tuple(patch * 2**i for i in range(len(host.layers)))
+        depths = tuple(len(layer.blocks) for layer in host.layers)
+        super().__init__(host, StagedSpec("timm-swin", dims, depths, strides))
+
+    def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """timm's PatchEmbed without its fixed-size assertions."""
+        embed: Any = self.host.patch_embed
+        return _tokens(embed.norm(embed.proj(image).permute(0, 2, 3, 1)))
+
+    def enter(self, stage: int, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        """Patch merging; the identity in the first stage."""
+        host: Any = self.host
+        return _tokens(host.layers[stage].downsample(x.unflatten(1, grid)))
+
+    def blocks(self, stage: int, grid: tuple[int, int]) -> Sequence[Block]:
+        """timm's own blocks, tokens unfolded to this grid."""
+        host: Any = self.host
+        return [_block(blk, grid) for blk in host.layers[stage].blocks]
+
+    def norm(self, x: Tensor) -> Tensor:
+        """``host.norm``."""
+        return self.host.norm(x)
+
+    def classify(self, x: Tensor, grid: tuple[int, int]) -> Tensor | None:
+        """``host.forward_head`` where it has classes."""
+        return self.host.forward_head(x.unflatten(1, grid)) if self.host.num_classes > 0 else None
+
+    def fingerprint_tensors(self) -> dict[str, Tensor]:
+        """Patch kernel, first and last norms."""
+        host: Any = self.host
+        first, last = host.layers[0].blocks[0], host.layers[-1].blocks[-1]
+        return {"patch": host.patch_embed.proj.weight, "first": first.norm1.weight, "last": last.norm2.weight}
+
+    def source(self) -> Source:
+        """From ``pretrained_cfg``."""
+        return timm_source(self.host)
+
+
+def _tokens(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    return x.flatten(1, 2), (x.shape[1], x.shape[2])
+
+
+def _block(blk: Any, grid: tuple[int, int]) -> Block:
+    native = blk.dynamic_mask or grid == tuple(blk.input_resolution)
+    block = Block(
+        run=partial(_on_map, blk, grid),
+        norm1=blk.norm1,
+        attn=partial(_on_map, blk._attn if native else partial(_attn, blk), grid),
+        scale1=blk.drop_path1,
+        norm2=blk.norm2,
+        mlp=blk.mlp,
+        scale2=blk.drop_path2,
+        qkv=_no_qkv,
+        out=_no_qkv,
+    )
+    # The host's own forward would take the mask of its own grid.
+    return block if native else Block(**{**vars(block), "run": block.equation})
+
+
+def _on_map(f: Fn, grid: tuple[int, int], x: Tensor) -> Tensor:
+    return f(x.unflatten(1, grid)).flatten(1, 2)
+
+
+def _attn(blk: Any, x: Tensor) -> Tensor:
+    """(B, h, w, D) -> (B, h, w, D): windows, shifted where the block shifts, with the mask of this grid."""
+    from timm.models.swin_transformer import window_partition, window_reverse
+
+    (height, width), window = x.shape[1:3], blk.window_size
+    shift = tuple(blk.shift_size)
+    x = x.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else x
+    x = F.pad(x, (0, 0, 0, -width % window[1], 0, -height % window[0]))
+    mask = blk.get_attn_mask(x)
+    windows = window_partition(x, window).flatten(1, 2)  # (B * windows, cells, D)
+    y = blk.attn(windows, mask=mask).unflatten(1, window)
+    y = window_reverse(y, window, x.shape[1], x.shape[2])[:, :height, :width].contiguous()
+    return y.roll(shift, (1, 2)) if any(shift) else y
+
+
+def _no_qkv(x: Tensor) -> Any:
+    raise TypeError(
+        "Swin attends inside shifted windows, so it has no global q, k and v; use an adapter around the block"
+    )

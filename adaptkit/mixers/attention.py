@@ -1,0 +1,132 @@
+"""Attention as a mixer: every place reads all others, or those of its window, by ``softmax(q k^T / sqrt(E)) v``.
+
+There is no bias on the keys: it would add the same to every logit of a query, and softmax takes that away.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adaptkit.mixers.base import CrossMixer, Layout, Mixer, even_heads
+from adaptkit.ops.grid import map_to_tokens, tokens_to_map
+from adaptkit.ops.windows import Windows
+
+__all__ = ["GlobalAttention", "GlobalCrossAttention", "WindowAttention", "WindowCrossAttention"]
+
+
+class _SelfAttention(nn.Module):
+    """Projections of one map to q, k, v and back."""
+
+    def __init__(self, dim: int, heads: int | None) -> None:
+        super().__init__()
+        self.heads = even_heads(dim, 16) if heads is None else heads
+        if dim % self.heads:
+            raise ValueError(f"heads={heads} do not divide the width {dim}")
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, C) -> three of (B, heads, N, E)."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def join(self, x: Tensor) -> Tensor:
+        """(B, heads, N, E) -> (B, N, C)."""
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class GlobalAttention(Mixer):
+    """Multi-head attention over the whole map; heads of 16 channels if not given."""
+
+    def __init__(self, dim: int, heads: int | None = None) -> None:
+        super().__init__()
+        self.attn = _SelfAttention(dim, heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        y = F.scaled_dot_product_attention(*self.attn.split(map_to_tokens(x)))
+        return tokens_to_map(self.attn.join(y), (x.shape[-2], x.shape[-1]))
+
+
+class WindowAttention(Mixer):
+    """Multi-head attention inside windows of at most ``window`` x ``window`` cells, as even as the grid allows."""
+
+    def __init__(self, dim: int, heads: int | None = None, window: int = 7) -> None:
+        super().__init__()
+        self.attn, self.window = _SelfAttention(dim, heads), window
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        grid = (x.shape[-2], x.shape[-1])
+        windows = Windows.of((grid,), _counts(grid, self.window), x.device)
+        q, k, v = self.attn.split(map_to_tokens(x))
+        return tokens_to_map(self.attn.join(_attend_in(windows, windows, q, k, v)), grid)
+
+
+class _CrossAttention(nn.Module):
+    """Projections of queries and values of D channels to heads, ``width`` channels wide, and back."""
+
+    def __init__(self, dim: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query_proj = nn.Linear(dim, width)
+        self.key_proj = nn.Linear(dim, width, bias=False)
+        self.value_proj = nn.Linear(dim, width)
+        self.output_proj = nn.Linear(width, dim)
+
+    def split(self, query: Tensor, feat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, Q, D), (B, S, D) -> q (B, heads, Q, E), k and v (B, heads, S, E)."""
+        pairs = ((self.query_proj, query), (self.key_proj, feat), (self.value_proj, feat))
+        q, k, v = (proj(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for proj, x in pairs)
+        return q, k, v
+
+    def join(self, x: Tensor) -> Tensor:
+        """(B, heads, Q, E) -> (B, Q, D)."""
+        return self.output_proj(x.transpose(1, 2).flatten(2))
+
+
+class GlobalCrossAttention(CrossMixer):
+    """Every query reads every cell of every level: the first row of ViT-Adapter's table of attentions."""
+
+    def __init__(self, dim: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.attn = _CrossAttention(dim, width, heads)
+
+    def forward(self, query: Tensor, feat: Tensor, layout: Layout) -> Tensor:
+        """Query (B, Q, D), feat (B, S, D) -> (B, Q, D)."""
+        return self.attn.join(F.scaled_dot_product_attention(*self.attn.split(query, feat)))
+
+
+class WindowCrossAttention(CrossMixer):
+    """Every query reads the cells, of every level, that share its window of the image.
+
+    The windows cover at most ``window`` x ``window`` cells of the side that has one grid: the ViT's tokens in
+    ViT-Adapter, as queries of the injector and as values of the extractor.
+    """
+
+    def __init__(self, dim: int, width: int, heads: int, window: int = 7) -> None:
+        super().__init__()
+        self.attn, self.window = _CrossAttention(dim, width, heads), window
+
+    def forward(self, query: Tensor, feat: Tensor, layout: Layout) -> Tensor:
+        """Query (B, Q, D), feat (B, S, D) -> (B, Q, D)."""
+        grids = (*layout.queries, *layout.values)
+        base = layout.queries[0] if len(layout.queries) == 1 else layout.values[0]
+        rows, columns = _counts(base, self.window)
+        counts = (min(rows, *(h for h, _ in grids)), min(columns, *(w for _, w in grids)))
+        ours, theirs = (Windows.of(g, counts, query.device) for g in (layout.queries, layout.values))
+        return self.attn.join(_attend_in(ours, theirs, *self.attn.split(query, feat)))
+
+
+def _counts(grid: tuple[int, int], window: int) -> tuple[int, int]:
+    """Return how many windows of ``window`` cells cover a grid, down and across."""
+    return -(-grid[0] // window), -(-grid[1] // window)
+
+
+def _attend_in(ours: Windows, theirs: Windows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(B, heads, Q, E), two of (B, heads, S, E) -> (B, heads, Q, E), window by window."""
+    q, k, v = ours.gather(q), theirs.gather(k), theirs.gather(v)  # (B, heads, windows, cells, E)
+    mask = torch.zeros_like(theirs.valid, dtype=q.dtype).masked_fill(~theirs.valid, float("-inf"))
+    return ours.scatter(F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None]))

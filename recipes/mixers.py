@@ -1,0 +1,268 @@
+"""Does the structure of an adapter matter more than its token mixer, when the backbone is frozen?
+
+    python -m recipes.mixers --train ../shared/data/camvid-train.parquet --val ../shared/data/camvid-val.parquet \
+        --num-classes 11 --out runs/mixers                            # some 20 minutes on two cores
+
+MetaFormer (Yu et al. 2022) says so of networks trained from scratch: it is the block that makes them, not attention.
+Here the block is an adapter beside each frozen block of the demonstration backbone, a linear head on its tokens
+segments, and everything else is held equal: images, order, steps, learning rate, seeds. Three comparisons:
+
+* every mixer at equal parameters: bottlenecks are widened until the totals match that of the largest mixer;
+* every mixer at equal width;
+* the block without its residual, its MLP, its norms, or any of them, around one mixer (``--ablate``), at equal
+  parameters too, and no adapter at all.
+
+It writes results.json, table.md and chart.png. A score is the mean over the seeds, its spread their standard deviation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+import adaptkit
+from adaptkit.adapters.metaformer import MetaFormer
+from adaptkit.file import check_writable
+from adaptkit.hosts import create_backbone
+from adaptkit.mixers import list_mixers
+from adaptkit.vit import Source, Spec
+from recipes.data import SegmentationData, check_labels, open_dataset
+from recipes.segment import cosine, parameter_groups
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "no residual": {"residual": False},
+    "no MLP": {"mlp_ratio": 0.0},
+    "no norm": {"norm": "none"},
+    "none of the three": {"residual": False, "mlp_ratio": 0.0, "norm": "none"},
+}
+
+# ---------------------------------------------------------------------------------------------------- arguments
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(prog="mixers", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--train", required=True, help="Parquet file, Hub data set id, or folder with images/ and masks/")
+    p.add_argument("--val", required=True, help="the same for validation")
+    p.add_argument("--num-classes", type=int, required=True)
+    p.add_argument("--ignore-index", type=int, default=255)
+    p.add_argument("--backbone", default="demo", help="as in recipes.segment")
+    p.add_argument("--mixers", nargs="+", default=list_mixers(), choices=list_mixers(), metavar="MIXER")
+    p.add_argument("--ablate", default="pool", choices=list_mixers(), metavar="MIXER", help="the block taken apart")
+    p.add_argument("--width", type=int, default=32, help="of the bottleneck at equal width")
+    p.add_argument("--size", type=int, nargs=2, default=(128, 160), metavar=("H", "W"))
+    p.add_argument("--steps", type=int, default=100)
+    p.add_argument("--batch-size", type=int, default=8)
+    p.add_argument("--lr", type=float, default=2e-3)
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    p.add_argument("--out", default="runs/mixers")
+    return p.parse_args(argv)
+
+
+# -------------------------------------------------------------------------------------------------------- rows
+
+
+def count(spec: Spec, options: dict[str, Any]) -> int:
+    """Parameters of the adapter, without building it."""
+    with torch.device("meta"):
+        adapter = MetaFormer(spec, adaptkit.MetaFormerConfig(**options))
+    return sum(p.numel() for p in adapter.parameters())
+
+
+def matched(spec: Spec, options: dict[str, Any], target: int) -> dict[str, Any]:
+    """Return these options with the even width whose total comes nearest to ``target`` parameters."""
+    low, high = 1, 1
+    while count(spec, {**options, "width": 2 * high}) < target:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(spec, {**options, "width": 2 * middle}) < target else (low, middle)
+    widths = [2 * low, 2 * high]
+    return {**options, "width": min(widths, key=lambda w: abs(count(spec, {**options, "width": w}) - target))}
+
+
+def rows(args: argparse.Namespace, spec: Spec) -> list[dict[str, Any]]:
+    """Return what is compared: a table, a name and the adapter's options each."""
+    base = {"width": args.width}
+    target = max(count(spec, {**base, "mixer": name}) for name in args.mixers)
+    planned: list[tuple[str, str, dict[str, Any] | None]] = []
+    for name in args.mixers:
+        planned.append(("mixer, equal parameters", name, matched(spec, {**base, "mixer": name}, target)))
+    for name in args.mixers:
+        planned.append(("mixer, equal width", name, {**base, "mixer": name}))
+    for name, options in ABLATIONS.items():
+        taken = matched(spec, {**base, "mixer": args.ablate, **options}, target)
+        planned.append(("structure, equal parameters", f"{args.ablate}, {name}", taken))
+    planned.append(("structure, equal parameters", "no adapter", None))
+    return [
+        {"table": t, "name": n, "options": o, "parameters": 0 if o is None else count(spec, o)} for t, n, o in planned
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------- data
+
+
+def load(name: str, split: str, source: Source, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Images (K, 3, H, W) as the backbone wants them and masks (K, H, W), all in memory: they are small."""
+    data = SegmentationData(open_dataset(name, split), args.size, source)
+    check_labels(data, args.num_classes, args.ignore_index, name)
+    images, masks = zip(*(data[i] for i in range(len(data))))
+    return torch.stack(images), torch.stack(masks)
+
+
+# --------------------------------------------------------------------------------------------------------- loop
+
+
+def train(row: dict[str, Any], seed: int, data: tuple[Tensor, Tensor], args: argparse.Namespace) -> Any:
+    """Train adapter and head; the seed decides their start, the order of the images and which are mirrored."""
+    torch.manual_seed(seed)
+    adapters = [] if row["options"] is None else [("metaformer", row["options"])]
+    backbone = create_backbone(args.backbone)
+    model = adaptkit.attach(backbone, *adapters, head=("linear", {"num_classes": args.num_classes})).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=args.lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, args.steps, 0.1))
+    order = torch.Generator().manual_seed(seed)
+    for _ in range(args.steps):
+        chosen = torch.randint(len(data[0]), (args.batch_size,), generator=order)
+        image, mask = data[0][chosen], data[1][chosen]
+        if torch.rand((), generator=order) < 0.5:
+            image, mask = image.flip(-1), mask.flip(-1)
+        F.cross_entropy(model(image).logits, mask, ignore_index=args.ignore_index).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@torch.inference_mode()
+def miou(model: Any, data: tuple[Tensor, Tensor], args: argparse.Namespace) -> float:
+    """Mean intersection over union in per cent, over the classes that occur."""
+    n = args.num_classes
+    confusion = torch.zeros(n * n)
+    for image, mask in zip(data[0].split(args.batch_size), data[1].split(args.batch_size)):
+        guess, known = model(image).logits.argmax(1), mask != args.ignore_index
+        confusion += torch.bincount(mask[known] * n + guess[known], minlength=n * n)
+    confusion = confusion.view(n, n)
+    hits, union = confusion.diag(), confusion.sum(0) + confusion.sum(1) - confusion.diag()
+    return 100 * float((hits / union)[union > 0].mean())
+
+
+# ------------------------------------------------------------------------------------------------------- report
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Write the three tables in Markdown, and what they say of the question."""
+    lines = []
+    for title in dict.fromkeys(r["table"] for r in results):
+        lines += [f"**{title}**", "", "| | width | parameters | mIoU | spread | s/step |", "|---|---|---|---|---|---|"]
+        for r in (r for r in results if r["table"] == title):
+            width = "-" if r["options"] is None else r["options"]["width"]
+            lines.append(
+                f"| {r['name']} | {width} | {r['parameters']:,} | {r['mean']:.2f} | ± {r['spread']:.2f} "
+                f"| {r['seconds_per_step']:.3f} |"
+            )
+        lines.append("")
+    return "\n".join([*lines, verdict(results)]) + "\n"
+
+
+def verdict(results: list[dict[str, Any]]) -> str:
+    """Compare how far the mixers lie apart with what taking the block apart costs, and both with chance."""
+    mixers = {r["name"]: r["mean"] for r in results if r["table"] == "mixer, equal parameters"}
+    ablated = {r["name"]: r["mean"] for r in results if r["table"].startswith("structure") and r["options"] is not None}
+    best, worst = max(mixers, key=mixers.__getitem__), min(mixers, key=mixers.__getitem__)
+    apart = mixers[best] - mixers[worst]
+    ends = f"{best} {mixers[best]:.2f}, {worst} {mixers[worst]:.2f}"
+    said = f"At equal parameters the {len(mixers)} mixers lie {apart:.2f} points apart ({ends})"
+    base = next((name for name in mixers if any(a.startswith(f"{name}, ") for a in ablated)), None)
+    if base is None:
+        return f"{said}; give --ablate one of these mixers to compare that with the structure."
+    gone = min(ablated, key=ablated.__getitem__)
+    cost = mixers[base] - ablated[gone]
+    said += f". Taking the block of {base} apart costs up to {cost:.2f} points ({gone})."
+    seeds = min(len(r["scores"]) for r in results)
+    if seeds < 2:
+        return f"{said} One seed does not tell what of it is chance: give --seeds two or more."
+    error = (statistics.mean(r["spread"] ** 2 for r in results) / seeds) ** 0.5  # of a mean, pooled over the rows
+    chance = error * expected_range(len(mixers))
+    said += f" By chance alone (a mean is good to {error:.2f}) that many equal mixers would lie {chance:.2f} apart."
+    if abs(cost - apart) < 2 * 2**0.5 * error:
+        return f"{said} Whether structure or mixer matters more here cannot be told at this number of seeds."
+    return f"{said} Here the {'structure' if cost > apart else 'mixer'} matters more."
+
+
+def expected_range(n: int) -> float:
+    """Return how far the largest and the smallest of ``n`` standard normal numbers lie apart on average."""
+    draws = torch.randn(20_000, n, generator=torch.Generator().manual_seed(0))
+    return float((draws.amax(1) - draws.amin(1)).mean())
+
+
+def chart(results: list[dict[str, Any]], path: Path) -> None:
+    """Draw one bar per row, its spread as a line over the end, a colour per table."""
+    line, left, right = 22, 330, 420
+    image = Image.new("RGB", (left + right + 80, line * len(results) + 20), "white")
+    draw = ImageDraw.Draw(image)
+    most = max(r["mean"] + r["spread"] for r in results) or 1.0
+    colours = dict(zip(dict.fromkeys(r["table"] for r in results), ("#3b6ea5", "#8fb3d9", "#c9803c")))
+    for i, r in enumerate(results):
+        y, end = 10 + i * line, left + right * r["mean"] / most
+        reach = right * r["spread"] / most
+        draw.text((10, y + 3), f"{r['table']}: {r['name']}", fill="black")
+        draw.rectangle((left, y + 2, end, y + line - 4), fill=colours[r["table"]])
+        draw.line((end - reach, y + line // 2, end + reach, y + line // 2), fill="black", width=2)
+        draw.text((left + right + 20, y + 3), f"{r['mean']:.2f}", fill="black")
+    image.save(path)
+
+
+# --------------------------------------------------------------------------------------------------------- main
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    out = check_writable(args.out)
+    vit = adaptkit.view(create_backbone(args.backbone))
+    train_data = load(args.train, "train", vit.source(), args)
+    val_data = load(args.val, "validation", vit.source(), args)
+    results = rows(args, vit.spec)
+    done: dict[str, dict[str, Any]] = {}  # a mixer that is the target has one width in both tables: train it once
+    started = time.time()
+    for i, row in enumerate(results):
+        key = json.dumps(row["options"], sort_keys=True)
+        if key not in done:
+            scores, clock = [], 0.0
+            for seed in args.seeds:
+                began = time.time()
+                model = train(row, seed, train_data, args)
+                clock += time.time() - began
+                scores.append(miou(model, val_data, args))
+            done[key] = {
+                "scores": [round(s, 3) for s in scores],
+                "mean": statistics.mean(scores),
+                "spread": statistics.stdev(scores) if len(scores) > 1 else 0.0,
+                "seconds_per_step": clock / args.steps / len(args.seeds),
+            }
+        row.update(done[key])
+        print(
+            f"[{i + 1}/{len(results)}, {time.time() - started:.0f} s] {row['table']}: {row['name']} {row['mean']:.2f}",
+            flush=True,
+        )
+        (out / "results.json").write_text(json.dumps({"arguments": vars(args), "rows": results}, indent=2) + "\n")
+    text = table(results)
+    (out / "table.md").write_text(text)
+    chart(results, out / "chart.png")
+    print("\n" + text)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, TypeError, OSError) as error:  # the user's to mend: the message says how
+        raise SystemExit(f"mixers: {error}") from error
