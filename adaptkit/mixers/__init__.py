@@ -36,6 +36,7 @@ _BUILT_IN = {
     "global": "adaptkit.mixers.attention:GlobalAttention",
     "window": "adaptkit.mixers.attention:WindowAttention",
     "msda": "adaptkit.mixers.msda:MSDeformMixer",
+    "dat": "adaptkit.mixers.deformed:dat",
 }
 _REGISTERED: dict[str, Callable[..., nn.Module]] = {}
 
@@ -72,9 +73,10 @@ def cross_mixer(
 ) -> CrossMixer:
     """Build a mixer in its cross form: queries of D channels read ``levels`` maps of D channels.
 
-    ``"msda"``, ``"global"`` and ``"window"`` are attention by their papers. The others have no cross form in any paper;
-    ours brings the values to the queries' own grids bilinearly, averages the levels, and mixes there. ``"pool"`` is
-    then the mean alone: its minus belongs to a residual of the values, which a cross form does not have.
+    ``"msda"``, ``"global"`` and ``"window"`` are attention by their papers. The others have no cross form in any paper.
+    Ours of ``"dat"`` is in ``adaptkit.mixers.deformed``; of the rest, it brings the values to the queries' own grids
+    bilinearly, averages the levels, and mixes there. ``"pool"`` is then the mean alone: its minus belongs to a residual
+    of the values, which a cross form does not have.
 
     Args:
         name: of the mixer.
@@ -96,6 +98,10 @@ def cross_mixer(
         return MSDeformAttn(dim, levels, heads, points, ratio)
     if name == "global":
         return GlobalCrossAttention(dim, width, heads)
+    if name == "dat":
+        from adaptkit.mixers.deformed import DeformableCrossAttention
+
+        return DeformableCrossAttention(dim, width, heads)
     if name == "window":
         return WindowCrossAttention(dim, width, heads, **options)
     if name == "pool":

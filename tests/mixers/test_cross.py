@@ -84,3 +84,14 @@ def test_a_query_reads_only_cells_of_its_own_part_of_the_image():
 
 def test_the_cross_form_of_pool_is_the_mean_alone():
     assert not build("pool", 1).mixer.minus
+
+
+@torch.no_grad()
+def test_dat_without_offsets_reads_its_values_where_the_queries_stand():
+    m, grids = build("dat", 1), ((3, 4),)
+    m.offset_proj.weight.zero_()
+    m.query_proj.weight.zero_()
+    m.query_proj.bias.zero_()  # all keys weigh the same
+    feat = tokens(grids, seed=1)
+    y = m(tokens(grids), feat, layout(grids, grids))
+    torch.testing.assert_close(y, m.output_proj(m.value_proj(feat)).mean(1, keepdim=True).expand_as(y))
