@@ -131,7 +131,7 @@ def train(model: nn.Module, data: Labelled, accelerator: Accelerator, args: argp
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            progress.step(step, task, features.aux, gates, float(spent.mean() / costs.dense), budget)
+            progress.step(step, task, features.aux, gates, float(spent.detach().mean() / costs.dense), budget)
 
 
 class Progress:
@@ -223,17 +223,19 @@ def evaluate(model: Any, data: Labelled, order: Tensor, args: argparse.Namespace
     return Score(float(torch.cat(hits).float().mean()), macs, {k: float(v) for k, v in usage(aux).items()}, aux)
 
 
-def random_at(model: Any, share: float, rates: dict[str, float], score: Callable[[], Score]) -> Score:
+def random_at(model: Any, share: float, rates: dict[str, float], score: Callable[[Tensor], Score], count: int) -> Score:
     """Score random decisions that cost ``share``: the model's own rates, all to one power that fits the cost."""
-    gates, low, high, found = AdaViT.of(model), 0.0, 4.0, None
+    gates, low, high = AdaViT.of(model), 0.0, 4.0
+    some, everything = torch.arange(min(count, 256)), torch.arange(count)
+
+    def draw(power: float, order: Tensor) -> Score:
+        with gates.deciding(Random(**{kind: max(rate, 1e-3) ** power for kind, rate in rates.items()}, seed=0)):
+            return score(order)
+
     for _ in range(10):
         power = (low + high) / 2
-        drawn = {kind: max(rate, 1e-3) ** power for kind, rate in rates.items()}
-        with gates.deciding(Random(**drawn, seed=0)):
-            found = score()
-        low, high = (power, high) if found.macs.mean > share else (low, power)
-    assert found is not None
-    return found
+        low, high = (power, high) if draw(power, some).macs.mean > share else (low, power)
+    return draw((low + high) / 2, everything)
 
 
 @torch.inference_mode()
@@ -271,14 +273,14 @@ def main(argv: list[str] | None = None) -> None:
     shift = calibrate(model, data, args, device)
     everything = torch.arange(len(held.labels))
 
-    def score() -> Score:
-        return evaluate(model, held, everything, args, device)
+    def score(order: Tensor) -> Score:
+        return evaluate(model, held, order, args, device)
 
     gates = AdaViT.of(model)
     with gates.opened():
-        dense = score()
-    adaptive = score()
-    random = random_at(model, adaptive.macs.mean, adaptive.usage, score)
+        dense = score(everything)
+    adaptive = score(everything)
+    random = random_at(model, adaptive.macs.mean, adaptive.usage, score, len(everything))
     off = model.verify(next(held.batches(everything, args.batch_size, model.vit.source(), device))[0])
     rates = list(images_per_second(model, held, args, device))
     costs = accounting.costs(model, (args.size, args.size))

@@ -16,7 +16,6 @@ from recipes.data import IMAGENET, open_dataset
 
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
 PURE = 0.6  # least share of a crop that its class must cover
-STRIDE = 0.5  # step from crop to crop, in crops
 
 
 class Labelled(NamedTuple):
@@ -78,14 +77,13 @@ def _digits(split: str, size: int) -> Labelled:
 
 
 def _crops(name: str, size: int) -> Labelled:
-    """Square crops on a lattice, of which one class covers most."""
+    """Square crops side by side, of which one class covers most."""
     data = open_dataset(name, "train")
     images, labels = [], []
-    step = max(1, round(STRIDE * size))
     for row in data:
         image, mask = np.asarray(row["image"].convert("RGB")), np.asarray(row["mask"])
-        for top in range(0, mask.shape[0] - size + 1, step):
-            for left in range(0, mask.shape[1] - size + 1, step):
+        for top in range(0, mask.shape[0] - size + 1, size):
+            for left in range(0, mask.shape[1] - size + 1, size):
                 counts = np.bincount(mask[top : top + size, left : left + size].ravel(), minlength=256)[:255]
                 if counts.max() >= PURE * size * size:
                     images.append(image[top : top + size, left : left + size])

@@ -12,11 +12,11 @@ inference what is off is not computed (``execution``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,13 @@ from adaptkit.adapters._adavit_run import Way, masked, packed
 from adaptkit.adapters.base import BlockAdapter, Trace
 from adaptkit.layers import check_choice, parameter_dtype
 from adaptkit.losses import KINDS
+from adaptkit.ops.kept import SHORT
 from adaptkit.registry import register_adapter
 from adaptkit.vit import Block, Fn, Spec
 
 __all__ = ["AdaViT", "AdaViTConfig", "Decision", "Given", "Random"]
+
+Run = Callable[[Block, Tensor, Tensor, Decision, Way], Tensor]
 
 CALL_MACS = 4e6  #: what one more call per image costs on a CPU core, in MACs that it could have done instead
 
@@ -156,19 +159,21 @@ class AdaViT(BlockAdapter):
             decision = self.policy(index, decision)
         self._record(trace, index, decision, logits)
         way = Way(self.config.head_mode, index == self.spec.depth - 1 and self.config.last_block == "class")
-        x = self._choose(block, x, decision, way)(block, x, h, decision, way)
+        run, way = self._choose(x, decision, way)
+        x = run(block, x, h, decision, way)
         return self.bottlenecks[str(index)](x) if self.config.bottleneck else x
 
-    def _choose(self, block: Block, x: Tensor, decision: Decision, way: Way) -> Any:
+    def _choose(self, x: Tensor, decision: Decision, way: Way) -> tuple[Run, Way]:
         """Masked in training and for the compiler, which cannot follow shapes that depend on the data."""
         masks = self.training or torch.compiler.is_compiling() or self.execution == "masked"
         if masks or (self.execution == "auto" and torch.is_grad_enabled()):
-            return masked
+            return masked, way
         if self.execution == "packed":
-            return packed
+            return packed, way
         if decision.everything() and not way.only_prefix:
-            return _dense
-        return packed if _pays(x, decision, way, self.spec) else masked
+            return _dense, way
+        way = way._replace(by_head=_heads_pay(x, decision))
+        return (packed if _pays(x, decision, way) else masked), way
 
     def _record(self, trace: Trace, index: int, decision: Decision, logits: Decision) -> None:
         """Keep what was decided; the last block stacks it, (B, gated blocks, ...)."""
@@ -229,10 +234,19 @@ def _dense(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> 
     return x + block.scale2(block.mlp(block.norm2(x)))
 
 
-def _pays(x: Tensor, decision: Decision, way: Way, spec: Spec) -> bool:
+def _heads_pay(x: Tensor, decision: Decision) -> bool:
+    """Whether the heads that are off outweigh running attention image by image, each with weights of its own."""
+    if decision.head is None:
+        return False
+    rows = x.shape[1] if decision.patch is None else float(decision.patch.sum(1).mean())
+    return 4 * rows * x.shape[2] ** 2 * (1.0 - float(decision.head.mean())) > CALL_MACS
+
+
+def _pays(x: Tensor, decision: Decision, way: Way) -> bool:
     """Whether the work that is off outweighs gathering rows and calling image by image."""
     count, tokens, dim = x.shape
     keep = 1.0 if decision.patch is None else float(decision.patch.mean())
     on = 1.0 if decision.layer is None else float(decision.layer.mean())
     saved = (1.0 - (keep if not way.only_prefix else 0.0) * on) * count * tokens * 12 * dim * dim
-    return saved > CALL_MACS * (1 + count * on)
+    one_by_one = way.by_head or keep * tokens > SHORT
+    return saved > CALL_MACS * (1 + (count * on if one_by_one else 2))

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["masked_attention", "packed_attention", "packed_backend"]
+__all__ = ["SHORT", "masked_attention", "packed_attention", "packed_backend"]
 
 FAR = 20.0  #: logits of an off key above the largest kept one count no further: exp(20) bounds the gradient
+SHORT = 48  #: rows up to which, on a CPU, calling for each sequence costs more than padding to one length
 BUCKET = 8  #: sequences whose lengths share a multiple of this are padded to one length
 
 
@@ -47,10 +48,12 @@ def _softmax(logits: Tensor, keep: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny)
 
 
-def packed_backend(q: Tensor, bias: Tensor | None) -> str:
+def packed_backend(q: Tensor, bias: Tensor | None, lengths: Sequence[int]) -> str:
     """Name the way for these tensors: ``"each"`` sequence by itself, ``"varlen"``, or ``"bucket"`` by length."""
-    if not q.is_cuda or bias is not None:
+    if bias is not None:
         return "each"
+    if not q.is_cuda:
+        return "bucket" if len(lengths) > 1 and max(lengths) <= SHORT else "each"
     half = q.dtype in (torch.float16, torch.bfloat16)
     return "varlen" if half and importlib.util.find_spec("torch.nn.attention.varlen") else "bucket"
 

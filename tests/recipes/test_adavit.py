@@ -74,8 +74,8 @@ def test_crops_are_labelled_by_the_class_that_covers_them(segmentation):
     crops = open_labelled(f"crops:{segmentation}", "train", 16)
     assert crops.images.shape[1:] == (3, 16, 16)
     assert sorted(set(crops.labels.tolist())) == [0, 1]
-    # Five rows of seven; the first is half unlabelled, and the middle column is half and half.
-    assert len(crops.labels) == 4 * 6
+    # Three rows of four; half of each crop in the first row is unlabelled.
+    assert len(crops.labels) == 2 * 4
 
 
 def test_a_folder_of_class_folders_is_read(tmp_path):
