@@ -164,7 +164,7 @@ class Progress:
         self.bar.update(self.task, say=f"loss {task.item():.3f}  MACs {share:.0%} for {budget:.0%}")
         row = {"step": step, "loss": task.item(), "macs": share, "budget": budget}
         for name, decisions in (("sampled", usage(aux)), ("thresholded", usage(gates.thresholded(aux)))):
-            row.update({f"{name}_{kind}": float(kept) for kind, kept in decisions.items()})
+            row.update({f"{name}_{kind}": kept.item() for kind, kept in decisions.items()})
         if self.file is not None:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()

@@ -32,7 +32,9 @@ class Way(NamedTuple):
 
     head_mode: str  #: "full" or "partial"
     only_prefix: bool
-    by_head: bool = True  #: compute the heads that are on, image by image; else all of them, and zero the others
+    #: On a CPU: attend image by image, each with the heads it keeps. Else with all heads, of which the others are
+    #: zeroed, and short images of similar length together: more MACs in fewer calls.
+    by_image: bool = True
 
 
 def masked(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> Tensor:
@@ -143,7 +145,7 @@ class Kept(NamedTuple):
 def _attention(block: Block, h: Tensor, kept: Kept, head: Tensor | None, way: Way, prefix: int) -> Tensor:
     """Normed rows h (R, D) -> their update before LayerScale (R, D), or (R', D) of the prefix tokens alone."""
     part = kept.of_prefix(prefix) if way.only_prefix else None
-    slices = way.by_head and h.device.type == "cpu" and (head is not None or part is not None)
+    slices = way.by_image and h.device.type == "cpu" and (head is not None or part is not None)
     if block.projections is not None and slices:
         return _by_image(block, block.projections, h, kept, head, way, prefix)
     if block.qkv_at is None:
@@ -151,7 +153,8 @@ def _attention(block: Block, h: Tensor, kept: Kept, head: Tensor | None, way: Wa
     else:
         q, k, v = block.qkv_at(h[None], (kept.positions() - prefix).clamp_min(-1))
     biases = None if block.bias is None else _biases(block.bias, kept, q.shape[1])
-    o = packed_attention(q, k, v, kept.lengths, block.scale, biases, packed_backend(q, block.bias, kept.lengths))
+    backend = packed_backend(q, block.bias, kept.lengths, not way.by_image)
+    o = packed_attention(q, k, v, kept.lengths, block.scale, biases, backend)
     if part is not None:
         o, v = o[:, :, part], v[:, :, part]
     if head is not None:

@@ -172,7 +172,7 @@ class AdaViT(BlockAdapter):
             return packed, way
         if decision.everything() and not way.only_prefix:
             return _dense, way
-        way = way._replace(by_head=_heads_pay(x, decision))
+        way = way._replace(by_image=_heads_pay(x, decision))
         return (packed if _pays(x, decision, way) else masked), way
 
     def _record(self, trace: Trace, index: int, decision: Decision, logits: Decision) -> None:
@@ -248,5 +248,5 @@ def _pays(x: Tensor, decision: Decision, way: Way) -> bool:
     keep = 1.0 if decision.patch is None else float(decision.patch.mean())
     on = 1.0 if decision.layer is None else float(decision.layer.mean())
     saved = (1.0 - (keep if not way.only_prefix else 0.0) * on) * count * tokens * 12 * dim * dim
-    one_by_one = way.by_head or keep * tokens > SHORT
+    one_by_one = way.by_image or keep * tokens > SHORT
     return saved > CALL_MACS * (1 + (count * on if one_by_one else 2))

@@ -42,6 +42,6 @@ def sheet(tiles: Sequence[tuple[str, Image.Image]], columns: int) -> Image.Image
     draw = ImageDraw.Draw(page)
     for i, (title, tile) in enumerate(tiles):
         left, top = GAP + i % columns * (width + GAP), GAP + i // columns * (height + TITLE + GAP)
-        draw.text((left, top), title, fill="black", font_size=13)
+        draw.text((left, top), title, fill="black", font_size=12)
         page.paste(tile, (left, top + TITLE))
     return page

@@ -66,7 +66,7 @@ def kept_patches(model: AdaptedModel, image: Tensor, path: str | os.PathLike[str
 
 
 def _title(index: int, kept: Mapping[str, Tensor]) -> str:
-    words = [f"block {index}"]
+    words = [f"{index}:"]
     if "patch" in kept:
         words.append(f"{float(kept['patch'].mean()):.0%}")
     if "head" in kept:
@@ -121,8 +121,9 @@ def usage_by_depth(
     for row, (kind, curve) in enumerate(curves.items()):
         points = [at(starts[kind] + i, share) for i, share in enumerate(curve)]
         if len(points) > 1:
-            draw.line(points, fill=COLOURS[kind], width=2)
+            draw.line(points, fill=COLOURS[kind], width=7 - 2 * row)  # those below stay visible
         for x, y in points:
-            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=COLOURS[kind])
+            size = 5 - row
+            draw.ellipse((x - size, y - size, x + size, y + size), fill=COLOURS[kind])
         draw.text((right + 12, top + 18 * row), kind, fill=COLOURS[kind], font_size=13)
     return page

@@ -48,12 +48,15 @@ def _softmax(logits: Tensor, keep: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny)
 
 
-def packed_backend(q: Tensor, bias: Tensor | None, lengths: Sequence[int]) -> str:
-    """Name the way for these tensors: ``"each"`` sequence by itself, ``"varlen"``, or ``"bucket"`` by length."""
+def packed_backend(q: Tensor, bias: Tensor | None, lengths: Sequence[int], padded: bool) -> str:
+    """Name the way for these tensors: ``"each"`` sequence by itself, ``"varlen"``, or ``"bucket"`` by length.
+
+    On a CPU short sequences go into buckets where ``padded`` allows it.
+    """
     if bias is not None:
         return "each"
     if not q.is_cuda:
-        return "bucket" if len(lengths) > 1 and max(lengths) <= SHORT else "each"
+        return "bucket" if padded and len(lengths) > 1 and max(lengths) <= SHORT else "each"
     half = q.dtype in (torch.float16, torch.bfloat16)
     return "varlen" if half and importlib.util.find_spec("torch.nn.attention.varlen") else "bucket"
 

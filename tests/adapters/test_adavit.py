@@ -89,6 +89,25 @@ def test_packed_equals_masked(name, mode, policy):
 
 
 @pytest.mark.parametrize("mode", ["full", "partial"])
+@pytest.mark.parametrize("name", KINDS_OF_HOST)
+@pytest.mark.parametrize("last", ["all", "class"])
+@torch.no_grad()
+def test_auto_equals_masked(name, mode, last, monkeypatch):
+    """What it chooses depends on what pays; here packing always does, image by image never."""
+    if last == "class" and name == "timm-siglip":
+        pytest.skip("no class token")
+    monkeypatch.setattr("adaptkit.adapters.adavit._pays", lambda *a: True)
+    model = loosen(build(name, head_mode=mode, last_block=last))
+    gates = model.adapters["adavit"]
+    with gates.deciding(Random(0.5, 0.6, 0.7, seed=1)), gates.executing("masked"):
+        masked = model(images(name))
+    with gates.deciding(gates.given(masked.aux)):
+        auto = model(images(name))
+    torch.testing.assert_close(auto.prefix, masked.prefix, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(auto.tokens, masked.tokens, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["full", "partial"])
 @pytest.mark.parametrize("name", ["timm-vit", "timm-dinov2-reg", "timm-dinov3", "timm-beit"])
 def test_packed_equals_masked_where_only_the_class_token_is_updated(name, mode):
     model = loosen(build(name, head_mode=mode, last_block="class"))

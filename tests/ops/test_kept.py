@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adaptkit.ops.kept import masked_attention, packed_attention
+from adaptkit.ops.kept import masked_attention, packed_attention, packed_backend
 
 B, H, T, E = 3, 2, 7, 4
 COUNTS = (7, 1, 4)
@@ -71,3 +71,11 @@ def test_packed_attention_on_cuda_equals_that_on_the_cpu(qkv, keep):
     half = [x.cuda().bfloat16() for x in wide]
     out = packed_attention(*half, COUNTS, scale=0.5, backend="varlen").cpu().double()
     torch.testing.assert_close(out, packed_attention(*wide, COUNTS, scale=0.5), atol=3e-2, rtol=3e-2)
+
+
+def test_short_sequences_go_together_only_where_padding_is_allowed(qkv):
+    q = qkv[0]
+    assert packed_backend(q, None, [3, 9], padded=True) == "bucket"
+    assert packed_backend(q, None, [3, 9], padded=False) == "each"
+    assert packed_backend(q, None, [3, 90], padded=True) == "each"
+    assert packed_backend(q, q, [3, 9], padded=True) == "each"
