@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from adaptkit.ops.grid import cells, pad_to_multiple
 
-__all__ = ["Block", "Features", "Projections", "Source", "Spec", "ViT", "View", "identity"]
+__all__ = ["Block", "Features", "Projections", "Source", "Spec", "ViT", "View", "identity", "no_projections"]
 
 Fn = Callable[[Tensor], Tensor]
 
@@ -62,6 +62,10 @@ class Features(NamedTuple):
     logits: Tensor | None  #: of the head given to ``attach``, or of the backbone's own classifier
     grid: tuple[int, int]  #: (h, w) of the patch tokens: the image size over the patch, rounded up
     size: tuple[int, int]  #: (H, W) of the image, in pixels
+
+
+def no_projections() -> None:
+    """Return nothing: the attention of this block is more than linear layers around a softmax."""
 
 
 def identity(x: Tensor) -> Tensor:
@@ -112,7 +116,8 @@ class Block:
     #: Rotary hosts: q or k (B, heads, R, E) made at place -1, and places (R, 2) or (B, heads, R, 2), continuous, as
     #: (y, x) in patches from the centre of the first one -> the same turned there. None: no position inside.
     rotate: Callable[[Tensor, Tensor], Tensor] | None = None
-    projections: Projections | None = None  #: where heads can be computed one by one
+    #: Where heads can be computed one by one; None from it where the host's layers do not allow that.
+    projections: Callable[[], Projections | None] = no_projections
     grid: tuple[int, int] | None = None  #: (h, w) of the patch tokens, as a block adapter gets the block
 
     def __call__(self, x: Tensor) -> Tensor:

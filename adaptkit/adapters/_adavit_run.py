@@ -108,6 +108,10 @@ def _alone(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> 
     prefix, places = _prefix(block, x), torch.arange(x.shape[1], device=x.device)
     if decision.patch is not None:
         places = _all_rows(x, decision.patch, prefix)[0].nonzero()[:, 0]
+    whole = len(places) == x.shape[1] and not way.only_prefix
+    if whole and (decision.head is None or bool(decision.head.all())):  # as the host does it, bit for bit
+        x = x + block.scale1(block.attn(h)) if msa else x
+        return x + block.scale2(block.mlp(block.norm2(x))) if ffn else x
     kept = Kept(places, [0], [len(places)], x.shape[1])
     rows = x[0].index_select(0, places[:prefix] if way.only_prefix else places)  # prefix tokens come first
     if msa:
@@ -146,8 +150,9 @@ def _attention(block: Block, h: Tensor, kept: Kept, head: Tensor | None, way: Wa
     """Normed rows h (R, D) -> their update before LayerScale (R, D), or (R', D) of the prefix tokens alone."""
     part = kept.of_prefix(prefix) if way.only_prefix else None
     slices = way.by_image and h.device.type == "cpu" and (head is not None or part is not None)
-    if block.projections is not None and slices:
-        return _by_image(block, block.projections, h, kept, head, way, prefix)
+    weights = block.projections() if slices else None
+    if weights is not None:
+        return _by_image(block, weights, h, kept, head, way, prefix)
     if block.qkv_at is None:
         q, k, v = block.qkv(h[None])
     else:

@@ -168,7 +168,7 @@ class AdaViT(BlockAdapter):
         masks = self.training or torch.compiler.is_compiling() or self.execution == "masked"
         if masks or (self.execution == "auto" and torch.is_grad_enabled()):
             return masked, way
-        if self.execution == "packed":
+        if self.execution == "packed" or len(x) == 1:
             return packed, way
         if decision.everything() and not way.only_prefix:
             return _dense, way

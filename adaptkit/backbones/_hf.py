@@ -92,7 +92,7 @@ def attention_parts(attn: Any, proj: nn.Module, scale: float, **given: Any) -> d
         "qkv": partial(project_qkv, attn),
         "out": partial(_out, proj),
         "scale": scale,
-        "projections": _projections(attn, proj),
+        "projections": partial(_projections, attn, proj),
     }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from adaptkit.backbones._hf import HfViT, dino_block, hf_spec, project_qkv
 from adaptkit.backbones._rotary import axial
 from adaptkit.registry import register_family
-from adaptkit.vit import Block
+from adaptkit.vit import Block, no_projections
 
 
 @register_family(
@@ -45,7 +45,7 @@ class HfDINOv3(HfViT):
                 qkv=partial(_qkv, layer.attention, rope),
                 qkv_at=partial(_qkv_at, layer.attention, rope),
                 rotate=partial(_turn, host.rope_embeddings, grid),
-                projections=None,
+                projections=no_projections,
             )
             for block, layer in zip(blocks, host.model.layer)
         ]

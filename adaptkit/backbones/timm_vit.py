@@ -73,7 +73,7 @@ def _block(blk: Any) -> Block:
         "mlp": blk.mlp,
         "qkv": partial(_qkv, blk.attn),
         "out": partial(_out, blk.attn),
-        "projections": _projections(blk.attn),
+        "projections": partial(_projections, blk.attn),
     }
     if kind == "Block":
         scale1, scale2 = joined(blk.ls1, blk.drop_path1), joined(blk.ls2, blk.drop_path2)

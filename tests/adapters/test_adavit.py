@@ -191,6 +191,12 @@ def test_training_and_evaluation_share_temperature_and_threshold():
     assert all(torch.equal(aux[k], v) for k, v in model.adapters["adavit"].thresholded(aux).items())
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@torch.no_grad()
+def test_what_keeps_everything_is_the_pretrained_model_bit_for_bit(count):
+    assert torch.equal(build(first_block=0)(images(count=count)).logits, HOSTS["timm-vit"].build()(images(count=count)))
+
+
 @torch.no_grad()
 def test_open_gates_are_the_pretrained_model_bit_for_bit():
     model = loosen(build(bottleneck=3))
