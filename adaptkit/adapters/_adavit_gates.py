@@ -91,7 +91,7 @@ class Gates(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             token = x[:, 0] if prefix else x.mean(1)
             logits = Decision(
-                self._patch_logits(token, h[:, prefix:], grid),
+                self._patch_logits(token, h, grid),
                 None if self.head is None else _linear(self.head, token),
                 None if self.layer is None else _linear(self.layer, token),
             )
@@ -103,12 +103,12 @@ class Gates(nn.Module):
             )
             return Decision(*keep), logits
 
-    def _patch_logits(self, token: Tensor, patches: Tensor, grid: tuple[int, int]) -> Tensor | None:
-        """(B, D) or (B, N, D) -> (B, N)."""
+    def _patch_logits(self, token: Tensor, h: Tensor, grid: tuple[int, int]) -> Tensor | None:
+        """Class token (B, D) or normed tokens (B, P+N, D) -> (B, N)."""
         if self.patch is None:
             return None
-        if self.config.patch_policy == "token":
-            return _linear(self.patch, patches)[..., 0]
+        if self.config.patch_policy == "token":  # the prefix tokens go along: cutting them off would copy the rest
+            return _linear(self.patch, h)[:, -grid[0] * grid[1] :, 0]
         logits = _linear(self.patch, token).unflatten(1, (1, *self.config.grid))
         if tuple(self.config.grid) != tuple(grid):
             logits = F.interpolate(logits, size=grid, mode="bilinear", align_corners=False)
