@@ -15,6 +15,7 @@ from adaptkit.heads.fpn import FPNHeadConfig
 from adaptkit.heads.linear import LinearHeadConfig
 from adaptkit.mixers import list_mixers, register_mixer
 from adaptkit.model import AdaptedModel, attach, list_adapters, list_heads
+from adaptkit.pyramid import as_pyramid
 from adaptkit.registry import register_adapter, register_family, register_head, view
 from adaptkit.staged import StagedSpec
 from adaptkit.version import __version__
@@ -35,6 +36,7 @@ __all__ = [
     "StagedSpec",
     "ViTAdapterConfig",
     "__version__",
+    "as_pyramid",
     "attach",
     "demo_backbone",
     "list_adapters",
