@@ -128,7 +128,12 @@ class Pyramid(nn.Module):
     def maps(self, image: Tensor) -> list[Tensor]:
         """Image (B, 3, H, W) of any size -> the maps (B, channels[i], H / strides[i], W / strides[i]), rounded up."""
         made = self.model(image).maps
-        return [made[i] for i in self._levels]
+        taken = [made[i] for i in self._levels]
+        if self.training and len(taken) < len(made):
+            # DDP wants a gradient of every parameter, also of those that only feed the maps left out: one of zero.
+            nothing = sum(m[..., :0].sum() for i, m in enumerate(made) if i not in self._levels)
+            taken[0] = taken[0] + nothing
+        return taken
 
     def forward(self, image: Tensor) -> Any:
         """Image (B, 3, H, W), normalised as the backbone wants it -> its maps, in the form that ``out`` named."""

@@ -234,6 +234,7 @@ def test_it_trains_inside_the_network_and_comes_back_from_the_file(name, tmp_pat
     reached = [g is not None and bool(g.any()) for g in gradients]
     assert sum(reached) > len(reached) / 2  # with gamma = 0 the injectors' inner weights have a gradient of zero
     assert all(p.grad is None for p in pyramid.model.backbone.parameters())
+    assert all(p.grad is not None for p in network.parameters() if p.requires_grad)  # as DDP demands it
     optimizer.step()
     now = pyramid.model.adapter_state_dict()
     assert any(not torch.equal(adapter[k], now[k]) for k in adapter)
