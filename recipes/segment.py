@@ -20,6 +20,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 import adaptkit
 from adaptkit.hosts import create_backbone
 
+from . import network, semantic
 from .data import SegmentationData, check_labels, open_dataset
 from .engine import Task, run
 from .options import adapters, command, makes_pyramid, parser, read
@@ -31,13 +32,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--mask-column", help="default: the second column of images, or one named label, mask, ...")
     p.add_argument("--num-classes", type=int, required=True)
     p.add_argument("--ignore-index", type=int, default=255)
-    p.add_argument("--head", default=None, help="fpn or linear; default: fpn, linear without adapter")
+    p.add_argument("--head", default=None, help="fpn, linear, upernet or mask2former; default: fpn, or linear alone")
     p.add_argument("--size", type=int, nargs=2, default=(240, 320), metavar=("H", "W"))
+    network.mask2former_options(p)
     args = read(p, argv)
     args.head = args.head or ("linear" if args.adapter in (["none"], ["linear"]) else "fpn")
     sides = makes_pyramid(args)
     if args.head == "linear" and sides:
         p.error(f"--head linear reads the tokens, so {sides[0]}'s pyramid would not be trained; use --head fpn")
+    if args.head in network.BUILDERS:
+        network.check_mask2former(p, args)
+    if args.head == "upernet" and args.batch_size < 2:
+        p.error("--head upernet pools each image to one value, and BatchNorm needs two: --batch-size 2 or more")
     return args
 
 
@@ -73,7 +79,8 @@ TASK = Task("segment", "semantic-segmentation", "miou", ("miou",), build, data, 
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    return run(TASK, parse(argv))
+    args = parse(argv)
+    return run(semantic.task(TASK, args.head) if args.head in network.BUILDERS else TASK, args)
 
 
 if __name__ == "__main__":
