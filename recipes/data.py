@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from adaptkit.vit import Source
 
-from .order import Rows
+from .order import Rows, decoded, undecoded
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 MASK_NAMES = ("label", "mask", "annotation", "semantic_segmentation", "segmentation", "labels", "segmentation_mask")
@@ -33,7 +33,7 @@ def open_dataset(
     data = _folder(path) if path.is_dir() else open_rows(name, split, "a folder with images/ and masks/", streaming)
     data = filled(data, f"{name} ({split})", streaming)
     image, mask = _columns(data, columns, name)
-    return data.select_columns([image, mask]).rename_columns({image: "image", mask: "mask"})
+    return renamed(data, {image: "image", mask: "mask"})
 
 
 def open_rows(name: str, split: str, folder: str, streaming: bool = False) -> Any:
@@ -65,7 +65,14 @@ def filled(data: Any, name: str, streaming: bool) -> Any:
         data = data.to_iterable_dataset(num_shards=max(1, min(64, len(data))))
     if next(iter(data.take(1)), None) is None:
         raise ValueError(f"{name} holds no rows")
-    return data if data.features is not None else data._resolve_features()  # read from the first rows
+    return undecoded(data if data.features is not None else data._resolve_features())  # read from the first rows
+
+
+def renamed(data: Any, names: dict[str, str]) -> Any:
+    """Return these columns alone, under these names."""
+    other = {old: new for old, new in names.items() if old != new}
+    data = data.select_columns(list(names))
+    return data.rename_columns(other) if other else data
 
 
 def _folder(path: Path) -> Any:
@@ -144,10 +151,10 @@ def check_labels(data: SegmentationData, num_classes: int, ignore_index: int, na
 
     Raises ``ValueError``.
     """
-    mapped = hasattr(data.data, "__getitem__")
+    mapped = hasattr(data.data, "__len__")
     rows = (data.data[i] for i in range(min(len(data), most))) if mapped else data.data.take(most // 10)
     for index, row in enumerate(rows):
-        labels = torch.unique(mask_array(row["mask"]))
+        labels = torch.unique(mask_array(decoded(row)["mask"]))
         wrong = [int(v) for v in labels if v != ignore_index and not 0 <= v < num_classes]
         if wrong:
             raise ValueError(

@@ -332,8 +332,10 @@ def start(task: Task, args: argparse.Namespace) -> tuple[Path, Accelerator]:
     return out, accelerator
 
 
-def run(task: Task, args: argparse.Namespace) -> dict[str, Any]:
+def run(task: Task, args: argparse.Namespace, last: bool = True) -> dict[str, Any]:
     """Train, save, attach what was saved to a fresh backbone, and see that the score is the same.
+
+    Unless it is the ``last`` run of this process, its ranks stay connected.
 
     Returns what result.json says: the metrics as people read them, the score of the attached file under
     ``<score>_reattached``, seconds, memory, and sizes.
@@ -370,5 +372,8 @@ def run(task: Task, args: argparse.Namespace) -> dict[str, Any]:
         both = said(task.percent, {task.score: score_again})
         print(f"saved {folder}; {said(task.percent, metrics)}; attached to a fresh backbone: {both}, {apart}")
         print(json.dumps(result))
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    if last:
+        accelerator.end_training()
     return result

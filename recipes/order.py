@@ -69,7 +69,7 @@ class Stream(IterableDataset):
     without decoding it; batch ``b`` of a rank always comes from its reader ``b % workers``.
 
     Args:
-        rows: over an ``IterableDataset``, shuffled already if it is to be.
+        rows: over an ``IterableDataset``, :func:`undecoded`, and :func:`shuffled` if it is to be.
         batch: samples per batch, as the ``DataLoader`` has it.
         start: the first batch of this rank.
         rank, ranks, workers: who reads; 0 workers (the main process) count as one.
@@ -96,8 +96,7 @@ class Stream(IterableDataset):
         reader = ((info.id if info else 0) + self.start) % self.workers
         node, nodes = self.rank * self.workers + reader, self.ranks * self.workers
         skip = -(-(self.start - reader) // self.workers) * self.batch  # of this reader's batches before the start
-        data, decode = undecoded(self.rows.data)
-        data = split_dataset_by_node(data, node, nodes)
+        data = split_dataset_by_node(self.rows.data, node, nodes)
         for epoch in count() if self.endless else range(1):
             data.set_epoch(epoch)
             index = -1
@@ -106,20 +105,28 @@ class Stream(IterableDataset):
                 if skip > 0:
                     skip -= 1
                     continue
-                row = {k: decode[k](v[0]) if k in decode else v[0] for k, v in rows.items()}
+                row = decoded({k: v[0] for k, v in rows.items()})
                 yield self.rows.sample(row, epoch, index * nodes + node)
             if index < 0 and self.endless:
                 raise ValueError(f"the stream has no row for reader {node} of {nodes}; use fewer processes or workers")
 
 
-def undecoded(data: Any) -> tuple[Any, dict[str, Any]]:
-    """Return the stream with its images as bytes, and how each such column is decoded."""
+def undecoded(data: Any) -> Any:
+    """Return the stream with its images as they are stored, so that skipping and renaming cost no decoding."""
     import datasets
 
-    pictures = {k: f for k, f in data.features.items() if isinstance(f, datasets.Image)}
-    for column in pictures:
-        data = data.cast_column(column, datasets.Image(decode=False))
-    return data, {k: f.decode_example for k, f in pictures.items()}
+    for column, feature in data.features.items():
+        if isinstance(feature, datasets.Image):
+            data = data.cast_column(column, datasets.Image(decode=False))
+    return data
+
+
+def decoded(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row with its stored images opened."""
+    import datasets
+
+    stored = {k for k, v in row.items() if isinstance(v, dict) and v.keys() == {"bytes", "path"}}
+    return {k: datasets.Image().decode_example(v) if k in stored else v for k, v in row.items()}
 
 
 def shuffled(data: Any, seed: int, buffer: int) -> Any:
