@@ -42,8 +42,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         p.error("--val is needed: a JSON file in COCO's format, or a folder with annotations.json")
     if args.size[0] > args.size[1] or args.size[0] < 1:
         p.error(f"--size {args.size[0]} {args.size[1]}: give the shorter side first, in pixels")
-    if args.width < 1 or args.width % (32 if args.model == "fcos" else 1):
-        p.error(f"--width {args.width} must be at least 1, and for fcos a multiple of 32")
+    if args.width < 1:
+        p.error(f"--width {args.width} must be at least 1")
+    if args.model == "fcos" and (args.width % 32 or args.width < 64):
+        p.error(f"--width {args.width}: fcos norms in 32 groups of two channels or more; give 64, 96, ...")
     if args.anchor <= 0:
         p.error(f"--anchor {args.anchor} must be larger than 0")
     return args
