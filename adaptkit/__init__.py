@@ -11,6 +11,7 @@ from adaptkit.adapters.vit_adapter import ViTAdapterConfig
 from adaptkit.demo import demo_backbone
 from adaptkit.file import AdapterFile, load
 from adaptkit.heads.classifier import ClassifierHeadConfig
+from adaptkit.heads.depth import DepthHeadConfig
 from adaptkit.heads.fpn import FPNHeadConfig
 from adaptkit.heads.linear import LinearHeadConfig
 from adaptkit.mixers import list_mixers, register_mixer
@@ -26,6 +27,7 @@ __all__ = [
     "AdapterFile",
     "ClassifierHeadConfig",
     "DATConfig",
+    "DepthHeadConfig",
     "FPNHeadConfig",
     "Features",
     "LinearHeadConfig",
