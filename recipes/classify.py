@@ -1,7 +1,7 @@
 """Image classification: a linear head, or an adapter with one, on a frozen ViT.
 
     python -m recipes.classify --train digits --size 64 --adapter linear
-    python -m recipes.classify --train digits --size 64 --adapter lora --adapter-options '{"rank": 8}'
+    python -m recipes.classify --train digits --size 64 --adapter lora --adapter-options '{"r": 8}'
     python -m recipes.classify --train imagenet/train --val imagenet/val --backbone vit_base_patch16_224 \
         --config imagenet1k-384                                   # ViT's fine-tuning at a higher resolution
 
