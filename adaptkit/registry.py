@@ -31,6 +31,8 @@ class Entry(NamedTuple):
 
     def configure(self, options: dict[str, Any]) -> Any:
         """Build the config from JSON-like options; an unknown option is a ``ValueError`` that names the known ones."""
+        if hasattr(self.config, "configure"):
+            return self.config.configure(options)
         known = [f.name for f in dataclasses.fields(self.config)]
         unknown = sorted(set(options) - set(known))
         if unknown:
