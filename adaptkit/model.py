@@ -163,7 +163,8 @@ class AdaptedModel(nn.Module):
         if self._disabled or self._active is None:
             features = vit.features(image)
             return features._replace(logits=vit.logits(features))
-        acting, trace = self._acting, Trace()
+        acting = self._acting
+        trace: Trace = {}
         wrappers = [a for a in acting if isinstance(a, BlockAdapter)]
         if wrappers:
             vit = wrapped(vit, wrappers, trace)

@@ -1,4 +1,4 @@
-"""What LoRA needs of peft: which layers of a host to wrap, and the wrapping without a trace in the host.
+"""What LoRA needs of peft: layers of a host wrapped, without a trace in the host.
 
 peft puts its layers into the host in place of the host's own, so that the host's parameters change their names
 (``qkv.weight`` becomes ``qkv.base_layer.weight``). Here they are built by peft and taken out again at once: the host
@@ -10,27 +10,13 @@ while names, ``state_dict`` and ``parameters`` of the host stay what they were.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-__all__ = ["Lodgers", "ReadsWeight", "Site", "default_targets", "lodgers", "resolve_targets", "take_out", "wrap"]
+__all__ = ["ADAPTER", "Lodgers", "Site", "lodgers", "stand_in", "wrap"]
 
 ADAPTER = "default"  #: the name by which every wrapper knows its one adapter
-
-#: One layer, as different hosts and versions of transformers call it.
-ALIASES = (
-    ("q_proj", "query"),
-    ("k_proj", "key"),
-    ("v_proj", "value"),
-    ("o_proj", "out_proj", "proj", "dense"),
-    ("fc1", "up_proj"),
-    ("fc2", "down_proj"),
-)
-QKV = ("q_proj", "k_proj", "v_proj")
-#: What is adapted if nothing is said: the attention, as in LoRA (Hu et al. 2022, section 4.2), else the MLP.
-DEFAULTS = (("qkv",), ("q_proj", "v_proj"), ("query", "value"), ("fc1", "fc2"))
 
 
 class Site(NamedTuple):
@@ -41,78 +27,6 @@ class Site(NamedTuple):
     name: str
     base: nn.Module
     wrapper: nn.Module
-
-
-# ------------------------------------------------------------------------------------------------- which layers
-
-
-def _leaves(host: nn.Module) -> dict[str, list[str]]:
-    """Linear and convolution layers of the blocks by their last name: those below a number, not the stem or head."""
-    leaves: dict[str, list[str]] = {}
-    for path, module in host.named_modules():
-        parts = path.split(".")
-        if isinstance(module, nn.Linear | nn.Conv2d) and not parts[-1].isdigit() and any(map(str.isdigit, parts)):
-            leaves.setdefault(parts[-1], []).append(path)
-    return leaves
-
-
-def default_targets(host: nn.Module) -> list[str]:
-    """Return what LoRA adapts in this host by default: the fused ``qkv``, else q and v, else the MLP."""
-    leaves = _leaves(host)
-    for names in DEFAULTS:
-        if all(name in leaves for name in names):
-            return _only_blocks(host, list(names), leaves)
-    raise ValueError(
-        f"{type(host).__name__} has none of the layers that LoRA adapts by default; say which: target_modules= some of "
-        f"{', '.join(sorted(leaves))}"
-    )
-
-
-def resolve_targets(host: nn.Module, targets: str | Sequence[str]) -> str | list[str]:
-    """Translate names of layers into those of this host: ``query`` or ``q_proj`` into the fused ``qkv``, and so on.
-
-    A name that the host has is kept, so is a regular expression (a string); ``"all-linear"`` is every layer of the
-    blocks. Raises ``ValueError`` for a name that nothing in the host answers to.
-    """
-    leaves = _leaves(host)
-    if targets == "all-linear":
-        return _only_blocks(host, sorted(leaves), leaves)
-    if isinstance(targets, str):
-        return targets
-    paths = [path for path, _ in host.named_modules()]
-    found: list[str] = []
-    for target in targets:
-        if any(path == target or path.endswith(f".{target}") for path in paths):
-            found.append(target)
-            continue
-        own = [name for name in _aliases(target) if name in leaves]
-        if not own:
-            raise ValueError(
-                f"{type(host).__name__} has no layer named {target!r}; its blocks have {', '.join(sorted(leaves))}"
-            )
-        found += own
-    return _only_blocks(host, list(dict.fromkeys(found)), leaves)
-
-
-def _aliases(name: str) -> Iterable[str]:
-    if name == "qkv":
-        return [alias for part in QKV for alias in _aliases(part)]
-    group = next((names for names in ALIASES if name in names), ())
-    return [*group, "qkv"] if set(group) & set(QKV) else group
-
-
-def _only_blocks(host: nn.Module, names: list[str], leaves: dict[str, list[str]]) -> Any:
-    """Names as they are if peft finds only blocks by them; else full paths, for `proj` is also in the stem."""
-    inside = [path for name in names for path in leaves.get(name, [])]
-    matched = [
-        path
-        for path, module in host.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and any(path == n or path.endswith(f".{n}") for n in names)
-    ]
-    return names if not inside or len(matched) == len(inside) else sorted(inside)
-
-
-# ----------------------------------------------------------------------------------------------------- wrapping
 
 
 def wrap(host: nn.Module, config: Any) -> list[Site]:
@@ -145,10 +59,9 @@ def take_out(host: nn.Module) -> list[Site]:
     """Put the host's own layers back, and return the wrappers that stood in their places, each without its base."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    found = [(path, module) for path, module in host.named_modules() if isinstance(module, BaseTunerLayer)]
+    found: list[tuple[str, Any]] = [(path, m) for path, m in host.named_modules() if isinstance(m, BaseTunerLayer)]
     sites = []
-    for path, module in found:
-        wrapper: Any = module
+    for path, wrapper in found:
         parent_path, _, name = path.rpartition(".")
         parent = host.get_submodule(parent_path)
         base: Any = wrapper.get_base_layer()
@@ -220,28 +133,58 @@ def _renamed(key: str, old: str, new: str) -> str:
     return ".".join([*parents, new if before == old else before, last])
 
 
-class ReadsWeight(nn.Module):
-    """Stands where a host reads ``layer.weight`` and never calls the layer: its weight has the change added to it.
+class StandIn(nn.Module):
+    """What a host calls in place of its own layer while LoRA is installed.
 
-    timm's EVA and BEiT compute ``F.linear(x, qkv.weight, bias)`` where q and v have a bias and k has none.
+    It runs the wrapper and shares the parameters of the layer, the very dictionary, so that whoever goes by names
+    (``functional_call``, export, a distributed checkpoint) finds ``qkv.weight`` where it was. It owns nothing.
     """
 
-    def __init__(self, wrapper: Any) -> None:
+    def __init__(self, site: Site) -> None:
         super().__init__()
-        vars(self)["wrapper"] = wrapper  # owned by the adapter
-
-    @property
-    def weight(self) -> Tensor:
-        """(out, in) of the host plus the change, without dropout; the host's own while merged."""
-        wrapper: Any = vars(self)["wrapper"]
-        weight = wrapper.base_layer.weight
-        return weight if wrapper.merged else weight + wrapper.get_delta_weight(ADAPTER).to(weight.dtype)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The host's."""
-        return vars(self)["wrapper"].base_layer.bias
+        own = self.__dict__
+        own["wrapper"], own["base"] = site.wrapper, site.base
+        own["_parameters"], own["_buffers"] = site.base._parameters, site.base._buffers
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the wrapper."""
         return vars(self)["wrapper"](x)
+
+    def __getattr__(self, name: str) -> Any:
+        """``in_features`` and the like are the layer's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(vars(self)["base"], name)
+
+
+class ReadsWeight(StandIn):
+    """For a host that reads ``layer.weight`` and never calls the layer: the weight has the change added to it.
+
+    timm's EVA and BEiT compute ``F.linear(x, qkv.weight, bias)`` where q and v have a bias and k has none. Dropout
+    of the change does not act there.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in) of the host plus the change; the host's own while merged."""
+        wrapper: Any = vars(self)["wrapper"]
+        weight: Any = self._parameters["weight"]
+        return weight if wrapper.merged else weight + wrapper.get_delta_weight(ADAPTER).to(weight.dtype)
+
+
+def stand_in(site: Site) -> nn.Module:
+    """Return what takes the place of the layer; ``ValueError`` where nothing can."""
+    parent: Any = site.parent
+    if isinstance(parent, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        raise ValueError(f"{site.path} is an element of a {type(parent).__name__}, where LoRA cannot stand in for it; "
+                         "leave it out of target_modules")  # fmt: skip
+    if site.name == "qkv" and getattr(parent, "q_bias", None) is not None:
+        if not hasattr(site.wrapper, "get_delta_weight") or getattr(site.wrapper, "use_dora", {}).get(ADAPTER):
+            raise ValueError(
+                f"{type(parent).__name__} reads the weight of {site.path} and does not call it, so that only a change "
+                "that is added to the weight reaches it (LORA, LOHA, LOKR, without DoRA); choose one, or leave qkv out "
+                "of target_modules"
+            )
+        return ReadsWeight(site)
+    return StandIn(site)

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit.adapters._peft import ADAPTER, ReadsWeight, Site, default_targets, resolve_targets, wrap
+from adaptkit.adapters._layer_names import default_targets, meaning, resolve_targets
+from adaptkit.adapters._peft import ADAPTER, Site, stand_in, wrap
 from adaptkit.adapters.base import WeightAdapter
 from adaptkit.registry import register_adapter
 
@@ -27,6 +28,8 @@ __all__ = ["LoRA", "LoRAConfig"]
 
 #: Methods of peft that change single layers and keep their tensors there.
 TYPES = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "HRA", "IA3")
+#: How the names of their tensors begin.
+PARAMETER = re.compile(r"\.(lora_|hada_|lokr_|oft_|boft_|hra_|ia3_)")
 #: Options that would train or rewrite the backbone itself, and what to do instead.
 REFUSED = {
     "modules_to_save": "it trains a copy of the host's own layers; a head is given by head=",
@@ -51,11 +54,21 @@ class LoRAConfig:
     @classmethod
     def configure(cls, options: dict[str, Any]) -> LoRAConfig:
         """From options as a user or a file gives them; ``ValueError`` for one that peft's config does not have."""
+        kind = str(options.get("peft_type", "LORA")).upper()
         saved = set(options) == {"peft_type", "options"} and isinstance(options["options"], dict)
         own = options["options"] if saved else {k: v for k, v in options.items() if k != "peft_type"}
-        config = cls(str(options.get("peft_type", "LORA")).upper(), _plain(own))
+        config = cls(kind, _plain(own))
         config.to_peft()
         return config
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> LoRAConfig:
+        """From the ``adapter_config.json`` of peft, of any version: what is unknown here and unset is left out."""
+        kind = str(saved["peft_type"]).upper()
+        default = cls(kind).to_peft().to_dict()
+        given = {k: v for k, v in saved.items() if k not in RECORDS and (v or k in default) and v != default.get(k)}
+        given.pop("modules_to_save", None)  # layers of its own head, which are not LoRA
+        return cls.configure({"peft_type": kind, "options": given})
 
     @classmethod
     def from_peft(cls, config: Any) -> LoRAConfig:
@@ -117,12 +130,13 @@ class LoRA(WeightAdapter):
         targets = getattr(asked, "target_modules", None)
         found = default_targets(host) if targets is None else resolve_targets(host, _plain(targets))
         # What the names were resolved to is kept, so that the file says exactly which layers it changes.
-        config = LoRAConfig(config.peft_type, {**config.options, "target_modules": found})
+        options = {**config.options, "target_modules": found}
+        if config.peft_type == "IA3":  # which of them take their change at the input
+            last = [name for name in found if name.rpartition(".")[2] in ("fc2", "down_proj")]
+            options.setdefault("feedforward_modules", last)
+        config = LoRAConfig(config.peft_type, options)
         super().__init__(spec, config)
-        peft_config = config.to_peft()
-        if config.peft_type == "IA3" and peft_config.feedforward_modules is None:
-            peft_config.feedforward_modules = [n for n in found if n.rpartition(".")[2] in ("fc2", "down_proj")]
-        self._place(wrap(host, peft_config))
+        self._place(wrap(host, config.to_peft()))
 
     def _place(self, sites: list[Site]) -> None:
         self.layers = nn.Module()  # the wrappers by their path in the host: layers.blocks.0.attn.qkv.lora_A...
@@ -130,7 +144,7 @@ class LoRA(WeightAdapter):
             _put(self.layers, site.path, site.wrapper)
         # Unregistered: parents and bases belong to the host.
         self._sites = tuple(sites)
-        self._stand_ins = tuple(_stand_in(site) for site in sites)
+        self._stand_ins = tuple(stand_in(site) for site in sites)
         self._kept: dict[str, Tensor] = {}
         for parameter in self.parameters():  # a half-precision host gets its change trained in float32
             if parameter.dtype in (torch.float16, torch.bfloat16):
@@ -142,8 +156,8 @@ class LoRA(WeightAdapter):
 
     def install(self) -> None:
         """Put the wrappers into the host's places."""
-        for site, stand_in in zip(self._sites, self._stand_ins):
-            vars(site.parent)[site.name] = stand_in
+        for site, module in zip(self._sites, self._stand_ins):
+            site.parent.__dict__[site.name] = module
 
     def remove(self) -> None:
         """Take them out: the host is as it was, bit for bit."""
@@ -192,11 +206,11 @@ class LoRA(WeightAdapter):
         own = set(self.state_dict())
         if set(tensors) <= own:
             return tensors
-        places = {_meaning(path): path for path in (site.path for site in self._sites)}
+        places = {meaning(path): path for path in (site.path for site in self._sites)}
         renamed, strange = {}, []
         for key, tensor in tensors.items():
             path, parameter = _split(key)
-            target = places.get(_meaning(path), path)
+            target = places.get(meaning(path), path)
             renamed[f"layers.{target}.{parameter}"] = tensor
             strange += [] if f"layers.{target}.{parameter}" in own else [path]
         if strange:
@@ -207,22 +221,6 @@ class LoRA(WeightAdapter):
                 "layers of the library it was trained in; build the backbone there, or train it again here"
             )
         return renamed
-
-
-def _stand_in(site: Site) -> nn.Module:
-    parent: Any = site.parent
-    if isinstance(parent, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        raise ValueError(f"{site.path} is an element of a {type(parent).__name__}, where LoRA cannot stand in for it; "
-                         "leave it out of target_modules")  # fmt: skip
-    if site.name == "qkv" and getattr(parent, "q_bias", None) is not None:
-        if not hasattr(site.wrapper, "get_delta_weight") or getattr(site.wrapper, "use_dora", {}).get(ADAPTER):
-            raise ValueError(
-                f"{type(parent).__name__} reads the weight of {site.path} and does not call it, so that only a change "
-                "that is added to the weight reaches it (LORA, LOHA, LOKR, without DoRA); choose one, or leave qkv out "
-                "of target_modules"
-            )
-        return ReadsWeight(site.wrapper)
-    return site.wrapper
 
 
 def _put(root: nn.Module, path: str, module: nn.Module) -> None:
@@ -237,18 +235,5 @@ def _put(root: nn.Module, path: str, module: nn.Module) -> None:
 def _split(key: str) -> tuple[str, str]:
     """``layers.blocks.0.attn.qkv.lora_A.default.weight`` -> the layer, and its parameter."""
     path = re.sub(r"^layers\.", "", key)
-    at = re.search(r"\.(lora_|hada_|lokr_|oft_|boft_|hra_|ia3_)", path)
+    at = PARAMETER.search(path)
     return (path, "") if at is None else (path[: at.start()], path[at.start() + 1 :])
-
-
-def _meaning(path: str) -> tuple[str, ...]:
-    """The numbers of a path and what its last name means: the same for one layer in different versions."""
-    from adaptkit.adapters._peft import ALIASES
-
-    *parents, name = path.split(".")
-    group = next((names[0] for names in ALIASES if name in names), name)
-    if name == "dense" and "output" in parents and "attention" not in parents:
-        group = "fc2"
-    if name == "dense" and "intermediate" in parents:
-        group = "fc1"
-    return (*filter(str.isdigit, parents), group)
