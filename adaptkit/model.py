@@ -17,7 +17,7 @@ from adaptkit.adapters.adavit import AdaViT
 from adaptkit.adapters.base import BlockAdapter, Trace, wrapped
 from adaptkit.card import model_card
 from adaptkit.file import check_fits, describe_backbone, write_folder
-from adaptkit.parts import AdapterSet, as_file, head_of, parts_of
+from adaptkit.parts import AdapterSet, as_file, differences, head_of, parts_of
 from adaptkit.vit import Features, View
 
 __all__ = ["AdaptedModel", "attach", "list_adapters", "list_heads"]
@@ -251,13 +251,11 @@ class AdaptedModel(nn.Module):
             raise ValueError(f"{source!r} is no saved adapter: give its folder, or adaptkit.load(folder)")
         check_fits(file, self.vit, strict)
         chosen = self._acting if name is None else self._set(name)
-        mine = chosen.header()
-        for what in ("adapters", "head"):
-            if file.header[what] != mine[what]:
-                raise ValueError(
-                    f"{file.path} holds {what} {file.header[what]}, this set has {mine[what]}; a swap in place needs "
-                    "the same: load it as another set with add_adapter(file, name=...)"
-                )
+        for theirs, mine in differences(file.header, chosen.header()):
+            raise ValueError(
+                f"{file.path} holds {theirs}, this set has {mine}; a swap in place needs the same: load it as another "
+                "set with add_adapter(file, name=...)"
+            )
         chosen.load(file.tensors)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:

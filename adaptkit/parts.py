@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from adaptkit.file import AdapterFile, check_fits, load
 from adaptkit.staged import StagedSpec, StagedViT
 from adaptkit.vit import View, ViT
 
-__all__ = ["AdapterSet", "Part", "as_file", "check_tensors", "head_of", "parts_of"]
+__all__ = ["AdapterSet", "Part", "as_file", "check_tensors", "differences", "head_of", "parts_of"]
 
 
 class Part(NamedTuple):
@@ -187,6 +188,22 @@ class AdapterSet(nn.Module):
             config: Any = getattr(self.head, "config", None)
             head = {"name": entry.name, "config": dataclasses.asdict(config)} if entry else {"name": None, "class": cls}
         return {"adapters": adapters, "head": head}
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Go through what two headers say otherwise of adapters and head, each as two texts."""
+    saved, mine = ([*h["adapters"], *([h["head"]] if h["head"] else [])] for h in (one, other))
+    names = [" + ".join(str(m["name"]) for m in methods) or "nothing" for methods in (saved, mine)]
+    if names[0] != names[1]:
+        yield names[0], names[1]
+        return
+    for a, b in zip(saved, mine):
+        a, b = (
+            json.loads(json.dumps(m.get("config", m))) for m in (a, b)
+        )  # a file has lists where a config has tuples
+        for key in sorted(a.keys() | b.keys()):
+            if a.get(key) != b.get(key):
+                yield f"{key}={a.get(key)!r}", f"{key}={b.get(key)!r}"
 
 
 def _build(part: Part, vit: View) -> nn.Module:
