@@ -14,7 +14,8 @@ from adaptkit import registry
 from adaptkit.adapters.adavit import AdaViT
 from adaptkit.adapters.base import Adapter, BlockAdapter, SideAdapter, Trace, wrapped
 from adaptkit.card import model_card
-from adaptkit.file import AdapterFile, check_fits, describe_backbone, load, write_folder
+from adaptkit.file import AdapterFile, check_fits, describe_backbone, write_folder
+from adaptkit.hub import Commit, is_hub_id, load, push
 from adaptkit.staged import StagedSpec, StagedViT
 from adaptkit.vit import Features, View, ViT
 
@@ -35,7 +36,8 @@ def attach(model: nn.Module, *adapters: Any, head: Any = None, strict: bool = Fa
     Args:
         model: a timm or transformers ViT; see ``adaptkit doctor`` for what is seen of it.
         adapters: each a name (``"vit-adapter"``), a config (``ViTAdapterConfig(injector=False)``), a pair
-            ``("vit-adapter", {"injector": False})``, or a saved adapter: its folder, or ``adaptkit.load(folder)``.
+            ``("vit-adapter", {"injector": False})``, or a saved adapter: its folder, ``"org/name"`` on the Hub, or
+            what ``adaptkit.load`` returns.
         head: a config (``LinearHeadConfig(num_classes=21)``), a pair ``("linear", {"num_classes": 21})``, or your
             own module, called with :class:`~adaptkit.vit.Features`. A saved adapter brings its own head.
         strict: make other backbone weights than those of the file an error instead of a warning.
@@ -55,10 +57,11 @@ def attach(model: nn.Module, *adapters: Any, head: Any = None, strict: bool = Fa
             )
         adapters = ((adapters[0], options),)
     vit = registry.view(model)
+    adapters = tuple(_as_file(a) or a for a in adapters)  # once: it may be a download
     parts: list[Part] = []
     for adapter in adapters:
         parts += _parts(adapter, vit, strict)
-    files = [a for a in (_as_file(a) for a in adapters) if a is not None]
+    files = [a for a in adapters if isinstance(a, AdapterFile)]
     return AdaptedModel(model, vit, parts, *_head(head, files))
 
 
@@ -75,9 +78,9 @@ def list_heads() -> list[str]:
 def _as_file(arg: Any) -> AdapterFile | None:
     if isinstance(arg, AdapterFile):
         return arg
-    if isinstance(arg, str | os.PathLike) and str(arg) not in registry.adapters() and Path(arg).exists():
-        return load(arg)
-    return None
+    if not isinstance(arg, str | os.PathLike) or str(arg) in registry.adapters():
+        return None
+    return load(arg) if Path(arg).exists() or is_hub_id(arg) else None
 
 
 def _parts(arg: Any, vit: View, strict: bool) -> list[Part]:
@@ -243,6 +246,10 @@ class AdaptedModel(nn.Module):
         """
         header = {**self.header(), "metadata": metadata}
         return write_folder(folder, header, self.adapter_state_dict(), model_card(header))
+
+    def push(self, repo_id: str, **options: Any) -> Commit:
+        """Upload what ``save`` writes to a model repository on the Hub; see :func:`adaptkit.hub.push`."""
+        return push(self, repo_id, **options)
 
     @torch.no_grad()
     def verify(self, image: Tensor, tolerance: float = 1e-5) -> float:
