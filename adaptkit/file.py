@@ -108,6 +108,7 @@ def describe_backbone(vit: View) -> dict[str, Any]:
         "revision": source.revision,
         "mean": list(source.mean),
         "std": list(source.std),
+        "classes": source.classes,
         "fingerprint": fingerprint(vit),
     }
 

@@ -17,6 +17,7 @@ from adaptkit.adapters.adavit import AdaViT
 from adaptkit.adapters.base import BlockAdapter, Trace, wrapped
 from adaptkit.card import model_card
 from adaptkit.file import check_fits, describe_backbone, write_folder
+from adaptkit.hub import Commit, push
 from adaptkit.parts import AdapterSet, as_file, differences, head_of, parts_of
 from adaptkit.vit import Features, View
 
@@ -32,8 +33,8 @@ def attach(
         model: a timm or transformers ViT; see ``adaptkit doctor`` for what is seen of it. A ``PeftModel`` too: its
             LoRA becomes the adapter ``"lora"``, is trained if it was, and is saved in the same file.
         adapters: each a name (``"vit-adapter"``), a config (``ViTAdapterConfig(injector=False)``, or peft's
-            ``LoraConfig(r=16)``), a pair ``("vit-adapter", {"injector": False})``, or a saved adapter: its folder, or
-            ``adaptkit.load(folder)``. A folder that peft saved is taken too.
+            ``LoraConfig(r=16)``), a pair ``("vit-adapter", {"injector": False})``, or a saved adapter: its folder,
+            ``"org/name"`` on the Hub, or what ``adaptkit.load`` returns. A folder that peft saved is taken too.
         head: a config (``LinearHeadConfig(num_classes=21)``), a pair ``("linear", {"num_classes": 21})``, or your
             own module, called with :class:`~adaptkit.vit.Features`. A saved adapter brings its own head.
         name: of these adapters together, for :meth:`AdaptedModel.set_adapter`.
@@ -331,6 +332,10 @@ class AdaptedModel(nn.Module):
         """
         header = {**self.header(), "metadata": metadata}
         return write_folder(folder, header, self.adapter_state_dict(), model_card(header))
+
+    def push(self, repo_id: str, **options: Any) -> Commit:
+        """Upload what ``save`` writes to a model repository on the Hub; see :func:`adaptkit.hub.push`."""
+        return push(self, repo_id, **options)
 
     @torch.no_grad()
     def verify(self, image: Tensor, tolerance: float = 1e-5) -> float:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from adaptkit import registry
 from adaptkit.adapters.base import Adapter, BlockAdapter, SideAdapter, WeightAdapter
-from adaptkit.file import AdapterFile, check_fits, load
+from adaptkit.file import AdapterFile, check_fits
+from adaptkit.hub import is_hub_id, load
 from adaptkit.staged import StagedSpec, StagedViT
 from adaptkit.vit import View, ViT
 
@@ -35,9 +36,9 @@ def as_file(arg: Any) -> AdapterFile | None:
     """Return the saved adapter that is meant, or None for a name, a config or a pair."""
     if isinstance(arg, AdapterFile):
         return arg
-    if isinstance(arg, str | os.PathLike) and str(arg) not in registry.adapters() and Path(arg).exists():
-        return load(arg)
-    return None
+    if not isinstance(arg, str | os.PathLike) or str(arg) in registry.adapters():
+        return None
+    return load(arg) if Path(arg).exists() or is_hub_id(arg) else None
 
 
 def parts_of(args: Sequence[Any], vit: View, strict: bool) -> tuple[list[Part], list[AdapterFile]]:
