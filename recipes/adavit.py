@@ -35,8 +35,9 @@ from adaptkit.file import check_writable
 from adaptkit.hosts import create_backbone
 from adaptkit.inspect import kept_patches, usage_by_depth
 from adaptkit.losses import agreement_loss, annealed_budget, check_budget, macs_loss, usage
-from recipes.labelled import Labelled, open_labelled
-from recipes.segment import cosine
+
+from .engine import cosine
+from .labelled import Labelled, open_labelled
 
 # ---------------------------------------------------------------------------------------------------- arguments
 

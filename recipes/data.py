@@ -8,43 +8,71 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from adaptkit.vit import Source
+
+from .order import Rows, decoded, undecoded
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 MASK_NAMES = ("label", "mask", "annotation", "semantic_segmentation", "segmentation", "labels", "segmentation_mask")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
-def open_dataset(name: str, split: str, columns: tuple[str | None, str | None] = (None, None)) -> Any:
+def open_dataset(
+    name: str, split: str, columns: tuple[str | None, str | None] = (None, None), streaming: bool = False
+) -> Any:
     """Return a ``datasets.Dataset`` with the columns ``image`` and ``mask``, both decoded to PIL images.
 
-    ``name`` is a Parquet file, a folder with ``images/`` and ``masks/`` (same file stems), or a Hub id, of which
-    ``split`` is read. Raises ``ValueError`` where images or masks are not found or nothing is in it.
+    ``name`` is a Parquet file (or a pattern such as ``train-*.parquet``), a folder with ``images/`` and ``masks/``
+    (same file stems), or a Hub id, of which ``split`` is read; with ``streaming`` it is an ``IterableDataset``, read as
+    it goes. Raises ``ValueError`` where images or masks are not found or nothing is in it.
     """
+    path = Path(name)
+    data = _folder(path) if path.is_dir() else open_rows(name, split, "a folder with images/ and masks/", streaming)
+    data = filled(data, f"{name} ({split})", streaming)
+    image, mask = _columns(data, columns, name)
+    return renamed(data, {image: "image", mask: "mask"})
+
+
+def open_rows(name: str, split: str, folder: str, streaming: bool = False) -> Any:
+    """Open a Parquet file or pattern (all of it) or a Hub id (its ``split``); ``folder`` says what else it might be."""
     import datasets
 
     path = Path(name)
-    if path.is_dir():
-        data = _folder(path)
-    elif path.suffix == ".parquet" or "*" in name:
+    if path.suffix == ".parquet" or "*" in name:
         if "*" not in name and not path.is_file():
             raise ValueError(f"there is no file {name}")
         try:
-            data = datasets.load_dataset("parquet", data_files=name, split="train")
+            data = datasets.load_dataset("parquet", data_files=name, split="train", streaming=streaming)
         except ValueError as error:  # how datasets says that a file has no rows
             raise ValueError(f"{name} holds no rows ({error})") from error
     elif path.exists():
-        raise ValueError(f"{name} is neither a Parquet file nor a folder with images/ and masks/")
+        raise ValueError(f"{name} is neither a Parquet file nor {folder}")
     else:
-        data = datasets.load_dataset(name, split=split)
-    if len(data) == 0:
-        raise ValueError(f"{name} ({split}) holds no rows")
-    image, mask = _columns(data, columns, name)
-    return data.select_columns([image, mask]).rename_columns({image: "image", mask: "mask"})
+        data = datasets.load_dataset(name, split=split, streaming=streaming)
+    return data
+
+
+def filled(data: Any, name: str, streaming: bool) -> Any:
+    """Return the data, as a stream if asked for; ``ValueError`` where it has no rows."""
+    if not streaming:
+        if len(data) == 0:
+            raise ValueError(f"{name} holds no rows")
+        return data
+    if hasattr(data, "to_iterable_dataset"):  # a folder: its list of files is small, and is shared by the readers
+        data = data.to_iterable_dataset(num_shards=max(1, min(64, len(data))))
+    if next(iter(data.take(1)), None) is None:
+        raise ValueError(f"{name} holds no rows")
+    return undecoded(data if data.features is not None else data._resolve_features())  # read from the first rows
+
+
+def renamed(data: Any, names: dict[str, str]) -> Any:
+    """Return these columns alone, under these names."""
+    other = {old: new for old, new in names.items() if old != new}
+    data = data.select_columns(list(names))
+    return data.rename_columns(other) if other else data
 
 
 def _folder(path: Path) -> Any:
@@ -80,7 +108,7 @@ def _columns(data: Any, columns: tuple[str | None, str | None], name: str) -> tu
     return image, mask
 
 
-class SegmentationData(Dataset):
+class SegmentationData(Rows):
     """Pairs (image (3, H, W) normalised as the backbone wants it, mask (H, W) int64).
 
     Training samples are asked for as ``(epoch, index)`` and cropped, flipped and coloured by a random state of their
@@ -88,7 +116,7 @@ class SegmentationData(Dataset):
     """
 
     def __init__(self, data: Any, size: tuple[int, int], source: Source, seed: int = 0, train: bool = False) -> None:
-        self.data, self.seed = data, seed
+        super().__init__(data, seed)
         mean, std = (source.mean, source.std) if source.mean else IMAGENET
         aspect = size[1] / size[0]
         steps = [v2.ToImage(), v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
@@ -102,16 +130,9 @@ class SegmentationData(Dataset):
             steps += [v2.Resize(size, antialias=True)]
         self.transform = v2.Compose([*steps, v2.Normalize(list(mean), list(std))])
 
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        row = self.data[index]
-        image, mask = row["image"].convert("RGB"), tv_tensors.Mask(mask_array(row["mask"]))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + index)
-            image, mask = self.transform(image, mask)
+    def make(self, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Row with PIL image and mask -> (image (3, H, W) float, mask (H, W) int64)."""
+        image, mask = self.transform(row["image"].convert("RGB"), tv_tensors.Mask(mask_array(row["mask"])))
         return image.as_subclass(Tensor), mask.as_subclass(Tensor)
 
 
@@ -126,9 +147,14 @@ def mask_array(mask: Any) -> Tensor:
 
 
 def check_labels(data: SegmentationData, num_classes: int, ignore_index: int, name: str, most: int = 2000) -> None:
-    """Look at the masks (the first ``most``) before training: labels out of range are a ``ValueError``."""
-    for index in range(min(len(data), most)):
-        labels = torch.unique(mask_array(data.data[index]["mask"]))
+    """Look at the masks (the first ``most``, a tenth of a stream's) before training: labels out of range are an error.
+
+    Raises ``ValueError``.
+    """
+    mapped = hasattr(data.data, "__len__")
+    rows = (data.data[i] for i in range(min(len(data), most))) if mapped else data.data.take(most // 10)
+    for index, row in enumerate(rows):
+        labels = torch.unique(mask_array(decoded(row)["mask"]))
         wrong = [int(v) for v in labels if v != ignore_index and not 0 <= v < num_classes]
         if wrong:
             raise ValueError(

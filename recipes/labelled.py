@@ -12,7 +12,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from adaptkit.vit import Source
-from recipes.data import IMAGENET, open_dataset
+
+from .data import IMAGENET, open_dataset
 
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
 PURE = 0.6  # least share of a crop that its class must cover

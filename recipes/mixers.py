@@ -35,8 +35,9 @@ from adaptkit.file import check_writable
 from adaptkit.hosts import create_backbone
 from adaptkit.mixers import list_mixers
 from adaptkit.vit import Source, Spec
-from recipes.data import SegmentationData, check_labels, open_dataset
-from recipes.segment import cosine, parameter_groups
+
+from .data import SegmentationData, check_labels, open_dataset
+from .engine import cosine, parameter_groups
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "no residual": {"residual": False},

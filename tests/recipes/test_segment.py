@@ -16,7 +16,8 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from recipes.segment import Steps, main  # noqa: E402
+from recipes.order import Steps  # noqa: E402
+from recipes.segment import main  # noqa: E402
 
 QUICK = ["--num-classes", "3", "--backbone", "demo", "--random-backbone", "--size", "32", "48", "--batch-size", "2",
          "--adapter-options", '{"conv_inplane": 8}']  # fmt: skip

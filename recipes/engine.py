@@ -1,0 +1,379 @@
+"""The training loop that the recipes share: one frozen backbone, small trained modules, one saved file.
+
+A task plugs in its model, data, loss and metric (:class:`Task`) and hands itself to :func:`run`. The promises:
+
+* A run that was killed at any step and goes on with ``--resume`` ends byte for byte as if it had not been: data order,
+  augmentation and dropout belong to the step alone (``order.py``), and a checkpoint holds adapter, head, optimiser,
+  schedule, step and average.
+* Checkpoints and files never hold the frozen backbone, are written by one rank, and are whole or absent.
+* Each image is counted once in a score, however many ranks share the set.
+
+Several processes: ``torchrun --nproc_per_node 4 -m recipes.segment ...`` or ``accelerate launch``, which is DDP: each
+rank holds the frozen backbone once and exchanges the gradients of the adapter alone. FSDP2 is for backbones that do not
+fit one device; Accelerate's checkpoints of it hold the whole model, so this loop refuses it: wrap the blocks yourself
+with ``torch.distributed.fsdp.fully_shard`` and save with ``AdaptedModel.save``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device, set_seed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import adaptkit
+from adaptkit.file import check_writable, write_atomic
+from adaptkit.hosts import create_backbone
+
+from .average import Average
+from .log import Log, said, shown
+from .order import Rows, Steps, Stream, shuffled
+
+# ---------------------------------------------------------------------------------------------------------- task
+
+
+def save_adapted(model: Any, folder: Path, **metadata: Any) -> Path:
+    """Write adapters and head."""
+    return model.save(folder, **metadata)
+
+
+def restore_adapted(model: Any, folder: Path) -> None:
+    """Read back what ``save_adapted`` wrote."""
+    model.load_adapter_state_dict(adaptkit.load(folder).tensors)
+
+
+def attach_again(args: argparse.Namespace, folder: Path) -> nn.Module:
+    """Attach what was saved to a fresh backbone."""
+    return adaptkit.attach(create_backbone(args.backbone, pretrained=not args.random_backbone), folder)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one recipe adds to the loop.
+
+    A batch is what the ``DataLoader`` makes of samples, images first: its length is the number of images.
+    """
+
+    name: str  #: of the recipe
+    kind: str  #: the Hub's name of the task, for the card
+    score: str  #: which of the metrics is the result
+    percent: tuple[str, ...]  #: metrics in 0..1 that people read as per cent
+    build: Callable[[argparse.Namespace], Any]  #: -> the model to train
+    data: Callable[[argparse.Namespace, Any, bool], Rows]  #: (args, model, train) -> samples
+    loss: Callable[[nn.Module, Any, argparse.Namespace], Tensor]  #: (model, batch, args) -> scalar
+    predict: Callable[[nn.Module, Any], tuple[Any, Any]]  #: (model, batch) -> (prediction, target), an entry per image
+    metric: Callable[[argparse.Namespace], Any]  #: -> update(prediction, target), and compute() -> {name: number}
+    ragged: bool = False  #: predictions and targets are lists, e.g. of boxes, an entry per image
+    collate: Callable[[list[Any]], Any] | None = None
+    save: Callable[..., Path] = save_adapted  #: (model, folder, **metadata)
+    restore: Callable[[Any, Path], None] = restore_adapted
+    again: Callable[[argparse.Namespace, Path], nn.Module] = attach_again
+
+
+# --------------------------------------------------------------------------------------------------- optimisation
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """No decay on vectors: norms, biases, and gamma, which decay would hold at zero."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def optimizer_of(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """Return AdamW, or SGD with momentum as ViT is fine-tuned."""
+    groups = parameter_groups(model, args.weight_decay)
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=args.lr)
+
+
+def cosine(step: int, steps: int, warmup: float) -> float:
+    """Learning-rate factor: linear warm-up, then half a cosine to zero."""
+    rise = max(1, round(warmup * steps))
+    return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def linear(step: int, steps: int, warmup: float) -> float:
+    """Learning-rate factor: linear warm-up, then linearly to zero (the poly schedule of power 1)."""
+    rise = max(1, round(warmup * steps))
+    return (step + 1) / rise if step < rise else 1 - (step - rise) / max(1, steps - rise)
+
+
+# ---------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def evaluate(
+    task: Task, model: nn.Module, loader: DataLoader, accelerator: Accelerator, args: argparse.Namespace
+) -> dict[str, float]:
+    """Return the metrics over the whole set, each image counted once however many ranks share it."""
+    metric, training = task.metric(args), model.training
+    model.eval()
+    for batch in loader:
+        with accelerator.autocast():
+            prediction, target = task.predict(model, batch)
+        if task.ragged:
+            pairs = accelerator.gather_for_metrics(list(zip(prediction, target)), use_gather_object=True)
+            pairs = send_to_device(pairs, "cpu")
+            metric.update([p for p, _ in pairs], [t for _, t in pairs])
+        else:
+            prediction, target = accelerator.gather_for_metrics((prediction, target))
+            metric.update(prediction.cpu(), target.cpu())
+    model.train(training)
+    return {name: float(value) for name, value in metric.compute().items()}
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+def keep_adapter_only(task: Task, accelerator: Accelerator) -> None:
+    """Make ``save_state`` write adapter and head instead of the whole frozen backbone, and read them back."""
+
+    def save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        weights.clear()
+        if accelerator.is_main_process:
+            task.save(accelerator.unwrap_model(models[0]), Path(folder) / "adapter")
+
+    def restore(models: list[nn.Module], folder: str) -> None:
+        task.restore(accelerator.unwrap_model(models.pop()), Path(folder) / "adapter")
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(restore)
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Return the finished ones, oldest first."""
+    return sorted(p for p in (out / "checkpoints").glob("step-*") if p.is_dir() and p.suffix == "")
+
+
+def save_checkpoint(accelerator: Accelerator, out: Path, step: int, args: argparse.Namespace) -> None:
+    """Write beside, then rename: a kill leaves the last checkpoint whole. The newest two are kept."""
+    final = out / "checkpoints" / f"step-{step:08d}"
+    unfinished = final.with_suffix(".tmp")
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed while it wrote
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(unfinished), safe_serialization=True)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        progress = {"step": step, "arguments": lasting(args, accelerator.num_processes)}
+        (unfinished / "progress.json").write_text(json.dumps(progress))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(unfinished, final)
+        for old in checkpoints(out)[:-2]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def lasting(args: argparse.Namespace, processes: int) -> dict[str, Any]:
+    """The arguments that a resumed run must share with the run it goes on with."""
+    free = {"resume", "out", "config", "eval_every", "save_every", "tracker"} | (
+        set() if args.streaming else {"workers"}
+    )
+    kept = {k: v for k, v in vars(args).items() if k not in free}
+    return json.loads(json.dumps({**kept, "processes": processes}))
+
+
+def resume_step(out: Path, args: argparse.Namespace, processes: int) -> tuple[Path | None, int]:
+    """Return the newest checkpoint and its step; (None, 0) where there is none. Other arguments are an error."""
+    found = checkpoints(out)
+    if not found:
+        return None, 0
+    progress = json.loads((found[-1] / "progress.json").read_text())
+    then, now = progress["arguments"], lasting(args, processes)
+    changed = [k for k in now if then.get(k) != now[k]]
+    if changed:
+        raise ValueError(
+            f"{found[-1]} was trained with {', '.join(f'{k}={then.get(k)!r}' for k in changed)}; now it is "
+            f"{', '.join(f'{k}={now[k]!r}' for k in changed)}. Resume with the same arguments, or choose another --out"
+        )
+    return found[-1], progress["step"]
+
+
+# ----------------------------------------------------------------------------------------------------------- loop
+
+
+def training_batches(
+    rows: Rows, first: int, task: Task, accelerator: Accelerator, args: argparse.Namespace
+) -> Iterable:
+    """Return the batches of this rank from optimiser step ``first`` to the last, on its device."""
+    k, world = args.accumulate, accelerator.num_processes
+    if not args.streaming:
+        order = Steps(len(rows), args.batch_size, first * k * world, args.steps * k * world, args.seed)
+        loader = DataLoader(rows, batch_sampler=order, num_workers=args.workers, collate_fn=task.collate)  # type: ignore[arg-type]
+        return accelerator.prepare(loader)
+    rows.data = shuffled(rows.data, args.seed, args.shuffle_buffer)
+    stream = Stream(rows, args.batch_size, first * k, accelerator.process_index, world, args.workers)
+    loader = DataLoader(stream, args.batch_size, num_workers=args.workers, collate_fn=task.collate)
+    batches = islice(loader, (args.steps - first) * k)
+    return (send_to_device(batch, accelerator.device) for batch in batches)
+
+
+def validation_batches(rows: Rows, task: Task, accelerator: Accelerator, args: argparse.Namespace) -> DataLoader:
+    """Return the loader of this rank's share; a stream is read by the first rank, which deals it out."""
+    data: Any = Stream(rows, args.batch_size, workers=args.workers, endless=False) if args.streaming else rows
+    loader = DataLoader(data, args.batch_size, num_workers=args.workers, collate_fn=task.collate)
+    return accelerator.prepare(loader)
+
+
+def train(
+    task: Task, model: nn.Module, rows: Rows, val: DataLoader, accelerator: Accelerator, args: argparse.Namespace
+) -> tuple[dict[str, float], float]:
+    """Train for ``--steps`` optimiser steps; returns the metrics and the seconds of training alone.
+
+    With ``--ema`` the model has the average weights when this returns.
+    """
+    out, world, k = Path(args.out), accelerator.num_processes, args.accumulate
+    checkpoint, first = resume_step(out, args, world) if args.resume else (None, 0)
+    loader = training_batches(rows, first, task, accelerator, args)
+    optimizer = optimizer_of(model, args)
+    factor = {"cosine": cosine, "linear": linear}[args.schedule]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: factor(s // world, args.steps, args.warmup))
+    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    average = Average(trained, args.ema) if args.ema else None
+    if average is not None:
+        accelerator.register_for_checkpointing(average)
+    keep_adapter_only(task, accelerator)
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+        accelerator.print(f"resumed from {checkpoint}, step {first}")
+
+    def averaged() -> Any:
+        return contextlib.nullcontext() if average is None else average.applied()
+
+    log, started = Log(task.percent, out, accelerator, args, first), time.time()
+    for i, batch in enumerate(loader):
+        step = first + i // k
+        set_seed(
+            args.seed * 1_000_003 + first * k + i, device_specific=True
+        )  # dropout belongs to the step, not to the run
+        with accelerator.accumulate(model):
+            loss = task.loss(model, batch, args)
+            if not torch.isfinite(accelerator.gather(loss.detach())).all():
+                stop_at_nan(out, step)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(trained, args.clip)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        if (i + 1) % k:
+            continue
+        done = step + 1
+        if average is not None:
+            average.update(done)
+        log.step(done, loss, len(batch[0]) * world * k, schedule.get_last_lr()[0])
+        if args.eval_every and done % args.eval_every == 0 and done < args.steps:
+            with averaged():
+                log.score(done, evaluate(task, model, val, accelerator, args))
+        if args.save_every and done % args.save_every == 0 and done < args.steps:
+            save_checkpoint(accelerator, out, done, args)
+    seconds = time.time() - started
+    if average is not None:
+        average.settle()
+    metrics = evaluate(task, model, val, accelerator, args)
+    log.score(args.steps, metrics)
+    log.close()
+    return metrics, seconds
+
+
+def stop_at_nan(out: Path, step: int) -> None:
+    """End the run before the update, and say what is left of it."""
+    kept = checkpoints(out)
+    where = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
+    raise SystemExit(f"the loss is not finite at step {step}: stopped before the update; {where}. Try a smaller --lr")
+
+
+# ----------------------------------------------------------------------------------------------------------- main
+
+
+def peak_memory() -> float:
+    """Peak memory in MiB: of the GPU, or of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def start(task: Task, args: argparse.Namespace) -> tuple[Path, Accelerator]:
+    """Return the folder, which can be written to, and the accelerator."""
+    out = check_writable(args.out)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.accumulate,
+        log_with=args.tracker,
+        project_dir=str(out),
+    )
+    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise ValueError(
+            f"this loop runs on one device or under DDP, and Accelerate is configured for "
+            f"{accelerator.distributed_type.value}, whose checkpoints hold the frozen backbone; choose MULTI_GPU"
+        )
+    if args.tracker:
+        accelerator.init_trackers(f"adaptkit-{task.name}", config={k: str(v) for k, v in vars(args).items()})
+    return out, accelerator
+
+
+def run(task: Task, args: argparse.Namespace, last: bool = True) -> dict[str, Any]:
+    """Train, save, attach what was saved to a fresh backbone, and see that the score is the same.
+
+    Unless it is the ``last`` run of this process, its ranks stay connected.
+
+    Returns what result.json says: the metrics as people read them, the score of the attached file under
+    ``<score>_reattached``, seconds, memory, and sizes.
+    """
+    out, accelerator = start(task, args)
+    set_seed(args.seed)
+    model = task.build(args)
+    train_rows, val_rows = task.data(args, model, True), task.data(args, model, False)
+    val = validation_batches(val_rows, task, accelerator, args)
+    metrics, seconds = train(task, model, train_rows, val, accelerator, args)
+
+    memory, folder = peak_memory(), out / "adapter"
+    if accelerator.is_main_process:
+        size = args.size if isinstance(args.size, int) else list(args.size)
+        task.save(model, folder, task=task.kind, size=size, **metrics)
+    accelerator.wait_for_everyone()
+    set_seed(args.seed)  # a random backbone is the same random one
+    again = task.again(args, folder).to(accelerator.device)
+    score, score_again = metrics[task.score], evaluate(task, again, val, accelerator, args)[task.score]
+    result = {
+        "adapter": " + ".join(args.adapter),
+        "options": args.adapter_options,
+        "head": getattr(args, "head", None),
+        **shown(task.percent, metrics),
+        f"{task.score}_reattached": shown(task.percent, {task.score: score_again})[task.score],
+        "seconds": round(seconds, 1),
+        "peak_memory_mib": round(memory),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "file_bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
+    }
+    if accelerator.is_main_process:
+        write_atomic(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+        apart = "the same" if score_again == score else f"{abs(score_again - score):.2g} apart"
+        both = said(task.percent, {task.score: score_again})
+        print(f"saved {folder}; {said(task.percent, metrics)}; attached to a fresh backbone: {both}, {apart}")
+        print(json.dumps(result))
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    if last:
+        accelerator.end_training()
+    return result

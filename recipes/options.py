@@ -1,0 +1,137 @@
+"""The options that the recipes share, on the command line or in a YAML file."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CONFIGS = Path(__file__).parent / "configs"
+OPTIONS_HELP = """e.g. '{"injector": false}'; with several adapters '{"lora": {...}, "vit-adapter": {...}}'"""
+
+
+def parser(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """Return a parser with the options that every task has; ``defaults`` overrides theirs."""
+    p = argparse.ArgumentParser(prog=name, description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument(
+        "--config", help="YAML file of options, or the name of one in recipes/configs; the command line wins"
+    )
+    p.add_argument("--train", required=True, help="training data: Parquet file, folder or Hub id")
+    p.add_argument("--val", help="the same for validation; default: the split 'validation' of a Hub id")
+    p.add_argument("--streaming", action=argparse.BooleanOptionalAction, default=False, help="read data as they come")
+    p.add_argument("--shuffle-buffer", type=int, default=1000, help="rows to draw from when streaming; 0: as they come")
+    p.add_argument("--backbone", default="demo", help="demo, a timm name, hf-hub:..., org/repo, or a local folder")
+    p.add_argument("--random-backbone", action=argparse.BooleanOptionalAction, default=False, help="for comparison")
+    p.add_argument("--adapter", nargs="+", default=["none"], metavar="NAME", help="one or several, see `adaptkit list`")
+    p.add_argument("--adapter-options", type=json.loads, default={}, metavar="JSON", help=OPTIONS_HELP)
+    p.add_argument("--steps", type=int, default=400, help="optimiser steps")
+    p.add_argument("--batch-size", type=int, default=8, help="per process")
+    p.add_argument("--accumulate", type=int, default=1, help="batches per optimiser step")
+    p.add_argument("--optimizer", default="adamw", choices=["adamw", "sgd"], help="sgd: momentum 0.9")
+    p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--schedule", default="cosine", choices=["cosine", "linear"], help="of the learning rate, to zero")
+    p.add_argument("--weight-decay", type=float, default=0.01)
+    p.add_argument("--warmup", type=float, default=0.05, help="share of the steps")
+    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    p.add_argument("--ema", type=float, default=0.0, metavar="DECAY", help="score and save the average of the weights")
+    p.add_argument("--mixed-precision", default="no", choices=["no", "bf16", "fp16"])
+    p.add_argument("--workers", type=int, default=0)
+    p.add_argument("--eval-every", type=int, default=0, help="steps; 0: at the end only")
+    p.add_argument("--save-every", type=int, default=100, help="steps between checkpoints; 0: none")
+    p.add_argument("--tracker", default=None, help="tensorboard, wandb, ...; metrics.jsonl is always written")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", default=f"runs/{name}")
+    p.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False, help="from the newest checkpoint")
+    p.set_defaults(**defaults)
+    return p
+
+
+def read(p: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line, behind it ``--config``; an unknown key or a bad value ends with a line that says so."""
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before.add_argument("--config")
+    config = before.parse_known_args(argv)[0].config
+    tokens = [] if config is None else config_arguments(p, config)
+    args = p.parse_args([*tokens, *(argv if argv is not None else sys.argv[1:])])
+    if min(getattr(args, k, 1) for k in ("steps", "batch_size", "accumulate")) < 1:
+        p.error("--steps, --batch-size and --accumulate must be at least 1")
+    if not 0 <= getattr(args, "ema", 0) < 1:
+        p.error(f"--ema {args.ema}: the decay is in 0..1, e.g. 0.999; 0 keeps no average")
+    return args
+
+
+def config_arguments(p: argparse.ArgumentParser, config: str) -> list[str]:
+    """Return the command line that a YAML file stands for; its keys are the names of the options."""
+    import yaml
+
+    path = next((f for f in (Path(config), CONFIGS / config, CONFIGS / f"{config}.yaml") if f.is_file()), None)
+    if path is None:
+        known = ", ".join(sorted(f.stem for f in CONFIGS.glob("*.yaml")))
+        p.error(f"--config {config}: there is no such file, nor one in recipes/configs ({known})")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        p.error(f"--config {path} is no YAML: {error}")
+    if not isinstance(values, dict):
+        p.error(f"--config {path} holds no 'option: value' lines")
+    options = {flag: action for action in p._actions for flag in action.option_strings}
+    tokens: list[str] = []
+    for key, value in values.items():
+        flag = "--" + str(key).replace("_", "-")
+        if flag not in options or flag in ("--config", "--help"):
+            near = difflib.get_close_matches(flag, options, 1)
+            p.error(f"--config {path}: unknown key {key!r}" + (f"; did you mean {near[0][2:]!r}?" if near else ""))
+        if value is None:
+            continue
+        if isinstance(options[flag], argparse.BooleanOptionalAction):
+            if not isinstance(value, bool):
+                p.error(f"--config {path}: {key} is {value!r}; give true or false")
+            tokens.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, dict):
+            tokens += [flag, json.dumps(value)]
+        else:
+            tokens += [flag, *(str(v) for v in (value if isinstance(value, list) else [value]))]
+    return tokens
+
+
+def adapters(args: argparse.Namespace) -> list[Any]:
+    """Return what ``attach`` takes of ``--adapter`` and ``--adapter-options``; [] for none, and for linear."""
+    names, options = args.adapter, args.adapter_options
+    if not isinstance(options, dict):
+        raise ValueError(f"--adapter-options {options!r}: give a JSON object")
+    if names in (["none"], ["linear"]):
+        if options:
+            raise ValueError(f"--adapter {names[0]} has no options, and --adapter-options gives {', '.join(options)}")
+        return []
+    if {"none", "linear"} & set(names):
+        raise ValueError(f"--adapter {' '.join(names)}: 'none' and 'linear' stand alone")
+    if len(names) == 1 and not options.keys() <= set(names):
+        options = {names[0]: options}
+    unknown = sorted(options.keys() - set(names))
+    if unknown or not all(isinstance(v, dict) for v in options.values()):
+        raise ValueError(
+            f"--adapter-options has {', '.join(unknown or options)}; with --adapter {' '.join(names)} give "
+            f'{{"{names[0]}": {{...}}}}'
+        )
+    return [(name, options[name]) if name in options else name for name in names]
+
+
+def makes_pyramid(args: argparse.Namespace) -> list[str]:
+    """Return the side adapters among ``--adapter``: what they learn is read from the pyramid alone."""
+    from adaptkit import registry
+    from adaptkit.adapters.base import SideAdapter
+
+    known = registry.adapters()
+    return [n for n in args.adapter if n in known and issubclass(known[n].module, SideAdapter)]
+
+
+def command(name: str, main: Callable[[], Any]) -> None:
+    """Run a recipe from the shell: an error of the user's is one line, which says how to mend it."""
+    try:
+        main()
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise SystemExit(f"{name}: {error}") from error

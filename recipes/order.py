@@ -1,0 +1,134 @@
+"""Which sample comes when: position alone decides, so that a resumed run is the run that was never stopped."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
+
+
+class Rows(Dataset, ABC):
+    """Rows of a ``datasets.Dataset`` or ``IterableDataset``, made into samples.
+
+    What is random in a sample depends on seed, epoch and index: not on workers, ranks or the steps of this run.
+    """
+
+    def __init__(self, data: Any, seed: int = 0) -> None:
+        self.data, self.seed = data, seed
+
+    @abstractmethod
+    def make(self, row: dict[str, Any]) -> Any:
+        """Row, images decoded -> sample, e.g. (image (3, H, W), target). Random numbers come from torch's state."""
+
+    def sample(self, row: dict[str, Any], epoch: int, index: int) -> Any:
+        """Make the sample that is at this index in this epoch."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + index)
+            return self.make(row)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Any:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        return self.sample(self.data[index], epoch, index)
+
+
+class Steps(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index): shuffled epochs laid end to end, starting at any step. Position decides everything."""
+
+    def __init__(self, samples: int, batch: int, start: int, stop: int, seed: int) -> None:
+        self.samples, self.batch, self.start, self.stop, self.seed = samples, batch, start, stop, seed
+        self.batch_size, self.drop_last = batch, False  # accelerate reads both when it shares batches over ranks
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, torch.empty(0)
+        for step in range(self.start, self.stop):
+            batch = []
+            for position in range(step * self.batch, (step + 1) * self.batch):
+                if position // self.samples != epoch:
+                    epoch = position // self.samples
+                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                    order = torch.randperm(self.samples, generator=generator)
+                batch.append((epoch, int(order[position % self.samples])))
+            yield batch
+
+
+class Stream(IterableDataset):
+    """Samples of an ``IterableDataset``, read as they come: for data that is larger than the disk.
+
+    The stream is split over ``ranks`` times ``workers`` readers by ``datasets.split_dataset_by_node``: whole shards
+    where their number divides, else every reader keeps its rows out of all. A resumed run skips what was read,
+    without decoding it; batch ``b`` of a rank always comes from its reader ``b % workers``.
+
+    Args:
+        rows: over an ``IterableDataset``, :func:`undecoded`, and :func:`shuffled` if it is to be.
+        batch: samples per batch, as the ``DataLoader`` has it.
+        start: the first batch of this rank.
+        rank, ranks, workers: who reads; 0 workers (the main process) count as one.
+        endless: epoch after epoch, for training; else one pass.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        batch: int,
+        start: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        workers: int = 0,
+        endless: bool = True,
+    ) -> None:
+        self.rows, self.batch, self.start, self.endless = rows, batch, start, endless
+        self.rank, self.ranks, self.workers = rank, ranks, max(1, workers)
+
+    def __iter__(self) -> Iterator[Any]:
+        from datasets.distributed import split_dataset_by_node
+
+        info = get_worker_info()
+        reader = ((info.id if info else 0) + self.start) % self.workers
+        node, nodes = self.rank * self.workers + reader, self.ranks * self.workers
+        skip = -(-(self.start - reader) // self.workers) * self.batch  # of this reader's batches before the start
+        data = split_dataset_by_node(self.rows.data, node, nodes)
+        for epoch in count() if self.endless else range(1):
+            data.set_epoch(epoch)
+            index = -1
+            # iter(), for a plain loop in a worker would split the shards once more
+            for index, rows in enumerate(data.iter(batch_size=1)):
+                if skip > 0:
+                    skip -= 1
+                    continue
+                row = decoded({k: v[0] for k, v in rows.items()})
+                yield self.rows.sample(row, epoch, index * nodes + node)
+            if index < 0 and self.endless:
+                raise ValueError(f"the stream has no row for reader {node} of {nodes}; use fewer processes or workers")
+
+
+def undecoded(data: Any) -> Any:
+    """Return the stream with its images as they are stored, so that skipping and renaming cost no decoding."""
+    import datasets
+
+    for column, feature in data.features.items():
+        if isinstance(feature, datasets.Image):
+            data = data.cast_column(column, datasets.Image(decode=False))
+    return data
+
+
+def decoded(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row with its stored images opened."""
+    import datasets
+
+    stored = {k for k, v in row.items() if isinstance(v, dict) and v.keys() == {"bytes", "path"}}
+    return {k: datasets.Image().decode_example(v) if k in stored else v for k, v in row.items()}
+
+
+def shuffled(data: Any, seed: int, buffer: int) -> Any:
+    """Return the stream with its shards in another order each epoch, and its rows drawn from a buffer; 0: as it is."""
+    return data.shuffle(seed=seed, buffer_size=buffer) if buffer else data

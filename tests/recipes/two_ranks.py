@@ -1,0 +1,84 @@
+"""What two processes do for test_engine.py: ``torchrun --nproc_per_node 2 two_ranks.py DATA OUT``."""
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate import Accelerator
+
+from recipes import engine, segment
+from recipes.order import Rows
+
+
+class Numbers(Rows):
+    def make(self, row):
+        return torch.tensor(float(row["n"])), row["n"]
+
+
+class Seen:
+    """A metric that remembers what it was given."""
+
+    def __init__(self):
+        self.images = []
+
+    def update(self, prediction, target):
+        assert prediction.long().tolist() == target.tolist()
+        self.images += target.tolist()
+
+    def compute(self):
+        return {"count": len(self.images)}
+
+
+def counted(accelerator, count, batch, streaming):
+    """Which images an evaluation on two ranks counts, and how often."""
+    data = datasets.Dataset.from_dict({"n": list(range(count))})
+    rows = Numbers(data.to_iterable_dataset(num_shards=2) if streaming else data)
+    args = Namespace(batch_size=batch, workers=0, streaming=streaming)
+    seen = Seen()
+    task = engine.Task("t", "t", "count", (), None, None, None, lambda model, batch: batch, lambda args: seen)
+    loader = engine.validation_batches(rows, task, accelerator, args)
+    engine.evaluate(task, torch.nn.Identity(), loader, accelerator, args)
+    return sorted(seen.images)
+
+
+def run(argv):
+    engine.run(segment.TASK, segment.parse(argv), last=False)
+
+
+class Stopped(Exception):
+    """Stands for a kill."""
+
+
+def main(data, out):
+    common = ["--train", data, "--val", data, "--num-classes", "3", "--random-backbone", "--size", "32", "48",
+              "--batch-size", "1", "--adapter", "metaformer", "--adapter-options", '{"width": 8}', "--head", "linear",
+              "--steps", "3", "--save-every", "1", "--ema", "0.9"]  # fmt: skip
+    for name, more in (("map", []), ("stream", ["--streaming", "--shuffle-buffer", "3"])):
+        run([*common, *more, "--out", f"{out}/{name}-whole"])
+        calls, loss = [], segment.TASK.loss
+
+        def until(*args, calls=calls, loss=loss):
+            calls.append(0)
+            if len(calls) == 3:
+                raise Stopped
+            return loss(*args)
+
+        object.__setattr__(segment.TASK, "loss", until)
+        try:
+            run([*common, *more, "--out", f"{out}/{name}-cut"])
+        except Stopped:
+            pass
+        finally:
+            object.__setattr__(segment.TASK, "loss", loss)
+        run([*common, *more, "--out", f"{out}/{name}-cut", "--resume"])
+    accelerator = Accelerator()
+    cases = {f"{n} {b} {s}": counted(accelerator, n, b, s) for n in (5, 8) for b in (1, 3) for s in (False, True)}
+    Path(out, f"counted-{accelerator.process_index}.json").write_text(json.dumps(cases))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])
