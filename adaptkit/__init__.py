@@ -9,13 +9,15 @@ from adaptkit.adapters.metaformer import MetaFormerConfig
 from adaptkit.adapters.sfp import SimpleFeaturePyramidConfig
 from adaptkit.adapters.vit_adapter import ViTAdapterConfig
 from adaptkit.demo import demo_backbone
-from adaptkit.file import AdapterFile, load
+from adaptkit.file import AdapterFile
 from adaptkit.heads.classifier import ClassifierHeadConfig
 from adaptkit.heads.depth import DepthHeadConfig
 from adaptkit.heads.fpn import FPNHeadConfig
 from adaptkit.heads.linear import LinearHeadConfig
+from adaptkit.hub import load
 from adaptkit.mixers import list_mixers, register_mixer
 from adaptkit.model import AdaptedModel, attach, list_adapters, list_heads
+from adaptkit.pretrained import from_pretrained
 from adaptkit.registry import register_adapter, register_family, register_head, view
 from adaptkit.staged import StagedSpec
 from adaptkit.version import __version__
@@ -39,6 +41,7 @@ __all__ = [
     "__version__",
     "attach",
     "demo_backbone",
+    "from_pretrained",
     "list_adapters",
     "list_heads",
     "list_mixers",

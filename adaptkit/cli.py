@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     inspect = commands.add_parser("inspect", help="what an adapter file holds and what it fits")
-    inspect.add_argument("file", help="a saved folder, or its adapter_model.safetensors")
+    inspect.add_argument("file", help="a saved folder, its adapter_model.safetensors, or org/name on the Hub")
     inspect.add_argument("--json", action="store_true", help="print the header as it is")
     inspect.set_defaults(run=_inspect)
 
@@ -150,7 +150,8 @@ def _recipes() -> tuple[str, Path]:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from adaptkit.file import load, say_spec
+    from adaptkit.file import say_spec
+    from adaptkit.hub import load
 
     file = load(args.file)
     if args.json:

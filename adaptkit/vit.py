@@ -50,6 +50,7 @@ class Source(NamedTuple):
     revision: str = ""  #: commit, where recorded
     mean: tuple[float, ...] = ()  #: normalisation of the image, channel by channel, for values in 0..1
     std: tuple[float, ...] = ()
+    classes: int = 0  #: of the host's own classifier
 
 
 class Features(NamedTuple):

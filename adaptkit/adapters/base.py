@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adaptkit.staged import StagedViT
 from adaptkit.vit import Block, Features, Fn, Source, View, ViT
 
-__all__ = ["Adapter", "BlockAdapter", "SideAdapter", "Trace", "WrappedStages", "WrappedViT", "wrapped"]
+__all__ = ["Adapter", "BlockAdapter", "SideAdapter", "Trace", "WeightAdapter", "WrappedStages", "WrappedViT", "wrapped"]
 
 Trace = dict[str, Tensor]  #: made by each forward, returned as ``Features.aux``
 
@@ -57,6 +57,41 @@ class SideAdapter(Adapter):
     @abstractmethod
     def forward(self, vit: ViT, image: Tensor, trace: Trace) -> Features:
         """Image (B, 3, H, W) -> features, as ``vit.finish`` closes them."""
+
+
+class WeightAdapter(Adapter):
+    """Acts inside layers of the host. It is built for one host, and in place between ``install`` and ``remove``."""
+
+    staged = True
+
+    def __init__(self, spec: Any, config: Any) -> None:
+        """A subclass also takes the host: ``cls(spec, config, host)``."""
+        super().__init__(spec, config)
+
+    @abstractmethod
+    def install(self) -> None:
+        """Put the change into the host's layers."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Take it out: the host is as it was, bit for bit."""
+
+    @abstractmethod
+    def merge(self) -> None:
+        """Add the change to the host's weights, so that it costs nothing."""
+
+    @abstractmethod
+    def unmerge(self) -> None:
+        """Put the weights back, exactly."""
+
+    @property
+    @abstractmethod
+    def merged(self) -> bool:
+        """Whether the host's weights hold the change."""
+
+    def translated(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a file by the names of this host."""
+        return tensors
 
 
 def wrapped(vit: View, adapters: Sequence[BlockAdapter], trace: Trace) -> View:

@@ -108,11 +108,14 @@ def classifier_logits(host: Any, x: Tensor) -> Tensor | None:
 
 
 def timm_source(host: Any) -> Source:
-    """Read timm's ``pretrained_cfg``."""
+    """Read timm's ``pretrained_cfg``; the revision stands behind the Hub id where one was asked for."""
     cfg = getattr(host, "pretrained_cfg", None) or {}
     name, tag = cfg.get("architecture", ""), cfg.get("tag", "")
+    hub_id, _, revision = (cfg.get("hf_hub_id") or "").partition("@")
     return Source(
-        id=cfg.get("hf_hub_id") or (f"{name}.{tag}" if name and tag else name),
+        id=hub_id or (f"{name}.{tag}" if name and tag else name),
+        revision=revision,
         mean=tuple(cfg.get("mean", ())),
         std=tuple(cfg.get("std", ())),
+        classes=host.num_classes,
     )
