@@ -9,6 +9,7 @@ from adaptkit.adapters.metaformer import MetaFormerConfig
 from adaptkit.adapters.sfp import SimpleFeaturePyramidConfig
 from adaptkit.adapters.vit_adapter import ViTAdapterConfig
 from adaptkit.demo import demo_backbone
+from adaptkit.distributed import shard
 from adaptkit.file import AdapterFile
 from adaptkit.heads.classifier import ClassifierHeadConfig
 from adaptkit.heads.depth import DepthHeadConfig
@@ -50,5 +51,6 @@ __all__ = [
     "register_family",
     "register_head",
     "register_mixer",
+    "shard",
     "view",
 ]

@@ -147,6 +147,7 @@ class View(ABC):
 
     def __init__(self, host: nn.Module) -> None:
         self.host = host
+        self.sharded: Sequence[nn.Module] = ()  #: the host's blocks, where their parameters lie on several devices
 
     @abstractmethod
     def features(self, image: Tensor) -> Features:

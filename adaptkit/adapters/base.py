@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from adaptkit.distributed import run_sharded
 from adaptkit.staged import StagedViT
 from adaptkit.vit import Block, Features, Fn, Source, View, ViT
 
@@ -110,6 +111,15 @@ def _wrap(block: Block, index: int, adapters: Sequence[BlockAdapter], trace: Tra
     return run
 
 
+def _wrap_all(view: Any, blocks: Sequence[Block], first: int, grid: tuple[int, int]) -> list[Fn]:
+    """Wrap these blocks, the first of which has index ``first``."""
+    runs = [_wrap(replace(b, grid=grid), i, view.adapters, view.trace) for i, b in enumerate(blocks, first)]
+    sharded = view.vit.sharded
+    if not sharded or not any(adapter.inside for adapter in view.adapters):
+        return runs
+    return [run_sharded(sharded[i], run) for i, run in enumerate(runs, first)]
+
+
 class WrappedViT(ViT):
     """A view whose blocks are wrapped by block adapters, for one forward."""
 
@@ -124,8 +134,7 @@ class WrappedViT(ViT):
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Any]:
         """Blocks of the inner view, each wrapped in the order given."""
-        blocks = enumerate(self.vit.blocks(image, grid))
-        return [_wrap(replace(block, grid=grid), i, self.adapters, self.trace) for i, block in blocks]
+        return _wrap_all(self, self.vit.blocks(image, grid), 0, grid)
 
     def norm(self, x: Tensor) -> Tensor:
         """As the inner view."""
@@ -161,9 +170,7 @@ class WrappedStages(StagedViT):
 
     def blocks(self, stage: int, grid: tuple[int, int]) -> Sequence[Any]:
         """Blocks of the inner view, each wrapped in the order given."""
-        first = sum(self.spec.depths[:stage])
-        blocks = enumerate(self.vit.blocks(stage, grid), first)
-        return [_wrap(replace(block, grid=grid), i, self.adapters, self.trace) for i, block in blocks]
+        return _wrap_all(self, self.vit.blocks(stage, grid), sum(self.spec.depths[:stage]), grid)
 
     def norm(self, x: Tensor) -> Tensor:
         """As the inner view."""

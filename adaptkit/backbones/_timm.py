@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from adaptkit.vit import Fn, Projections, Source, identity
 
 
+def class_name(module: nn.Module) -> str:
+    """Return the name of a module's class; of a sharded one (FSDP2 derives a class) of what it was."""
+    return next(c.__name__ for c in type(module).__mro__ if not c.__name__.startswith("FSDP"))
+
+
 def patch_side(host: Any) -> int:
     """Return the side of the square patch; ``TypeError`` for another patch embedding or oblong patches."""
     embed = host.patch_embed
