@@ -9,12 +9,16 @@ from adaptkit.adapters.metaformer import MetaFormerConfig
 from adaptkit.adapters.sfp import SimpleFeaturePyramidConfig
 from adaptkit.adapters.vit_adapter import ViTAdapterConfig
 from adaptkit.demo import demo_backbone
-from adaptkit.file import AdapterFile, load
+from adaptkit.distributed import shard
+from adaptkit.file import AdapterFile
 from adaptkit.heads.classifier import ClassifierHeadConfig
+from adaptkit.heads.depth import DepthHeadConfig
 from adaptkit.heads.fpn import FPNHeadConfig
 from adaptkit.heads.linear import LinearHeadConfig
+from adaptkit.hub import load
 from adaptkit.mixers import list_mixers, register_mixer
 from adaptkit.model import AdaptedModel, attach, list_adapters, list_heads
+from adaptkit.pretrained import from_pretrained
 from adaptkit.pyramid import as_pyramid
 from adaptkit.registry import register_adapter, register_family, register_head, view
 from adaptkit.staged import StagedSpec
@@ -27,6 +31,7 @@ __all__ = [
     "AdapterFile",
     "ClassifierHeadConfig",
     "DATConfig",
+    "DepthHeadConfig",
     "FPNHeadConfig",
     "Features",
     "LinearHeadConfig",
@@ -39,6 +44,7 @@ __all__ = [
     "as_pyramid",
     "attach",
     "demo_backbone",
+    "from_pretrained",
     "list_adapters",
     "list_heads",
     "list_mixers",
@@ -47,5 +53,6 @@ __all__ = [
     "register_family",
     "register_head",
     "register_mixer",
+    "shard",
     "view",
 ]

@@ -1,39 +1,217 @@
-"""The model card of a saved adapter, written from its header."""
+"""The model card of a saved adapter, written from its header, and merged with the card that a person edited.
+
+The part of the text that this module writes stands between two marks. A new card replaces what is between them and
+keeps every other line; of the front matter it replaces the keys that it knows and keeps the others.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+import textwrap
+from pathlib import Path
 from typing import Any
 
-__all__ = ["model_card"]
+__all__ = ["check_metadata", "is_hub_id", "merged", "model_card"]
+
+BEGIN = "<!-- adaptkit: written by push, and again by the next one. Your own words are kept above and below. -->"
+END = "<!-- adaptkit: end -->"
+FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
+
+#: what a model does, as users say it -> the Hub's pipeline tag
+TASKS = {
+    "classification": "image-classification",
+    "depth": "depth-estimation",
+    "depth-estimation": "depth-estimation",
+    "detection": "object-detection",
+    "feature-extraction": "image-feature-extraction",
+    "image-classification": "image-classification",
+    "image-feature-extraction": "image-feature-extraction",
+    "image-segmentation": "image-segmentation",
+    "instance-segmentation": "image-segmentation",
+    "keypoint-detection": "keypoint-detection",
+    "object-detection": "object-detection",
+    "panoptic-segmentation": "image-segmentation",
+    "segmentation": "image-segmentation",
+    "semantic-segmentation": "image-segmentation",
+}
 
 
-def model_card(header: dict[str, Any]) -> str:
-    """Return the Hub card: front matter that links adapter and backbone, and a snippet that attaches it."""
-    backbone, names = header["backbone"], [a["name"] for a in header["adapters"]]
-    front = ["---", "library_name: adaptkit"]
-    if "/" in backbone["source"]:
-        front += [f"base_model: {backbone['source']}", "base_model_relation: adapter"]
-    front += ["tags:", "- adaptkit", *[f"- {name}" for name in names], "---", ""]
-    spec = ", ".join(f"{name} {value}" for name, value in backbone["spec"].items() if name != "family")
-    title = " + ".join(names) or "head"
-    config = json.dumps({"adapters": header["adapters"], "head": header["head"]}, indent=2)
+def is_hub_id(name: Any) -> bool:
+    """Whether this is a string of the form ``"org/name"``: one slash, and no path that exists here."""
+    return isinstance(name, str) and bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not Path(name).exists()
+
+
+def check_metadata(metadata: dict[str, Any]) -> None:
+    """Raise ``ValueError`` where a card could not say what the metadata says: before anything is uploaded."""
+    task, metrics = metadata.get("task"), metadata.get("metrics")
+    if task is not None and task not in TASKS:
+        raise ValueError(f"task={task!r} is none that the Hub knows; choose one of {', '.join(sorted(TASKS))}")
+    if metadata.get("license") == "other" and not metadata.get("license_name"):
+        raise ValueError("license='other' needs license_name=, and license_link= where its text is somewhere")
+    if metrics is None:
+        return
+    if not isinstance(metrics, dict) or not metrics:
+        raise ValueError(f"metrics={metrics!r} is no dict of values; give metrics={{'mIoU': 0.43}}")
+    if task is None or not _results(metadata):
+        raise ValueError(
+            "metrics are reported on a task and a data set: give task= and dataset= beside metrics={'mIoU': 0.43}, or "
+            "metrics={'ade20k': {'mIoU': 0.43}, ...} for several data sets"
+        )
+
+
+def model_card(header: dict[str, Any], repo_id: str = "") -> str:
+    """Return the card: front matter that links adapter and backbone, and a snippet that runs.
+
+    Args:
+        header: of the adapter file. Its ``metadata`` may hold ``task``, ``license`` (with ``license_name`` and
+            ``license_link``), ``dataset`` (a name or several) and ``metrics``; what the card cannot use is left out.
+        repo_id: where it will be found; empty for a folder.
+    """
+    import yaml
+
+    front = yaml.safe_dump(_front(header, repo_id), sort_keys=False, allow_unicode=True)
+    return f"---\n{front}---\n\n{BEGIN}\n{_text(header, repo_id)}\n{END}\n"
+
+
+def merged(card: str, old: str) -> str:
+    """Return ``card`` with what a person wrote into ``old``: other keys of the front matter, text around the marks.
+
+    ``ValueError`` where the old front matter is no YAML.
+    """
+    import yaml
+
+    (new_front, new_text), (old_front, old_text) = _split(card), _split(old)
+    tags = dict.fromkeys([*_listed(old_front.get("tags")), *_listed(new_front.get("tags"))])
+    front = {**old_front, **new_front, "tags": list(tags)}
+    before, begin, rest = old_text.partition(BEGIN)
+    if begin:
+        text = before + new_text.strip() + rest.partition(END)[2]
+    else:
+        text = "\n\n".join(part for part in (old_text.rstrip(), new_text.strip()) if part) + "\n"
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{text.lstrip()}"
+
+
+def _split(card: str) -> tuple[dict[str, Any], str]:
+    """Return the front matter and the text after it."""
+    import yaml
+
+    match = FRONT.match(card)
+    if match is None:
+        return {}, card
+    try:
+        front = yaml.safe_load(match[1]) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"the front matter of the README.md that is there is no YAML: {error}. Mend it") from error
+    if not isinstance(front, dict):
+        raise ValueError(f"the front matter of the README.md that is there is {front!r}, not keys and values. Mend it")
+    return front, card[match.end() :]
+
+
+def _listed(value: Any) -> list[Any]:
+    """One thing or several -> a list."""
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _datasets(metadata: dict[str, Any]) -> list[str]:
+    return [str(d) for d in (*_listed(metadata.get("dataset")), *_listed(metadata.get("datasets")))]
+
+
+def _results(metadata: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Metrics by data set; {} where it is not said on which one they were measured."""
+    metrics = metadata.get("metrics") or {}
+    if metrics and all(isinstance(values, dict) for values in metrics.values()):
+        return metrics
+    datasets = _datasets(metadata)
+    return {datasets[0]: metrics} if metrics and len(datasets) == 1 else {}
+
+
+def _front(header: dict[str, Any], repo_id: str) -> dict[str, Any]:
+    metadata, names = header.get("metadata", {}), [a["name"] for a in header["adapters"]]
+    base = header["backbone"]["source"]
+    task = TASKS.get(metadata.get("task", ""), "")
+    front: dict[str, Any] = {"library_name": "adaptkit"}
+    tags = ["adaptkit", *names]
+    if is_hub_id(base):
+        front |= {"base_model": base, "base_model_relation": "adapter"}
+        tags.append(f"base_model:adapter:{base}")
+    if task:
+        front["pipeline_tag"] = task
+    front["tags"] = tags
+    front |= {k: str(metadata[k]) for k in ("license", "license_name", "license_link") if metadata.get(k)}
+    results = _results(metadata)
+    if _datasets(metadata) or results:
+        front["datasets"] = list(dict.fromkeys([*_datasets(metadata), *results]))
+    if task and results:
+        front["metrics"] = sorted({name for values in results.values() for name in values})
+        front["model-index"] = [{"name": repo_id or _title(header), "results": _index(task, results)}]
+    return front
+
+
+def _index(task: str, results: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """As the Hub reads results: one entry for each data set."""
+    return [
+        {
+            "task": {"type": task},
+            "dataset": {"type": dataset, "name": dataset},
+            "metrics": [{"type": name, "name": name, "value": float(value)} for name, value in values.items()],
+        }
+        for dataset, values in results.items()
+    ]
+
+
+def _title(header: dict[str, Any]) -> str:
+    backbone = header["backbone"]
     return (
-        "\n".join(front)
-        + f"""
-# {title} for {backbone["source"] or backbone["class"]}
-
-Trained with adaptkit (`pip install adaptkit`) beside a frozen backbone: {spec}. The backbone is not in this file.
-
-```python
-import adaptkit
-
-model = adaptkit.attach(backbone, adaptkit.load("path/to/this/folder"))
-features = model(image)  # features.maps, features.logits
-```
-
-```json
-{config}
-```
-"""
+        f"{' + '.join(a['name'] for a in header['adapters']) or 'head'} for {backbone['source'] or backbone['class']}"
     )
+
+
+def _text(header: dict[str, Any], repo_id: str) -> str:
+    backbone = header["backbone"]
+    spec = ", ".join(f"{name} {value}" for name, value in backbone["spec"].items() if name != "family")
+    parts = [
+        f"# {_title(header)}",
+        f"Trained with adaptkit (`pip install adaptkit`) beside a frozen backbone: {spec}. The backbone is not in this "
+        f"file; its class is `{backbone['class']}`.",
+        f"```python\n{_snippet(header, repo_id or 'path/to/this/folder')}```",
+    ]
+    results = _results(header.get("metadata", {}))
+    if results:
+        rows = [f"| {d} | {name} | {value} |" for d, values in results.items() for name, value in values.items()]
+        parts.append("\n".join(["| data set | metric | value |", "|---|---|---|", *rows]))
+    config = {"adapters": header["adapters"], "head": header["head"]}
+    parts.append(f"```json\n{json.dumps(config, indent=2)}\n```")
+    return "\n\n".join(parts)
+
+
+def _snippet(header: dict[str, Any], where: str) -> str:
+    backbone, head = header["backbone"], header["head"]
+    given = ", head=head" if head is not None and head["name"] is None else ""
+    lines = ["import torch", "", "import adaptkit", ""]
+    if given:
+        lines.append(f"head = ...  # the {head['class']} that it was trained with, built by you")
+    if backbone["source"]:
+        lines.append(f'model = adaptkit.from_pretrained("{where}"{given})  # backbone, adapter and head, in eval mode')
+    else:
+        lines.append(f"backbone = ...  # the {backbone['class']} that it was trained on, built by you")
+        lines.append(f'model = adaptkit.attach(backbone, "{where}"{given})')
+    side = 16 * backbone["spec"]["patch"] if "patch" in backbone["spec"] else 224
+    lines.append(f"image = torch.rand(1, 3, {side}, {side})  # RGB between 0 and 1, any size")
+    if backbone["mean"]:
+        lines.append(f"mean, std = torch.tensor({backbone['mean']}), torch.tensor({backbone['std']})")
+        lines.append("image = (image - mean.view(3, 1, 1)) / std.view(3, 1, 1)")
+    else:
+        lines[-1] += ", normalised as for the backbone"
+    lines.append(
+        textwrap.dedent(
+            """
+            with torch.no_grad():
+                features = model(image)
+            print(features.tokens.shape, [m.shape for m in features.maps])
+            if features.logits is not None:
+                print(features.logits.shape)
+            """
+        ).strip("\n")
+    )
+    return "\n".join(lines) + "\n"

@@ -1,11 +1,15 @@
-"""The command line: ``adaptkit list | demo | inspect FILE | doctor MODEL``."""
+"""The command line: ``adaptkit list | demo | train TASK | inspect FILE | doctor MODEL``."""
 
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from adaptkit.version import __version__
@@ -41,8 +45,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
 
+    train = commands.add_parser("train", help="train an adapter for a task; alone: the tasks")
+    train.add_argument("task", nargs="?", help="segment, classify, ...")
+    train.add_argument("arguments", nargs=argparse.REMAINDER, help="of the task: `adaptkit train segment --help`")
+    train.set_defaults(run=_train)
+
     inspect = commands.add_parser("inspect", help="what an adapter file holds and what it fits")
-    inspect.add_argument("file", help="a saved folder, or its adapter_model.safetensors")
+    inspect.add_argument("file", help="a saved folder, its adapter_model.safetensors, or org/name on the Hub")
     inspect.add_argument("--json", action="store_true", help="print the header as it is")
     inspect.set_defaults(run=_inspect)
 
@@ -110,8 +119,39 @@ def _demo(args: argparse.Namespace) -> None:
     )
 
 
+def _train(args: argparse.Namespace) -> None:
+    """Hand the arguments to the recipe's own ``main``: also under ``torchrun -m adaptkit train ...``."""
+    package, folder = _recipes()
+    tasks = {}
+    for path in sorted(folder.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))  # none is imported to be listed
+        mains = [f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name == "main" and f.args.args]
+        if mains:
+            tasks[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+    if args.task is None:
+        _table("adaptkit train TASK ...", list(tasks.items()))
+        return
+    if args.task not in tasks:
+        raise ValueError(f"no task is named {args.task!r}; the tasks are {', '.join(tasks)}")
+    importlib.import_module(f"{package}.{args.task}").main(args.arguments)
+
+
+def _recipes() -> tuple[str, Path]:
+    """Return the package of recipes and its folder: installed in adaptkit, or beside it in a clone."""
+    here = Path(__file__).parent
+    for name in ("adaptkit.recipes", "recipes"):
+        spec = importlib.util.find_spec(name)
+        folder = Path(spec.origin).parent if spec is not None and spec.origin else None
+        if folder is not None and (name == "adaptkit.recipes" or folder.parent == here.parent):
+            return name, folder
+    raise ImportError(
+        f"the recipes are neither in adaptkit.recipes nor beside {here}; install adaptkit with pip, or run in a clone"
+    )
+
+
 def _inspect(args: argparse.Namespace) -> None:
-    from adaptkit.file import load, say_spec
+    from adaptkit.file import say_spec
+    from adaptkit.hub import load
 
     file = load(args.file)
     if args.json:

@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from adaptkit.distributed import whole
+from adaptkit.peft_folder import from_peft_layout, peft_config_of
 from adaptkit.staged import StagedSpec
 from adaptkit.version import __version__
 from adaptkit.vit import Spec, View
@@ -41,7 +43,9 @@ class AdapterFile:
 
     @property
     def spec(self) -> Spec | StagedSpec:
-        """Spec of the backbone that the file was trained on."""
+        """Spec of the backbone that the file was trained on; a folder that peft saved has none (``ValueError``)."""
+        if self.header["backbone"] is None:
+            raise ValueError(f"{self.path} was saved by peft, which does not record the backbone's structure")
         saved = self.header["backbone"]["spec"]
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
         return StagedSpec(**fields) if "depths" in fields else Spec(**fields)
@@ -52,7 +56,7 @@ class AdapterFile:
 
 
 def load(path: str | os.PathLike[str]) -> AdapterFile:
-    """Read a saved adapter: its folder, or the safetensors file in it.
+    """Read a saved adapter: its folder, or the safetensors file in it. A folder that peft saved is a LoRA.
 
     Raises ``FileNotFoundError`` where there is none, ``ValueError`` where the file is truncated, not an adapter file
     or of a newer format.
@@ -65,12 +69,16 @@ def load(path: str | os.PathLike[str]) -> AdapterFile:
         with safe_open(file, "pt") as f:
             metadata = f.metadata() or {}
             names = list(f.keys())
-            tensors = {k: f.get_tensor(k) for k in names} if "adaptkit" in metadata else {}
+            foreign = None if "adaptkit" in metadata else peft_config_of(file.parent)
+            wanted = "adaptkit" in metadata or foreign is not None
+            tensors = {k: f.get_tensor(k) for k in names} if wanted else {}
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{file} ({file.stat().st_size} bytes) is not a complete safetensors file: {error}. "
             "Copy or download it again"
         ) from error
+    if foreign is not None:
+        return AdapterFile(file, *from_peft_layout(foreign, tensors))
     if "adaptkit" not in metadata:
         found = ", ".join(names[:3]) or "nothing"
         raise ValueError(
@@ -101,6 +109,7 @@ def describe_backbone(vit: View) -> dict[str, Any]:
         "revision": source.revision,
         "mean": list(source.mean),
         "std": list(source.std),
+        "classes": source.classes,
         "fingerprint": fingerprint(vit),
     }
 
@@ -109,7 +118,7 @@ def fingerprint(vit: View) -> dict[str, list[float]]:
     """Return eight values each of a few frozen tensors: the same in timm, transformers and half precision."""
     marks = {}
     for name, tensor in vit.fingerprint_tensors().items():
-        flat = tensor.detach().flatten()
+        flat = whole(tensor.detach()).flatten()
         index = torch.linspace(0, flat.numel() - 1, 8).long().to(flat.device)
         marks[name] = [float(f"{v:.6g}") for v in flat[index].float().tolist()]
     return marks
@@ -121,6 +130,8 @@ def check_fits(file: AdapterFile, vit: View, strict: bool = False) -> None:
     Another structure is a ``ValueError``. Other weights of the same structure are a warning, or with ``strict`` a
     ``ValueError`` too: the adapter runs, but was trained on other features.
     """
+    if file.header["backbone"] is None:  # a folder of peft knows the names of layers and nothing else
+        return
     then, now = file.spec, vit.spec
     if type(then) is not type(now):
         raise ValueError(

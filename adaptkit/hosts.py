@@ -11,7 +11,9 @@ from torch import nn
 __all__ = ["create_backbone"]
 
 
-def create_backbone(name: str, pretrained: bool = True) -> nn.Module:
+def create_backbone(
+    name: str, pretrained: bool = True, *, classifier: bool = False, cls: Any = None, **download: Any
+) -> nn.Module:
     """Return a ViT, ready to be given to ``attach``.
 
     Args:
@@ -20,6 +22,10 @@ def create_backbone(name: str, pretrained: bool = True) -> nn.Module:
             ``"hf-hub:<org>/<repo>"`` (timm weights on the Hub), ``"<org>/<repo>"`` (timm's repositories through timm,
             others through transformers), or a local folder that either library saved.
         pretrained: load the weights; ``False`` builds the architecture with random ones.
+        classifier: keep the classifier that comes with timm's weights.
+        cls: the transformers class to build, in place of what ``AutoModel`` chooses.
+        download: ``revision``, ``token``, ``cache_dir`` and ``local_files_only`` as transformers takes them. timm knows
+            the first, as ``@revision`` behind the name, and ``cache_dir``.
 
     Raises ``ValueError`` for a name that nothing knows.
     """
@@ -33,18 +39,18 @@ def create_backbone(name: str, pretrained: bool = True) -> nn.Module:
         if not config.is_file():
             raise ValueError(f"{folder} holds no config.json: expected a folder saved by timm or transformers")
         if "architecture" in json.loads(config.read_text()):
-            return _timm(f"local-dir:{folder}", pretrained)
-        return _transformers(name, pretrained)
+            return _timm(f"local-dir:{folder}", pretrained, classifier, {})
+        return _transformers(name, pretrained, cls, download)
     if name.startswith(("hf-hub:", "local-dir:")):
-        return _timm(name, pretrained)
+        return _timm(name, pretrained, classifier, download)
     if name.startswith("timm/"):
-        return _timm(f"hf-hub:{name}", pretrained)
+        return _timm(f"hf-hub:{name}", pretrained, classifier, download)
     if "/" in name:
-        return _transformers(name, pretrained)
-    return _timm(name, pretrained)
+        return _transformers(name, pretrained, cls, download)
+    return _timm(name, pretrained, classifier, download)
 
 
-def _timm(name: str, pretrained: bool) -> nn.Module:
+def _timm(name: str, pretrained: bool, classifier: bool, download: dict[str, Any]) -> nn.Module:
     import timm
 
     import adaptkit.models  # noqa: F401  registers DAT with timm
@@ -56,16 +62,37 @@ def _timm(name: str, pretrained: bool) -> nn.Module:
             "folder and no Hub id of the form org/repo"
         )
     # Positions are resampled by the view; DINOv2's 518-pixel default would only make a larger table.
-    return timm.create_model(name, pretrained=pretrained, num_classes=0)
+    if download.get("revision") and name.startswith("hf-hub:"):
+        name = f"{name}@{download['revision']}"
+    options: dict[str, Any] = {} if classifier else {"num_classes": 0}
+    if download.get("cache_dir"):
+        options["cache_dir"] = download["cache_dir"]
+    return timm.create_model(name, pretrained=pretrained, **options)
 
 
-def _transformers(name: str, pretrained: bool) -> nn.Module:
+def _transformers(name: str, pretrained: bool, cls: Any, download: dict[str, Any]) -> nn.Module:
     try:
         from transformers import AutoConfig, AutoModel
     except ImportError as error:
         raise ImportError(f"{name} is a transformers model: pip install transformers") from error
     if pretrained:
-        model: Any = AutoModel.from_pretrained(name)
+        commit = _commit(name, download)
+        model: Any = (cls or AutoModel).from_pretrained(name, **{**download, "revision": commit})
     else:
-        model = AutoModel.from_config(AutoConfig.from_pretrained(name))
-    return getattr(model, "vision_model", model)  # the image half of CLIP and SigLIP
+        commit = None
+        config = (cls.config_class if cls else AutoConfig).from_pretrained(name, **download)
+        model = cls(config) if cls else AutoModel.from_config(config)
+    model = getattr(model, "vision_model", model)  # the image half of CLIP and SigLIP
+    if commit:  # transformers 4 keeps it there, 5 does not keep it
+        model.config._commit_hash = commit
+    model.config._name_or_path = model.config._name_or_path or name
+    return model
+
+
+def _commit(name: str, download: dict[str, Any]) -> str | None:
+    """Return the commit that a revision of a Hub repository is now, so that a file can record it; None for a folder."""
+    from huggingface_hub import hf_hub_download
+
+    if Path(name).is_dir():
+        return None
+    return Path(hf_hub_download(name, "config.json", **download)).parent.name

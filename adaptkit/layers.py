@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = ["DropPath", "LayerNorm2d", "Norm", "SyncBatchNorm2d", "check_choice", "norm2d"]
@@ -41,29 +40,53 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
-class SyncBatchNorm2d(nn.SyncBatchNorm):
-    """SyncBatchNorm that is plain BatchNorm where it cannot run: on the CPU, or with a single process.
+class _SumOverRanks(torch.autograd.Function):
+    """Sum a tensor over the processes; the gradient of a sum is summed in turn."""
 
-    ``torch.nn.SyncBatchNorm`` raises on CPU tensors once a process group exists. The parameters are the same, so
-    files interchange with ``norm="batch"``.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Return the sum."""
+        out = x.contiguous().clone()
+        torch.distributed.all_reduce(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        """Return the sum of the gradients."""
+        return _SumOverRanks.forward(ctx, grad)
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm over the batches of all processes, on every device; plain BatchNorm for a single process.
+
+    ``torch.nn.SyncBatchNorm`` is for GPUs alone. The parameters are the same, so files interchange with
+    ``norm="batch"``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        if x.is_cuda:
+        alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
+        if alone or not self.training:
             return super().forward(x)
-        if self.training and self.num_batches_tracked is not None:
+        dtype, x = x.dtype, x.float()
+        count = _SumOverRanks.apply(x.new_tensor(float(x.numel() // x.shape[1])))
+        mean = _SumOverRanks.apply(x.sum((0, 2, 3))) / count
+        x = x - mean[:, None, None]
+        var = _SumOverRanks.apply(x.square().sum((0, 2, 3))) / count
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        momentum = 0.0 if self.momentum is None else self.momentum
-        mean, var = self.running_mean, self.running_var
-        return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, momentum, self.eps)
+            share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean.detach(), share)
+            self.running_var.lerp_(var.detach() * count / (count - 1), share)
+        scale = (var + self.eps).rsqrt() * self.weight
+        return (x * scale[:, None, None] + self.bias[:, None, None]).to(dtype)
 
 
 def norm2d(kind: Norm, channels: int) -> nn.Module:
     """Build the normalisation of a map with ``channels`` channels.
 
     ``"batch"`` keeps running statistics (batches of one or two are noisy, and a 1x1 map of a single image has none);
-    ``"sync"`` shares them over GPUs; ``"group"`` (32 groups or fewer) and ``"layer"`` look at one image alone.
+    ``"sync"`` shares them over processes; ``"group"`` (32 groups or fewer) and ``"layer"`` look at one image alone.
     """
     check_choice("norm", kind, get_args(Norm))
     if kind == "batch":

@@ -1,4 +1,4 @@
-"""Losses for adaptive computation: usage against a budget, and agreement with the full model."""
+"""Losses for adaptive computation (usage against a budget, agreement with the full model) and for depth."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["KINDS", "agreement_loss", "annealed_budget", "check_budget", "macs_loss", "usage", "usage_loss"]
+__all__ = [
+    "KINDS",
+    "agreement_loss",
+    "annealed_budget",
+    "check_budget",
+    "macs_loss",
+    "silog_loss",
+    "usage",
+    "usage_loss",
+]
 
 KINDS = ("patch", "head", "layer")
 Form = Literal["squared", "absolute"]
@@ -90,3 +99,21 @@ def check_budget(budget: float, name: str = "the budget") -> float:
     if not 0.0 < budget <= 1.0:
         raise ValueError(f"{name} is {budget}, and a share of the whole lies in (0, 1]; 0.5 keeps half of it")
     return float(budget)
+
+
+def silog_loss(depth: Tensor, target: Tensor, variance_focus: float = 0.85) -> Tensor:
+    """Return the scale-invariant logarithmic loss (Eigen et al. 2014): sqrt(mean(d^2) - variance_focus mean(d)^2).
+
+    d = log(depth) - log(target) over all pixels with a target. At 1 a common scale costs nothing, at 0 it is a plain
+    error of logarithms.
+
+    Args:
+        depth: predicted, positive, any shape.
+        target: measured, of the same shape; 0 or less where nothing was measured. Without any target the loss is 0.
+    """
+    known = target > 0
+    d = depth.float().clamp_min(1e-6).log() - target.float().clamp_min(1e-6).log()
+    count = known.sum().clamp_min(1)
+    mean = (d * known).sum() / count
+    square = (d.square() * known).sum() / count
+    return (square - variance_focus * mean.square()).clamp_min(1e-12).sqrt() * known.any()

@@ -2,42 +2,43 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adaptkit import registry
+from adaptkit.adapters._peft import Lodgers, lodgers
 from adaptkit.adapters.adavit import AdaViT
-from adaptkit.adapters.base import Adapter, BlockAdapter, SideAdapter, Trace, wrapped
+from adaptkit.adapters.base import BlockAdapter, Trace, wrapped
 from adaptkit.card import model_card
-from adaptkit.file import AdapterFile, check_fits, describe_backbone, load, write_folder
-from adaptkit.staged import StagedSpec, StagedViT
-from adaptkit.vit import Features, View, ViT
+from adaptkit.distributed import first_rank
+from adaptkit.file import check_fits, describe_backbone, write_folder
+from adaptkit.hub import Commit, push
+from adaptkit.parts import AdapterSet, as_file, differences, head_of, parts_of
+from adaptkit.vit import Features, View
 
 __all__ = ["AdaptedModel", "attach", "list_adapters", "list_heads"]
 
 
-class Part(NamedTuple):
-    """One adapter to build: what, how, and from which file its tensors come."""
-
-    entry: registry.Entry
-    config: Any
-    file: AdapterFile | None
-
-
-def attach(model: nn.Module, *adapters: Any, head: Any = None, strict: bool = False, **options: Any) -> AdaptedModel:
+def attach(
+    model: nn.Module, *adapters: Any, head: Any = None, name: str = "default", strict: bool = False, **options: Any
+) -> AdaptedModel:
     """Freeze ``model`` and attach adapters to it, and optionally a head.
 
     Args:
-        model: a timm or transformers ViT; see ``adaptkit doctor`` for what is seen of it.
-        adapters: each a name (``"vit-adapter"``), a config (``ViTAdapterConfig(injector=False)``), a pair
-            ``("vit-adapter", {"injector": False})``, or a saved adapter: its folder, or ``adaptkit.load(folder)``.
+        model: a timm or transformers ViT; see ``adaptkit doctor`` for what is seen of it. A ``PeftModel`` too: its
+            LoRA becomes the adapter ``"lora"``, is trained if it was, and is saved in the same file.
+        adapters: each a name (``"vit-adapter"``), a config (``ViTAdapterConfig(injector=False)``, or peft's
+            ``LoraConfig(r=16)``), a pair ``("vit-adapter", {"injector": False})``, or a saved adapter: its folder,
+            ``"org/name"`` on the Hub, or what ``adaptkit.load`` returns. A folder that peft saved is taken too.
         head: a config (``LinearHeadConfig(num_classes=21)``), a pair ``("linear", {"num_classes": 21})``, or your
             own module, called with :class:`~adaptkit.vit.Features`. A saved adapter brings its own head.
+        name: of these adapters together, for :meth:`AdaptedModel.set_adapter`.
         strict: make other backbone weights than those of the file an error instead of a warning.
         options: of the adapter, where it is the only one and given by name: ``attach(m, "vit-adapter", norm="group")``.
 
@@ -47,7 +48,10 @@ def attach(model: nn.Module, *adapters: Any, head: Any = None, strict: bool = Fa
     saved adapter that does not fit.
     """
     if isinstance(model, AdaptedModel):
-        raise TypeError("this model has adapters already: attach all of them in one call, or detach() first")
+        raise TypeError(
+            "this model has adapters already: attach all of them in one call, or detach() first; "
+            "add_adapter() adds a set under another name"
+        )
     if options:
         if len(adapters) != 1 or not isinstance(adapters[0], str):
             raise TypeError(
@@ -55,11 +59,17 @@ def attach(model: nn.Module, *adapters: Any, head: Any = None, strict: bool = Fa
             )
         adapters = ((adapters[0], options),)
     vit = registry.view(model)
-    parts: list[Part] = []
-    for adapter in adapters:
-        parts += _parts(adapter, vit, strict)
-    files = [a for a in (_as_file(a) for a in adapters) if a is not None]
-    return AdaptedModel(model, vit, parts, *_head(head, files))
+    inside = lodgers(vit.host)
+    try:
+        own = () if inside is None else (inside.config,)
+        built, loaded = _build((*own, *adapters), head, vit, strict)
+        if inside is not None:
+            inside.share(built.adapters["lora"])
+    except BaseException:
+        if inside is not None:
+            inside.put_back()
+        raise
+    return AdaptedModel(model, vit, built, name, inside).train(model.training and not loaded)
 
 
 def list_adapters() -> list[str]:
@@ -72,100 +82,34 @@ def list_heads() -> list[str]:
     return sorted(registry.heads())
 
 
-def _as_file(arg: Any) -> AdapterFile | None:
-    if isinstance(arg, AdapterFile):
-        return arg
-    if isinstance(arg, str | os.PathLike) and str(arg) not in registry.adapters() and Path(arg).exists():
-        return load(arg)
-    return None
-
-
-def _parts(arg: Any, vit: View, strict: bool) -> list[Part]:
-    file = _as_file(arg)
-    if file is None:
-        return [Part(*_configured(arg, registry.adapters(), "adapter"), None)]
-    check_fits(file, vit, strict)
-    saved = [(a["name"], a["config"]) for a in file.header["adapters"]]
-    return [Part(*_configured(pair, registry.adapters(), "adapter"), file) for pair in saved]
-
-
-def _head(arg: Any, files: list[AdapterFile]) -> tuple[Any, AdapterFile | None]:
-    """Return the head to build (or the module given) and the file its tensors come from."""
-    saved = [f for f in files if f.header["head"] is not None]
-    if arg is None and len(saved) > 1:
-        raise ValueError(f"{saved[0].path} and {saved[1].path} both bring a head; say which with head=")
-    if arg is None and not saved:
-        return None, None
-    if arg is None and saved[0].header["head"]["name"] is None:
-        raise ValueError(
-            f"the head in {saved[0].path} is a custom module ({saved[0].header['head']['class']}); build it and pass "
-            "it as head="
-        )
-    if arg is None:
-        head = saved[0].header["head"]
-        return _configured((head["name"], head["config"]), registry.heads(), "head"), saved[0]
-    if isinstance(arg, nn.Module):
-        custom = [f for f in saved if f.header["head"]["name"] is None]
-        return arg, custom[0] if custom else None
-    return _configured(arg, registry.heads(), "head"), None
-
-
-def _configured(arg: Any, known: dict[str, registry.Entry], kind: str) -> tuple[registry.Entry, Any]:
-    """Return the entry and config of a name, a config or a (name, options) pair."""
-    if dataclasses.is_dataclass(arg) and not isinstance(arg, type):
-        for entry in known.values():
-            if type(arg) is entry.config:
-                return entry, arg
-    name, options = arg if isinstance(arg, tuple) and len(arg) == 2 else (arg, {})
-    if not isinstance(name, str | os.PathLike) or not isinstance(options, dict):
-        raise TypeError(
-            f"{arg!r} is no {kind}: give a name ({', '.join(sorted(known))}), its config, a pair (name, options), or "
-            "a saved adapter"
-        )
-    if str(name) not in known:
-        raise ValueError(
-            f"no {kind} is named {str(name)!r} and no file is there; the {kind}s are {', '.join(sorted(known))}"
-        )
-    entry = known[str(name)]
-    try:
-        return entry, entry.configure(options)
-    except TypeError as error:  # a required option is missing
-        raise ValueError(f"{kind} {str(name)!r} needs more options: {error}") from error
+def _build(adapters: tuple[Any, ...], head: Any, vit: View, strict: bool) -> tuple[AdapterSet, bool]:
+    """Build a set of adapters for this host, and tell whether a file was loaded."""
+    parts, files = parts_of(adapters, vit, strict)
+    chosen, head_file = head_of(head, files)
+    return AdapterSet(vit, parts, chosen, head_file), bool(files)
 
 
 class AdaptedModel(nn.Module):
     """A frozen backbone with adapters, as :func:`attach` builds it; ``model(image)`` returns ``Features``.
 
     The backbone is never trained: no parameter of it requires a gradient and it stays in eval mode whatever
-    ``train()`` is told.
+    ``train()`` is told. Several sets of adapters can be attached, each with a name; one is active at a time.
     """
 
-    def __init__(
-        self, model: nn.Module, vit: View, parts: list[Part], head: Any = None, head_file: AdapterFile | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, vit: View, built: AdapterSet, name: str, inside: Lodgers | None) -> None:
         super().__init__()
-        names = [p.entry.name for p in parts]
-        if len(set(names)) != len(names):
-            raise ValueError(f"adapters {', '.join(names)}: each may be attached once")
-        spec = vit.spec
-        _check_staged(parts, vit)
-        built = {p.entry.name: _build(p, spec) for p in parts}
-        _check_inside(built, vit)
-        sides = [name for name, a in built.items() if isinstance(a, SideAdapter)]
-        if len(sides) > 1:
-            raise ValueError(f"{' and '.join(sides)} each own the loop over the blocks; attach one of them")
-        strides = spec.strides if isinstance(spec, StagedSpec) else built[sides[0]].strides if sides else ()
-        module, self._head_entry = _build_head(head, head_file, spec, strides)
-
-        # Nothing of the host is touched before everything that can fail has been built.
+        # Nothing of the host was touched before everything that can fail had been built.
         self._vit: View | None = vit
+        self._inside = inside
         self._restore = [(m, m.training) for m in model.modules()]
         self._restore_grad = [(p, p.requires_grad) for p in model.parameters()]
         self.backbone = model.requires_grad_(False)
-        self.adapters = nn.ModuleDict(built)
-        self.head: nn.Module | None = module
-        loaded = head_file is not None or any(p.file is not None for p in parts)
-        self.train(model.training and not loaded)
+        self.sets = nn.ModuleDict({_checked_name(name): built})
+        self._active: str | None = name
+        self._disabled = False
+        built.install()
+
+    # ------------------------------------------------------------------------------------------- what it is made of
 
     @property
     def vit(self) -> Any:
@@ -179,20 +123,56 @@ class AdaptedModel(nn.Module):
         """What the adapters were built for."""
         return self.vit.spec
 
+    @property
+    def active_adapter(self) -> str | None:
+        """Name of the active set; None where all were deleted."""
+        return self._active
+
+    @property
+    def adapters(self) -> nn.ModuleDict:
+        """The adapters of the active set, by method."""
+        return self._acting.adapters if self._active is not None else nn.ModuleDict()
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The head of the active set."""
+        return self._acting.head if self._active is not None else None
+
+    @property
+    def _acting(self) -> AdapterSet:
+        if self._active is None:
+            raise RuntimeError("every adapter of this model was deleted; add_adapter() one")
+        return self._set(self._active)
+
+    def _set(self, name: str) -> AdapterSet:
+        if name not in self.sets:
+            raise ValueError(f"no adapters are named {name!r}; there are {', '.join(map(repr, self.sets)) or 'none'}")
+        found: Any = self.sets[name]
+        return found
+
+    def _away(self) -> Iterator[tuple[nn.Parameter, bool]]:
+        """Parameters of the inactive sets, and whether they are trained when active."""
+        for one in self.sets.values():
+            yield from getattr(one, "away", ())
+
+    # ------------------------------------------------------------------------------------------------------ running
+
     def forward(self, image: Tensor) -> Features:
         """Image (B, 3, H, W), normalised as the backbone wants it, of any size -> features."""
         if image.ndim != 4:
             raise ValueError(f"image has shape {tuple(image.shape)}; expected (batch, channels, height, width)")
+        vit = self.vit
+        if self._disabled or self._active is None:
+            features = vit.features(image)
+            return features._replace(logits=vit.logits(features))
+        acting = self._acting
         trace: Trace = {}
-        vit, side = self.vit, None
-        wrappers = [a for a in self.adapters.values() if isinstance(a, BlockAdapter)]
+        wrappers = [a for a in acting if isinstance(a, BlockAdapter)]
         if wrappers:
             vit = wrapped(vit, wrappers, trace)
-        for adapter in self.adapters.values():
-            side = adapter if isinstance(adapter, SideAdapter) else side
-        features = vit.features(image) if side is None else side(vit, image, trace)
+        features = vit.features(image) if acting.side is None else acting.side(vit, image, trace)
         features = features._replace(aux={**features.aux, **trace})
-        logits = self.vit.logits(features) if self.head is None else self.head(features)
+        logits = self.vit.logits(features) if acting.head is None else acting.head(features)
         return features._replace(logits=logits)
 
     def train(self, mode: bool = True) -> AdaptedModel:
@@ -202,47 +182,165 @@ class AdaptedModel(nn.Module):
             self.backbone.eval()
         return self
 
+    # ---------------------------------------------------------------------------------------------- several adapters
+
+    def add_adapter(self, *adapters: Any, name: str, head: Any = None, strict: bool = False) -> None:
+        """Attach another set under a name, as :func:`attach` takes it. It does not act before :meth:`set_adapter`."""
+        if _checked_name(name) in self.sets:
+            raise ValueError(f"adapters named {name!r} are there already; delete_adapter({name!r}), or choose a name")
+        with self._bare():
+            built, loaded = _build(adapters, head, self.vit, strict)
+        built.remove()
+        like = next(self.backbone.parameters())
+        self.sets[name] = built.to(like.device).train(self.training and not loaded)
+
+    def set_adapter(self, name: str) -> None:
+        """Make this set the active one: it alone runs and is trained. Nothing is recompiled for a set seen before."""
+        chosen = self._set(name)
+        if self._active is not None:
+            self._acting.remove()
+        self._active = name
+        if not self._disabled:
+            chosen.install()
+
+    def delete_adapter(self, name: str) -> None:
+        """Drop a set. If it was active, the first of the others now is; with none left the backbone runs plain."""
+        dropped = self._set(name)
+        dropped.remove()
+        del self.sets[name]
+        if self._active == name:
+            self._active = None
+            if len(self.sets):
+                self.set_adapter(next(iter(self.sets)))
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run the plain backbone inside: ``with model.disable_adapter(): model(image)``, bit for bit."""
+        with self._bare():
+            was, self._disabled = self._disabled, True
+            try:
+                yield
+            finally:
+                self._disabled = was
+
+    @contextmanager
+    def _bare(self) -> Iterator[None]:
+        """Inside, the host has its own layers, whatever acts in them."""
+        acting = [] if self._active is None or self._disabled else self._acting.weight_adapters
+        merged = [a for a in acting if a.merged]
+        for adapter in acting:
+            adapter.remove()
+        try:
+            yield
+        finally:
+            for adapter in acting:
+                adapter.install()
+            for adapter in merged:
+                adapter.merge()
+
+    def hotswap_adapter(self, source: Any, name: str | None = None, strict: bool = False) -> None:
+        """Put the tensors of a saved adapter into a set of the same methods and options: a compiled model goes on.
+
+        Args:
+            source: a folder, or ``adaptkit.load(folder)``.
+            name: of the set; the active one by default.
+            strict: as :func:`attach`.
+
+        Raises ``ValueError`` where the file was made with other methods or options.
+        """
+        file = as_file(source)
+        if file is None:
+            raise ValueError(f"{source!r} is no saved adapter: give its folder, or adaptkit.load(folder)")
+        check_fits(file, self.vit, strict)
+        chosen = self._acting if name is None else self._set(name)
+        for theirs, mine in differences(file.header, chosen.header()):
+            raise ValueError(
+                f"{file.path} holds {theirs}, this set has {mine}; a swap in place needs the same: load it as another "
+                "set with add_adapter(file, name=...)"
+            )
+        chosen.load(file.tensors)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return how many parameters are trained, and how many there are."""
+        every = list(self.parameters())
+        return sum(p.numel() for p in every if p.requires_grad), sum(p.numel() for p in every)
+
+    def print_trainable_parameters(self) -> None:
+        """Print these numbers."""
+        trained, every = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100 * trained / every:.4f}")
+
+    # ------------------------------------------------------------------------------------------------------- merging
+
+    def merge_adapter(self) -> None:
+        """Add LoRA to the backbone's weights, so that it costs nothing; other adapters run as before.
+
+        Raises ``TypeError`` where the active set has nothing that merges.
+        """
+        found = self._acting.weight_adapters
+        if not found:
+            raise TypeError(f"{', '.join(self.adapters) or 'a head'}: none of these can be merged into weights")
+        if self.training:
+            raise RuntimeError("merged weights are not trained: call eval() before merge_adapter()")
+        for adapter in found:
+            adapter.merge()
+
+    def unmerge_adapter(self) -> None:
+        """Put the backbone's weights back as they were, exactly."""
+        for adapter in self._acting.weight_adapters:
+            adapter.unmerge()
+
+    def merge_and_unload(self) -> nn.Module:
+        """Return the backbone with LoRA in its weights and nothing attached.
+
+        Raises ``TypeError`` where other adapters are attached, for they are no weights of the backbone.
+        """
+        acting = self._acting
+        others = [n for n, a in zip(acting.adapters, acting) if a not in acting.weight_adapters]
+        if others or not acting.weight_adapters:
+            raise TypeError(f"{', '.join(others) or 'no adapter'}: this cannot become weights of the backbone; merge a "
+                            "set that is LoRA alone, or use merge_adapter() and keep the model")  # fmt: skip
+        if self._inside is not None:
+            raise TypeError("this backbone is a PeftModel: detach() it and call its own merge_and_unload()")
+        sites = [site for a in acting.weight_adapters for site in a.sites()]
+        self.eval().merge_adapter()
+        merged = [(site.base, site.base.weight.detach().clone()) for site in sites]
+        model = self.detach()
+        with torch.no_grad():
+            for base, weight in merged:
+                base.weight.copy_(weight)
+        return model
+
+    # -------------------------------------------------------------------------------------------------------- saving
+
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Return the tensors that the file holds: ``<adapter>.<own key>`` and ``head.<own key>``."""
-        tensors = {f"{n}.{k}": v for n, a in self.adapters.items() for k, v in a.state_dict().items()}
-        if self.head is not None:
-            tensors.update({f"head.{k}": v for k, v in self.head.state_dict().items()})
-        return tensors
+        return self._acting.tensors()
 
     def load_adapter_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Put such tensors back; ``ValueError`` names what is missing, unexpected or of another shape."""
-        own = self.adapter_state_dict()
-        check_tensors(own, tensors, "the tensors given")
-        for name, module in self._own_modules().items():
-            prefix = name + "."
-            module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
-
-    def _own_modules(self) -> dict[str, nn.Module]:
-        own: dict[str, nn.Module] = dict(self.adapters.items())
-        return own if self.head is None else {**own, "head": self.head}
+        self._acting.load(tensors)
 
     def header(self) -> dict[str, Any]:
         """Return what the file says besides its tensors."""
-        adapters = [{"name": n, "config": dataclasses.asdict(a.config)} for n, a in self._adapters().items()]
-        head = None
-        if self.head is not None:
-            entry = self._head_entry
-            cls = f"{type(self.head).__module__}.{type(self.head).__qualname__}"
-            config: Any = getattr(self.head, "config", None)
-            head = {"name": entry.name, "config": dataclasses.asdict(config)} if entry else {"name": None, "class": cls}
-        return {"adapters": adapters, "head": head, "backbone": describe_backbone(self.vit)}
-
-    def _adapters(self) -> dict[str, Adapter]:
-        return {n: a for n, a in self.adapters.items() if isinstance(a, Adapter)}
+        return {**self._acting.header(), "backbone": describe_backbone(self.vit)}
 
     def save(self, folder: str | os.PathLike[str], **metadata: Any) -> Path:
-        """Write the adapters and the head to ``folder``: weights, config and card, each atomically.
+        """Write the active adapters and their head to ``folder``: weights, config and card, each atomically.
 
-        ``metadata`` (JSON values, e.g. ``task="segmentation"``, ``classes=[...]``) is kept in the header. Raises
-        ``OSError`` where the folder cannot be written.
+        ``metadata`` (JSON values, e.g. ``task="segmentation"``, ``classes=[...]``) is kept in the header. A model that
+        is sharded is gathered first, so every rank must call this; the first one writes. Raises ``OSError`` where the
+        folder cannot be written.
         """
         header = {**self.header(), "metadata": metadata}
-        return write_folder(folder, header, self.adapter_state_dict(), model_card(header))
+        tensors = self.adapter_state_dict()
+        if not first_rank(self.vit):
+            return Path(folder)
+        return write_folder(folder, header, tensors, model_card(header))
+
+    def push(self, repo_id: str, **options: Any) -> Commit:
+        """Upload what ``save`` writes to a model repository on the Hub; see :func:`adaptkit.hub.push`."""
+        return push(self, repo_id, **options)
 
     @torch.no_grad()
     def verify(self, image: Tensor, tolerance: float = 1e-5) -> float:
@@ -276,14 +374,25 @@ class AdaptedModel(nn.Module):
         """Return the very backbone that was given, its training modes and ``requires_grad`` flags as they were."""
         if self._vit is None:
             raise RuntimeError("this model was detached already")
+        if self._active is not None:
+            for adapter in self._acting.weight_adapters:
+                adapter.remove()
+        if self._inside is not None:
+            self._inside.put_back()
         for module, mode in self._restore:
             module.training = mode
-        for parameter, flag in self._restore_grad:
+        for parameter, flag in [*self._restore_grad, *self._away()]:
             parameter.requires_grad_(flag)
         model = self.backbone
         self._vit = None
         del self.backbone
         return model
+
+
+def _checked_name(name: str) -> str:
+    if not name or "." in name or "/" in name:
+        raise ValueError(f"adapters cannot be named {name!r}: a name is not empty and has no '.' and no '/'")
+    return name
 
 
 def _outputs(features: Features) -> list[Tensor]:
@@ -293,69 +402,3 @@ def _outputs(features: Features) -> list[Tensor]:
 
 def _distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max().clamp_min(1.0))
-
-
-def _check_staged(parts: list[Part], vit: View) -> None:
-    """On a host of several stages there is no one width and no one grid to build for."""
-    for part in parts:
-        if isinstance(vit, StagedViT) and not part.entry.module.staged:
-            fits = ", ".join(name for name, entry in sorted(registry.adapters().items()) if entry.module.staged)
-            raise TypeError(
-                f"{part.entry.name} needs one width and one grid from the first block to the last, "
-                f"{type(vit.host).__name__} has stages of {', '.join(map(str, vit.spec.dims))} channels at strides "
-                f"{', '.join(map(str, vit.spec.strides))}, its own pyramid; attach {fits} to it, or use a plain ViT"
-            )
-
-
-def _check_inside(built: dict[str, nn.Module], vit: View) -> None:
-    """Adapters that run a block from its parts need a host that has them, and the bare block."""
-    wrappers = [(name, a) for name, a in built.items() if isinstance(a, BlockAdapter)]
-    for place, (name, adapter) in enumerate(wrappers):
-        if adapter.inside and not (isinstance(vit, ViT) and vit.splits):
-            raise TypeError(
-                f"{name} steps inside the attention, and that of {type(vit.host).__name__} does not come apart into "
-                "q, k, v and an output; attach it to a ViT with plain attention"
-            )
-        if adapter.inside and place > 0:
-            raise ValueError(
-                f"{name} steps inside the blocks, but {wrappers[place - 1][0]} was given before it and would be left "
-                f"out; name {name} first, and only one adapter of this kind"
-            )
-
-
-def _build(part: Part, spec: Any) -> nn.Module:
-    module = part.entry.module(spec, part.config)
-    if part.file is not None:
-        tensors = part.file.tensors_of(part.entry.name)
-        check_tensors(module.state_dict(), tensors, f"{part.file.path}, adapter {part.entry.name!r}")
-        module.load_state_dict(tensors)
-    return module
-
-
-def _build_head(
-    head: Any, file: AdapterFile | None, spec: Any, strides: tuple[int, ...]
-) -> tuple[nn.Module | None, registry.Entry | None]:
-    if head is None:
-        return None, None
-    entry = None if isinstance(head, nn.Module) else head[0]
-    module = head if isinstance(head, nn.Module) else head[0].module(spec, head[1], strides)
-    if file is not None:
-        tensors = file.tensors_of("head")
-        check_tensors(module.state_dict(), tensors, f"{file.path}, head")
-        module.load_state_dict(tensors)
-    return module, entry
-
-
-def check_tensors(own: dict[str, Tensor], given: dict[str, Tensor], where: str) -> None:
-    """Raise ``ValueError`` where the keys or shapes of ``given`` are not those of ``own``."""
-    missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"{where}: {len(missing)} tensors are missing ({', '.join(missing[:3])}), {len(unexpected)} are not "
-            f"expected ({', '.join(unexpected[:3])}); the file does not match its own header: save it again"
-        )
-    for key, tensor in own.items():
-        if tensor.shape != given[key].shape:
-            raise ValueError(
-                f"{where}: {key} has shape {tuple(given[key].shape)}, this model needs {tuple(tensor.shape)}"
-            )

@@ -12,7 +12,6 @@ Every dense-prediction library wants the same thing, maps at strides s_0 < s_1 <
 
 from __future__ import annotations
 
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -23,9 +22,12 @@ from torch import Tensor, nn
 
 from adaptkit.adapters.base import SideAdapter
 from adaptkit.card import model_card
-from adaptkit.file import check_fits, load, write_folder
-from adaptkit.model import AdaptedModel, check_tensors
+from adaptkit.distributed import first_rank, sharded_like, whole
+from adaptkit.file import check_fits, write_folder
+from adaptkit.hub import load
+from adaptkit.model import AdaptedModel
 from adaptkit.ops.grid import cells
+from adaptkit.parts import check_tensors, differences
 from adaptkit.staged import StagedSpec
 
 __all__ = ["Pyramid", "as_pyramid"]
@@ -64,7 +66,7 @@ def as_pyramid(
     if model.head is not None:
         raise ValueError(
             f"the model has a head ({type(model.head).__name__}), which a pyramid would run and never train: attach "
-            "without head=, or set model.head = None"
+            "without head="
         )
     wanted = tuple(strides) if strides is not None else tuple(made)
     if not wanted or list(wanted) != sorted(set(wanted) & made.keys()):
@@ -128,6 +130,11 @@ class Pyramid(nn.Module):
     def maps(self, image: Tensor) -> list[Tensor]:
         """Image (B, 3, H, W) of any size -> the maps (B, channels[i], H / strides[i], W / strides[i]), rounded up."""
         made = self.model(image).maps
+        if len(made) <= self._levels[-1]:
+            raise RuntimeError(
+                f"the active adapters ({', '.join(self.model.adapters) or 'none'}) make {len(made)} maps, this pyramid "
+                f"was made of {len(self._levels)}: set_adapter() those that it was made with"
+            )
         taken = [made[i] for i in self._levels]
         if self.training and len(taken) < len(made):
             # DDP wants a gradient of every parameter, also of those that only feed the maps left out: one of zero.
@@ -164,28 +171,29 @@ class Pyramid(nn.Module):
         if network is not None:
             header["head"] = {"name": None, "class": f"{type(network).__module__}.{type(network).__qualname__}"}
             tensors.update({f"head.{k}": v for k, v in self.beside(network).items()})
+        if not first_rank(self.model.vit):
+            return Path(folder)
         return write_folder(folder, header, tensors, model_card(header))
 
     def load(self, folder: str | os.PathLike[str], network: nn.Module | None = None, strict: bool = False) -> None:
         """Put back what :meth:`save` wrote, into this adapter and ``network``, built as they were.
 
-        ``strict`` makes other backbone weights than the file's an error instead of a warning. Raises ``ValueError``
-        where backbone, adapters or network are not those of the file; nothing is changed then.
+        ``folder`` is also an id on the Hub. ``strict`` makes other backbone weights than the file's an error instead
+        of a warning. Raises ``ValueError`` where backbone, adapters or network are not those of the file; nothing is
+        changed then.
         """
         file = load(folder)
         check_fits(file, self.model.vit, strict)
-        here = self.model.header()["adapters"]
-        if json.dumps(here, sort_keys=True) != json.dumps(file.header["adapters"], sort_keys=True):
-            raise ValueError(
-                f"{file.path} holds adapters {json.dumps(file.header['adapters'])}, this model has {json.dumps(here)}; "
-                "attach those of the file"
-            )
+        here = self.model.header()
+        for theirs, mine in differences({**file.header, "head": None}, {**here, "head": None}):
+            raise ValueError(f"{file.path} holds {theirs}, this model has {mine}; attach what the file holds")
         head = file.tensors_of("head")
         own = {} if network is None else self.beside(network)
         check_tensors(own, head, f"{file.path}, beside the pyramid")
         self.model.load_adapter_state_dict({k: v for k, v in file.tensors.items() if not k.startswith("head.")})
-        if network is not None:
-            network.load_state_dict(head, strict=False)  # the pyramid's own keys are the ones left out
+        if network is not None:  # the pyramid's own keys are the ones left out
+            state = network.state_dict()
+            network.load_state_dict({k: sharded_like(v, state[k]) for k, v in head.items()}, strict=False)
 
     def beside(self, network: nn.Module) -> dict[str, Tensor]:
         """Return the tensors of ``network`` that are not in this pyramid, by the network's own keys."""
@@ -194,7 +202,7 @@ class Pyramid(nn.Module):
             raise ValueError(
                 f"this pyramid is not inside the {type(network).__name__} given: pass the network it is in"
             )
-        return {k: v for k, v in network.state_dict().items() if prefix and not k.startswith(prefix + ".")}
+        return {k: whole(v) for k, v in network.state_dict().items() if prefix and not k.startswith(prefix + ".")}
 
 
 def _backbone_output(maps: Sequence[Tensor]) -> Any:

@@ -1,7 +1,11 @@
 """Names to adapters and heads, class paths to backbone families.
 
 Nothing is listed by hand: the modules of ``adaptkit/backbones``, ``adaptkit/adapters`` and ``adaptkit/heads`` are
-imported on first use, and each registers what it defines.
+imported on first use, and each registers what it defines. So are the modules that other installed packages name by an
+entry point of the group ``adaptkit.plugins``::
+
+    [project.entry-points."adaptkit.plugins"]
+    my-adapter = "my_package.my_adapter"
 """
 
 from __future__ import annotations
@@ -10,7 +14,9 @@ import dataclasses
 import functools
 import importlib
 import pkgutil
+import warnings
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
@@ -31,6 +37,8 @@ class Entry(NamedTuple):
 
     def configure(self, options: dict[str, Any]) -> Any:
         """Build the config from JSON-like options; an unknown option is a ``ValueError`` that names the known ones."""
+        if hasattr(self.config, "configure"):
+            return self.config.configure(options)
         known = [f.name for f in dataclasses.fields(self.config)]
         unknown = sorted(set(options) - set(known))
         if unknown:
@@ -78,6 +86,23 @@ def _discover(folder: str) -> None:
     package = importlib.import_module(f"adaptkit.{folder}")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
+    _plugins()
+
+
+@functools.cache
+def _plugins() -> None:
+    """Import what other packages bring. One that fails is left out with a warning: it must not stop the others."""
+    for point in metadata.entry_points(group="adaptkit.plugins"):
+        try:
+            point.load()
+        except Exception as error:
+            package = point.dist.name if point.dist else "unknown"
+            warnings.warn(
+                f"the plug-in {point.name!r} of package {package} ({point.value}) could not be imported and is left "
+                f"out: {error!r}. Repair or uninstall that package",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 def families() -> dict[str, Callable[[nn.Module], View]]:

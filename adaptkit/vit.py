@@ -50,6 +50,7 @@ class Source(NamedTuple):
     revision: str = ""  #: commit, where recorded
     mean: tuple[float, ...] = ()  #: normalisation of the image, channel by channel, for values in 0..1
     std: tuple[float, ...] = ()
+    classes: int = 0  #: of the host's own classifier
 
 
 class Features(NamedTuple):
@@ -146,6 +147,7 @@ class View(ABC):
 
     def __init__(self, host: nn.Module) -> None:
         self.host = host
+        self.sharded: Sequence[nn.Module] = ()  #: the host's blocks, where their parameters lie on several devices
 
     @abstractmethod
     def features(self, image: Tensor) -> Features:

@@ -1,4 +1,4 @@
-"""Images and masks from a Parquet file, a Hub data set or a folder, transformed together."""
+"""Images with a map of the same size, of classes or of depths: from a Parquet file, a Hub data set or a folder."""
 
 from __future__ import annotations
 
@@ -21,23 +21,41 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 def open_dataset(
-    name: str, split: str, columns: tuple[str | None, str | None] = (None, None), streaming: bool = False
+    name: str,
+    split: str,
+    columns: tuple[str | None, str | None] = (None, None),
+    streaming: bool = False,
+    names: tuple[str, ...] = MASK_NAMES,
 ) -> Any:
     """Return a ``datasets.Dataset`` with the columns ``image`` and ``mask``, both decoded to PIL images.
 
-    ``name`` is a Parquet file (or a pattern such as ``train-*.parquet``), a folder with ``images/`` and ``masks/``
-    (same file stems), or a Hub id, of which ``split`` is read; with ``streaming`` it is an ``IterableDataset``, read as
-    it goes. Raises ``ValueError`` where images or masks are not found or nothing is in it.
+    Args:
+        name: a Parquet file or a pattern (``"train-*.parquet"``), a folder with ``images/`` and ``masks/`` (or
+            another of ``names``; same file stems), a Cityscapes folder (``leftImg8bit/`` and ``gtFine/``), or a Hub id.
+        split: what is read of a Hub id and of Cityscapes.
+        columns: of images and of masks, where they are not found by themselves.
+        streaming: return an ``IterableDataset``, read as it goes.
+        names: of the second column, and of its folder, in the order of preference.
+
+    Raises ``ValueError`` where images or masks are not found or nothing is in it.
     """
     path = Path(name)
-    data = _folder(path) if path.is_dir() else open_rows(name, split, "a folder with images/ and masks/", streaming)
+    if (path / "leftImg8bit").is_dir():
+        data = _cityscapes(path, {"validation": "val"}.get(split, split))
+    elif path.is_dir():
+        data = _folder(path, next((n for n in names if (path / n).is_dir()), "masks"))
+    else:
+        data = open_rows(name, split, "a folder with images/ and masks/", streaming)
     data = filled(data, f"{name} ({split})", streaming)
-    image, mask = _columns(data, columns, name)
+    image, mask = _columns(data, columns, name, names)
     return renamed(data, {image: "image", mask: "mask"})
 
 
 def open_rows(name: str, split: str, folder: str, streaming: bool = False) -> Any:
-    """Open a Parquet file or pattern (all of it) or a Hub id (its ``split``); ``folder`` says what else it might be."""
+    """Open a Parquet file or pattern (all of it), or a Hub id: its ``split``, or the one named in ``org/set@split``.
+
+    ``folder`` says what else it might be.
+    """
     import datasets
 
     path = Path(name)
@@ -51,7 +69,8 @@ def open_rows(name: str, split: str, folder: str, streaming: bool = False) -> An
     elif path.exists():
         raise ValueError(f"{name} is neither a Parquet file nor {folder}")
     else:
-        data = datasets.load_dataset(name, split=split, streaming=streaming)
+        repository, _, own = name.partition("@")
+        data = datasets.load_dataset(repository, split=own or split, streaming=streaming)
     return data
 
 
@@ -75,13 +94,27 @@ def renamed(data: Any, names: dict[str, str]) -> Any:
     return data.rename_columns(other) if other else data
 
 
-def _folder(path: Path) -> Any:
-    import datasets
-
+def _folder(path: Path, second: str) -> Any:
     images = {p.stem: p for p in sorted((path / "images").glob("*")) if p.suffix.lower() in SUFFIXES}
-    masks = {p.stem: p for p in sorted((path / "masks").glob("*")) if p.suffix.lower() in SUFFIXES}
+    masks = {p.stem: p for p in sorted((path / second).glob("*")) if p.suffix.lower() in SUFFIXES}
     if not images:
         raise ValueError(f"{path}/images holds no images ({', '.join(sorted(SUFFIXES))})")
+    return _paired(path, images, masks)
+
+
+def _cityscapes(path: Path, split: str) -> Any:
+    """``leftImg8bit/<split>/<city>/<name>_leftImg8bit.png`` with ``gtFine/.../<name>_gtFine_labelIds.png``."""
+    found = {}
+    for folder, end in (("leftImg8bit", "_leftImg8bit.png"), ("gtFine", "_gtFine_labelIds.png")):
+        found[folder] = {p.name.removesuffix(end): p for p in sorted((path / folder / split).glob(f"*/*{end}"))}
+    if not found["leftImg8bit"]:
+        raise ValueError(f"{path}/leftImg8bit/{split} holds no <city>/*_leftImg8bit.png")
+    return _paired(path, found["leftImg8bit"], found["gtFine"])
+
+
+def _paired(path: Path, images: dict[str, Path], masks: dict[str, Path]) -> Any:
+    import datasets
+
     lonely = sorted(images.keys() ^ masks.keys())
     if lonely:
         raise ValueError(f"{path}: {len(lonely)} of {len(images)} images and masks have no partner, e.g. {lonely[0]!r}")
@@ -90,20 +123,20 @@ def _folder(path: Path) -> Any:
     return datasets.Dataset.from_dict(rows, features=features)
 
 
-def _columns(data: Any, columns: tuple[str | None, str | None], name: str) -> tuple[str, str]:
+def _columns(data: Any, columns: tuple[str | None, str | None], name: str, names: tuple[str, ...]) -> tuple[str, str]:
     import datasets
 
     pictures = [k for k, f in data.features.items() if isinstance(f, datasets.Image)]
     for column in columns:
         if column is not None and column not in pictures:
             raise ValueError(f"{name} has no column of images {column!r}; its columns are {dict(data.features)}")
-    mask = columns[1] or next((m for m in MASK_NAMES if m in pictures), None)
+    mask = columns[1] or next((m for m in (*names, "mask") if m in pictures), None)
     image = columns[0] or next((k for k in pictures if k != mask), None)
     mask = mask or next((k for k in pictures if k != image), None)
     if image is None or mask is None:
         raise ValueError(
             f"{name} has no pair of image columns; its columns are {dict(data.features)}. Name them with "
-            "--image-column and --mask-column"
+            f"--image-column and --{'mask' if names is MASK_NAMES else names[0]}-column"
         )
     return image, mask
 
@@ -115,8 +148,17 @@ class SegmentationData(Rows):
     own, so that they do not depend on workers, ranks or a resumed run. Others are resized only.
     """
 
-    def __init__(self, data: Any, size: tuple[int, int], source: Source, seed: int = 0, train: bool = False) -> None:
+    def __init__(
+        self,
+        data: Any,
+        size: tuple[int, int],
+        source: Source,
+        seed: int = 0,
+        train: bool = False,
+        labels: Tensor | None = None,
+    ) -> None:
         super().__init__(data, seed)
+        self.labels = labels
         mean, std = (source.mean, source.std) if source.mean else IMAGENET
         aspect = size[1] / size[0]
         steps = [v2.ToImage(), v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
@@ -132,8 +174,32 @@ class SegmentationData(Rows):
 
     def make(self, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Row with PIL image and mask -> (image (3, H, W) float, mask (H, W) int64)."""
-        image, mask = self.transform(row["image"].convert("RGB"), tv_tensors.Mask(mask_array(row["mask"])))
+        image, mask = self.transform(row["image"].convert("RGB"), tv_tensors.Mask(self.mask(row)))
         return image.as_subclass(Tensor), mask.as_subclass(Tensor)
+
+    def mask(self, row: dict[str, Any]) -> Tensor:
+        """Row -> class ids (H, W), by the table of labels if there is one."""
+        ids = mask_array(row["mask"])
+        return ids if self.labels is None else self.labels[ids.clamp(0, len(self.labels) - 1)]
+
+
+def label_table(mapping: dict[str, int], reduce_zero: bool, ignore_index: int) -> Tensor | None:
+    """Return what each label of a file becomes, (256,), or None where it stays.
+
+    Args:
+        mapping: ``{"7": 0, "8": 1}``; labels that are not in it are ignored.
+        reduce_zero: label 0 is ignored and the others come down by one, as ADE20K's 150 classes are meant.
+        ignore_index: what an ignored label becomes.
+    """
+    if not mapping and not reduce_zero:
+        return None
+    table = torch.full((256,), ignore_index) if mapping else torch.arange(256)
+    for label, target in mapping.items():
+        table[int(label)] = target
+    if reduce_zero:
+        moved = torch.where((table == 0) | (table == ignore_index), ignore_index, table - 1)
+        table = moved
+    return table
 
 
 def mask_array(mask: Any) -> Tensor:
@@ -154,7 +220,7 @@ def check_labels(data: SegmentationData, num_classes: int, ignore_index: int, na
     mapped = hasattr(data.data, "__len__")
     rows = (data.data[i] for i in range(min(len(data), most))) if mapped else data.data.take(most // 10)
     for index, row in enumerate(rows):
-        labels = torch.unique(mask_array(decoded(row)["mask"]))
+        labels = torch.unique(data.mask(decoded(row)))
         wrong = [int(v) for v in labels if v != ignore_index and not 0 <= v < num_classes]
         if wrong:
             raise ValueError(

@@ -1,5 +1,5 @@
-"""Images with one class each: a Parquet file, a Hub data set, a folder of class folders, scikit-learn's digits, or
-crops of a segmentation set."""
+"""Images with one class each: Parquet files, a Hub data set, a folder of class folders, a list of images,
+scikit-learn's digits, or crops of a segmentation set."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
 from adaptkit.vit import Source
 
-from .data import IMAGENET, open_dataset
+from .data import IMAGENET, filled, open_dataset, open_rows, renamed
+from .order import Rows
 
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
+KNOWN = "a folder with one folder per class, or a .txt list of images"
 PURE = 0.6  # least share of a crop that its class must cover
 
 
@@ -54,17 +57,104 @@ def open_labelled(name: str, split: str, size: int) -> Labelled:
         return _digits(split, size)
     if name.startswith("crops:"):
         return _crops(name.removeprefix("crops:"), size)
-    data = _dataset(name, split)
-    image, label = _columns(data, name)
+    data, classes = open_images(name, split)
     resize = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
-    images = torch.stack([resize(row.convert("RGB")) for row in data[image]])
-    labels = torch.tensor(data[label])
-    names = getattr(data.features[label], "names", None) or [str(i) for i in range(int(labels.max()) + 1)]
-    return Labelled(images, labels, list(names))
+    images = torch.stack([resize(row["image"].convert("RGB")) for row in data])
+    return Labelled(images, torch.tensor(data["label"][:]), classes)
 
 
-def _digits(split: str, size: int) -> Labelled:
-    """1797 handwritten digits of 8 x 8 pixels, brought to size bilinearly."""
+def open_images(
+    name: str, split: str, columns: tuple[str | None, str | None] = (None, None), streaming: bool = False
+) -> tuple[Any, list[str]]:
+    """Return rows with the columns ``image`` (PIL) and ``label`` (int), and the names of the classes.
+
+    Args:
+        name: ``digits``, a Parquet file or a pattern, a folder with one folder per class, a ``.txt`` list whose lines
+            are ``path label`` with paths beside it, or a Hub id.
+        split: what is read of the digits (``train`` or ``validation``) and of a Hub id.
+        columns: of images and of labels, where they are not found by themselves.
+        streaming: return an ``IterableDataset``, read as it goes.
+
+    The names are numbers where the set has none; a stream without names gives []. Raises ``ValueError`` where nothing
+    is found, or images and labels are not.
+    """
+    import datasets
+
+    path = Path(name)
+    if name == "digits":
+        pixels, labels = _digits_of(split)
+        pictures = [Image.fromarray((p.reshape(8, 8) / 16 * 255).astype(np.uint8)) for p in pixels]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(10)})
+        data = datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features)
+    elif path.is_dir():
+        data = datasets.load_dataset("imagefolder", data_dir=name, split="train", streaming=streaming)
+    elif path.suffix == ".txt":
+        data = _listed(path)
+    else:
+        data = open_rows(name, split, KNOWN, streaming)
+    data = filled(data, f"{name} ({split})", streaming)
+    image, label = _columns(data, columns, name)
+    data = renamed(data, {image: "image", label: "label"})
+    names = getattr(data.features["label"], "names", None) or []
+    if not names and not streaming:
+        names = [str(i) for i in range(max(data["label"]) + 1)]
+    return data, list(names)
+
+
+def _listed(path: Path) -> Any:
+    """Read a list of images, one ``path label`` a line, as VTAB-1k has it."""
+    import datasets
+
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    rows: dict[str, list[Any]] = {"image": [], "label": []}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        file, _, label = line.strip().rpartition(" ")
+        if not file or not label.isdigit():
+            raise ValueError(f"{path}, line {number}: {line!r} is no 'path label', e.g. 'images/000.jpg 3'")
+        rows["image"].append(str(path.parent / file))
+        rows["label"].append(int(label))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+class LabelledData(Rows):
+    """Pairs (image (3, size, size) normalised as the backbone wants it, label).
+
+    Args:
+        data: rows with ``image`` and ``label``.
+        size: side in pixels.
+        source: of the backbone, for the normalisation.
+        seed: of the augmentation.
+        augment: ``"crop"`` (a random part of at least ``least`` of the image), ``"flip"`` (mirrored at random too), or
+            ``"none"``, the whole image squeezed to a square.
+        train: whether to augment; else the centre of the image, 7/8 of it, or the whole with ``augment="none"``.
+    """
+
+    def __init__(
+        self, data: Any, size: int, source: Source, seed: int, augment: str, train: bool, least: float = 0.08
+    ) -> None:
+        super().__init__(data, seed)
+        mean, std = (source.mean, source.std) if source.mean else IMAGENET
+        if augment == "none":
+            steps = [v2.Resize((size, size), antialias=True)]
+        elif train:
+            steps = [v2.RandomResizedCrop(size, scale=(least, 1.0), antialias=True)]
+            steps += [v2.RandomHorizontalFlip()] if augment == "flip" else []
+        else:
+            steps = [v2.Resize(round(size * 8 / 7), antialias=True), v2.CenterCrop(size)]
+        to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+        self.transform = v2.Compose([*to_tensor, *steps, v2.Normalize(list(mean), list(std))])
+
+    def make(self, row: dict[str, Any]) -> tuple[Tensor, int]:
+        """Row with PIL image and label -> (image (3, H, W) float, label)."""
+        return self.transform(row["image"].convert("RGB")).as_subclass(Tensor), int(row["label"])
+
+
+def _digits_of(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """1797 handwritten digits of 8 x 8 pixels in 0..16, (K, 64), and their labels; every fourth is for validation."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -72,9 +162,15 @@ def _digits(split: str, size: int) -> Labelled:
     pixels, labels = load_digits(return_X_y=True)
     held = np.arange(len(labels)) % 4 == 3
     chosen = held if split == "validation" else ~held
-    small = torch.from_numpy(pixels[chosen].reshape(-1, 1, 8, 8) / 16 * 255).float()
+    return pixels[chosen], labels[chosen]
+
+
+def _digits(split: str, size: int) -> Labelled:
+    """Bring the digits to size bilinearly."""
+    pixels, labels = _digits_of(split)
+    small = torch.from_numpy(pixels.reshape(-1, 1, 8, 8) / 16 * 255).float()
     images = torch.nn.functional.interpolate(small, (size, size), mode="bilinear").round().byte()
-    return Labelled(images.expand(-1, 3, -1, -1), torch.from_numpy(labels[chosen]), [str(i) for i in range(10)])
+    return Labelled(images.expand(-1, 3, -1, -1), torch.from_numpy(labels), [str(i) for i in range(10)])
 
 
 def _crops(name: str, size: int) -> Labelled:
@@ -97,29 +193,18 @@ def _crops(name: str, size: int) -> Labelled:
     return Labelled(stacked, torch.tensor(labels), [str(i) for i in range(max(labels) + 1)])
 
 
-def _dataset(name: str, split: str) -> Any:
+def _columns(data: Any, columns: tuple[str | None, str | None], name: str) -> tuple[str, str]:
     import datasets
 
-    path = Path(name)
-    if path.is_dir():
-        return datasets.load_dataset("imagefolder", data_dir=name, split="train")
-    if path.suffix == ".parquet":
-        if not path.is_file():
-            raise ValueError(f"there is no file {name}")
-        return datasets.load_dataset("parquet", data_files=name, split="train")
-    if path.exists():
-        raise ValueError(f"{name} is neither a Parquet file nor a folder with one folder per class")
-    return datasets.load_dataset(name, split=split)
-
-
-def _columns(data: Any, name: str) -> tuple[str, str]:
-    import datasets
-
-    image = next((k for k, f in data.features.items() if isinstance(f, datasets.Image)), None)
-    label = next((k for k in LABEL_NAMES if k in data.features and k != image), None)
-    if image is None or label is None or len(data) == 0:
+    for column in columns:
+        if column is not None and column not in data.features:
+            raise ValueError(f"{name} has no column {column!r}; its columns are {', '.join(data.features)}")
+    image = columns[0] or next((k for k, f in data.features.items() if isinstance(f, datasets.Image)), None)
+    label = columns[1] or next((k for k in LABEL_NAMES if k in data.features and k != image), None)
+    if image is None or label is None:
+        size = f"{len(data)} rows" if hasattr(data, "__len__") else "rows"
         raise ValueError(
-            f"{name} has {len(data)} rows with the columns {', '.join(data.features)}; it needs images and a label "
-            f"column ({', '.join(LABEL_NAMES)})"
+            f"{name} has {size} with the columns {', '.join(data.features)}; it needs images and a label column "
+            f"({', '.join(LABEL_NAMES)}), or name them with --image-column and --label-column"
         )
     return image, label

@@ -211,7 +211,7 @@ def save(model: Network, folder: Path, **metadata: Any) -> Path:
     return model.pyramid.save(folder, model.network, recipe=model.recipe, **metadata)
 
 
-def restore(model: Network, folder: Path) -> None:
+def restore(model: Network, folder: str | os.PathLike[str]) -> None:
     """Read back what ``save`` wrote, into the same network."""
     model.pyramid.load(folder, model.network)
 
@@ -227,7 +227,7 @@ def load(folder: str | os.PathLike[str], backbone: nn.Module) -> Network:
         raise ValueError(f"{file.path} holds no network of {', '.join(BUILDERS)}; attach it with adaptkit.attach")
     adapters = [(a["name"], a["config"]) for a in file.header["adapters"]]
     network = build(adaptkit.attach(backbone, *adapters), recipe)
-    restore(network, Path(folder))
+    restore(network, folder)
     return network.eval()
 
 

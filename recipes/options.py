@@ -20,7 +20,9 @@ def parser(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentPars
     p.add_argument(
         "--config", help="YAML file of options, or the name of one in recipes/configs; the command line wins"
     )
-    p.add_argument("--train", required=True, help="training data: Parquet file, folder or Hub id")
+    p.add_argument(
+        "--train", required="train" not in defaults, help="Parquet file, folder, or Hub id (org/set, or org/set@split)"
+    )
     p.add_argument("--val", help="the same for validation; default: the split 'validation' of a Hub id")
     p.add_argument("--streaming", action=argparse.BooleanOptionalAction, default=False, help="read data as they come")
     p.add_argument("--shuffle-buffer", type=int, default=1000, help="rows to draw from when streaming; 0: as they come")

@@ -10,6 +10,7 @@ run goes on with `--resume`: data order, augmentation and dropout depend on the 
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ import adaptkit
 from adaptkit.hosts import create_backbone
 
 from . import network, semantic
-from .data import SegmentationData, check_labels, open_dataset
+from .data import SegmentationData, check_labels, label_table, open_dataset
 from .engine import Task, run
 from .options import adapters, command, makes_pyramid, parser, read
 
@@ -32,6 +33,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--mask-column", help="default: the second column of images, or one named label, mask, ...")
     p.add_argument("--num-classes", type=int, required=True)
     p.add_argument("--ignore-index", type=int, default=255)
+    p.add_argument("--label-map", type=json.loads, default={}, metavar="JSON", help="of labels in files to classes")
+    p.add_argument("--reduce-zero-label", action=argparse.BooleanOptionalAction, default=False,
+                   help="label 0 is ignored and the others come down by one, as in ADE20K")  # fmt: skip
     p.add_argument("--head", default=None, help="fpn, linear, upernet or mask2former; default: fpn, or linear alone")
     p.add_argument("--size", type=int, nargs=2, default=(240, 320), metavar=("H", "W"))
     network.mask2former_options(p)
@@ -55,7 +59,8 @@ def build(args: argparse.Namespace) -> adaptkit.AdaptedModel:
 def data(args: argparse.Namespace, model: Any, train: bool) -> SegmentationData:
     name, split, option = (args.train, "train", "--train") if train else (args.val or args.train, "validation", "--val")
     opened = open_dataset(name, split, (args.image_column, args.mask_column), args.streaming)
-    rows = SegmentationData(opened, args.size, model.vit.source(), args.seed, train)
+    labels = label_table(args.label_map, args.reduce_zero_label, args.ignore_index)
+    rows = SegmentationData(opened, args.size, model.vit.source(), args.seed, train, labels)
     check_labels(rows, args.num_classes, args.ignore_index, option)
     return rows
 

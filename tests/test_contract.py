@@ -52,6 +52,7 @@ METHODS = {
     "adavit": ["adavit"],
     "dat": ["dat"],
     "metaformer": [("metaformer", {"width": 8, "mixer": ("pool", "conv", "global", "msda")})],
+    "lora": ["lora"],
     "toy-bottleneck": ["toy-bottleneck"],
 }
 # Its other settings, and several at once, meet one host of each kind.
@@ -65,6 +66,9 @@ SETTINGS = {
     "metaformer-gate": [("metaformer", {"width": 0, "norm": "group1"})],
     "metaformer-random+vit-adapter": [("metaformer", {"width": 8, "mixer": ("random", "window", "sepconv", "identity")}),
                                       ("vit-adapter", SMALL)],
+    "dora+vit-adapter": [("lora", {"use_dora": True, "target_modules": ["proj", "fc1"], "lora_dropout": 0.1}),
+                         ("vit-adapter", SMALL)],
+    "lora+adavit": ["lora", "adavit"],
     "toy-bottleneck+vit-adapter": ["toy-bottleneck", ("vit-adapter", SMALL)],
 }  # fmt: skip
 ADAPTERS = {**METHODS, **SETTINGS}
@@ -76,7 +80,7 @@ assert set(adaptkit.list_adapters()) <= {
 
 def fits(adapter, name):
     """AdaViT and DAT-KV step inside the attention, so they need one that comes apart; their tests check the refusal."""
-    return HOSTS[name].splits or not adapter.startswith(("adavit", "dat"))
+    return HOSTS[name].splits or not adapter.startswith(("adavit", "dat", "lora+adavit"))
 
 
 every = pytest.mark.parametrize(

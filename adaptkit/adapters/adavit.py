@@ -135,7 +135,8 @@ class AdaViT(BlockAdapter):
     @staticmethod
     def of(model: nn.Module) -> AdaViT:
         """Return the gates that are attached to ``model``; ``TypeError`` where there are none."""
-        found = [module for module in model.modules() if isinstance(module, AdaViT)]
+        acting = getattr(model, "adapters", model)  # of several named sets the active one
+        found = [module for module in acting.modules() if isinstance(module, AdaViT)]
         if not found:
             raise TypeError(f"this {type(model).__name__} has no AdaViT gates; attach 'adavit' to it")
         return found[0]

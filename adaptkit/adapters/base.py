@@ -14,10 +14,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from adaptkit.distributed import run_sharded
 from adaptkit.staged import StagedViT
 from adaptkit.vit import Block, Features, Fn, Source, View, ViT
 
-__all__ = ["Adapter", "BlockAdapter", "SideAdapter", "Trace", "WrappedStages", "WrappedViT", "wrapped"]
+__all__ = ["Adapter", "BlockAdapter", "SideAdapter", "Trace", "WeightAdapter", "WrappedStages", "WrappedViT", "wrapped"]
 
 Trace = dict[str, Tensor]  #: made by each forward, returned as ``Features.aux``
 
@@ -59,6 +60,41 @@ class SideAdapter(Adapter):
         """Image (B, 3, H, W) -> features, as ``vit.finish`` closes them."""
 
 
+class WeightAdapter(Adapter):
+    """Acts inside layers of the host. It is built for one host, and in place between ``install`` and ``remove``."""
+
+    staged = True
+
+    def __init__(self, spec: Any, config: Any) -> None:
+        """A subclass also takes the host: ``cls(spec, config, host)``."""
+        super().__init__(spec, config)
+
+    @abstractmethod
+    def install(self) -> None:
+        """Put the change into the host's layers."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Take it out: the host is as it was, bit for bit."""
+
+    @abstractmethod
+    def merge(self) -> None:
+        """Add the change to the host's weights, so that it costs nothing."""
+
+    @abstractmethod
+    def unmerge(self) -> None:
+        """Put the weights back, exactly."""
+
+    @property
+    @abstractmethod
+    def merged(self) -> bool:
+        """Whether the host's weights hold the change."""
+
+    def translated(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a file by the names of this host."""
+        return tensors
+
+
 def wrapped(vit: View, adapters: Sequence[BlockAdapter], trace: Trace) -> View:
     """Return ``vit`` with its blocks wrapped, for one forward."""
     if isinstance(vit, StagedViT):
@@ -75,6 +111,15 @@ def _wrap(block: Block, index: int, adapters: Sequence[BlockAdapter], trace: Tra
     return run
 
 
+def _wrap_all(view: Any, blocks: Sequence[Block], first: int, grid: tuple[int, int]) -> list[Fn]:
+    """Wrap these blocks, the first of which has index ``first``."""
+    runs = [_wrap(replace(b, grid=grid), i, view.adapters, view.trace) for i, b in enumerate(blocks, first)]
+    sharded = view.vit.sharded
+    if not sharded or not any(adapter.inside for adapter in view.adapters):
+        return runs
+    return [run_sharded(sharded[i], run) for i, run in enumerate(runs, first)]
+
+
 class WrappedViT(ViT):
     """A view whose blocks are wrapped by block adapters, for one forward."""
 
@@ -89,8 +134,7 @@ class WrappedViT(ViT):
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Any]:
         """Blocks of the inner view, each wrapped in the order given."""
-        blocks = enumerate(self.vit.blocks(image, grid))
-        return [_wrap(replace(block, grid=grid), i, self.adapters, self.trace) for i, block in blocks]
+        return _wrap_all(self, self.vit.blocks(image, grid), 0, grid)
 
     def norm(self, x: Tensor) -> Tensor:
         """As the inner view."""
@@ -126,9 +170,7 @@ class WrappedStages(StagedViT):
 
     def blocks(self, stage: int, grid: tuple[int, int]) -> Sequence[Any]:
         """Blocks of the inner view, each wrapped in the order given."""
-        first = sum(self.spec.depths[:stage])
-        blocks = enumerate(self.vit.blocks(stage, grid), first)
-        return [_wrap(replace(block, grid=grid), i, self.adapters, self.trace) for i, block in blocks]
+        return _wrap_all(self, self.vit.blocks(stage, grid), sum(self.spec.depths[:stage]), grid)
 
     def norm(self, x: Tensor) -> Tensor:
         """As the inner view."""

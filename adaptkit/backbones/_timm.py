@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from adaptkit.vit import Fn, Projections, Source, identity
 
 
+def class_name(module: nn.Module) -> str:
+    """Return the name of a module's class; of a sharded one (FSDP2 derives a class) of what it was."""
+    return next(c.__name__ for c in type(module).__mro__ if not c.__name__.startswith("FSDP"))
+
+
 def patch_side(host: Any) -> int:
     """Return the side of the square patch; ``TypeError`` for another patch embedding or oblong patches."""
     embed = host.patch_embed
@@ -108,11 +113,14 @@ def classifier_logits(host: Any, x: Tensor) -> Tensor | None:
 
 
 def timm_source(host: Any) -> Source:
-    """Read timm's ``pretrained_cfg``."""
+    """Read timm's ``pretrained_cfg``; the revision stands behind the Hub id where one was asked for."""
     cfg = getattr(host, "pretrained_cfg", None) or {}
     name, tag = cfg.get("architecture", ""), cfg.get("tag", "")
+    hub_id, _, revision = (cfg.get("hf_hub_id") or "").partition("@")
     return Source(
-        id=cfg.get("hf_hub_id") or (f"{name}.{tag}" if name and tag else name),
+        id=hub_id or (f"{name}.{tag}" if name and tag else name),
+        revision=revision,
         mean=tuple(cfg.get("mean", ())),
         std=tuple(cfg.get("std", ())),
+        classes=host.num_classes,
     )

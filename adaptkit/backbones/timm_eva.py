@@ -13,6 +13,7 @@ from torch import Tensor
 from adaptkit.backbones._rotary import rotary_of_timm
 from adaptkit.backbones._timm import (
     add_prefix_and_positions,
+    class_name,
     classifier_logits,
     fused_qkv,
     joined,
@@ -90,7 +91,7 @@ def _turn(rope: Any, grid: tuple[int, int], index: int, x: Tensor, places: Tenso
 
 
 def _block(blk: Any, rope: Tensor | None) -> Block:
-    kind = type(blk).__name__
+    kind = class_name(blk)
     parts = {
         "run": partial(blk, rope=rope),
         "attn": partial(blk.attn, rope=rope),

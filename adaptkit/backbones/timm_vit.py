@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from adaptkit.backbones._timm import (
     add_prefix_and_positions,
     by_head,
+    class_name,
     classifier_logits,
     joined,
     patch_side,
@@ -67,7 +68,7 @@ class TimmViT(ViT):
 
 
 def _block(blk: Any) -> Block:
-    kind = type(blk).__name__
+    kind = class_name(blk)
     parts = {
         "attn": blk.attn,
         "mlp": blk.mlp,

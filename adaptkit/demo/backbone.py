@@ -8,6 +8,8 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 WEIGHTS = Path(__file__).parent / "weights" / "demo_backbone.safetensors"
+TAG = "adaptkit_demo"
+DEMO = f"{ARCHITECTURE}.{TAG}"  #: how the model names itself
 MEAN = STD = (0.5, 0.5, 0.5)
 
 
@@ -32,7 +34,7 @@ def demo_backbone(pretrained: bool = True) -> "VisionTransformer":
 
     overlay: dict[str, object] = {
         "architecture": ARCHITECTURE,
-        "tag": "adaptkit_demo",
+        "tag": TAG,
         "mean": MEAN,
         "std": STD,
         "license": "apache-2.0",

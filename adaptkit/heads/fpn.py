@@ -57,6 +57,10 @@ class FPNHead(nn.Module):
 
     def forward(self, features: Features) -> Tensor:
         """Features -> logits (B, classes, H, W) at the image's own size."""
+        return resample_map(self.finest(features), self.strides[0], 1, features.size)
+
+    def finest(self, features: Features) -> Tensor:
+        """Features -> logits (B, classes, h, w) at the finest stride."""
         maps = features.maps if self.pyramid else (tokens_to_map(features.tokens, features.grid),)
         maps = tuple(m.to(parameter_dtype(self)) for m in maps)
         finest, size = self.strides[0], (maps[0].shape[-2], maps[0].shape[-1])
@@ -68,5 +72,4 @@ class FPNHead(nn.Module):
             top = x
             fine = resample_map(self.smooth[level](x), self.strides[level], finest, size)
             total = fine if total is None else total + fine
-        logits = self.classifier(self.dropout(total))
-        return resample_map(logits, finest, 1, features.size)
+        return self.classifier(self.dropout(total))

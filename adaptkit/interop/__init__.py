@@ -1,4 +1,4 @@
-"""Official checkpoints in: the authors' state dicts become attached models."""
+"""Official checkpoints in: the authors' state dicts become attached models. And LoRA out, to peft."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from adaptkit.interop.adavit import adavit
 from adaptkit.interop.dat import dat
+from adaptkit.interop.peft import to_peft
 from adaptkit.interop.vit_adapter import vit_adapter
 
-__all__ = ["from_official"]
+__all__ = ["from_official", "to_peft"]
 
 _METHODS: dict[str, Callable[..., nn.Module]] = {"adavit": adavit, "dat": dat, "vit-adapter": vit_adapter}
 

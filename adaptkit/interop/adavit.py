@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from adaptkit import registry
 from adaptkit.interop.vit_adapter import resampled_positions
 from adaptkit.losses import KINDS
-from adaptkit.model import AdaptedModel, attach, check_tensors
+from adaptkit.model import AdaptedModel, attach
+from adaptkit.parts import check_tensors
 from adaptkit.registry import view
 from adaptkit.vit import Spec
 

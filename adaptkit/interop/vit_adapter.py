@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from adaptkit import registry
 from adaptkit.adapters.vit_adapter import ViTAdapterConfig, even_groups
-from adaptkit.model import AdaptedModel, attach, check_tensors
+from adaptkit.model import AdaptedModel, attach
+from adaptkit.parts import check_tensors
 from adaptkit.registry import view
 from adaptkit.vit import Spec
 

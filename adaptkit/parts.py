@@ -1,0 +1,281 @@
+"""From what ``attach`` is given to what it builds: names, configs, files -> parts -> one :class:`AdapterSet`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from adaptkit import registry
+from adaptkit.adapters.base import Adapter, BlockAdapter, SideAdapter, WeightAdapter
+from adaptkit.distributed import sharded_like, whole
+from adaptkit.file import AdapterFile, check_fits
+from adaptkit.hub import is_hub_id, load
+from adaptkit.staged import StagedSpec, StagedViT
+from adaptkit.vit import View, ViT
+
+__all__ = ["AdapterSet", "Part", "as_file", "check_tensors", "differences", "head_of", "parts_of"]
+
+
+class Part(NamedTuple):
+    """One adapter to build: what, how, and from which file its tensors come."""
+
+    entry: registry.Entry
+    config: Any
+    file: AdapterFile | None
+
+
+# --------------------------------------------------------------------------------------- what the user has given
+
+
+def as_file(arg: Any) -> AdapterFile | None:
+    """Return the saved adapter that is meant, or None for a name, a config or a pair."""
+    if isinstance(arg, AdapterFile):
+        return arg
+    if not isinstance(arg, str | os.PathLike) or str(arg) in registry.adapters():
+        return None
+    return load(arg) if Path(arg).exists() or is_hub_id(arg) else None
+
+
+def parts_of(args: Sequence[Any], vit: View, strict: bool) -> tuple[list[Part], list[AdapterFile]]:
+    """Return the parts to build for these arguments of ``attach``, and the files among them."""
+    parts: list[Part] = []
+    files: list[AdapterFile] = []
+    for arg in args:
+        file = as_file(arg)
+        if file is None:
+            parts.append(Part(*_configured(arg, registry.adapters(), "adapter"), None))
+            continue
+        check_fits(file, vit, strict)
+        files.append(file)
+        saved = [(a["name"], a["config"]) for a in file.header["adapters"]]
+        parts += [Part(*_configured(pair, registry.adapters(), "adapter"), file) for pair in saved]
+    return parts, files
+
+
+def head_of(arg: Any, files: list[AdapterFile]) -> tuple[Any, AdapterFile | None]:
+    """Return the head to build (or the module given) and the file its tensors come from."""
+    saved = [f for f in files if f.header["head"] is not None]
+    if arg is None and len(saved) > 1:
+        raise ValueError(f"{saved[0].path} and {saved[1].path} both bring a head; say which with head=")
+    if arg is None and not saved:
+        return None, None
+    if arg is None and saved[0].header["head"]["name"] is None:
+        raise ValueError(
+            f"the head in {saved[0].path} is a custom module ({saved[0].header['head']['class']}); build it and pass "
+            "it as head="
+        )
+    if arg is None:
+        head = saved[0].header["head"]
+        return _configured((head["name"], head["config"]), registry.heads(), "head"), saved[0]
+    if isinstance(arg, nn.Module):
+        custom = [f for f in saved if f.header["head"]["name"] is None]
+        return arg, custom[0] if custom else None
+    return _configured(arg, registry.heads(), "head"), None
+
+
+def _configured(arg: Any, known: dict[str, registry.Entry], kind: str) -> tuple[registry.Entry, Any]:
+    """Return the entry and config of a name, a config or a (name, options) pair."""
+    for entry in known.values():
+        if dataclasses.is_dataclass(arg) and type(arg) is entry.config:
+            return entry, arg
+        if hasattr(entry.config, "converted") and entry.config.converted(arg) is not None:
+            return entry, entry.config.converted(arg)
+    name, options = arg if isinstance(arg, tuple) and len(arg) == 2 else (arg, {})
+    if not isinstance(name, str | os.PathLike) or not isinstance(options, dict):
+        raise TypeError(
+            f"{arg!r} is no {kind}: give a name ({', '.join(sorted(known))}), its config, a pair (name, options), or "
+            "a saved adapter"
+        )
+    if str(name) not in known:
+        raise ValueError(
+            f"no {kind} is named {str(name)!r} and no file is there; the {kind}s are {', '.join(sorted(known))}"
+        )
+    entry = known[str(name)]
+    try:
+        return entry, entry.configure(options)
+    except TypeError as error:  # a required option is missing
+        raise ValueError(f"{kind} {str(name)!r} needs more options: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------ what is built
+
+
+class AdapterSet(nn.Module):
+    """Adapters that act together, and their head: what one file holds. Building it leaves the host as it was."""
+
+    def __init__(self, vit: View, parts: list[Part], head: Any = None, head_file: AdapterFile | None = None) -> None:
+        super().__init__()
+        names = [p.entry.name for p in parts]
+        if len(set(names)) != len(names):
+            raise ValueError(f"adapters {', '.join(names)}: each may be attached once")
+        _check_staged(parts, vit)
+        built = {p.entry.name: _build(p, vit) for p in parts}
+        _check_inside(built, vit)
+        sides = [a for a in built.values() if isinstance(a, SideAdapter)]
+        if len(sides) > 1:
+            both = " and ".join(name for name, a in built.items() if isinstance(a, SideAdapter))
+            raise ValueError(f"{both} each own the loop over the blocks; attach one of them")
+        spec = vit.spec
+        self.strides = spec.strides if isinstance(spec, StagedSpec) else sides[0].strides if sides else ()
+        module, self.head_entry = _build_head(head, head_file, spec, self.strides)
+        self.adapters = nn.ModuleDict(built)
+        self.head: nn.Module | None = module
+        #: while it is not the active set: its parameters, and whether they are trained when it is
+        self.away: list[tuple[nn.Parameter, bool]] = []
+
+    def __iter__(self) -> Iterator[Adapter]:
+        """Go through the adapters in the order in which they act."""
+        return (a for a in self.adapters.values() if isinstance(a, Adapter))
+
+    @property
+    def weight_adapters(self) -> list[WeightAdapter]:
+        """Those that act inside the host's layers."""
+        return [a for a in self if isinstance(a, WeightAdapter)]
+
+    @property
+    def side(self) -> SideAdapter | None:
+        """The one that owns the loop over the blocks, if any."""
+        return next((a for a in self if isinstance(a, SideAdapter)), None)
+
+    def install(self) -> None:
+        """Make this the active set: in place in the host, and trained again as it was."""
+        for adapter in self.weight_adapters:
+            adapter.install()
+        for parameter, flag in self.away:
+            parameter.requires_grad_(flag)
+        self.away = []
+
+    def remove(self) -> None:
+        """Leave the host; while away nothing of it is trained, so that no optimiser or DDP waits for it."""
+        for adapter in self.weight_adapters:
+            adapter.remove()
+        if not self.away:
+            self.away = [(p, p.requires_grad) for p in self.parameters()]
+            self.requires_grad_(False)
+
+    def modules_by_name(self) -> dict[str, nn.Module]:
+        """Adapters by name, and ``head``."""
+        own = dict(self.adapters.items())
+        return own if self.head is None else {**own, "head": self.head}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what the file holds: ``<adapter>.<own key>`` and ``head.<own key>``."""
+        state = {f"{n}.{k}": v for n, m in self.modules_by_name().items() for k, v in m.state_dict().items()}
+        return {k: whole(v) for k, v in state.items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put such tensors back; ``ValueError`` names what is missing, unexpected or of another shape."""
+        given: dict[str, Tensor] = {k: v for k, v in tensors.items() if k.partition(".")[0] not in self.adapters}
+        for name, module in self.adapters.items():
+            own = {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + ".")}
+            own = module.translated(own) if isinstance(module, WeightAdapter) else own
+            given.update({f"{name}.{k}": v for k, v in own.items()})
+        check_tensors(self.tensors(), given, "the tensors given")
+        for name, module in self.modules_by_name().items():
+            own = module.state_dict()
+            module.load_state_dict({k: sharded_like(given[f"{name}.{k}"], v) for k, v in own.items()})
+
+    def header(self) -> dict[str, Any]:
+        """Return what the file says of adapters and head."""
+        adapters = [{"name": n, "config": dataclasses.asdict(a.config)} for n, a in zip(self.adapters, self)]
+        head = None
+        if self.head is not None:
+            entry = self.head_entry
+            cls = f"{type(self.head).__module__}.{type(self.head).__qualname__}"
+            config: Any = getattr(self.head, "config", None)
+            head = {"name": entry.name, "config": dataclasses.asdict(config)} if entry else {"name": None, "class": cls}
+        return {"adapters": adapters, "head": head}
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Go through what two headers say otherwise of adapters and head, each as two texts."""
+    saved, mine = ([*h["adapters"], *([h["head"]] if h["head"] else [])] for h in (one, other))
+    names = [" + ".join(str(m["name"]) for m in methods) or "nothing" for methods in (saved, mine)]
+    if names[0] != names[1]:
+        yield names[0], names[1]
+        return
+    for a, b in zip(saved, mine):
+        a, b = (
+            json.loads(json.dumps(m.get("config", m))) for m in (a, b)
+        )  # a file has lists where a config has tuples
+        for key in sorted(a.keys() | b.keys()):
+            if a.get(key) != b.get(key):
+                yield f"{key}={a.get(key)!r}", f"{key}={b.get(key)!r}"
+
+
+def _build(part: Part, vit: View) -> nn.Module:
+    cls: Any = part.entry.module
+    if issubclass(cls, WeightAdapter):
+        module: Any = cls(vit.spec, part.config, vit.host)
+    else:
+        module = cls(vit.spec, part.config)
+    if part.file is not None:
+        tensors = part.file.tensors_of(part.entry.name)
+        if isinstance(module, WeightAdapter):
+            tensors = module.translated(tensors)
+        check_tensors(module.state_dict(), tensors, f"{part.file.path}, adapter {part.entry.name!r}")
+        module.load_state_dict(tensors)
+    return module
+
+
+def _build_head(
+    head: Any, file: AdapterFile | None, spec: Any, strides: tuple[int, ...]
+) -> tuple[nn.Module | None, registry.Entry | None]:
+    if head is None:
+        return None, None
+    entry = None if isinstance(head, nn.Module) else head[0]
+    module = head if isinstance(head, nn.Module) else head[0].module(spec, head[1], strides)
+    if file is not None:
+        tensors = file.tensors_of("head")
+        check_tensors(module.state_dict(), tensors, f"{file.path}, head")
+        module.load_state_dict(tensors)
+    return module, entry
+
+
+def check_tensors(own: dict[str, Tensor], given: dict[str, Tensor], where: str) -> None:
+    """Raise ``ValueError`` where the keys or shapes of ``given`` are not those of ``own``."""
+    missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{where}: {len(missing)} tensors are missing ({', '.join(missing[:3])}), {len(unexpected)} are not "
+            f"expected ({', '.join(unexpected[:3])}); the file does not match its own header: save it again"
+        )
+    for key, tensor in own.items():
+        if tensor.shape != given[key].shape:
+            raise ValueError(
+                f"{where}: {key} has shape {tuple(given[key].shape)}, this model needs {tuple(tensor.shape)}"
+            )
+
+
+def _check_staged(parts: list[Part], vit: View) -> None:
+    """On a host of several stages there is no one width and no one grid to build for."""
+    for part in parts:
+        if isinstance(vit, StagedViT) and not part.entry.module.staged:
+            fits = ", ".join(name for name, entry in sorted(registry.adapters().items()) if entry.module.staged)
+            raise TypeError(
+                f"{part.entry.name} needs one width and one grid from the first block to the last, "
+                f"{type(vit.host).__name__} has stages of {', '.join(map(str, vit.spec.dims))} channels at strides "
+                f"{', '.join(map(str, vit.spec.strides))}, its own pyramid; attach {fits} to it, or use a plain ViT"
+            )
+
+
+def _check_inside(built: dict[str, nn.Module], vit: View) -> None:
+    """Adapters that run a block from its parts need a host that has them, and the bare block."""
+    wrappers = [(name, a) for name, a in built.items() if isinstance(a, BlockAdapter)]
+    for place, (name, adapter) in enumerate(wrappers):
+        if adapter.inside and not (isinstance(vit, ViT) and vit.splits):
+            raise TypeError(
+                f"{name} steps inside the attention, and that of {type(vit.host).__name__} does not come apart into "
+                "q, k, v and an output; attach it to a ViT with plain attention"
+            )
+        if adapter.inside and place > 0:
+            raise ValueError(
+                f"{name} steps inside the blocks, but {wrappers[place - 1][0]} was given before it and would be left "
+                f"out; name {name} first, and only one adapter of this kind"
+            )

@@ -1,0 +1,132 @@
+"""Image classification: a linear head, or an adapter with one, on a frozen ViT.
+
+    python -m recipes.classify --train digits --size 64 --adapter linear
+    python -m recipes.classify --train digits --size 64 --adapter lora --adapter-options '{"r": 8}'
+    python -m recipes.classify --train imagenet/train --val imagenet/val --backbone vit_base_patch16_224 \
+        --config imagenet1k-384                                   # ViT's fine-tuning at a higher resolution
+
+Data: Parquet files, a folder with one folder per class, a list of images, a Hub id, or scikit-learn's digits.
+`--size` is free: positions are resampled by the backbone's own rule. `--zero-head` starts the classifier at zero, as
+ViT is fine-tuned (Dosovitskiy et al. 2021, section 3.2); there all weights are tuned, here those of the adapter.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+import adaptkit
+from adaptkit.file import check_writable
+from adaptkit.hosts import create_backbone
+from adaptkit.losses import check_budget, usage, usage_loss
+
+from .engine import Task, run
+from .labelled import LabelledData, open_images
+from .options import adapters, command, makes_pyramid, parser, read
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    """Add what is asked of one classification; `vtab` asks the same of each of its tasks."""
+    p.add_argument("--size", type=int, default=224, help="side of the images in pixels")
+    p.add_argument("--augment", default="crop", choices=["none", "crop", "flip"], help="flip: crops, mirrored too")
+    p.add_argument("--least-crop", type=float, default=0.5, metavar="SHARE", help="of the image, at least")
+    p.add_argument("--pool", default=None, choices=["avg", "token", "both"], help="default: both, avg without a token")
+    p.add_argument("--zero-head", action=argparse.BooleanOptionalAction, default=False, help="start it at zero")
+    p.add_argument("--label-smoothing", type=float, default=0.0)
+    p.add_argument("--budget", type=float, default=0.5, help="share that adavit keeps, see recipes.adavit for more")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    p = parser("classify", __doc__, steps=600, batch_size=32)
+    add_options(p)
+    p.add_argument("--image-column", help="default: the first column of images")
+    p.add_argument("--label-column", help="default: the first named label, labels, ...")
+    p.add_argument("--num-classes", type=int, help="needed where a stream does not name them")
+    args = read(p, argv)
+    check(args)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what would train nothing."""
+    check_budget(args.budget, "--budget")
+    sides = makes_pyramid(args)
+    if sides:
+        raise ValueError(
+            f"--adapter {sides[0]} makes a pyramid, and a classifier reads the tokens: what makes the maps would "
+            "not be trained. Use linear, lora, metaformer, dat or adavit"
+        )
+
+
+def build(args: argparse.Namespace) -> adaptkit.AdaptedModel:
+    backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
+    pool = args.pool or ("both" if getattr(adaptkit.view(backbone).spec, "prefix", 0) else "avg")
+    head = adaptkit.ClassifierHeadConfig(args.num_classes, pool)
+    model = adaptkit.attach(backbone, *adapters(args), head=head).train()
+    if args.zero_head:
+        classifier: Any = model.head
+        nn.init.zeros_(classifier.classifier.weight)
+    return model
+
+
+def loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> Tensor:
+    image, label = batch
+    features = model(image)
+    task = F.cross_entropy(features.logits.float(), label, label_smoothing=args.label_smoothing)
+    return task + usage_loss(features.aux, args.budget) if usage(features.aux) else task
+
+
+def predict(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+    image, label = batch
+    return model(image).logits.float(), label
+
+
+def metric(args: argparse.Namespace) -> MetricCollection:
+    common: dict[str, Any] = {"average": "micro", "sync_on_compute": False}
+    k = args.num_classes
+    return MetricCollection(
+        {f"top{n}": MulticlassAccuracy(k, top_k=min(n, k), **common) for n in (1, 5)}, compute_groups=False
+    )
+
+
+def task(args: argparse.Namespace) -> Task:
+    """Open the data and count the classes, which ``args.num_classes`` then says."""
+    columns = (args.image_column, args.label_column)
+    train, names = open_images(args.train, "train", columns, args.streaming)
+    val, val_names = open_images(args.val or args.train, "validation", columns, args.streaming)
+    args.num_classes = args.num_classes or max(len(names), len(val_names))
+    if args.num_classes < 2:
+        raise ValueError(f"{args.train} names {args.num_classes} classes; say how many there are with --num-classes")
+    if any(a != b for a, b in zip(names, val_names)):
+        raise ValueError(
+            f"the classes of --train are {', '.join(names[:5])}, ... and of --val {', '.join(val_names[:5])}, ...: a "
+            "label would mean another class. Give both the same classes"
+        )
+    most = max([max(d["label"]) for d in (train, val) if not args.streaming], default=0)
+    if most >= args.num_classes:
+        raise ValueError(f"a label is {most}, and --num-classes {args.num_classes} allows 0..{args.num_classes - 1}")
+
+    def data(args: argparse.Namespace, model: Any, training: bool) -> LabelledData:
+        rows = train if training else val
+        return LabelledData(rows, args.size, model.vit.source(), args.seed, args.augment, training, args.least_crop)
+
+    return Task("classify", "image-classification", "top1", ("top1", "top5"), build, data, loss, predict, metric)
+
+
+def fit(args: argparse.Namespace, last: bool = True) -> dict[str, Any]:
+    """Train and evaluate; returns what result.json says."""
+    check_writable(args.out)
+    return run(task(args), args, last)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    return fit(parse(argv))
+
+
+if __name__ == "__main__":
+    command("classify", main)

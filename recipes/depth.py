@@ -1,0 +1,177 @@
+"""Monocular depth: an adapter and a depth head beside a frozen ViT.
+
+    python -m recipes.depth --train drawn:200 --val drawn:50 --max-depth 10 --size 96 128 --adapter sfp --steps 200
+    python -m recipes.depth --train nyu/train --val nyu/test --depth-scale 1000 --max-depth 10 --config nyu-vit-adapter
+
+Data: folders with images/ and depth/, Parquet files or a Hub id with two columns of images, or rooms drawn by formula
+(`drawn:COUNT`). A depth map is a 16-bit image, value / `--depth-scale` metres; 0, and what lies outside
+`--min-depth`..`--max-depth`, was not measured and is ignored.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+import adaptkit
+from adaptkit.hosts import create_backbone
+from adaptkit.losses import silog_loss
+
+from .data import IMAGENET, open_dataset
+from .drawn import rooms
+from .engine import Task, run
+from .options import adapters, command, parser, read
+from .order import Rows
+
+DEPTH_NAMES = ("depth", "depths", "depth_map", "disparity", "label", "mask")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    p = parser("depth", __doc__, adapter=["vit-adapter"])
+    p.add_argument("--image-column", help="default: the first column of images")
+    p.add_argument("--depth-column", help="default: the second column of images, or one named depth, ...")
+    p.add_argument("--depth-scale", type=float, default=1000.0, help="values per metre: NYU 1000, KITTI 256")
+    p.add_argument("--max-depth", type=float, required=True, help="metres: NYU 10, KITTI 80")
+    p.add_argument("--min-depth", type=float, default=1e-3, help="metres")
+    p.add_argument("--bins", type=int, default=256, help="0: one channel, log depth")
+    p.add_argument("--variance-focus", type=float, default=0.85, help="of the loss; 1: blind to a common scale")
+    p.add_argument("--size", type=int, nargs=2, default=(240, 320), metavar=("H", "W"))
+    args = read(p, argv)
+    if args.depth_scale <= 0:
+        p.error(f"--depth-scale {args.depth_scale}: give values per metre, above 0")
+    return args
+
+
+class DepthData(Rows):
+    """Pairs (image (3, H, W) normalised as the backbone wants it, depth (1, H, W) in metres, 0 where not measured).
+
+    Training samples are cut out at 8/9 of the image's scale, mirrored and coloured at random; none is rescaled, for
+    that would change what depth a size means.
+    """
+
+    def __init__(self, data: Any, source: Any, args: argparse.Namespace, train: bool) -> None:
+        super().__init__(data, args.seed)
+        self.scale, self.range = args.depth_scale, (args.min_depth, args.max_depth)
+        mean, std = (source.mean, source.std) if source.mean else IMAGENET
+        size = tuple(args.size)
+        steps: list[Any] = [v2.Resize(size, antialias=True)]
+        if train:
+            larger = [round(side * 9 / 8) for side in size]
+            steps = [v2.Resize(larger, antialias=True), v2.RandomCrop(size), v2.RandomHorizontalFlip()]
+            steps += [v2.ColorJitter(0.3, 0.3, 0.2, 0.05)]
+        to_float = [v2.ToImage(), v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
+        self.transform = v2.Compose([*to_float, *steps, v2.Normalize(list(mean), list(std))])
+
+    def make(self, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Row with PIL image and 16-bit depth map -> (image, depth)."""
+        image, depth = self.transform(row["image"].convert("RGB"), tv_tensors.Mask(self.metres(row["mask"])[None]))
+        return image.as_subclass(Tensor), depth.as_subclass(Tensor)
+
+    def metres(self, picture: Any) -> Tensor:
+        """PIL depth map -> (H, W) metres; 0 where nothing was measured. A colour image is a ``ValueError``."""
+        values = np.asarray(picture)
+        if values.ndim != 2:
+            raise ValueError(
+                f"a depth map has {values.shape[-1]} channels (mode {picture.mode}); store one 16-bit value per pixel "
+                "(a PNG of mode I;16)"
+            )
+        depth = torch.from_numpy(values.astype(np.float32)) / self.scale
+        low, high = self.range
+        return torch.where((depth >= low) & (depth <= high), depth, 0.0)
+
+
+def build(args: argparse.Namespace) -> adaptkit.AdaptedModel:
+    backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
+    head = adaptkit.DepthHeadConfig(args.max_depth, args.min_depth, args.bins)
+    return adaptkit.attach(backbone, *adapters(args), head=head).train()
+
+
+def data(args: argparse.Namespace, model: Any, train: bool) -> DepthData:
+    name, split, option = (args.train, "train", "--train") if train else (args.val or args.train, "validation", "--val")
+    if name.startswith("drawn:"):
+        opened = rooms(int(name.removeprefix("drawn:")), seed=0 if train else 1, scale=args.depth_scale)
+    else:
+        columns = (args.image_column, args.depth_column)
+        opened = open_dataset(name, split, columns, args.streaming, names=DEPTH_NAMES)
+    rows = DepthData(opened, model.vit.source(), args, train)
+    if not args.streaming:
+        check_depth(rows, option, args)
+    return rows
+
+
+def check_depth(rows: DepthData, name: str, args: argparse.Namespace, most: int = 20) -> None:
+    """Look at some depth maps before training: ``ValueError`` where none has a depth in the range."""
+    found = [np.asarray(rows.data[i]["mask"]) for i in range(min(len(rows), most))]
+    if not any((rows.metres(rows.data[i]["mask"]) > 0).any() for i in range(len(found))):
+        values = [int(v) for v in (min(f.min() for f in found), max(f.max() for f in found))]
+        raise ValueError(
+            f"{name}: no pixel of the first {len(found)} depth maps lies in {args.min_depth}..{args.max_depth} metres: "
+            f"their values are {values[0]}..{values[1]}, at --depth-scale {args.depth_scale:g} values per metre"
+        )
+
+
+def loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> Tensor:
+    image, depth = batch
+    return silog_loss(model(image).logits, depth, args.variance_focus)
+
+
+def predict(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+    image, depth = batch
+    return model(image).logits.float(), depth
+
+
+class DepthMetric:
+    """The usual scores of depth, each the mean over images of the mean over measured pixels.
+
+    delta1, delta2, delta3 are the shares of pixels where max(p / t, t / p) is below 1.25, 1.25^2, 1.25^3; abs_rel is
+    the mean |p - t| / t, rmse the root of the mean (p - t)^2 in metres, silog the standard deviation of log(p / t)
+    times 100.
+    """
+
+    def __init__(self) -> None:
+        self.totals: dict[str, float] = {}
+        self.images = 0
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Both (B, 1, H, W); targets of 0 are left out, and images without any other."""
+        for p, t in zip(prediction.double(), target.double()):
+            known = t > 0
+            if not known.any():
+                continue
+            p, t = p[known], t[known]
+            ratio, log = torch.maximum(p / t, t / p), (p / t).log()
+            scores = {f"delta{k}": (ratio < 1.25**k).double().mean() for k in (1, 2, 3)}
+            scores["abs_rel"] = ((p - t).abs() / t).mean()
+            scores["rmse"] = (p - t).square().mean().sqrt()
+            scores["silog"] = 100 * log.var(unbiased=False).sqrt()
+            for name, value in scores.items():
+                self.totals[name] = self.totals.get(name, 0.0) + float(value)
+            self.images += 1
+
+    def compute(self) -> dict[str, float]:
+        """Return the means; ``ValueError`` where no image had a measured pixel."""
+        if self.images == 0:
+            raise ValueError("no validation image has a depth in the range; look at --depth-scale and --max-depth")
+        return {name: total / self.images for name, total in self.totals.items()}
+
+
+def metric(args: argparse.Namespace) -> DepthMetric:
+    return DepthMetric()
+
+
+PERCENT = ("delta1", "delta2", "delta3")
+TASK = Task("depth", "depth-estimation", "delta1", PERCENT, build, data, loss, predict, metric)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    return run(TASK, parse(argv))
+
+
+if __name__ == "__main__":
+    command("depth", main)

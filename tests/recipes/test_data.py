@@ -1,0 +1,56 @@
+"""What files mean: labels that move, Cityscapes' folders."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from adaptkit.vit import Source
+from recipes.data import SegmentationData, check_labels, label_table, open_dataset
+
+
+def test_labels_move_as_the_table_says():
+    table = label_table({"7": 0, "33": 18}, False, 255)
+    assert table[torch.tensor([7, 33, 0, 8, 255])].tolist() == [0, 18, 255, 255, 255]
+    reduced = label_table({}, True, 255)
+    assert reduced[torch.tensor([0, 1, 150, 255])].tolist() == [255, 0, 149, 255]
+    assert label_table({}, False, 255) is None
+
+
+@pytest.fixture
+def cityscapes(tmp_path):
+    """Two frames of one city, labelled with ids of the files: 7 is road, 26 is car."""
+    ids = np.full((16, 24), 7, np.uint8)
+    ids[:, 12:], ids[:4] = 26, 0
+    for i in range(2):
+        for folder, end, picture in (
+            ("leftImg8bit", "leftImg8bit.png", Image.new("RGB", (24, 16))),
+            ("gtFine", "gtFine_labelIds.png", Image.fromarray(ids)),
+            ("gtFine", "gtFine_color.png", Image.new("RGB", (24, 16))),
+        ):
+            where = tmp_path / folder / "val" / "ulm"
+            where.mkdir(parents=True, exist_ok=True)
+            picture.save(where / f"ulm_{i}_{end}")
+    return tmp_path
+
+
+def test_cityscapes_is_read_from_its_own_folders(cityscapes):
+    data = open_dataset(str(cityscapes), "validation")
+    table = label_table({"7": 0, "26": 13}, False, 255)
+    rows = SegmentationData(data, (16, 24), Source(), labels=table)
+    assert len(rows) == 2
+    mask = rows[1][1]
+    assert (mask[4:, :12] == 0).all()
+    assert (mask[4:, 12:] == 13).all()
+    assert (mask[:4] == 255).all()
+    check_labels(rows, 19, 255, "--val")
+    with pytest.raises(ValueError, match=r"the mask holds labels \[26\]"):
+        check_labels(SegmentationData(data, (16, 24), Source()), 19, 255, "--val")
+
+
+def test_an_image_without_its_labels_is_named(cityscapes):
+    (cityscapes / "gtFine" / "val" / "ulm" / "ulm_1_gtFine_labelIds.png").unlink()
+    with pytest.raises(ValueError, match="1 of 2 images and masks have no partner, e.g. 'ulm_1'"):
+        open_dataset(str(cityscapes), "validation")
+    with pytest.raises(ValueError, match="leftImg8bit/train holds no"):
+        open_dataset(str(cityscapes), "train")
