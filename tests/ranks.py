@@ -76,7 +76,7 @@ def train(model, inner):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     # Not Adam: a gradient that is zero but for rounding (a bias before a norm) would be made as large as any other.
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.003, momentum=0.9)
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.001, momentum=0.9)
     losses = []
     quiet(inner)
     for image, label in batches():
