@@ -27,7 +27,7 @@ MODELS = ("mask-rcnn", "faster-rcnn", "retinanet", "fcos")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = parser("detect", __doc__, adapter=["vit-adapter"], lr=2e-4, weight_decay=0.05, batch_size=2)
+    p = parser("detect", __doc__, adapter=["vit-adapter"], lr=1e-4, weight_decay=0.05, batch_size=2)
     p.add_argument("--train-images", help="folder of the images; default: images/ beside the annotations")
     p.add_argument("--val-images", help="the same for validation")
     p.add_argument("--model", default="mask-rcnn", choices=MODELS)

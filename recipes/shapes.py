@@ -103,14 +103,14 @@ def write(folder: str | Path, count: int, height: int = 96, width: int = 128, se
     return path
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     p = argparse.ArgumentParser(prog="shapes", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--out", default="shapes")
     p.add_argument("--train", type=int, default=240, help="images")
     p.add_argument("--val", type=int, default=60, help="images")
     p.add_argument("--size", type=int, nargs=2, default=(96, 128), metavar=("H", "W"))
     p.add_argument("--seed", type=int, default=0)
-    args = p.parse_args(argv)
+    args = p.parse_args()
     for split, seed in (("train", 2 * args.seed), ("val", 2 * args.seed + 1)):
         print(write(Path(args.out) / split, getattr(args, split), *args.size, seed))
 
