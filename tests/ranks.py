@@ -53,7 +53,7 @@ def build(method):
 def batches():
     g = torch.Generator().manual_seed(5)
     for _ in range(STEPS):
-        yield torch.randn(BATCH, 3, 32, 32, generator=g), torch.randint(CLASSES, (BATCH,), generator=g)
+        yield torch.randn(BATCH, 3, 64, 64, generator=g), torch.randint(CLASSES, (BATCH,), generator=g)
 
 
 def quiet(model):
