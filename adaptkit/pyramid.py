@@ -169,7 +169,8 @@ class Pyramid(nn.Module):
         header = {**self.model.header(), "metadata": metadata}
         tensors = self.model.adapter_state_dict()
         if network is not None:
-            header["head"] = {"name": None, "class": f"{type(network).__module__}.{type(network).__qualname__}"}
+            cls = f"{type(network).__module__}.{type(network).__qualname__}"
+            header["head"] = {"name": None, "class": cls, "around": True}
             tensors.update({f"head.{k}": v for k, v in self.beside(network).items()})
         if not first_rank(self.model.vit):
             return Path(folder)

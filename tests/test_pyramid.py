@@ -397,8 +397,12 @@ def test_the_adapter_alone_is_the_models_own_file(tmp_path):
     assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_the_networks_own_modules_cannot_be_taken_for_a_head(tmp_path):
+def test_attaching_the_file_of_a_network_says_how_it_is_loaded(tmp_path):
     pyramid = as_pyramid(adapted())
     pyramid.save(tmp_path, nn.Sequential(pyramid, nn.Linear(2, 3)))
-    with pytest.raises(ValueError, match=r"is a custom module \(torch.nn.modules.container.Sequential\)"):
-        adaptkit.attach(HOSTS["timm-vit"].build(), tmp_path)
+    for head in (None, nn.Identity()):
+        with pytest.raises(ValueError, match=r"holds a network around the adapter \(.*Sequential\): build it around"):
+            adaptkit.attach(HOSTS["timm-vit"].build(), tmp_path, head=head)
+    model = adaptkit.attach(HOSTS["timm-vit"].build(), tmp_path, head=("fpn", {"num_classes": 2}))
+    own = pyramid.model.adapter_state_dict()
+    assert all(torch.equal(model.adapter_state_dict()[k], v) for k, v in own.items())  # the adapters, without it
