@@ -399,10 +399,18 @@ def test_the_adapter_alone_is_the_models_own_file(tmp_path):
 
 def test_attaching_the_file_of_a_network_says_how_it_is_loaded(tmp_path):
     pyramid = as_pyramid(adapted())
-    pyramid.save(tmp_path, nn.Sequential(pyramid, nn.Linear(2, 3)))
+    network = nn.Sequential(pyramid, nn.Linear(2, 3))
+    pyramid.save(tmp_path, network)
     for head in (None, nn.Identity()):
         with pytest.raises(ValueError, match=r"holds a network around the adapter \(.*Sequential\): build it around"):
             adaptkit.attach(HOSTS["timm-vit"].build(), tmp_path, head=head)
     model = adaptkit.attach(HOSTS["timm-vit"].build(), tmp_path, head=("fpn", {"num_classes": 2}))
+    snippet = (tmp_path / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    assert "Sequential that it was trained in" in snippet
+    code = snippet.replace("path/to/this/folder", str(tmp_path)).replace("backbone = ...", "backbone = host()")
+    made = {"host": HOSTS["timm-vit"].build, "around": lambda p: nn.Sequential(p, nn.Linear(2, 3))}
+    exec(code.replace("network = ...", "network = around(pyramid)"), made)
+    assert not made["network"].training
+    assert torch.equal(made["network"][1].weight, network[1].weight)
     own = pyramid.model.adapter_state_dict()
     assert all(torch.equal(model.adapter_state_dict()[k], v) for k, v in own.items())  # the adapters, without it
