@@ -53,7 +53,7 @@ def build(method):
 def batches():
     g = torch.Generator().manual_seed(5)
     for _ in range(STEPS):
-        yield torch.randn(BATCH, 3, 32, 32, generator=g), torch.randint(CLASSES, (BATCH,), generator=g)
+        yield torch.randn(BATCH, 3, 64, 64, generator=g), torch.randint(CLASSES, (BATCH,), generator=g)
 
 
 def quiet(model):
@@ -76,7 +76,7 @@ def train(model, inner):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     # Not Adam: a gradient that is zero but for rounding (a bias before a norm) would be made as large as any other.
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.003, momentum=0.9)
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.001, momentum=0.9)
     losses = []
     quiet(inner)
     for image, label in batches():

@@ -24,13 +24,18 @@ DEFAULTS = (("qkv",), ("q_proj", "v_proj"), ("query", "value"), ("fc1", "fc2"))
 
 
 def _leaves(host: nn.Module) -> dict[str, list[str]]:
-    """Linear and convolution layers of the blocks by their last name: those below a number, not the stem or head."""
+    """Linear layers and convolutions of the blocks by their last name: those below a number, not the stem or head."""
     leaves: dict[str, list[str]] = {}
     for path, module in host.named_modules():
         parts = path.split(".")
-        if isinstance(module, nn.Linear | nn.Conv2d) and not parts[-1].isdigit() and any(map(str.isdigit, parts)):
+        if _is_matrix(module) and not parts[-1].isdigit() and any(map(str.isdigit, parts)):
             leaves.setdefault(parts[-1], []).append(path)
     return leaves
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    """Linear layers and convolutions over all channels; a depthwise one has no rank to be low."""
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
 
 
 def default_targets(host: nn.Module) -> list[str]:
@@ -95,6 +100,6 @@ def _only_blocks(host: nn.Module, names: list[str], leaves: dict[str, list[str]]
     matched = [
         path
         for path, module in host.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and any(path == n or path.endswith(f".{n}") for n in names)
+        if _is_matrix(module) and any(path == n or path.endswith(f".{n}") for n in names)
     ]
     return names if not inside or len(matched) == len(inside) else sorted(inside)

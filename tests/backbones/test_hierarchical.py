@@ -260,3 +260,17 @@ def test_one_mixer_and_one_width_per_stage():
     blocks = attach("poolformer", {"width": (4, 6, 8, 10), "mixer": ("pool", "pool", "global", "global")}).adapters["metaformer"].blocks  # fmt: skip
     assert [b.down.weight.shape for b in blocks] == [(4, 16), (6, 24), (8, 32), (8, 32), (10, 64)]
     assert [type(b.mixer).__name__ for b in blocks] == ["Pool", "Pool"] + ["GlobalAttention"] * 3
+
+
+@pytest.mark.parametrize("name", HOSTS)
+@torch.no_grad()
+def test_lora_changes_the_layers_of_every_stage_and_goes_into_a_file(name, tmp_path):
+    model = adaptkit.attach(HOSTS[name](), "lora", target_modules="all-linear")
+    plain = adaptkit.attach(HOSTS[name]()).eval()(image())
+    assert torch.equal(model.eval()(image()).tokens, plain.tokens)
+    for p in model.adapters.parameters():
+        p.add_(0.1)
+    changed = model(image())
+    assert all(not torch.equal(a, b) for a, b in zip(changed.maps, plain.maps, strict=True))
+    model.save(tmp_path)
+    assert torch.equal(adaptkit.attach(HOSTS[name](), tmp_path)(image()).tokens, changed.tokens)

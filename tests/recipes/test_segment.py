@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -96,25 +94,6 @@ def test_the_baselines_run_from_a_parquet_file(folder, tmp_path, adapter, head):
     main(["--train", str(parquet), "--val", str(parquet), "--out", str(tmp_path / "run"), *QUICK[:-2], "--adapter", adapter,
           "--head", head, "--steps", "2", "--mixed-precision", "bf16"])  # fmt: skip
     assert json.loads((tmp_path / "run" / "result.json").read_text())["adapter"] == adapter
-
-
-def test_killed_and_resumed_is_byte_identical_to_never_stopped(folder, tmp_path):
-    steps = ["--steps", "6", "--save-every", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command(folder, tmp_path / "whole", *steps), cwd=ROOT, env=env, check=True, capture_output=True)
-    process = subprocess.Popen(command(folder, tmp_path / "cut", *steps), cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    deadline = time.time() + 120
-    while not (tmp_path / "cut" / "checkpoints" / "step-00000002").is_dir():
-        assert process.poll() is None
-        assert time.time() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "cut" / "adapter").exists()
-    subprocess.run(
-        command(folder, tmp_path / "cut", *steps, "--resume"), cwd=ROOT, env=env, check=True, capture_output=True
-    )
-    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
 def test_two_processes_train_as_one_and_count_every_image_once(folder, tmp_path):

@@ -1,0 +1,58 @@
+"""Which adapter fits which backbone, found out by attaching: ``python tests/fits.py`` prints README's table."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+from families import HOSTS
+
+import adaptkit
+from adaptkit import registry
+
+START, STOP = "<!-- fits:start -->", "<!-- fits:stop -->"
+OPTIONS = {"vit-adapter": {"conv_inplane": 8}, "metaformer": {"width": 8}}
+
+
+def hierarchical():
+    """Tiny hosts of several stages."""
+    from timm.models.metaformer import MetaFormer
+    from timm.models.swin_transformer import SwinTransformer
+
+    yield MetaFormer(dims=(16, 24, 32, 64), depths=(1, 1, 2, 1), num_classes=5)
+    yield SwinTransformer(64, window_size=4, embed_dim=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), num_classes=5)
+
+
+def fits(adapter, host):
+    """Whether it attaches."""
+    try:
+        adaptkit.attach(host, (adapter, OPTIONS.get(adapter, {}))).detach()
+    except TypeError:
+        return False
+    return True
+
+
+def rows():
+    """For each class of host its adapters, in the order of the table."""
+    hosts = [registry.view(host.build()).host for _, host in sorted(HOSTS.items())] + list(hierarchical())
+    by_class = {}
+    for host in hosts:
+        by_class.setdefault((type(host).__module__.partition(".")[0], type(host).__name__), []).append(host)
+    names = [name for name in adaptkit.list_adapters() if "toy" not in name]
+    for (library, cls), group in sorted(by_class.items()):
+        yield library, cls, {name: [fits(name, host) for host in group] for name in names}
+
+
+def table():
+    """Markdown."""
+    found = list(rows())
+    names = list(found[0][2])
+    lines = ["| | " + " | ".join(f"`{n}`" for n in names) + " |", "|---" * (len(names) + 1) + "|"]
+    for library, cls, row in found:
+        cells = ["yes" if all(row[n]) else "some" if any(row[n]) else "" for n in names]
+        lines.append(f"| {library} {cls} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
