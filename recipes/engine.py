@@ -9,9 +9,9 @@ A task plugs in its model, data, loss and metric (:class:`Task`) and hands itsel
 * Each image is counted once in a score, however many ranks share the set.
 
 Several processes: ``torchrun --nproc_per_node 4 -m recipes.segment ...`` or ``accelerate launch``, which is DDP: each
-rank holds the frozen backbone once and exchanges the gradients of the adapter alone. FSDP2 is for backbones that do not
-fit one device; Accelerate's checkpoints of it hold the whole model, so this loop refuses it: wrap the blocks yourself
-with ``torch.distributed.fsdp.fully_shard`` and save with ``AdaptedModel.save``.
+rank holds the frozen backbone once and exchanges the gradients of the adapter alone. FSDP2 is for a backbone that does
+not fit one device. Accelerate's checkpoints of it hold the whole model, so this loop refuses it: ``adaptkit.shard`` in
+a loop of your own shards the frozen blocks and saves the adapter alone.
 """
 
 from __future__ import annotations
@@ -325,7 +325,8 @@ def start(task: Task, args: argparse.Namespace) -> tuple[Path, Accelerator]:
     if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(
             f"this loop runs on one device or under DDP, and Accelerate is configured for "
-            f"{accelerator.distributed_type.value}, whose checkpoints hold the frozen backbone; choose MULTI_GPU"
+            f"{accelerator.distributed_type.value}, whose checkpoints hold the frozen backbone; choose MULTI_GPU, or "
+            "adaptkit.shard in a loop of your own"
         )
     if args.tracker:
         accelerator.init_trackers(f"adaptkit-{task.name}", config={k: str(v) for k, v in vars(args).items()})

@@ -1,5 +1,6 @@
 """What two processes do for test_engine.py: ``torchrun --nproc_per_node 2 two_ranks.py DATA OUT``."""
 
+import itertools
 import json
 import sys
 from argparse import Namespace
@@ -25,20 +26,20 @@ class Seen:
         self.images = []
 
     def update(self, prediction, target):
-        assert prediction.long().tolist() == target.tolist()
-        self.images += target.tolist()
+        assert [int(p) for p in prediction] == [int(t) for t in target]
+        self.images += [int(t) for t in target]
 
     def compute(self):
         return {"count": len(self.images)}
 
 
-def counted(accelerator, count, batch, streaming):
+def counted(accelerator, count, batch, streaming, ragged):
     """Which images an evaluation on two ranks counts, and how often."""
     data = datasets.Dataset.from_dict({"n": list(range(count))})
     rows = Numbers(data.to_iterable_dataset(num_shards=2) if streaming else data)
     args = Namespace(batch_size=batch, workers=0, streaming=streaming)
     seen = Seen()
-    task = engine.Task("t", "t", "count", (), None, None, None, lambda model, batch: batch, lambda args: seen)
+    task = engine.Task("t", "t", "count", (), None, None, None, lambda model, batch: batch, lambda args: seen, ragged)
     loader = engine.validation_batches(rows, task, accelerator, args)
     engine.evaluate(task, torch.nn.Identity(), loader, accelerator, args)
     return sorted(seen.images)
@@ -75,7 +76,10 @@ def main(data, out):
             object.__setattr__(segment.TASK, "loss", loss)
         run([*common, *more, "--out", f"{out}/{name}-cut", "--resume"])
     accelerator = Accelerator()
-    cases = {f"{n} {b} {s}": counted(accelerator, n, b, s) for n in (5, 8) for b in (1, 3) for s in (False, True)}
+    cases = {
+        f"{n} images, batches of {b}, streaming {s}, ragged {r}": counted(accelerator, n, b, s, r)
+        for n, b, s, r in itertools.product((5, 8), (1, 3), (False, True), (False, True))
+    }
     Path(out, f"counted-{accelerator.process_index}.json").write_text(json.dumps(cases))
 
 
