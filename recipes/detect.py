@@ -36,6 +36,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--anchor", type=float, default=8.0, help="side of the anchors, in strides of their level")
     p.add_argument("--skip-degenerate", action=argparse.BooleanOptionalAction, default=False, help="boxes of no area")
     args = read(p, argv)
+    args.head = args.model  # as the other recipes say it in result.json
     if args.streaming:
         p.error("--streaming reads rows as they come; COCO's format is files: leave it out")
     if not args.val:

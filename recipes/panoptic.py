@@ -36,6 +36,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--object-threshold", type=float, default=0.8, help="least score of a query that is drawn")
     p.add_argument("--overlap-threshold", type=float, default=0.8, help="least share of its mask that must be visible")
     args = read(p, argv)
+    args.head = "mask2former"  # as the other recipes say it in result.json
     if args.streaming:
         p.error("--streaming reads rows as they come; COCO's format is files: leave it out")
     if not args.val:
