@@ -22,7 +22,7 @@ from adaptkit.hosts import create_backbone
 from recipes import network, panoptic, shapes
 from recipes.panoptic_data import PanopticData, locate, read_segments, segment_ids, stacked
 
-QUICK = ["--backbone", "demo", "--random-backbone", "--adapter-options", '{"conv_inplane": 8}', "--size", "32", "48",
+QUICK = ["--backbone", "test_vit", "--random-backbone", "--adapter-options", '{"conv_inplane": 8}', "--size", "32", "48",
          "--width", "32", "--queries", "8", "--layers", "1", "1", "--points", "64", "--batch-size", "2", "--lr", "3e-3",
          "--clip", "1", "--object-threshold", "0.2"]  # fmt: skip
 
@@ -75,7 +75,7 @@ def test_training_lowers_the_loss_and_the_file_scores_as_the_run_did(trained):
     rows = panoptic.data(args, fresh, True)
     before = loss_of(fresh, args, rows)
     torch.manual_seed(args.seed)
-    after = loss_of(network.load(out / "adapter", create_backbone("demo", pretrained=False)), args, rows)
+    after = loss_of(network.load(out / "adapter", create_backbone("test_vit", pretrained=False)), args, rows)
     assert after < 0.9 * before
     stored = adaptkit.load(out / "adapter")
     assert stored.header["head"]["class"].endswith("Mask2FormerForUniversalSegmentation")
@@ -163,7 +163,7 @@ def test_the_truth_scores_one_and_silence_scores_zero(folder):
 
 
 def network_source():
-    return adaptkit.view(create_backbone("demo", pretrained=False)).source()
+    return adaptkit.view(create_backbone("test_vit", pretrained=False)).source()
 
 
 def test_queries_become_one_map():

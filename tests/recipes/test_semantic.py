@@ -15,7 +15,7 @@ import adaptkit
 from adaptkit.hosts import create_backbone
 from recipes import network, segment, semantic
 
-QUICK = ["--num-classes", "3", "--backbone", "demo", "--random-backbone", "--adapter-options", '{"conv_inplane": 8}',
+QUICK = ["--num-classes", "3", "--backbone", "test_vit", "--random-backbone", "--adapter-options", '{"conv_inplane": 8}',
          "--size", "32", "48", "--width", "32", "--queries", "6", "--layers", "1", "1", "--points", "64"]  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def test_it_trains_and_scores_the_same_when_it_is_built_again(folder, tmp_path, 
     assert kept.header["metadata"]["recipe"]["network"] == head
     assert not any("attn.qkv" in k for k in kept.tensors)
     torch.manual_seed(0)
-    loaded = network.load(out / "adapter", create_backbone("demo", pretrained=False))
+    loaded = network.load(out / "adapter", create_backbone("test_vit", pretrained=False))
     predict = {"upernet": semantic.pixels, "mask2former": semantic.classes_of_queries}[head]
     classes, _ = predict(loaded, [torch.randn(1, 3, 45, 61), torch.zeros(1, 45, 61)])
     assert classes.shape == (1, 45, 61)
