@@ -1,7 +1,7 @@
 """A file that was exported gives what the model gives, on a batch (and a size) it was not traced with."""
 
 import json
-import shutil
+import os
 import sys
 
 import pytest
@@ -13,6 +13,9 @@ from adaptkit.export import to_aot_package, to_exported_program, to_onnx
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 5}
 PLAIN = ("metaformer", {"width": 4, "mixer": "identity"})
+
+
+slow = pytest.mark.skipif("ADAPTKIT_SLOW_TESTS" not in os.environ, reason="takes a minute: set ADAPTKIT_SLOW_TESTS")
 
 
 def vit():
@@ -75,7 +78,7 @@ PYRAMID = ["map_4", "map_8", "map_16", "map_32"]
         pytest.param(dinov3, [VIT_ADAPTER], None, (32, 40), [*PYRAMID, "tokens", "prefix", "logits"], id="vit-adapter"),
         pytest.param(vit, ["adavit", ("metaformer", {"width": 8, "mixer": ("global", "window")}), "sfp"],
                      ("linear", {"num_classes": 3}), (40, 56), [*PYRAMID, "tokens", "prefix", "logits"], id="stacked"),
-        pytest.param(hf_dinov2, [("dat", {"blocks": 1})], None, (42, 70), ["tokens", "prefix"], id="dat"),
+        pytest.param(hf_dinov2, [("dat", {"blocks": 1})], None, (42, 70), ["tokens", "prefix"], id="dat", marks=slow),
     ],
 )  # fmt: skip
 @torch.no_grad()
@@ -180,7 +183,7 @@ def test_without_a_compiler_it_says_so(tmp_path, monkeypatch):
         to_aot_package(attached(vit, PLAIN), tmp_path / "model.pt2", (32, 32))
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+@slow
 @torch.no_grad()
 def test_an_aot_package_gives_what_the_model_gives(tmp_path):
     model = attached(vit, PLAIN)
