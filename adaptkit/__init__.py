@@ -9,7 +9,6 @@ from adaptkit.adapters.metaformer import MetaFormerConfig
 from adaptkit.adapters.sfp import SimpleFeaturePyramidConfig
 from adaptkit.adapters.vit_adapter import ViTAdapterConfig
 from adaptkit.demo import demo_backbone
-from adaptkit.distributed import shard
 from adaptkit.file import AdapterFile
 from adaptkit.heads.classifier import ClassifierHeadConfig
 from adaptkit.heads.depth import DepthHeadConfig
@@ -21,6 +20,7 @@ from adaptkit.model import AdaptedModel, attach, list_adapters, list_heads
 from adaptkit.pretrained import from_pretrained
 from adaptkit.pyramid import as_pyramid
 from adaptkit.registry import register_adapter, register_family, register_head, view
+from adaptkit.sharding import shard
 from adaptkit.staged import StagedSpec
 from adaptkit.version import __version__
 from adaptkit.vit import Features, Spec

@@ -1,4 +1,4 @@
-"""The command line: ``adaptkit list | demo | train TASK | inspect FILE | doctor MODEL``."""
+"""The command line: ``adaptkit list | demo | train TASK | inspect FILE | doctor MODEL | export FILE``."""
 
 from __future__ import annotations
 
@@ -59,6 +59,16 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("model", help="demo, a timm name, hf-hub:..., org/repo, or a local folder")
     doctor.add_argument("--pretrained", action="store_true", help="load the weights too (may download them)")
     doctor.set_defaults(run=_doctor)
+
+    export = commands.add_parser("export", help="one file that runs without adaptkit: ONNX or a torch program")
+    export.add_argument("file", help="a saved folder, or org/name on the Hub")
+    export.add_argument("--out", required=True, help="model.onnx, or model.pt2 for torch.export.load")
+    export.add_argument("--size", nargs=2, type=int, default=(224, 224), metavar=("H", "W"), help="pixels")
+    export.add_argument("--backbone", help="as for doctor (default: the one that the file records)")
+    export.add_argument("--fixed-batch", action="store_true", help="two images at a time, no more and no fewer")
+    export.add_argument("--dynamic-size", action="store_true", help="leave the size open where the backbone allows it")
+    export.add_argument("--aot", action="store_true", help="compile the .pt2 for this kind of computer")
+    export.set_defaults(run=_export)
     return parser
 
 
@@ -218,6 +228,28 @@ def _doctor(args: argparse.Namespace) -> None:
     for name in sorted(registry.adapters()):
         rows.append((f"attach {name!r}", _try(attach, model, name, image)))
     _table(args.model, rows)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from adaptkit import export
+    from adaptkit.pretrained import from_pretrained
+
+    suffix = args.out.rpartition(".")[2]
+    if suffix not in ("onnx", "pt2") or (args.aot and suffix != "pt2"):
+        raise ValueError(f"--out {args.out}: give a name that ends in .onnx or .pt2{' (.pt2 with --aot)' * args.aot}")
+    write = {"onnx": export.to_onnx, "pt2": export.to_aot_package if args.aot else export.to_exported_program}[suffix]
+    model = from_pretrained(args.file, backbone=args.backbone)
+    opened = {"dynamic_batch": not args.fixed_batch, "dynamic_size": args.dynamic_size}
+    try:
+        path = write(model, args.out, tuple(args.size), **opened)
+    except RuntimeError as error:  # the file does not agree, or there is no compiler
+        raise ValueError(str(error)) from error
+    rows = [
+        ("file", f"{path} ({path.stat().st_size / 1e6:.2f} MB), agrees with the model"),
+        ("input", f"image, {'2' if args.fixed_batch else 'any'} x 3 x {args.size[0]} x {args.size[1]}, float32"),
+        ("outputs", ", ".join(export.output_names(model, tuple(args.size)))),
+    ]
+    _table("exported", rows)
 
 
 def _try(attach: Any, model: Any, name: str, image: Any) -> str:

@@ -16,7 +16,6 @@ from adaptkit.adapters._peft import Lodgers, lodgers
 from adaptkit.adapters.adavit import AdaViT
 from adaptkit.adapters.base import BlockAdapter, Trace, wrapped
 from adaptkit.card import model_card
-from adaptkit.distributed import first_rank
 from adaptkit.file import check_fits, describe_backbone, write_folder
 from adaptkit.hub import Commit, push
 from adaptkit.parts import AdapterSet, as_file, differences, head_of, parts_of
@@ -328,15 +327,11 @@ class AdaptedModel(nn.Module):
     def save(self, folder: str | os.PathLike[str], **metadata: Any) -> Path:
         """Write the active adapters and their head to ``folder``: weights, config and card, each atomically.
 
-        ``metadata`` (JSON values, e.g. ``task="segmentation"``, ``classes=[...]``) is kept in the header. A model that
-        is sharded is gathered first, so every rank must call this; the first one writes. Raises ``OSError`` where the
-        folder cannot be written.
+        ``metadata`` (JSON values, e.g. ``task="segmentation"``, ``classes=[...]``) is kept in the header. Of several
+        processes one should call this. Raises ``OSError`` where the folder cannot be written.
         """
         header = {**self.header(), "metadata": metadata}
-        tensors = self.adapter_state_dict()
-        if not first_rank(self.vit):
-            return Path(folder)
-        return write_folder(folder, header, tensors, model_card(header))
+        return write_folder(folder, header, self.adapter_state_dict(), model_card(header))
 
     def push(self, repo_id: str, **options: Any) -> Commit:
         """Upload what ``save`` writes to a model repository on the Hub; see :func:`adaptkit.hub.push`."""

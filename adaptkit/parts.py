@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from adaptkit import registry
 from adaptkit.adapters.base import Adapter, BlockAdapter, SideAdapter, WeightAdapter
-from adaptkit.distributed import sharded_like, whole
 from adaptkit.file import AdapterFile, check_fits
 from adaptkit.hub import is_hub_id, load
 from adaptkit.staged import StagedSpec, StagedViT
@@ -172,8 +171,7 @@ class AdapterSet(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what the file holds: ``<adapter>.<own key>`` and ``head.<own key>``."""
-        state = {f"{n}.{k}": v for n, m in self.modules_by_name().items() for k, v in m.state_dict().items()}
-        return {k: whole(v) for k, v in state.items()}
+        return {f"{n}.{k}": v for n, m in self.modules_by_name().items() for k, v in m.state_dict().items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Put such tensors back; ``ValueError`` names what is missing, unexpected or of another shape."""
@@ -184,8 +182,8 @@ class AdapterSet(nn.Module):
             given.update({f"{name}.{k}": v for k, v in own.items()})
         check_tensors(self.tensors(), given, "the tensors given")
         for name, module in self.modules_by_name().items():
-            own = module.state_dict()
-            module.load_state_dict({k: sharded_like(given[f"{name}.{k}"], v) for k, v in own.items()})
+            prefix = name + "."
+            module.load_state_dict({k[len(prefix) :]: v for k, v in given.items() if k.startswith(prefix)})
 
     def header(self) -> dict[str, Any]:
         """Return what the file says of adapters and head."""

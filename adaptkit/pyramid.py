@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from adaptkit.adapters.base import SideAdapter
 from adaptkit.card import model_card
-from adaptkit.distributed import first_rank, sharded_like, whole
 from adaptkit.file import check_fits, write_folder
 from adaptkit.hub import load
 from adaptkit.model import AdaptedModel
@@ -172,8 +171,6 @@ class Pyramid(nn.Module):
             cls = f"{type(network).__module__}.{type(network).__qualname__}"
             header["head"] = {"name": None, "class": cls, "around": True}
             tensors.update({f"head.{k}": v for k, v in self.beside(network).items()})
-        if not first_rank(self.model.vit):
-            return Path(folder)
         return write_folder(folder, header, tensors, model_card(header))
 
     def load(self, folder: str | os.PathLike[str], network: nn.Module | None = None, strict: bool = False) -> None:
@@ -193,8 +190,7 @@ class Pyramid(nn.Module):
         check_tensors(own, head, f"{file.path}, beside the pyramid")
         self.model.load_adapter_state_dict({k: v for k, v in file.tensors.items() if not k.startswith("head.")})
         if network is not None:  # the pyramid's own keys are the ones left out
-            state = network.state_dict()
-            network.load_state_dict({k: sharded_like(v, state[k]) for k, v in head.items()}, strict=False)
+            network.load_state_dict(head, strict=False)
 
     def beside(self, network: nn.Module) -> dict[str, Tensor]:
         """Return the tensors of ``network`` that are not in this pyramid, by the network's own keys."""
@@ -203,7 +199,7 @@ class Pyramid(nn.Module):
             raise ValueError(
                 f"this pyramid is not inside the {type(network).__name__} given: pass the network it is in"
             )
-        return {k: whole(v) for k, v in network.state_dict().items() if prefix and not k.startswith(prefix + ".")}
+        return {k: v for k, v in network.state_dict().items() if prefix and not k.startswith(prefix + ".")}
 
 
 def _backbone_output(maps: Sequence[Tensor]) -> Any:

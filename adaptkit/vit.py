@@ -148,6 +148,7 @@ class View(ABC):
     def __init__(self, host: nn.Module) -> None:
         self.host = host
         self.sharded: Sequence[nn.Module] = ()  #: the host's blocks, where their parameters lie on several devices
+        self.fingerprint: dict[str, list[float]] | None = None  #: of the weights, from before they were sharded
 
     @abstractmethod
     def features(self, image: Tensor) -> Features:

@@ -108,10 +108,9 @@ def main(methods, out):
         frozen = sum(p.numel() for p in model.vit.host.parameters())
         model = adaptkit.shard(model)
         held = sum(p.to_local().numel() for p in model.vit.host.parameters())
-        seen["fsdp"], seen["share"] = train(model, model), held / frozen
-        model.save(Path(out) / f"{method}-fsdp")
-        model.load_adapter_state_dict(model.adapter_state_dict())
+        seen["fsdp"], seen["share"] = train(torch.nn.parallel.DistributedDataParallel(model), model), held / frozen
         if dist.get_rank() == 0:
+            model.save(Path(out) / f"{method}-fsdp")
             (Path(out) / f"{method}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
 

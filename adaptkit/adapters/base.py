@@ -10,16 +10,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from adaptkit.distributed import run_sharded
 from adaptkit.staged import StagedViT
 from adaptkit.vit import Block, Features, Fn, Source, View, ViT
 
 __all__ = ["Adapter", "BlockAdapter", "SideAdapter", "Trace", "WeightAdapter", "WrappedStages", "WrappedViT", "wrapped"]
 
+#: A method of each sharded block: runs a function of its parts while its parameters are whole.
+RUN_WHOLE = "run_whole"
 Trace = dict[str, Tensor]  #: made by each forward, returned as ``Features.aux``
 
 
@@ -117,7 +119,7 @@ def _wrap_all(view: Any, blocks: Sequence[Block], first: int, grid: tuple[int, i
     sharded = view.vit.sharded
     if not sharded or not any(adapter.inside for adapter in view.adapters):
         return runs
-    return [run_sharded(sharded[i], run) for i, run in enumerate(runs, first)]
+    return [partial(getattr(sharded[i], RUN_WHOLE), run) for i, run in enumerate(runs, first)]
 
 
 class WrappedViT(ViT):

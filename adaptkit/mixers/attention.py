@@ -127,6 +127,9 @@ def _counts(grid: tuple[int, int], window: int) -> tuple[int, int]:
 
 def _attend_in(ours: Windows, theirs: Windows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """(B, heads, Q, E), two of (B, heads, S, E) -> (B, heads, Q, E), window by window."""
-    q, k, v = ours.gather(q), theirs.gather(k), theirs.gather(v)  # (B, heads, windows, cells, E)
-    mask = torch.zeros_like(theirs.valid, dtype=q.dtype).masked_fill(~theirs.valid, float("-inf"))
-    return ours.scatter(F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None]))
+    heads = q.shape[1]
+    mask = torch.zeros_like(theirs.valid, dtype=q.dtype).masked_fill(~theirs.valid, float("-inf"))[:, None]
+    # Windows go with the heads: four dimensions are what runtimes other than torch know.
+    q, k, v = (part.flatten(1, 2) for part in (ours.gather(q), theirs.gather(k), theirs.gather(v)))
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(heads, 1, 1))  # (B, heads*windows, cells, E)
+    return ours.scatter(x.unflatten(1, (heads, -1)))

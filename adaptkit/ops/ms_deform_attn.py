@@ -351,9 +351,9 @@ def _gather(value: Tensor, spatial_shapes, locations: Tensor, weights: Tensor) -
     out, start = table.new_zeros((batch, locations.shape[1], heads, dim)), 0
     for level, (h, w) in enumerate(spatial_shapes):
         x, y = locations[:, :, :, level].to(dtype).unbind(-1)  # (N, Q, H, P) each
-        x, y = x * w - 0.5, y * h - 0.5
-        for row, y_weight in _neighbours(y, h):
-            for column, x_weight in _neighbours(x, w):
+        rows, columns = _neighbours(y * h - 0.5, h), _neighbours(x * w - 0.5, w)
+        for row, y_weight in rows:
+            for column, x_weight in columns:
                 pixel = F.embedding((item + start + row * w + column) * heads + head, table)  # (N, Q, H, P, D)
                 weight = weights[:, :, :, level].to(dtype) * y_weight * x_weight
                 out = out + (weight[..., None] * pixel).sum(3)

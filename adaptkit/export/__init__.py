@@ -1,0 +1,155 @@
+"""One file that runs without adaptkit: ONNX, or a program of ``torch.export``, with the adapter inside the backbone.
+
+What is exported is ``model.eval()(image)``, in float32, with its outputs by name: ``map_4`` ... ``map_32`` (as far as
+there is a pyramid), ``tokens``, ``prefix``, ``logits``. AdaViT's gates decide as they do in evaluation, but every token
+is computed and masked: a graph cannot skip what depends on the image.
+
+No file is put in place before it has been loaded again and compared with the model, on another batch and, where the
+size is left open, on another size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adaptkit.export.check import compare, in_place, need, onnx_run, target_path
+from adaptkit.export.trace import Graph, refuse_antialias, traced
+from adaptkit.model import AdaptedModel
+
+__all__ = ["output_names", "to_aot_package", "to_exported_program", "to_onnx"]
+
+
+def to_onnx(
+    model: AdaptedModel,
+    path: str | os.PathLike[str],
+    size: tuple[int, int],
+    *,
+    dynamic_batch: bool = True,
+    dynamic_size: bool = False,
+    tolerance: float = 1e-4,
+) -> Path:
+    """Write an ONNX file; returns its path.
+
+    The graph holds no ``GridSample``: points are read by gathering. The file's metadata says what to feed it:
+    ``input``, ``size``, ``mean``, ``std``, and ``adaptkit``, the header of the adapter file.
+
+    Args:
+        model: what ``attach`` or ``from_pretrained`` returned.
+        path: ends in ``.onnx``; weights beyond the 2 GB that ONNX allows go to ``<path>.data``.
+        size: (H, W) of the images, in pixels.
+        dynamic_batch: leave the number of images open.
+        dynamic_size: leave (H, W) open, in multiples of 32 and of the patch. Only for backbones whose positions follow
+            the image by operators that ONNX has: rotary ones, or none.
+        tolerance: how far an output may be off, as a share of its largest value (at least 1).
+
+    Raises ``ValueError`` for what cannot be exported, ``RuntimeError`` where the file does not agree with the model,
+    and ``ImportError`` without ``adaptkit[export]``.
+    """
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        need(package)
+    target = target_path(path, ".onnx")
+    with traced(model, size, dynamic_batch, dynamic_size, for_onnx=True) as (program, graph, image):
+        refuse_antialias(program, graph)
+        names: dict[str, Any] = {"input_names": ["image"], "output_names": graph.names}
+        try:
+            done: Any = torch.onnx.export(program, (image,), **names, dynamo=True, verbose=False)
+        except torch.onnx.OnnxExporterError as error:
+            host = type(model.vit.host).__name__
+            raise ValueError(f"{host} has what torch cannot say in ONNX: {_reason(error)}. Export a .pt2") from error
+        if any(node.op_type == "GridSample" for node in done.model.graph):
+            raise ValueError(
+                "a GridSample is in the graph, which runtimes compute differently: adapters here have none, so it is "
+                "of your own head; read points with adaptkit.ops.sample.sample"
+            )
+        done.model.metadata_props.update(_metadata(model, size, dynamic_batch, dynamic_size))
+        with in_place(target) as written:
+            done.save(str(written))
+            compare(onnx_run(written), graph, image, dynamic_batch, dynamic_size, tolerance)
+    return target
+
+
+def to_exported_program(
+    model: AdaptedModel,
+    path: str | os.PathLike[str],
+    size: tuple[int, int],
+    *,
+    dynamic_batch: bool = True,
+    dynamic_size: bool = False,
+    tolerance: float = 1e-4,
+) -> Path:
+    """Write a program for ``torch.export.load``, whose ``.module()(image)`` is a tuple of tensors; returns its path.
+
+    Arguments as for :func:`to_onnx`; ``path`` ends in ``.pt2``. The file ``adaptkit.json`` in it holds the metadata and
+    the names of the outputs.
+    """
+    target = target_path(path, ".pt2")
+    with traced(model, size, dynamic_batch, dynamic_size) as (program, graph, image):
+        said = {**_metadata(model, size, dynamic_batch, dynamic_size), "outputs": ",".join(graph.names)}
+        with in_place(target) as written:
+            torch.export.save(program, written, extra_files={"adaptkit.json": json.dumps(said)})
+            again = torch.export.load(written).module()
+            compare(again, graph, image, dynamic_batch, dynamic_size, tolerance)
+    return target
+
+
+def to_aot_package(
+    model: AdaptedModel,
+    path: str | os.PathLike[str],
+    size: tuple[int, int],
+    *,
+    dynamic_batch: bool = True,
+    dynamic_size: bool = False,
+    tolerance: float = 1e-4,
+) -> Path:
+    """Compile to machine code for this kind of computer (AOTInductor), for ``torch._inductor.aoti_load_package``.
+
+    Arguments as for :func:`to_onnx`; ``path`` ends in ``.pt2``. Raises ``RuntimeError`` where there is no C++ compiler.
+    """
+    target = target_path(path, ".pt2")
+    compiler = os.environ.get("CXX") or "g++"
+    if shutil.which(compiler) is None:
+        raise RuntimeError(
+            f"AOTInductor compiles C++ and there is no {compiler} on this computer: install one, name it in CXX, or "
+            "export a .pt2 that is not compiled"
+        )
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+
+    with traced(model, size, dynamic_batch, dynamic_size) as (program, graph, image), in_place(target) as written:
+        aoti_compile_and_package(program, package_path=str(written))
+        compare(aoti_load_package(str(written)), graph, image, dynamic_batch, dynamic_size, tolerance)
+    return target
+
+
+@torch.no_grad()
+def output_names(model: AdaptedModel, size: tuple[int, int]) -> list[str]:
+    """Return the names of the outputs, in the order of the files, for images of (H, W) pixels."""
+    graph = Graph(model)
+    graph(torch.zeros(1, 3, *size, device=next(model.parameters()).device))
+    return graph.names
+
+
+def _reason(error: BaseException) -> str:
+    """Return the innermost cause: the exporter wraps it in advice for its own developers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error)
+
+
+def _metadata(model: AdaptedModel, size: tuple[int, int], dynamic_batch: bool, dynamic_size: bool) -> dict[str, str]:
+    header = model.header()
+    backbone = header["backbone"]
+    sides = [f"any multiple of {math.lcm(32, model.spec.patch)}"] * 2 if dynamic_size else list(map(str, size))
+    return {
+        "adaptkit": json.dumps(header, sort_keys=True),
+        "input": "image",
+        "size": ",".join(["any" if dynamic_batch else "2", "3", *sides]),
+        "mean": json.dumps(backbone["mean"]),
+        "std": json.dumps(backbone["std"]),
+    }

@@ -1,0 +1,166 @@
+"""From an adapted model to one graph of ``torch.export``: an image in, named tensors out."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptkit.adapters.adavit import AdaViT
+from adaptkit.adapters.base import SideAdapter, WeightAdapter
+from adaptkit.model import AdaptedModel
+from adaptkit.staged import StagedSpec
+
+__all__ = ["Graph", "another", "refuse_antialias", "traced"]
+
+
+class Graph(nn.Module):
+    """The model as a function from an image to a tuple of tensors, and their names."""
+
+    def __init__(self, model: AdaptedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.names: list[str] = []
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, H, W) -> the outputs that there are."""
+        features = self.model(image)
+        spec = self.model.spec
+        sides = [a.strides for a in self.model.adapters.values() if isinstance(a, SideAdapter)]
+        strides = spec.strides if isinstance(spec, StagedSpec) else (*sides, ())[0]
+        named = {f"map_{stride}": x for stride, x in zip(strides, features.maps)}
+        named["tokens"] = features.tokens
+        if features.prefix.shape[1] > 0:
+            named["prefix"] = features.prefix
+        if features.logits is not None:
+            named["logits"] = features.logits
+        self.names = list(named)
+        return tuple(named.values())
+
+
+def _ready(model: AdaptedModel) -> AdaptedModel:
+    """Return the model as a graph can hold it: float32 on the CPU, LoRA in the weights; a copy where it is not that.
+
+    LoRA in the weights leaves nothing of itself in the graph.
+    """
+    plain = all(x.device.type == "cpu" and x.dtype in (torch.float32, torch.int64, torch.bool) for x in _tensors(model))
+    inside = any(isinstance(a, WeightAdapter) and not a.merged for a in model.adapters.values())
+    if plain and not inside:
+        return model
+    ready = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    if inside:
+        ready.merge_adapter()
+    return ready
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+@contextmanager
+def traced(
+    model: AdaptedModel, size: tuple[int, int], dynamic_batch: bool, dynamic_size: bool, for_onnx: bool = False
+) -> Iterator[tuple[torch.export.ExportedProgram, Graph, Tensor]]:
+    """Give the program, the graph it was traced from, and the image; the model is in eval mode for as long."""
+    if not isinstance(model, AdaptedModel):
+        raise TypeError(f"{type(model).__name__} has no adapters; export what adaptkit.attach returned")
+    unit = math.lcm(32, model.spec.patch)
+    if dynamic_size and any(n % unit or n < 2 * unit for n in size):
+        raise ValueError(
+            f"size={tuple(size)} with dynamic_size=True: height and width are left open in multiples of {unit} pixels; "
+            f"give an example of at least {2 * unit} that is one"
+        )
+    training = model.training
+    ready = _ready(model).eval()
+    graph, image = Graph(ready), torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    with ExitStack() as stack, torch.no_grad():
+        stack.callback(model.train, training)
+        for gates in (a for a in ready.adapters.values() if isinstance(a, AdaViT)):
+            stack.enter_context(gates.executing("masked"))
+        # Errors of the model itself and the names come before any tracing. The image is not the one that is traced: a
+        # host that keeps the angles of the last grid would put them into the graph.
+        graph(another(graph, image, dynamic_batch, dynamic_size))
+        shapes = _open(unit, dynamic_batch, dynamic_size)
+        try:
+            program = torch.export.export(graph, (image,), dynamic_shapes=shapes, strict=False)
+            if for_onnx:
+                program = _with_constant_positions(program, image, shapes)
+        except Exception as error:
+            what = f"{type(model.vit.host).__name__} with {', '.join(model.adapters) or 'no adapter'}"
+            remedy = "Export one file for each size (dynamic_size=False)" if dynamic_size else "Report the backbone"
+            raise ValueError(f"torch.export cannot trace {what} at {tuple(size)}: {_brief(error)}. {remedy}") from error
+        yield program, graph, image
+
+
+def another(graph: Graph, image: Tensor, dynamic_batch: bool, dynamic_size: bool) -> Tensor:
+    """Return images that differ from the traced one in whatever is left open."""
+    batch, _, height, width = image.shape
+    unit = math.lcm(32, graph.model.spec.patch)
+    batch += 1 if dynamic_batch else 0
+    height, width = (height + unit, width + 2 * unit) if dynamic_size else (height, width)
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def _open(unit: int, batch: bool, size: bool) -> dict[str, dict[int, Any]]:
+    """Return which axes of the image are left open."""
+    from torch.export import Dim
+
+    axes: dict[int, Any] = {0: Dim("batch", min=1)} if batch else {}
+    if size:
+        axes |= {2: unit * Dim("rows", min=2, max=256), 3: unit * Dim("columns", min=2, max=256)}
+    return {"image": axes}
+
+
+def _brief(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else repr(error)
+
+
+def _with_constant_positions(
+    program: torch.export.ExportedProgram, image: Tensor, shapes: dict[str, dict[int, Any]]
+) -> torch.export.ExportedProgram:
+    """Compute what resamples weights alone, a position table say, once and for all.
+
+    ONNX has no antialiased resampling, but on a grid that is fixed its result is one more weight.
+    """
+    if not any("upsample" in str(node.target) for node in program.graph.nodes):
+        return program
+    module: Any = program.run_decompositions({}).module()
+    constants: dict[torch.fx.Node, Any] = {}
+    folded = 0
+    for node in list(module.graph.nodes):
+        if node.op == "get_attr":
+            value = module
+            for name in node.target.split("."):
+                value = getattr(value, name)
+            if isinstance(value, Tensor):
+                constants[node] = value
+        elif node.op == "call_function" and node.all_input_nodes and constants.keys() >= set(node.all_input_nodes):
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), constants.__getitem__)
+            constants[node] = node.target(*args, **kwargs)
+            if "upsample" in str(node.target):
+                module.register_buffer(f"resampled_{folded}", constants[node].clone())
+                with module.graph.inserting_before(node):
+                    node.replace_all_uses_with(module.graph.get_attr(f"resampled_{folded}"))
+                folded += 1
+    if not folded:
+        return program
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return torch.export.export(module, (image,), dynamic_shapes=shapes, strict=False)
+
+
+def refuse_antialias(program: torch.export.ExportedProgram, graph: Graph) -> None:
+    """Raise ``ValueError`` where positions are resampled anew for each image, as no other runtime does it."""
+    if any("_aa" in str(node.target) and "upsample" in str(node.target) for node in program.graph.nodes):
+        host = type(graph.model.vit.host).__name__
+        raise ValueError(
+            f"{host} resamples its positions with antialias for each image size, which ONNX has no operator for: leave "
+            "out dynamic_size=True and export one file for each size"
+        )
