@@ -19,6 +19,7 @@ from adaptkit.hub import load
 from adaptkit.mixers import list_mixers, register_mixer
 from adaptkit.model import AdaptedModel, attach, list_adapters, list_heads
 from adaptkit.pretrained import from_pretrained
+from adaptkit.pyramid import as_pyramid
 from adaptkit.registry import register_adapter, register_family, register_head, view
 from adaptkit.staged import StagedSpec
 from adaptkit.version import __version__
@@ -40,6 +41,7 @@ __all__ = [
     "StagedSpec",
     "ViTAdapterConfig",
     "__version__",
+    "as_pyramid",
     "attach",
     "demo_backbone",
     "from_pretrained",

@@ -187,6 +187,8 @@ def _text(header: dict[str, Any], repo_id: str) -> str:
 
 def _snippet(header: dict[str, Any], where: str) -> str:
     backbone, head = header["backbone"], header["head"]
+    if head is not None and head.get("around"):
+        return _network_snippet(backbone["source"] or backbone["class"], head["class"], where)
     given = ", head=head" if head is not None and head["name"] is None else ""
     lines = ["import torch", "", "import adaptkit", ""]
     if given:
@@ -215,3 +217,17 @@ def _snippet(header: dict[str, Any], where: str) -> str:
         ).strip("\n")
     )
     return "\n".join(lines) + "\n"
+
+
+def _network_snippet(backbone: str, network: str, where: str) -> str:
+    """For a detector or segmenter of another library around the adapter's pyramid."""
+    return f"""import adaptkit
+
+file = adaptkit.load("{where}")
+backbone = ...  # {backbone}, built by you
+adapters = [(a["name"], a["config"]) for a in file.header["adapters"]]
+pyramid = adaptkit.as_pyramid(adaptkit.attach(backbone, *adapters))  # with the strides, names and out= of its maker
+network = ...  # the {network} that it was trained in, built by you around the pyramid
+pyramid.load("{where}", network)
+network.eval()
+"""

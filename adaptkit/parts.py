@@ -65,6 +65,12 @@ def head_of(arg: Any, files: list[AdapterFile]) -> tuple[Any, AdapterFile | None
         raise ValueError(f"{saved[0].path} and {saved[1].path} both bring a head; say which with head=")
     if arg is None and not saved:
         return None, None
+    if saved and saved[0].header["head"].get("around") and (arg is None or isinstance(arg, nn.Module)):
+        raise ValueError(
+            f"{saved[0].path} holds a network around the adapter ({saved[0].header['head']['class']}): build it around "
+            "as_pyramid(adaptkit.attach(backbone, ...)), the adapters those of the file, and call pyramid.load(folder, "
+            "network); or give the adapters a head of their own by its name"
+        )
     if arg is None and saved[0].header["head"]["name"] is None:
         raise ValueError(
             f"the head in {saved[0].path} is a custom module ({saved[0].header['head']['class']}); build it and pass "

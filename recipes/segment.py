@@ -21,6 +21,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 import adaptkit
 from adaptkit.hosts import create_backbone
 
+from . import network, semantic
 from .data import SegmentationData, check_labels, label_table, open_dataset
 from .engine import Task, run
 from .options import adapters, command, makes_pyramid, parser, read, validation
@@ -35,13 +36,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--label-map", type=json.loads, default={}, metavar="JSON", help="of labels in files to classes")
     p.add_argument("--reduce-zero-label", action=argparse.BooleanOptionalAction, default=False,
                    help="label 0 is ignored and the others come down by one, as in ADE20K")  # fmt: skip
-    p.add_argument("--head", default=None, help="fpn or linear; default: fpn, linear without adapter")
+    p.add_argument("--head", default=None, help="fpn, linear, upernet or mask2former; default: fpn, or linear alone")
     p.add_argument("--size", type=int, nargs=2, default=(240, 320), metavar=("H", "W"))
+    network.mask2former_options(p)
     args = read(p, argv)
     args.head = args.head or ("linear" if args.adapter in (["none"], ["linear"]) else "fpn")
     sides = makes_pyramid(args)
     if args.head == "linear" and sides:
         p.error(f"--head linear reads the tokens, so {sides[0]}'s pyramid would not be trained; use --head fpn")
+    if args.head in network.BUILDERS:
+        network.check_mask2former(p, args)
+    if args.head == "upernet" and args.batch_size < 2:
+        p.error("--head upernet pools each image to one value, and BatchNorm needs two: --batch-size 2 or more")
     return args
 
 
@@ -78,7 +84,8 @@ TASK = Task("segment", "semantic-segmentation", "miou", ("miou",), build, data, 
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    return run(TASK, parse(argv))
+    args = parse(argv)
+    return run(semantic.task(TASK, args.head) if args.head in network.BUILDERS else TASK, args)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from adaptkit import registry
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 RECIPE = {"ade20k": "segment", "cityscapes": "segment", "imagenet1k": "classify", "vtab": "vtab", "nyu": "depth"}
+RECIPE |= {"coco": "detect", "panoptic": "panoptic"}
 GIVEN = {"vtab": ["--data", "d"], "depth": ["--train", "t"]}
 
 

@@ -1,0 +1,261 @@
+"""Boxes and masks in COCO's format: read, checked before anything is trained, made into samples, and scored (AP)."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from .order import Rows
+
+MOST = 2000  # files that are opened and masks that are drawn before training; the rest is checked by its JSON alone
+
+
+class Instances(NamedTuple):
+    """One split: an entry of ``rows`` per image, and the categories, of which number i has label i + 1."""
+
+    rows: list[dict[str, Any]]
+    categories: list[dict[str, Any]]
+    truth: dict[str, Any]  # the JSON itself, for scoring
+
+
+# --------------------------------------------------------------------------------------------------------- read
+
+
+def locate(name: str, images: str | None, flag: str) -> tuple[Path, Path]:
+    """Return the annotations and the folder of images that the user means by a JSON file, or by a folder of both."""
+    path = Path(name) / "annotations.json" if Path(name).is_dir() else Path(name)
+    folder = Path(images) if images else path.parent / "images"
+    if not folder.is_dir():
+        raise ValueError(f"{flag}: there is no folder {folder}; name the folder of the images with {flag}-images")
+    return path, folder
+
+
+def read_json(path: Path, keys: tuple[str, ...], flag: str) -> dict[str, Any]:
+    """Read a file of COCO's format; a ``ValueError`` where it is none."""
+    if not path.is_file():
+        raise ValueError(f"{flag}: there is no file {path}")
+    try:
+        data = json.loads(path.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{flag}: {path} is not JSON ({error})") from error
+    missing = [k for k in keys if not isinstance(data, dict) or not isinstance(data.get(k), list)]
+    if missing:
+        raise ValueError(f"{flag}: {path} has no list {', '.join(missing)}; COCO's format has {', '.join(keys)}")
+    for key in ("images", "categories"):
+        ids = [entry.get("id") for entry in data[key]]
+        if None in ids or len(set(ids)) != len(ids):
+            raise ValueError(f"{flag}: {path}: {key} without an id, or with one that is given twice")
+        if not ids:
+            raise ValueError(f"{flag}: {path} holds no {key}")
+    return data
+
+
+def check_images(rows: list[dict[str, Any]], flag: str) -> None:
+    """Every file must be there, and the first ``MOST`` must open at the size that the JSON says."""
+    lost = [row["path"] for row in rows if not row["path"].is_file()]
+    if lost:
+        raise ValueError(f"{flag}: {len(lost)} of {len(rows)} images are missing, e.g. {lost[0]}")
+    for row in rows[:MOST]:
+        try:
+            with Image.open(row["path"]) as image:
+                size = (image.height, image.width)
+        except OSError as error:
+            raise ValueError(f"{flag}: {row['path']} is not an image ({error})") from error
+        if size != (row["height"], row["width"]):
+            raise ValueError(
+                f"{flag}: {row['path']} is {size[0]} x {size[1]} pixels (height x width), its entry says "
+                f"{row['height']} x {row['width']}: the annotations belong to another size"
+            )
+
+
+@functools.lru_cache(maxsize=4)  # a run asks for each split several times
+def read_instances(images: Path, annotations: Path, masks: bool, flag: str, skip: bool = False) -> Instances:
+    """Read ``annotations``, whose ``file_name``s lie in the folder ``images``.
+
+    Args:
+        images, annotations: a folder and a JSON file in COCO's detection format.
+        masks: every instance must have a segmentation.
+        flag: how the user named this split, for the errors.
+        skip: leave out boxes and masks without area instead of refusing them.
+
+    Raises ``ValueError`` for files that are missing or no images, for unknown images and categories, for numbers that
+    are no box, masks of another size, and instances without area, naming the first.
+    """
+    path = annotations
+    data = read_json(path, ("images", "annotations", "categories"), flag)
+    categories = sorted(data["categories"], key=lambda c: c["id"])
+    label = {c["id"]: i + 1 for i, c in enumerate(categories)}
+    rows = {e["id"]: {**image_row(e, images, path, flag), "instances": []} for e in data["images"]}
+    check_images(list(rows.values()), flag)
+    if not data["annotations"]:
+        raise ValueError(f"{flag}: {path} holds no annotations")
+    flat = []
+    for n, entry in enumerate(data["annotations"]):
+        where = f"{flag}: {path}, annotation {entry.get('id', f'number {n}')}"
+        row = rows.get(entry.get("image_id"))
+        if row is None:
+            raise ValueError(f"{where}: image_id {entry.get('image_id')!r} is not among the images")
+        if entry.get("category_id") not in label:
+            raise ValueError(f"{where}: category_id {entry.get('category_id')!r} is not among the categories")
+        if entry.get("iscrowd"):
+            continue  # a region of many; scoring ignores what is found there
+        box = clipped(entry.get("bbox"), row, where)
+        shape = entry.get("segmentation") if masks else None
+        if masks:
+            check_segmentation(shape, row, where)
+        drawn = masks and n < MOST  # drawing the masks of all of COCO takes minutes
+        if min(box[2] - box[0], box[3] - box[1]) <= 0 or (drawn and not rle_area(shape, row)):
+            flat.append(where)
+            continue
+        row["instances"].append({"box": box, "label": label[entry["category_id"]], "shape": shape})
+    if flat and not skip:
+        raise ValueError(
+            f"{flat[0]} has no area inside its image ({len(flat)} such annotations); mend the file, or leave them out "
+            "with --skip-degenerate"
+        )
+    if not any(row["instances"] for row in rows.values()):
+        raise ValueError(f"{flag}: {path} holds no instance that can be trained on")
+    return Instances(list(rows.values()), categories, data)
+
+
+def image_row(entry: dict[str, Any], folder: Path, path: Path, flag: str) -> dict[str, Any]:
+    """An entry of ``images`` -> path, id, height, width."""
+    if not all(entry.get(k) for k in ("file_name", "height", "width")):
+        raise ValueError(f"{flag}: {path}, image {entry['id']} needs a file_name, a height and a width: {entry}")
+    return {"path": folder / entry["file_name"], **{k: entry[k] for k in ("id", "height", "width")}}
+
+
+def clipped(bbox: Any, row: dict[str, Any], where: str) -> list[float]:
+    """COCO's (x, y, width, height) -> (x1, y1, x2, y2) inside the image."""
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(isinstance(v, int | float) for v in bbox):
+        raise ValueError(f"{where}: bbox {bbox!r} is not four numbers (x, y, width, height)")
+    if not all(math.isfinite(v) for v in bbox):
+        raise ValueError(f"{where}: bbox {bbox!r} is not finite")
+    x, y, w, h = bbox
+    return [max(0.0, x), max(0.0, y), min(float(row["width"]), x + w), min(float(row["height"]), y + h)]
+
+
+def check_segmentation(shape: Any, row: dict[str, Any], where: str) -> None:
+    """Polygons of three points and more, or a run-length code of the image's size."""
+    if not shape:
+        raise ValueError(f"{where} has no segmentation: use a model of boxes alone (--model faster-rcnn)")
+    if isinstance(shape, dict):
+        if list(shape.get("size", [])) != [row["height"], row["width"]] or "counts" not in shape:
+            raise ValueError(
+                f"{where}: the segmentation is coded for size {shape.get('size')}, its image is "
+                f"{row['height']} x {row['width']}"
+            )
+    elif not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in shape):
+        raise ValueError(f"{where}: a polygon needs three points or more, x and y of each")
+
+
+def rle(shape: Any, row: dict[str, Any]) -> dict[str, Any]:
+    """Polygons or a run-length code -> a compressed run-length code."""
+    from faster_coco_eval import mask
+
+    size = row["height"], row["width"]
+    if isinstance(shape, list):
+        return mask.merge(mask.frPyObjects(shape, *size))
+    return mask.frPyObjects(shape, *size) if isinstance(shape["counts"], list) else shape
+
+
+def rle_area(shape: Any, row: dict[str, Any]) -> int:
+    """Pixels of a segmentation."""
+    from faster_coco_eval import mask
+
+    return int(mask.area(rle(shape, row)))
+
+
+# ------------------------------------------------------------------------------------------------------ samples
+
+
+class Detection(Rows):
+    """Samples (image (3, H, W) in 0..1, target) as torchvision's detectors take them; images keep their size.
+
+    target: ``boxes`` (n, 4) as x1, y1, x2, y2 in pixels, ``labels`` (n,) from 1 on, ``image_id``, and ``masks``
+    (n, H, W) where asked for. Training samples are flipped and coloured.
+    """
+
+    def __init__(self, data: Instances, masks: bool, seed: int = 0, train: bool = False) -> None:
+        super().__init__(data.rows, seed)
+        self.masks = masks
+        steps: list[Any] = [v2.RandomHorizontalFlip(), v2.ColorJitter(0.3, 0.3, 0.2, 0.05)] if train else []
+        self.transform = v2.Compose(
+            [v2.ToImage(), *steps, v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
+        )
+
+    def make(self, row: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Row -> sample."""
+        from faster_coco_eval import mask
+
+        with Image.open(row["path"]) as file:
+            image = file.convert("RGB")
+        size, found = (row["height"], row["width"]), row["instances"]
+        boxes = torch.tensor([i["box"] for i in found], dtype=torch.float32).view(-1, 4)
+        target: dict[str, Any] = {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
+            "labels": torch.tensor([i["label"] for i in found], dtype=torch.int64),
+            "image_id": torch.tensor(row["id"]),
+        }
+        if self.masks:
+            drawn = [torch.from_numpy(mask.decode(rle(i["shape"], row))).view(size) for i in found]
+            target["masks"] = tv_tensors.Mask(torch.stack(drawn) if drawn else torch.zeros(0, *size, dtype=torch.uint8))
+        image, target = self.transform(image, target)
+        plain = {k: v.as_subclass(torch.Tensor) for k, v in target.items()}
+        return image.as_subclass(torch.Tensor), plain
+
+
+def as_lists(batch: list[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
+    """Samples -> (images, targets), for images differ in size."""
+    images, targets = zip(*batch)
+    return list(images), list(targets)
+
+
+# -------------------------------------------------------------------------------------------------------- score
+
+
+def as_results(found: dict[str, torch.Tensor], image_id: int) -> list[dict[str, Any]]:
+    """What torchvision found in one image -> entries of COCO's result format, with labels for category ids."""
+    from faster_coco_eval import mask
+
+    boxes, scores, labels = (found[k].cpu().tolist() for k in ("boxes", "scores", "labels"))
+    results = []
+    for i, ((x1, y1, x2, y2), score, label) in enumerate(zip(boxes, scores, labels)):
+        entry = {"image_id": image_id, "label": label, "score": score, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+        if "masks" in found:
+            pixels = (found["masks"][i, 0] > 0.5).cpu().numpy().astype(np.uint8)
+            entry["segmentation"] = mask.encode(np.asfortranarray(pixels))
+        results.append(entry)
+    return results
+
+
+def average_precision(data: Instances, results: list[dict[str, Any]], masks: bool) -> dict[str, float]:
+    """COCO's AP (mean over IoU 0.5 to 0.95), AP50 and AP75 of boxes, and of masks where there are any."""
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    sizes = {row["id"]: row for row in data.rows}
+    entries = []
+    for n, entry in enumerate(data.truth["annotations"], 1):
+        filled = {"iscrowd": 0, "area": entry["bbox"][2] * entry["bbox"][3], **entry, "id": n}
+        if masks and "area" not in entry:
+            filled["area"] = rle_area(entry["segmentation"], sizes[entry["image_id"]])
+        entries.append(filled)
+    truth = COCO({**data.truth, "annotations": entries})
+    found = truth.loadRes([{**r, "category_id": data.categories[r["label"] - 1]["id"]} for r in results])
+    scores = {}
+    for kind, name in (("bbox", "box"), ("segm", "mask"))[: 1 + masks]:
+        evaluation = COCOeval_faster(truth, found, iouType=kind, print_function=lambda *_: None)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        scores.update({f"{name}_{k}": float(v) for k, v in zip(("ap", "ap50", "ap75"), evaluation.stats)})
+    return scores

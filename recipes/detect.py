@@ -1,0 +1,138 @@
+"""Detection: train an adapter and one of torchvision's detectors beside a frozen ViT, and score it as COCO does.
+
+    python -m recipes.detect --train coco/annotations/instances_train2017.json --train-images coco/train2017 \
+        --val coco/annotations/instances_val2017.json --val-images coco/val2017 \
+        --model mask-rcnn --adapter vit-adapter --size 800 1333 --steps 90000 --batch-size 2 --out runs/detect
+
+Or name a folder that holds `annotations.json` and `images/`. Boxes alone are enough for faster-rcnn, retinanet and
+fcos; mask-rcnn wants a segmentation of every instance. Several GPUs: `torchrun --nproc_per_node 8 -m recipes.detect`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from torch import Tensor, nn
+
+import adaptkit
+from adaptkit.hosts import create_backbone
+
+from . import network
+from .coco import Detection, Instances, as_lists, as_results, average_precision, locate, read_instances
+from .engine import Task, run
+from .options import adapters, command, parser, read
+
+MODELS = ("mask-rcnn", "faster-rcnn", "retinanet", "fcos")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    p = parser("detect", __doc__, adapter=["vit-adapter"], lr=1e-4, weight_decay=0.05, batch_size=2)
+    p.add_argument("--train-images", help="folder of the images; default: images/ beside the annotations")
+    p.add_argument("--val-images", help="the same for validation")
+    p.add_argument("--model", default="mask-rcnn", choices=MODELS)
+    p.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("SHORT", "LONG"), help="of the sides")
+    p.add_argument("--width", type=int, default=256, help="channels of the detector's FPN")
+    p.add_argument("--anchor", type=float, default=8.0, help="side of the anchors, in strides of their level")
+    p.add_argument("--skip-degenerate", action=argparse.BooleanOptionalAction, default=False, help="boxes of no area")
+    args = read(p, argv)
+    args.head = args.model  # as the other recipes say it in result.json
+    if args.streaming:
+        p.error("--streaming reads rows as they come; COCO's format is files: leave it out")
+    if not args.val:
+        p.error("--val is needed: a JSON file in COCO's format, or a folder with annotations.json")
+    if args.size[0] > args.size[1] or args.size[0] < 1:
+        p.error(f"--size {args.size[0]} {args.size[1]}: give the shorter side first, in pixels")
+    if args.width < 1:
+        p.error(f"--width {args.width} must be at least 1")
+    if args.model == "fcos" and (args.width % 32 or args.width < 64):
+        p.error(f"--width {args.width}: fcos norms in 32 groups of two channels or more; give 64, 96, ...")
+    if args.anchor <= 0:
+        p.error(f"--anchor {args.anchor} must be larger than 0")
+    return args
+
+
+def masks(args: argparse.Namespace) -> bool:
+    return args.model == "mask-rcnn"
+
+
+def instances(args: argparse.Namespace, train: bool) -> Instances:
+    flag, name = ("--train", args.train) if train else ("--val", args.val)
+    annotations, images = locate(name, args.train_images if train else args.val_images, flag)
+    return read_instances(images, annotations, masks(args), flag, args.skip_degenerate)
+
+
+def build(args: argparse.Namespace) -> network.Network:
+    categories = instances(args, True).categories  # the data is checked before anything is built
+    found = instances(args, False).categories
+    if [c["id"] for c in found] != [c["id"] for c in categories]:
+        raise ValueError(f"--val has categories {names(found)}, --train has {names(categories)}: they must be the same")
+    backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
+    recipe = {
+        "network": args.model,
+        "categories": [{"id": c["id"], "name": c.get("name", str(c["id"]))} for c in categories],
+        "size": list(args.size),
+        "width": args.width,
+        "anchor": args.anchor,
+    }
+    return network.build(adaptkit.attach(backbone, *adapters(args)), recipe).train()
+
+
+def names(categories: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{c['id']} {c.get('name', '')}".strip() for c in categories)
+
+
+def data(args: argparse.Namespace, model: Any, train: bool) -> Detection:
+    return Detection(instances(args, train), masks(args), args.seed, train)
+
+
+def loss(model: nn.Module, batch: Any, args: argparse.Namespace) -> Tensor:
+    return sum(value.float() for value in model(*batch).values())  # type: ignore[return-value]
+
+
+def predict(model: nn.Module, batch: Any) -> tuple[list[Any], list[int]]:
+    """Entries of COCO's result format, per image, and the images' ids."""
+    images, targets = batch
+    ids = [int(target["image_id"]) for target in targets]
+    return [as_results(found, i) for found, i in zip(model(images), ids)], ids
+
+
+class AveragePrecision:
+    """COCO's AP over all images; each counts once, even where a rank was given one twice to fill its batch."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.data, self.masks = instances(args, False), masks(args)
+        self.found: dict[int, list[dict[str, Any]]] = {}
+
+    def update(self, results: list[list[dict[str, Any]]], ids: list[int]) -> None:
+        self.found.update(zip(ids, results))
+
+    def compute(self) -> dict[str, float]:
+        return average_precision(self.data, [entry for row in self.found.values() for entry in row], self.masks)
+
+
+PERCENT = tuple(f"{kind}_{k}" for kind in ("box", "mask") for k in ("ap", "ap50", "ap75"))
+TASK = Task(
+    "detect",
+    "object-detection",
+    "box_ap",
+    PERCENT,
+    build,
+    data,
+    loss,
+    predict,
+    AveragePrecision,
+    ragged=True,
+    collate=as_lists,
+    save=network.save,
+    restore=network.restore,
+    again=network.again,
+)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    return run(TASK, parse(argv))
+
+
+if __name__ == "__main__":
+    command("detect", main)

@@ -1,0 +1,198 @@
+"""Panoptic segmentation: train an adapter and Mask2Former beside a frozen ViT, and score it by panoptic quality.
+
+    python -m recipes.panoptic --train coco/annotations/panoptic_train2017.json --train-images coco/train2017 \
+        --val coco/annotations/panoptic_val2017.json --val-images coco/val2017 \
+        --adapter vit-adapter --size 640 640 --steps 90000 --batch-size 2 --out runs/panoptic
+
+The PNG files lie in the folder beside the JSON that has its name, or in --train-maps and --val-maps. Or name a folder
+that holds `panoptic.json`, `images/` and `panoptic/`. Several GPUs: `torchrun --nproc_per_node 8 -m recipes.panoptic`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import adaptkit
+from adaptkit.hosts import create_backbone
+
+from . import network
+from .engine import Task, run
+from .options import adapters, command, parser, read
+from .panoptic_data import PanopticData, Segments, locate, read_segments, stacked
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    p = parser("panoptic", __doc__, adapter=["vit-adapter"], lr=1e-4, weight_decay=0.05, clip=0.01, batch_size=2)
+    for split in ("train", "val"):
+        p.add_argument(f"--{split}-images", help="folder of the images; default: images/ beside the JSON file")
+        p.add_argument(f"--{split}-maps", help="folder of the PNG files; default: beside the JSON file, with its name")
+    p.add_argument("--size", type=int, nargs=2, default=(640, 640), metavar=("H", "W"))
+    network.mask2former_options(p)
+    p.add_argument("--object-threshold", type=float, default=0.8, help="least score of a query that is drawn")
+    p.add_argument("--overlap-threshold", type=float, default=0.8, help="least share of its mask that must be visible")
+    args = read(p, argv)
+    args.head = "mask2former"  # as the other recipes say it in result.json
+    if args.streaming:
+        p.error("--streaming reads rows as they come; COCO's format is files: leave it out")
+    if not args.val:
+        p.error("--val is needed: a JSON file in COCO's panoptic format, or a folder with panoptic.json")
+    network.check_mask2former(p, args)
+    return args
+
+
+def segments(args: argparse.Namespace, train: bool) -> Segments:
+    flag, split = ("--train", "train") if train else ("--val", "val")
+    places = locate(getattr(args, split), getattr(args, f"{split}_images"), getattr(args, f"{split}_maps"), flag)
+    return read_segments(*places, flag)
+
+
+def build(args: argparse.Namespace) -> network.Network:
+    categories = segments(args, True).categories  # the data is checked before anything is built
+    found = segments(args, False).categories
+    if [(c["id"], c["isthing"]) for c in found] != [(c["id"], c["isthing"]) for c in categories]:
+        raise ValueError("--val and --train do not have the same categories (id and isthing of each)")
+    backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
+    kept = [{k: c.get(k) for k in ("id", "name", "isthing")} for c in categories]
+    recipe = {"network": "mask2former", "categories": kept, **network.mask2former_recipe(args)}
+    recipe["thresholds"] = [args.object_threshold, args.overlap_threshold]
+    return network.build(adaptkit.attach(backbone, *adapters(args)), recipe).train()
+
+
+def data(args: argparse.Namespace, model: Any, train: bool) -> PanopticData:
+    return PanopticData(segments(args, train), args.size, model.vit.source(), args.seed, train)
+
+
+def loss(model: nn.Module, batch: Any, args: argparse.Namespace) -> Tensor:
+    image, targets = batch
+    found = model(image, mask_labels=[t["masks"] for t in targets], class_labels=[t["labels"] for t in targets])
+    return found.loss.sum()  # transformers gives it a dimension of one
+
+
+# ------------------------------------------------------------------------------------------------------ predict
+
+
+def merge(
+    classes: Tensor, masks: Tensor, size: tuple[int, int], things: set[int], thresholds: tuple[float, float]
+) -> Tensor:
+    """Make one panoptic map of the queries of one image (Cheng et al. 2021, MaskFormer, section 3.4).
+
+    Each pixel goes to the query with the largest p(class) * p(mask). A query whose class is uncertain takes no part,
+    and one that others hide for the larger part is dropped. Segments of one stuff class are one segment.
+
+    Args:
+        classes: logits (Q, K + 1), the last of "nothing".
+        masks: logits (Q, h, w).
+        size: (H, W) of the image.
+        things: labels of which each query is a segment by itself.
+        thresholds: least score of a query, and least share of its mask that must be visible.
+
+    Returns (H, W, 2) int64, label and segment id of each pixel; label -1 where nothing was found.
+    """
+    result = torch.full((*size, 2), -1, dtype=torch.int64, device=classes.device)
+    scores, labels = classes.float().softmax(-1).max(-1)
+    keep = (labels < classes.shape[-1] - 1) & (scores > thresholds[0])
+    if not keep.any():
+        return result
+    scores, labels = scores[keep], labels[keep]
+    inside = F.interpolate(masks[keep][None].float(), size, mode="bilinear", align_corners=False)[0].sigmoid()
+    owner = (scores[:, None, None] * inside).argmax(0)
+    for query, label in enumerate(labels.tolist()):
+        whole = inside[query] >= 0.5
+        visible = whole & (owner == query)
+        if visible.sum() > 0 and visible.sum() >= thresholds[1] * whole.sum():
+            segment = query + 1 if label in things else 0
+            result[visible] = torch.tensor([label, segment], device=result.device)
+    return result
+
+
+def predict(model: Any, batch: Any) -> tuple[list[Tensor], list[Tensor]]:
+    image, targets = batch
+    found, truth = model(image), [t["truth"] for t in targets]
+    recipe = recipe_of(model)
+    things = {i for i, c in enumerate(recipe["categories"]) if c["isthing"]}
+    maps = [
+        merge(classes, masks, (t.shape[0], t.shape[1]), things, tuple(recipe["thresholds"]))
+        for classes, masks, t in zip(found.class_queries_logits, found.masks_queries_logits, truth)
+    ]
+    return maps, truth
+
+
+def recipe_of(model: Any) -> dict[str, Any]:
+    """Of a network, whatever DDP has wrapped it in."""
+    return next(m.recipe for m in model.modules() if isinstance(m, network.Network))
+
+
+class PanopticQuality:
+    """Panoptic, segmentation and recognition quality over all images (Kirillov et al. 2019, section 4.1).
+
+    Of each category, over its true positives (IoU above a half), false positives and false negatives::
+
+        SQ = sum of IoU / TP        RQ = TP / (TP + FP / 2 + FN / 2)        PQ = SQ * RQ
+
+    then the mean over the categories that occur. torchmetrics matches the segments. It would forgive a segment that
+    was missed where the prediction says nothing, so "nothing" is one more category to it, left out of the mean.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from torchmetrics.detection import PanopticQuality
+
+        categories = segments(args, False).categories
+        things = {i for i, c in enumerate(categories) if c["isthing"]}
+        self.things, self.nothing = len(things), len(categories)
+        stuff = set(range(len(categories) + 1)) - things
+        self.metric = PanopticQuality(things, stuff, allow_unknown_preds_category=True, sync_on_compute=False)
+
+    def update(self, maps: list[Tensor], truth: list[Tensor]) -> None:
+        for found, true in zip(maps, truth):
+            self.metric.update(relabelled(found, self.nothing), relabelled(true, self.nothing + 1))  # 1 more: ignored
+
+    def compute(self) -> dict[str, float]:
+        counted = (self.metric.iou_sum, self.metric.true_positives, self.metric.false_positives)
+        iou, tp, fp, fn = (x[:-1].double() for x in (*counted, self.metric.false_negatives))  # things first, then stuff
+        occurs = tp + fp + fn > 0
+        sq, rq = iou / tp.clamp_min(1), tp / (tp + fp / 2 + fn / 2).clamp_min(0.5)
+        thing = torch.arange(len(tp)) < self.things
+        scores = {"pq": sq * rq, "sq": sq, "rq": rq}
+        means = {name: mean(values[occurs]) for name, values in scores.items()}
+        return {**means, "pq_things": mean((sq * rq)[occurs & thing]), "pq_stuff": mean((sq * rq)[occurs & ~thing])}
+
+
+def relabelled(x: Tensor, label: int) -> Tensor:
+    """(H, W, 2) -> (1, H, W, 2), the label -1 replaced."""
+    return torch.where(x[..., :1] < 0, torch.tensor([label, 0]), x)[None]
+
+
+def mean(values: Tensor) -> float:
+    """0 where there is nothing to average: no category of the kind occurs."""
+    return float(values.mean()) if len(values) else 0.0
+
+
+TASK = Task(
+    "panoptic",
+    "image-segmentation",
+    "pq",
+    ("pq", "sq", "rq", "pq_things", "pq_stuff"),
+    build,
+    data,
+    loss,
+    predict,
+    PanopticQuality,
+    ragged=True,
+    collate=stacked,
+    save=network.save,
+    restore=network.restore,
+    again=network.again,
+)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    return run(TASK, parse(argv))
+
+
+if __name__ == "__main__":
+    command("panoptic", main)

@@ -1,0 +1,64 @@
+"""Semantic segmentation by networks of transformers: `recipes/segment.py` with --head upernet or mask2former."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import adaptkit
+from adaptkit.hosts import create_backbone
+
+from . import network
+from .engine import Task
+from .options import adapters
+
+
+def task(base: Task, head: str) -> Task:
+    """The task of segmentation, with this network for a head."""
+    loss, predict = {"upernet": (pixel_loss, pixels), "mask2former": (set_loss, classes_of_queries)}[head]
+    files: dict[str, Any] = {"save": network.save, "restore": network.restore, "again": network.again}
+    return dataclasses.replace(base, build=build, loss=loss, predict=predict, **files)
+
+
+def build(args: argparse.Namespace) -> network.Network:
+    backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
+    words: dict[str, Any] = {"network": args.head, "categories": list(range(args.num_classes)), "width": args.width}
+    more = {"ignore": args.ignore_index} if args.head == "upernet" else network.mask2former_recipe(args)
+    return network.build(adaptkit.attach(backbone, *adapters(args)), {**words, **more}).train()
+
+
+def pixel_loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> Tensor:
+    """Cross entropy of each pixel, and 0.4 times that of the auxiliary head."""
+    image, mask = batch
+    return model(image, labels=mask).loss
+
+
+def pixels(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+    image, mask = batch
+    return model(image).logits.argmax(1), mask
+
+
+def set_loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> Tensor:
+    """Mask2Former's: each class in an image is one mask, matched with one query."""
+    image, mask = batch
+    present = [[int(v) for v in torch.unique(m) if v != args.ignore_index] for m in mask]
+    masks = [
+        torch.stack([m == v for v in p]).float() if p else m.new_zeros(0, *m.shape).float()
+        for m, p in zip(mask, present)
+    ]
+    labels = [torch.tensor(p, dtype=torch.int64, device=mask.device) for p in present]
+    return model(image, mask_labels=masks, class_labels=labels).loss.sum()
+
+
+def classes_of_queries(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The class of a pixel is the largest sum over queries of p(class) * p(mask) (Cheng et al. 2021, section 3.4)."""
+    image, mask = batch
+    found = model(image)
+    inside = F.interpolate(found.masks_queries_logits.float(), mask.shape[-2:], mode="bilinear", align_corners=False)
+    classes = found.class_queries_logits.float().softmax(-1)[..., :-1]
+    return torch.einsum("bqc,bqhw->bchw", classes, inside.sigmoid()).argmax(1), mask

@@ -1,0 +1,285 @@
+"""The detection recipe on drawn pictures: COCO's files in, a trained detector out, and errors before hours are lost."""
+
+import dataclasses
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+pytest.importorskip("faster_coco_eval")
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import adaptkit
+from adaptkit.hosts import create_backbone
+from recipes import coco, detect, network, shapes
+from recipes.coco import Detection, as_lists, average_precision, read_instances
+
+QUICK = ["--backbone", "test_vit", "--random-backbone", "--adapter-options", '{"conv_inplane": 8}', "--size", "32", "48",
+         "--width", "16", "--anchor", "4", "--batch-size", "2", "--lr", "3e-3"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("shapes")
+    shapes.write(path / "train", 4, 32, 48, seed=0)
+    shapes.write(path / "val", 3, 32, 48, seed=1)
+    return path
+
+
+FCOS = ["--model", "fcos", "--width", "64", "--steps", "12", "--save-every", "5"]
+
+
+def reset():
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    read_instances.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    reset()
+
+
+def command(folder, out, *more):
+    return ["--train", str(folder / "train"), "--val", str(folder / "val"), "--out", str(out), *QUICK, *more]
+
+
+def loss_of(model, args, rows):
+    """On the training images as they are, with the same random choices each time."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return float(detect.loss(model.train(), next(iter(DataLoader(rows, 4, collate_fn=as_lists))), args))
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """One short run of FCOS: its arguments, folder and result."""
+    out = tmp_path_factory.mktemp("run")
+    argv = command(folder, out, *FCOS)
+    return argv, out, detect.main(argv)
+
+
+def test_training_lowers_the_loss_and_the_file_scores_as_the_run_did(trained, folder):
+    argv, out, result = trained
+    assert math.isfinite(result["box_ap"])
+    assert 0 <= result["box_ap"] == result["box_ap_reattached"]
+    args = detect.parse(argv)
+    rows = Detection(detect.instances(args, True), masks=False)
+    torch.manual_seed(0)
+    before = loss_of(detect.build(args), args, rows)
+    torch.manual_seed(args.seed)
+    after = loss_of(network.load(out / "adapter", create_backbone("test_vit", pretrained=False)), args, rows)
+    assert after < 0.8 * before
+    stored = adaptkit.load(out / "adapter")
+    assert [c["name"] for c in stored.header["metadata"]["recipe"]["categories"]] == ["disc", "square", "triangle"]
+    assert stored.header["head"]["class"].endswith("FCOS")
+
+
+def test_a_checkpoint_holds_no_backbone(trained):
+    files = sorted((trained[1] / "checkpoints").rglob("*.safetensors"))
+    assert [f.name for f in files] == ["adapter_model.safetensors"] * 2
+    keys = adaptkit.load(files[0]).tensors.keys()
+    assert any(k.startswith("head.backbone.fpn.") for k in keys)
+    assert not any("attn.qkv" in k for k in keys)
+
+
+def test_stopped_and_resumed_is_byte_identical_to_never_stopped(trained, folder, tmp_path, monkeypatch):
+    argv = command(folder, tmp_path, *FCOS)
+    real, calls = detect.loss, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 8:  # after the checkpoint of step 5, before that of step 10
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(detect, "TASK", dataclasses.replace(detect.TASK, loss=dies))
+    with pytest.raises(KeyboardInterrupt):
+        detect.main(argv)
+    assert not (tmp_path / "adapter").exists()
+    monkeypatch.undo()
+    reset()
+    detect.main([*argv, "--resume"])
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / name).read_bytes() == (trained[1] / name).read_bytes()
+
+
+@pytest.mark.parametrize("model", ["mask-rcnn", "faster-rcnn", "retinanet"])
+def test_every_detector_trains_and_comes_back_from_its_file(folder, tmp_path, model):
+    argv = command(folder, tmp_path, "--model", model, "--steps", "1", "--save-every", "0")
+    result = detect.main(argv)
+    assert ("mask_ap" in result) == (model == "mask-rcnn")
+    assert result["box_ap"] == result["box_ap_reattached"]
+
+
+def test_a_network_is_loaded_to_be_asked_and_other_files_are_refused(trained, tmp_path):
+    _, out, _ = trained
+    torch.manual_seed(0)
+    model = network.load(out / "adapter", create_backbone("test_vit", pretrained=False))
+    assert not model.training
+    assert {"boxes", "labels", "scores"} == model([torch.rand(3, 30, 41)])[0].keys()
+    adaptkit.attach(create_backbone("test_vit", pretrained=False), "sfp").save(tmp_path)
+    with pytest.raises(ValueError, match=r"holds no network of mask-rcnn, .*attach it with adaptkit.attach"):
+        network.load(tmp_path, create_backbone("test_vit", pretrained=False))
+
+
+# ---------------------------------------------------------------------------------------------------------- data
+
+
+def truth(folder, split="val", masks=True):
+    path = folder / split
+    return read_instances(path / "images", path / "annotations.json", masks, "--val")
+
+
+def test_boxes_fit_their_masks_after_the_flip(folder):
+    rows = Detection(truth(folder, "train"), masks=True, seed=3, train=True)
+    plain = Detection(truth(folder, "train"), masks=True)
+    flipped = 0
+    for i in range(len(rows)):
+        image, target = rows[(0, i)]
+        assert image.shape[-2:] == target["masks"].shape[-2:] == (32, 48)
+        flipped += not torch.equal(target["boxes"], plain[i][1]["boxes"])
+        for box, mask in zip(target["boxes"], target["masks"]):
+            y, x = mask.nonzero(as_tuple=True)
+            around = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1])
+            assert (box - around).abs().max() <= 1.0  # a polygon is drawn half a pixel differently
+    assert 0 < flipped < len(rows)
+
+
+def test_the_truth_scores_one_and_nothing_scores_zero(folder):
+    data = truth(folder)
+    found = []
+    for row in data.rows:
+        for one in row["instances"]:
+            x1, y1, x2, y2 = one["box"]
+            entry = {"image_id": row["id"], "label": one["label"], "score": 0.9, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            found.append({**entry, "segmentation": coco.rle(one["shape"], row)})
+    assert average_precision(data, found, masks=True) == dict.fromkeys(
+        ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"), pytest.approx(1.0)
+    )
+    assert set(average_precision(data, [], masks=True).values()) == {0.0}
+    for entry in data.truth["annotations"]:
+        entry.pop("area")  # files made by hand often lack it
+        entry.pop("iscrowd")
+    assert average_precision(data, found, masks=True)["mask_ap"] == pytest.approx(1.0)
+
+
+def test_an_image_that_two_ranks_saw_counts_once(folder):
+    args = detect.parse(command(folder, "unused", "--model", "faster-rcnn"))
+    row = detect.instances(args, False).rows[0]
+    x1, y1, x2, y2 = row["instances"][0]["box"]
+    found = [
+        {"image_id": row["id"], "label": row["instances"][0]["label"], "score": 0.9, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+    ]
+    once, twice = detect.AveragePrecision(args), detect.AveragePrecision(args)
+    once.update([found], [row["id"]])
+    twice.update([found, found], [row["id"], row["id"]])
+    assert twice.compute() == once.compute()
+
+
+def edit(change):
+    def write(path):
+        file = path / "annotations.json"
+        data = json.loads(file.read_text())
+        change(data)
+        file.write_text(json.dumps(data))
+
+    return write
+
+
+def first(**values):
+    return edit(lambda d: d["annotations"][0].update(values))
+
+
+BAD = {
+    "no file": (lambda p: (p / "annotations.json").unlink(), "--val: there is no file .*annotations.json"),
+    "no JSON": (lambda p: (p / "annotations.json").write_text("{"), "is not JSON"),
+    "another format": (
+        lambda p: (p / "annotations.json").write_text("[]"),
+        "has no list images, annotations, categories",
+    ),
+    "no image": (lambda p: (p / "images" / "00001.png").unlink(), "1 of 3 images are missing, e.g. .*00001.png"),
+    "a torn image": (lambda p: (p / "images" / "00001.png").write_bytes(b"x"), "00001.png is not an image"),
+    "another size": (edit(lambda d: d["images"][0].update(width=90)), "is 32 x 48 pixels .*its entry says 32 x 90"),
+    "no annotations": (edit(lambda d: d["annotations"].clear()), "holds no annotations"),
+    "only crowds": (
+        edit(lambda d: [a.update(iscrowd=1) for a in d["annotations"]]),
+        "no instance that can be trained on",
+    ),
+    "unknown image": (first(image_id=99), "annotation 1: image_id 99 is not among the images"),
+    "unknown category": (first(category_id=9), "annotation 1: category_id 9 is not among the categories"),
+    "three numbers": (first(bbox=[1, 2, 3]), r"bbox \[1, 2, 3\] is not four numbers"),
+    "no number": (first(bbox=[1, 2, 3, float("nan")]), r"is not finite"),
+    "no area": (first(bbox=[1, 2, 0, 5]), r"annotation 1 has no area .*1 such annotations.*--skip-degenerate"),
+    "outside": (first(bbox=[100, 2, 5, 5]), "annotation 1 has no area inside its image"),
+    "no segmentation": (first(segmentation=[]), r"annotation 1 has no segmentation.*--model faster-rcnn"),
+    "a line": (first(segmentation=[[1, 1, 4, 4]]), "a polygon needs three points"),
+    "a flat polygon": (first(segmentation=[[1, 1, 4, 1, 8, 1]]), "annotation 1 has no area"),
+    "another code": (
+        first(segmentation={"size": [9, 9], "counts": "x"}),
+        r"coded for size \[9, 9\], its image is 32 x 48",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_data_is_found_before_training(tmp_path, case):
+    change, message = BAD[case]
+    path = shapes.write(tmp_path, 3, 32, 48, seed=2)
+    change(path)
+    with pytest.raises(ValueError, match=message):
+        truth(tmp_path.parent, tmp_path.name)
+
+
+def test_degenerate_boxes_can_be_left_out(tmp_path):
+    path = shapes.write(tmp_path, 3, 32, 48, seed=2)
+    whole = sum(len(r["instances"]) for r in truth(tmp_path.parent, tmp_path.name).rows)
+    read_instances.cache_clear()
+    first(bbox=[1, 2, 0, 5])(path)
+    left = read_instances(path / "images", path / "annotations.json", True, "--val", skip=True)
+    assert sum(len(r["instances"]) for r in left.rows) == whole - 1
+
+
+def test_an_image_without_instances_is_a_sample_too(tmp_path):
+    path = shapes.write(tmp_path, 3, 32, 48, seed=2)
+    edit(lambda d: d.update(annotations=[a for a in d["annotations"] if a["image_id"] != 1]))(path)
+    _, target = Detection(truth(tmp_path.parent, tmp_path.name), masks=True, train=True)[(0, 0)]
+    assert target["boxes"].shape == (0, 4)
+    assert target["masks"].shape == (0, 32, 48)
+
+
+def test_train_and_val_must_have_the_same_categories(folder, tmp_path):
+    path = shapes.write(tmp_path / "val", 3, 32, 48, seed=2)
+    edit(lambda d: d["categories"].append({"id": 9, "name": "star"}))(path)
+    (tmp_path / "train").symlink_to(folder / "train")
+    with pytest.raises(ValueError, match="--val has categories .*9 star, --train has .*must be the same"):
+        detect.main(command(tmp_path, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--streaming"], "leave it out"),
+        (["--model", "fcos"], "--width 16: fcos norms in 32 groups"),
+        (["--size", "64", "32"], "the shorter side first"),
+        (["--anchor", "0"], "--anchor 0.0 must be larger than 0"),
+        (["--steps", "0"], "must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_found_at_once(folder, capsys, more, message):
+    with pytest.raises(SystemExit):
+        detect.main(command(folder, "unused", *more))
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_folder_without_images_says_which_option_names_it(tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(ValueError, match="--train: there is no folder .*images; name the folder .*--train-images"):
+        coco.locate(str(tmp_path / "a.json"), None, "--train")

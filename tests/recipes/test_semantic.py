@@ -1,0 +1,69 @@
+"""`recipes/segment.py` with a network of transformers for a head."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import adaptkit
+from adaptkit.hosts import create_backbone
+from recipes import network, segment, semantic
+
+QUICK = ["--num-classes", "3", "--backbone", "test_vit", "--random-backbone", "--adapter-options", '{"conv_inplane": 8}',
+         "--size", "32", "48", "--width", "32", "--queries", "6", "--layers", "1", "1", "--points", "64"]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    for i in range(4):
+        mask = rng.integers(0, 3, (4, 6)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
+        mask[:2] = 255  # unlabelled
+        image = np.stack([mask * 80, 255 - mask * 80, mask * 40], -1).astype(np.uint8)
+        Image.fromarray(image).save(tmp_path / "data" / "images" / f"{i}.png")
+        Image.fromarray(mask).save(tmp_path / "data" / "masks" / f"{i}.png")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("head", ["upernet", "mask2former"])
+def test_it_trains_and_scores_the_same_when_it_is_built_again(folder, tmp_path, head):
+    if head == "mask2former":
+        pytest.importorskip("scipy")
+    out = tmp_path / "run"
+    result = segment.main(["--train", str(folder), "--val", str(folder), "--out", str(out), "--head", head, *QUICK,
+                           "--steps", "4", "--batch-size", "2", "--save-every", "2", "--lr", "3e-3"])  # fmt: skip
+    assert result["head"] == head
+    assert 0 < result["miou"] == result["miou_reattached"]
+    kept = adaptkit.load(out / "checkpoints" / "step-00000002" / "adapter")
+    assert kept.header["metadata"]["recipe"]["network"] == head
+    assert not any("attn.qkv" in k for k in kept.tensors)
+    torch.manual_seed(0)
+    loaded = network.load(out / "adapter", create_backbone("test_vit", pretrained=False))
+    predict = {"upernet": semantic.pixels, "mask2former": semantic.classes_of_queries}[head]
+    classes, _ = predict(loaded, [torch.randn(1, 3, 45, 61), torch.zeros(1, 45, 61)])
+    assert classes.shape == (1, 45, 61)
+    assert set(classes.unique().tolist()) <= {0, 1, 2}
+
+
+def test_an_image_without_labels_has_a_loss_too():
+    args = segment.parse(["--train", "unused", *QUICK, "--head", "mask2former"])
+    model = semantic.build(args)
+    mask = torch.full((2, 32, 48), 255)
+    mask[1, :16] = 1
+    loss = semantic.set_loss(model, [torch.randn(2, 3, 32, 48), mask], args)
+    loss.backward()
+    assert loss.isfinite()
+
+
+def test_upernet_wants_two_images_for_its_batchnorm(capsys):
+    with pytest.raises(SystemExit):
+        segment.parse(["--train", "unused", *QUICK, "--head", "upernet", "--batch-size", "1"])
+    assert "--batch-size 2 or more" in capsys.readouterr().err
