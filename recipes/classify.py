@@ -27,7 +27,7 @@ from adaptkit.losses import check_budget, usage, usage_loss
 
 from .engine import Task, run
 from .labelled import LabelledData, open_images
-from .options import adapters, command, makes_pyramid, parser, read
+from .options import adapters, command, makes_pyramid, parser, read, validation
 
 
 def add_options(p: argparse.ArgumentParser) -> None:
@@ -98,7 +98,7 @@ def task(args: argparse.Namespace) -> Task:
     """Open the data and count the classes, which ``args.num_classes`` then says."""
     columns = (args.image_column, args.label_column)
     train, names = open_images(args.train, "train", columns, args.streaming)
-    val, val_names = open_images(args.val or args.train, "validation", columns, args.streaming)
+    val, val_names = open_images(validation(args), "validation", columns, args.streaming)
     args.num_classes = args.num_classes or max(len(names), len(val_names))
     if args.num_classes < 2:
         raise ValueError(f"{args.train} names {args.num_classes} classes; say how many there are with --num-classes")

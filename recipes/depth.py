@@ -26,7 +26,7 @@ from adaptkit.losses import silog_loss
 from .data import IMAGENET, open_dataset
 from .drawn import rooms
 from .engine import Task, run
-from .options import adapters, command, parser, read
+from .options import adapters, command, parser, read, validation
 from .order import Rows
 
 DEPTH_NAMES = ("depth", "depths", "depth_map", "disparity", "label", "mask")
@@ -93,7 +93,7 @@ def build(args: argparse.Namespace) -> adaptkit.AdaptedModel:
 
 
 def data(args: argparse.Namespace, model: Any, train: bool) -> DepthData:
-    name, split, option = (args.train, "train", "--train") if train else (args.val or args.train, "validation", "--val")
+    name, split, option = (args.train, "train", "--train") if train else (validation(args), "validation", "--val")
     if name.startswith("drawn:"):
         opened = rooms(int(name.removeprefix("drawn:")), seed=0 if train else 1, scale=args.depth_scale)
     else:

@@ -29,7 +29,7 @@ from adaptkit.file import check_writable, write_atomic
 from adaptkit.hosts import create_backbone
 
 from .labelled import LabelledData, open_images
-from .options import command
+from .options import command, validation
 
 BIAS = 100.0  # the constant feature: so large that the ridge leaves the intercept alone
 
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if pool != "avg" and not prefix:
         raise ValueError(f"--pool {pool} needs a class token and {args.backbone} has none; use avg")
     found = []
-    for name, split in ((args.train, "train"), (args.val or args.train, "validation")):
+    for name, split in ((args.train, "train"), (validation(args), "validation")):
         data = open_images(name, split, (args.image_column, args.label_column))[0]
         rows = LabelledData(data, args.size, model.vit.source(), 0, args.augment, train=False)
         loader = accelerator.prepare(DataLoader(rows, args.batch_size, num_workers=args.workers))

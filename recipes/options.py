@@ -100,6 +100,15 @@ def config_arguments(p: argparse.ArgumentParser, config: str) -> list[str]:
     return tokens
 
 
+def validation(args: argparse.Namespace) -> str:
+    """Return ``--val``, or the set of ``--train`` where that has splits. Raises ``ValueError`` where it has none."""
+    path = Path(args.train)
+    splits = (path / "leftImg8bit").is_dir() or not (path.exists() or "*" in args.train or path.suffix == ".parquet")
+    if args.val is None and not splits:
+        raise ValueError(f"{args.train} has no splits, and a score on training data says little; give --val")
+    return args.val or args.train
+
+
 def adapters(args: argparse.Namespace) -> list[Any]:
     """Return what ``attach`` takes of ``--adapter`` and ``--adapter-options``; [] for none, and for linear."""
     names, options = args.adapter, args.adapter_options

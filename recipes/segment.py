@@ -24,7 +24,7 @@ from adaptkit.hosts import create_backbone
 from . import network, semantic
 from .data import SegmentationData, check_labels, label_table, open_dataset
 from .engine import Task, run
-from .options import adapters, command, makes_pyramid, parser, read
+from .options import adapters, command, makes_pyramid, parser, read, validation
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -57,7 +57,7 @@ def build(args: argparse.Namespace) -> adaptkit.AdaptedModel:
 
 
 def data(args: argparse.Namespace, model: Any, train: bool) -> SegmentationData:
-    name, split, option = (args.train, "train", "--train") if train else (args.val or args.train, "validation", "--val")
+    name, split, option = (args.train, "train", "--train") if train else (validation(args), "validation", "--val")
     opened = open_dataset(name, split, (args.image_column, args.mask_column), args.streaming)
     labels = label_table(args.label_map, args.reduce_zero_label, args.ignore_index)
     rows = SegmentationData(opened, args.size, model.vit.source(), args.seed, train, labels)

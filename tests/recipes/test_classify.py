@@ -60,7 +60,7 @@ def test_a_higher_resolution_goes_on_from_the_same_frozen_backbone():
 def test_every_adapter_that_changes_tokens_trains_and_attaches_again(coloured, tmp_path, adapter, options):
     if adapter == "lora":
         pytest.importorskip("peft")
-    result = classify.main(["--train", coloured, "--size", "32", "--random-backbone", "--batch-size", "4", "--steps", "2",
+    result = classify.main(["--train", coloured, "--val", coloured, "--size", "32", "--random-backbone", "--batch-size", "4", "--steps", "2",
                             "--adapter", adapter, "--adapter-options", json.dumps(options), "--out", str(tmp_path)])  # fmt: skip
     assert result["top1"] == result["top1_reattached"]
     assert result["top5"] == 100.0  # of four classes
@@ -82,6 +82,8 @@ def test_top1_and_top5_are_the_shares_counted_by_hand():
 def test_a_stream_trains_as_the_file_does(coloured, tmp_path):
     common = [
         "--train",
+        coloured,
+        "--val",
         coloured,
         "--size",
         "32",
@@ -135,6 +137,13 @@ def test_validation_sees_the_centre_and_none_the_whole(coloured):
     crops = LabelledData(data, 16, source, 0, "flip", train=True)
     assert torch.equal(crops[3, 0][0], crops[3, 0][0])
     assert not torch.equal(crops[3, 0][0], crops[5, 0][0])
+
+
+def test_a_file_is_not_its_own_validation(coloured, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"set.parquet has no splits, and a score on training data says little; give --val"
+    ):
+        classify.main(["--train", coloured, "--out", str(tmp_path)])
 
 
 def test_classes_that_mean_something_else_in_validation_are_refused(tmp_path):

@@ -108,9 +108,8 @@ def two(pictures, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("way", ["map", "stream"])
-def test_two_ranks_resume_to_the_byte(two, way):
-    assert weights(two / f"{way}-cut") == weights(two / f"{way}-whole")
+def test_two_ranks_that_stream_and_average_resume_to_the_byte(two):
+    assert weights(two / "cut") == weights(two / "whole")
 
 
 def test_two_ranks_count_every_image_once_where_the_set_does_not_divide(two):
@@ -120,7 +119,20 @@ def test_two_ranks_count_every_image_once_where_the_set_does_not_divide(two):
 
 
 def test_resuming_with_another_number_of_processes_is_refused(two, pictures):
-    again = command_line(pictures, two / "map-cut", "--batch-size", "1", "--steps", "3", "--ema", "0.9", "--resume")
+    again = command_line(
+        pictures,
+        two / "cut",
+        "--batch-size",
+        "1",
+        "--steps",
+        "3",
+        "--ema",
+        "0.9",
+        "--resume",
+        "--streaming",
+        "--shuffle-buffer",
+        "3",
+    )
     with pytest.raises(ValueError, match="processes=2; now it is processes=1"):
         segment.main(again)
 
