@@ -9,9 +9,9 @@ A task plugs in its model, data, loss and metric (:class:`Task`) and hands itsel
 * Each image is counted once in a score, however many ranks share the set.
 
 Several processes: ``torchrun --nproc_per_node 4 -m recipes.segment ...`` or ``accelerate launch``, which is DDP: each
-rank holds the frozen backbone once and exchanges the gradients of the adapter alone. FSDP2 is for a backbone that does
-not fit one device. Accelerate's checkpoints of it hold the whole model, so this loop refuses it: ``adaptkit.shard`` in
-a loop of your own shards the frozen blocks and saves the adapter alone.
+rank holds the frozen backbone once and exchanges the gradients of the adapter alone. With ``--shard`` the backbone lies
+in parts on the ranks (FSDP2, ``adaptkit.shard``), for one that does not fit one device. FSDP as Accelerate configures
+it saves the whole model in every checkpoint, so this loop refuses it.
 """
 
 from __future__ import annotations
@@ -234,6 +234,12 @@ def validation_batches(rows: Rows, task: Task, accelerator: Accelerator, args: a
     return accelerator.prepare(loader)
 
 
+def placed(model: Any, accelerator: Accelerator, args: argparse.Namespace) -> Any:
+    """Put the model on its device, with ``--shard`` the frozen backbone in parts on all of them."""
+    model = model.to(accelerator.device)
+    return adaptkit.shard(model) if args.shard else model
+
+
 def train(
     task: Task, model: nn.Module, rows: Rows, val: DataLoader, accelerator: Accelerator, args: argparse.Namespace
 ) -> tuple[dict[str, float], float]:
@@ -244,6 +250,7 @@ def train(
     out, world, k = Path(args.out), accelerator.num_processes, args.accumulate
     checkpoint, first = resume_step(out, args, world) if args.resume else (None, 0)
     loader = training_batches(rows, first, task, accelerator, args)
+    placed(model, accelerator, args)
     optimizer = optimizer_of(model, args)
     factor = {"cosine": cosine, "linear": linear}[args.schedule]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: factor(s // world, args.steps, args.warmup))
@@ -325,9 +332,11 @@ def start(task: Task, args: argparse.Namespace) -> tuple[Path, Accelerator]:
     if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(
             f"this loop runs on one device or under DDP, and Accelerate is configured for "
-            f"{accelerator.distributed_type.value}, whose checkpoints hold the frozen backbone; choose MULTI_GPU, or "
-            "adaptkit.shard in a loop of your own"
+            f"{accelerator.distributed_type.value}, whose checkpoints hold the frozen backbone; choose MULTI_GPU, "
+            "and --shard where the backbone does not fit one device"
         )
+    if args.shard and accelerator.num_processes == 1:
+        raise ValueError("--shard puts the backbone in parts on several processes and this is one; start with torchrun")
     if args.tracker:
         accelerator.init_trackers(f"adaptkit-{task.name}", config={k: str(v) for k, v in vars(args).items()})
     return out, accelerator
@@ -354,7 +363,7 @@ def run(task: Task, args: argparse.Namespace, last: bool = True) -> dict[str, An
         task.save(model, folder, task=task.kind, size=size, **metrics)
     accelerator.wait_for_everyone()
     set_seed(args.seed)  # a random backbone is the same random one
-    again = task.again(args, folder).to(accelerator.device)
+    again = placed(task.again(args, folder), accelerator, args)
     score, score_again = metrics[task.score], evaluate(task, again, val, accelerator, args)[task.score]
     result = {
         "adapter": " + ".join(args.adapter),

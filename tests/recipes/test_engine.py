@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import adaptkit
 from recipes import options, segment
 from recipes.average import Average
 from recipes.engine import linear
@@ -110,6 +111,19 @@ def two(pictures, tmp_path_factory):
 
 def test_two_ranks_that_stream_and_average_resume_to_the_byte(two):
     assert weights(two / "cut") == weights(two / "whole")
+
+
+def test_a_sharded_backbone_trains_the_same_adapter(two):
+    sharded, whole = (adaptkit.load(two / run / "adapter").tensors for run in ("sharded", "whole"))
+    for key, tensor in whole.items():
+        torch.testing.assert_close(sharded[key], tensor, atol=1e-5, rtol=1e-5)
+    scores = [json.loads((two / run / "result.json").read_text()) for run in ("sharded", "whole")]
+    assert scores[0]["miou"] == scores[1]["miou"] == scores[0]["miou_reattached"]
+
+
+def test_sharding_on_one_process_is_refused(pictures, tmp_path):
+    with pytest.raises(ValueError, match="--shard puts the backbone in parts on several processes and this is one"):
+        segment.main(command_line(pictures, tmp_path, "--shard"))
 
 
 def test_two_ranks_count_every_image_once_where_the_set_does_not_divide(two):

@@ -60,6 +60,7 @@ def main(data, out):
               "--steps", "3", "--save-every", "1", "--ema", "0.9",
               "--streaming", "--shuffle-buffer", "3"]  # fmt: skip
     run([*common, "--out", f"{out}/whole"])
+    run([*common, "--out", f"{out}/sharded", "--shard"])
     calls, loss = [], segment.TASK.loss
 
     def until(*args):
