@@ -22,6 +22,8 @@ from adaptkit.adapters._adavit_gates import Decision
 from adaptkit.ops.kept import masked_attention, packed_attention, packed_backend
 from adaptkit.vit import Block, Projections
 
+Runs = list[tuple[int, int]]  #: stretches of neighbouring heads, (first, one past the last)
+
 __all__ = ["Way", "masked", "packed"]
 
 TILE = 512  #: rows that go through the FFN together on a CPU, so that its hidden layer stays in the cache
@@ -182,44 +184,46 @@ def _by_image(
 ) -> Tensor:
     """Attention image by image, each with the weights of the heads it keeps."""
     heads = w.out_weight.shape[1]
-    on = [list(range(heads))] * len(kept.images)
+    runs = [[(0, heads)]] * len(kept.images)
     if head is not None:
         table = (head > 0).tolist()
-        on = [[j for j, yes in enumerate(table[i]) if yes] for i in kept.images]
-    biases: list[Tensor | None] = [None] * len(on) if block.bias is None else list(_biases(block.bias, kept, heads))
+        runs = [_runs(table[i]) for i in kept.images]
+    biases: list[Tensor | None] = [None] * len(runs) if block.bias is None else list(_biases(block.bias, kept, heads))
     run = _full if way.head_mode == "full" else _partial
     outs = []
-    for h, chosen, bias in zip(rows.split(kept.lengths), on, biases):
-        index = None if len(chosen) == heads else torch.tensor(chosen, device=rows.device, dtype=torch.long)
+    for h, chosen, bias in zip(rows.split(kept.lengths), runs, biases):
         queries = h[:prefix] if way.only_prefix else h
-        if bias is not None:
-            bias = bias[:, :, : len(queries)] if index is None else bias[:, index, : len(queries)]
-        outs.append(run(w, queries, h, index, block.scale, bias))
-    return torch.cat(outs)
+        bias = None if bias is None else bias[:, :, : len(queries)]
+        outs.append(run(w, queries, h, chosen, block.scale, bias))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def _full(
-    w: Projections, queries: Tensor, h: Tensor, index: Tensor | None, scale: float | None, bias: Tensor | None
-) -> Tensor:
-    """(R', D), (R, D) -> (R', D) from the heads ``index`` alone; the others give zero."""
-    if index is not None and len(index) == 0:
-        zero = h.new_zeros(len(queries), w.out_weight.shape[0])
-        return zero if w.out_bias is None else zero + w.out_bias
-    o = _attend(w, queries, h, index, scale, bias)
-    out = w.out_weight if index is None else w.out_weight.index_select(1, index)
-    return F.linear(o.flatten(1), out.flatten(1), w.out_bias)
+def _runs(on: list[bool]) -> Runs:
+    """Heads that are on, as stretches of neighbours: their weights are then views, where a choice would be a copy."""
+    edges = [i for i, (a, b) in enumerate(zip([False, *on], [*on, False])) if a != b]
+    return list(zip(edges[::2], edges[1::2]))
+
+
+def _full(w: Projections, queries: Tensor, h: Tensor, runs: Runs, scale: float | None, bias: Tensor | None) -> Tensor:
+    """(R', D), (R, D) -> (R', D) from these heads alone; the others give zero."""
+    out = h.new_zeros(w.out_weight.shape[0]) if w.out_bias is None else w.out_bias
+    for first, last in runs:
+        o = _attend(w, queries, h, first, last, scale, bias)
+        out = torch.addmm(out, o.flatten(1), w.out_weight[:, first:last].flatten(1).t())
+    return out if out.ndim == 2 else out.expand(len(queries), -1)
 
 
 def _partial(
-    w: Projections, queries: Tensor, h: Tensor, index: Tensor | None, scale: float | None, bias: Tensor | None
+    w: Projections, queries: Tensor, h: Tensor, runs: Runs, scale: float | None, bias: Tensor | None
 ) -> Tensor:
-    """(R', D), (R, D) -> (R', D); the heads that are not in ``index`` give each token's own value."""
-    if index is None:
-        return _full(w, queries, h, None, scale, bias)
-    v = _project(w.weights[2], w.biases[2], h, None)  # (R, heads, E)
+    """(R', D), (R, D) -> (R', D); the other heads give each token's own value."""
+    heads = w.out_weight.shape[1]
+    if runs == [(0, heads)]:
+        return _full(w, queries, h, runs, scale, bias)
+    v = _project(w, 2, h, 0, heads)
     o = v[: len(queries)].clone()
-    if len(index):
-        o[:, index] = _attend(w, queries, h, index, scale, bias, v[:, index]).to(o.dtype)
+    for first, last in runs:
+        o[:, first:last] = _attend(w, queries, h, first, last, scale, bias, v[:, first:last]).to(o.dtype)
     return F.linear(o.flatten(1), w.out_weight.flatten(1), w.out_bias)
 
 
@@ -227,27 +231,27 @@ def _attend(
     w: Projections,
     queries: Tensor,
     h: Tensor,
-    index: Tensor | None,
+    first: int,
+    last: int,
     scale: float | None,
     bias: Tensor | None,
     v: Tensor | None = None,
 ) -> Tensor:
-    """Attention of some heads in one image -> (R', heads kept, E)."""
-    if w.fused is not None and v is None and queries is h:
-        q, k, v = _project(w.fused, w.fused_bias, h, index).unbind(1)
+    """Attention of the heads ``first`` to ``last`` (left out) in one image -> (R', last - first, E)."""
+    if w.fused is not None and v is None and queries is h and last - first == w.fused.shape[1]:
+        all_bias = None if w.fused_bias is None else w.fused_bias.flatten()
+        q, k, v = F.linear(h, w.fused.flatten(0, 2), all_bias).unflatten(1, w.fused.shape[:3]).unbind(1)
     else:
-        q = _project(w.weights[0], w.biases[0], queries, index)
-        k = _project(w.weights[1], w.biases[1], h, index)
-        v = _project(w.weights[2], w.biases[2], h, index) if v is None else v
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads kept, R, E)
+        q, k = _project(w, 0, queries, first, last), _project(w, 1, h, first, last)
+        v = _project(w, 2, h, first, last) if v is None else v
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, R, E)
+    bias = None if bias is None else bias[:, first:last]
     o = F.scaled_dot_product_attention(w.norms[0](q), w.norms[1](k), v, attn_mask=bias, scale=scale)
     return o[0].transpose(0, 1)
 
 
-def _project(weight: Tensor, bias: Tensor | None, h: Tensor, index: Tensor | None) -> Tensor:
-    """(R, D) and a weight (..., heads, E, D) -> (R, ..., heads kept, E) of the heads ``index``, all for None."""
-    if index is not None:
-        weight = weight.index_select(-3, index)
-        bias = None if bias is None else bias.index_select(-2, index)
-    out = F.linear(h, weight.flatten(0, -2), None if bias is None else bias.flatten())
-    return out.unflatten(1, weight.shape[:-1])
+def _project(w: Projections, which: int, h: Tensor, first: int, last: int) -> Tensor:
+    """(R, D) -> (R, last - first, E): q (0), k (1) or v (2) of neighbouring heads."""
+    weight, bias = w.weights[which][first:last], w.biases[which]
+    out = F.linear(h, weight.flatten(0, 1), None if bias is None else bias[first:last].flatten())
+    return out.unflatten(1, weight.shape[:2])
