@@ -15,6 +15,7 @@ from adaptkit.heads.depth import DepthHeadConfig
 from adaptkit.heads.fpn import FPNHeadConfig
 from adaptkit.heads.linear import LinearHeadConfig
 from adaptkit.hub import load
+from adaptkit.many import ManyTasks, attach_many
 from adaptkit.mixers import list_mixers, register_mixer
 from adaptkit.model import AdaptedModel, attach, list_adapters, list_heads
 from adaptkit.pretrained import from_pretrained
@@ -35,6 +36,7 @@ __all__ = [
     "FPNHeadConfig",
     "Features",
     "LinearHeadConfig",
+    "ManyTasks",
     "MetaFormerConfig",
     "SimpleFeaturePyramidConfig",
     "Spec",
@@ -43,6 +45,7 @@ __all__ = [
     "__version__",
     "as_pyramid",
     "attach",
+    "attach_many",
     "demo_backbone",
     "from_pretrained",
     "list_adapters",

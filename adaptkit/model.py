@@ -88,6 +88,17 @@ def _build(adapters: tuple[Any, ...], head: Any, vit: View, strict: bool) -> tup
     return AdapterSet(vit, parts, chosen, head_file), bool(files)
 
 
+def run(vit: View, acting: AdapterSet, image: Tensor) -> Features:
+    """Run a backbone with these adapters and their head: image (B, 3, H, W) -> features."""
+    trace: Trace = {}
+    wrappers = [a for a in acting if isinstance(a, BlockAdapter)]
+    view: Any = wrapped(vit, wrappers, trace) if wrappers else vit
+    features = view.features(image) if acting.side is None else acting.side(view, image, trace)
+    features = features._replace(aux={**features.aux, **trace})
+    logits = vit.logits(features) if acting.head is None else acting.head(features)
+    return features._replace(logits=logits)
+
+
 class AdaptedModel(nn.Module):
     """A frozen backbone with adapters, as :func:`attach` builds it; ``model(image)`` returns ``Features``.
 
@@ -141,9 +152,10 @@ class AdaptedModel(nn.Module):
     def _acting(self) -> AdapterSet:
         if self._active is None:
             raise RuntimeError("every adapter of this model was deleted; add_adapter() one")
-        return self._set(self._active)
+        return self.set_of(self._active)
 
-    def _set(self, name: str) -> AdapterSet:
+    def set_of(self, name: str) -> AdapterSet:
+        """Return the set of this name; ``ValueError`` where there is none."""
         if name not in self.sets:
             raise ValueError(f"no adapters are named {name!r}; there are {', '.join(map(repr, self.sets)) or 'none'}")
         found: Any = self.sets[name]
@@ -164,15 +176,7 @@ class AdaptedModel(nn.Module):
         if self._disabled or self._active is None:
             features = vit.features(image)
             return features._replace(logits=vit.logits(features))
-        acting = self._acting
-        trace: Trace = {}
-        wrappers = [a for a in acting if isinstance(a, BlockAdapter)]
-        if wrappers:
-            vit = wrapped(vit, wrappers, trace)
-        features = vit.features(image) if acting.side is None else acting.side(vit, image, trace)
-        features = features._replace(aux={**features.aux, **trace})
-        logits = self.vit.logits(features) if acting.head is None else acting.head(features)
-        return features._replace(logits=logits)
+        return run(vit, self._acting, image)
 
     def train(self, mode: bool = True) -> AdaptedModel:
         """Set the mode of adapters and head; the backbone stays in eval mode."""
@@ -195,7 +199,7 @@ class AdaptedModel(nn.Module):
 
     def set_adapter(self, name: str) -> None:
         """Make this set the active one: it alone runs and is trained. Nothing is recompiled for a set seen before."""
-        chosen = self._set(name)
+        chosen = self.set_of(name)
         if self._active is not None:
             self._acting.remove()
         self._active = name
@@ -204,7 +208,7 @@ class AdaptedModel(nn.Module):
 
     def delete_adapter(self, name: str) -> None:
         """Drop a set. If it was active, the first of the others now is; with none left the backbone runs plain."""
-        dropped = self._set(name)
+        dropped = self.set_of(name)
         dropped.remove()
         del self.sets[name]
         if self._active == name:
@@ -251,7 +255,7 @@ class AdaptedModel(nn.Module):
         if file is None:
             raise ValueError(f"{source!r} is no saved adapter: give its folder, or adaptkit.load(folder)")
         check_fits(file, self.vit, strict)
-        chosen = self._acting if name is None else self._set(name)
+        chosen = self._acting if name is None else self.set_of(name)
         for theirs, mine in differences(file.header, chosen.header()):
             raise ValueError(
                 f"{file.path} holds {theirs}, this set has {mine}; a swap in place needs the same: load it as another "
@@ -320,18 +324,21 @@ class AdaptedModel(nn.Module):
         """Put such tensors back; ``ValueError`` names what is missing, unexpected or of another shape."""
         self._acting.load(tensors)
 
-    def header(self) -> dict[str, Any]:
-        """Return what the file says besides its tensors."""
-        return {**self._acting.header(), "backbone": describe_backbone(self.vit)}
+    def header(self, name: str | None = None) -> dict[str, Any]:
+        """Return what the file of a set, by default the active one, says besides its tensors."""
+        chosen = self._acting if name is None else self.set_of(name)
+        return {**chosen.header(), "backbone": describe_backbone(self.vit)}
 
-    def save(self, folder: str | os.PathLike[str], **metadata: Any) -> Path:
-        """Write the active adapters and their head to ``folder``: weights, config and card, each atomically.
+    def save(self, folder: str | os.PathLike[str], *, name: str | None = None, **metadata: Any) -> Path:
+        """Write a set of adapters and their head, the active one or ``name``, to ``folder``: weights, config and card.
 
-        ``metadata`` (JSON values, e.g. ``task="segmentation"``, ``classes=[...]``) is kept in the header. Of several
-        processes one should call this. Raises ``OSError`` where the folder cannot be written.
+        Each file is written atomically. ``metadata`` (JSON values, e.g. ``task="segmentation"``, ``classes=[...]``) is
+        kept in the header. Of several processes one should call this. Raises ``OSError`` where the folder cannot be
+        written.
         """
-        header = {**self.header(), "metadata": metadata}
-        return write_folder(folder, header, self.adapter_state_dict(), model_card(header))
+        chosen = self._acting if name is None else self.set_of(name)
+        header = {**self.header(name), "metadata": metadata}
+        return write_folder(folder, header, chosen.tensors(), model_card(header))
 
     def push(self, repo_id: str, **options: Any) -> Commit:
         """Upload what ``save`` writes to a model repository on the Hub; see :func:`adaptkit.hub.push`."""

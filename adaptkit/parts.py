@@ -148,13 +148,24 @@ class AdapterSet(nn.Module):
         """The one that owns the loop over the blocks, if any."""
         return next((a for a in self if isinstance(a, SideAdapter)), None)
 
+    def why_alone(self) -> str:
+        """Say why this set cannot read a pass of the backbone that others read too; empty where it can."""
+        inside = [n for n, a in zip(self.adapters, self) if isinstance(a, WeightAdapter | BlockAdapter)]
+        if inside:
+            return f"{', '.join(inside)} changes what the blocks compute"
+        return "" if self.side is None else self.side.why_alone()
+
+    def trained_again(self) -> None:
+        """Train it as it was before it was removed."""
+        for parameter, flag in self.away:
+            parameter.requires_grad_(flag)
+        self.away = []
+
     def install(self) -> None:
         """Make this the active set: in place in the host, and trained again as it was."""
         for adapter in self.weight_adapters:
             adapter.install()
-        for parameter, flag in self.away:
-            parameter.requires_grad_(flag)
-        self.away = []
+        self.trained_again()
 
     def remove(self) -> None:
         """Leave the host; while away nothing of it is trained, so that no optimiser or DDP waits for it."""

@@ -57,6 +57,10 @@ class BlockAdapter(Adapter):
 class SideAdapter(Adapter):
     """Owns the loop over the blocks, and may make a pyramid."""
 
+    def why_alone(self) -> str:
+        """Say why it changes what the blocks get, so that no other can share their pass; empty where it only reads."""
+        return f"{type(self).__name__} changes what the blocks get"
+
     @abstractmethod
     def forward(self, vit: ViT, image: Tensor, trace: Trace) -> Features:
         """Image (B, 3, H, W) -> features, as ``vit.finish`` closes them."""

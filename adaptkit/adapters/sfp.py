@@ -60,6 +60,10 @@ class SimpleFeaturePyramid(SideAdapter):
         )
         self.apply(init_weights)
 
+    def why_alone(self) -> str:
+        """Nothing: it reads the last tokens."""
+        return ""
+
     def forward(self, vit: ViT, image: Tensor, trace: Trace) -> Features:
         """Image (B, 3, H, W) -> features with maps (B, D, H/s, W/s), s = 4, 8, 16, 32, rounded up."""
         features = vit.features(image)

@@ -291,6 +291,12 @@ class ViTAdapter(SideAdapter):
                 module.reset_parameters()
         nn.init.normal_(self.level_embed)
 
+    def why_alone(self) -> str:
+        """Injectors write into the tokens; without them it only reads."""
+        if self.config.injector:
+            return "its injectors write into the tokens; injector=False only reads them"
+        return "prefix='drop' runs the blocks without prefix tokens" if self.config.prefix == "drop" else ""
+
     def forward(self, vit: ViT, image: Tensor, trace: Trace) -> Features:
         """Image (B, 3, H, W) -> features with maps (B, D, H/s, W/s), s = 4, 8, 16, 32, rounded up."""
         x, blocks = vit.begin(image)
