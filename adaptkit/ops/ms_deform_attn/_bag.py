@@ -1,25 +1,6 @@
-r"""Multi-scale deformable attention.
-
-Every head of every query reads P points in each of L feature levels and adds them up by weight:
-
-    out[n, q, h] = sum_{l, p}  A[n, q, h, l, p] * V_l[n, h](x, y),      x = loc_x W_l - 1/2,  y = loc_y H_l - 1/2
-
-where V_l(x, y) is the bilinear value between the four pixels around (x, y), and zero outside the level.
-Let b = clamp(floor(x), 0, W - 2) be the *cell* of a point, r = x - b, and t(r) = max(0, 1 - |r|) the hat. Then
-
-    V(x) = t(r) V[b] + t(r - 1) V[b + 1]
-
-for every real x, zero padding included: both pixels exist always, and both hats vanish for a point outside. So the
-operator is a sum of 4 L P weighted rows of the value table, which is what `embedding_bag` computes. Its derivatives are
-the dot products of an output gradient with those same rows (a sampled dense-dense product, SDDMM), and the
-transposed bag: for each pixel, the weighted sum of the output gradients that read it.
-
-Source: Deformable DETR (Zhu et al., ICLR 2021), eq. 2-3; ViT-Adapter (Chen et al., ICLR 2023) uses it in its injectors
-and extractors.
-"""
+"""The portable backend: cells and hats by plain operators, rows by `embedding_bag`, its transpose and an SDDMM."""
 
 import warnings
-from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -27,79 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def ms_deform_attn(
-    value: Tensor,
-    spatial_shapes: Sequence[tuple[int, int]],
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    *,
-    backend: str = "auto",
-) -> Tensor:
-    """Multi-scale deformable attention (Deformable DETR, eq. 3, between its two linear layers).
-
-    Args:
-        value: (N, S, H, D) the levels one after another, each row by row, so that S = sum of h * w.
-        spatial_shapes: [(h, w), ...] of the L levels, in pixels.
-        sampling_locations: (N, Q, H, L, P, 2) as (x, y); [0, 1] spans a level from edge to edge, and a point outside
-            reads zeros. N, H and L may be 1: they broadcast.
-        attention_weights: (N, Q, H, L, P), used as they are (no softmax here). Any size may be 1: it broadcasts.
-        backend: "embedding_bag" is the fast one, for CPU and CUDA, differentiable once. "gather" is made of plain
-            operators that export. "grid_sample" is the reference form, for every device. "auto" takes "gather" under
-            `torch.export`, else "embedding_bag" on CPU and CUDA and "grid_sample" elsewhere.
-
-    Returns:
-        (N, Q, H * D) in the dtype of `value`. The arithmetic is float32, or float64 if `value` is.
-
-    Raises:
-        ValueError: if the shapes do not fit together, or the backend is unknown.
-
-    At whole coordinates, where bilinear interpolation has a kink, all backends take the derivative to the right.
-    """
-    locations, weights = _checked(value, spatial_shapes, sampling_locations, attention_weights)
-    if backend == "auto":
-        fast = "embedding_bag" if value.device.type in ("cpu", "cuda") else "grid_sample"
-        backend = "gather" if torch.compiler.is_exporting() else fast
-    if backend == "embedding_bag":
-        return _bag(value, locations, weights, [side for shape in spatial_shapes for side in shape])
-    if backend == "gather":
-        return _gather(value, spatial_shapes, locations, weights)
-    if backend == "grid_sample":
-        return _grid_sample(value, spatial_shapes, locations, weights)
-    raise ValueError(f"backend={backend!r} is unknown; choose one of auto, embedding_bag, gather, grid_sample")
-
-
-def _checked(value, spatial_shapes, locations, weights) -> tuple[Tensor, Tensor]:
-    """The points, broadcast to (N, Q, H, L, P, 2) and (N, Q, H, L, P)."""
-    if value.ndim != 4:
-        raise ValueError(f"value has shape {tuple(value.shape)}, expected (N, S, H, D); split its last axis into heads")
-    batch, pixels, heads, _ = value.shape
-    if any(h < 1 or w < 1 for h, w in spatial_shapes) or pixels != sum(h * w for h, w in spatial_shapes):
-        raise ValueError(
-            f"value has S={pixels} pixels, spatial_shapes {list(spatial_shapes)} have "
-            f"{[h * w for h, w in spatial_shapes]}; give the (h, w) of each level that value is made of"
-        )
-    if locations.ndim != 6 or locations.shape[-1] != 2:
-        raise ValueError(
-            f"sampling_locations has shape {tuple(locations.shape)}, expected (N, Q, H, L, P, 2); "
-            "give one (x, y) for each batch item, query, head, level and point"
-        )
-    points = (batch, locations.shape[1], heads, len(spatial_shapes), locations.shape[4])
-    return _expand("sampling_locations", locations, (*points, 2)), _expand("attention_weights", weights, points)
-
-
-def _expand(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if tensor.ndim != len(shape) or any(n not in (1, want) for n, want in zip(tensor.shape, shape, strict=True)):
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}, but value, spatial_shapes and sampling_locations ask for "
-            f"{shape}; N, Q, H, L and P must agree or be 1"
-        )
-    return tensor.expand(shape)
-
-
-def _compute_dtype(value: Tensor) -> torch.dtype:
-    return torch.float64 if value.dtype == torch.float64 else torch.float32
-
+from adaptkit.ops.ms_deform_attn._plain import compute_dtype
 
 # -------- cells and hats
 
@@ -185,16 +94,10 @@ def _corner_weights(hats: Tensor, weights: Tensor) -> Tensor:
 # -------- embedding_bag
 
 
-@torch.library.custom_op(
-    "adaptkit::ms_deform_attn",
-    mutates_args=(),
-    schema="(Tensor value, Tensor locations, Tensor weights, SymInt[] shapes) -> Tensor",
-)
-def _bag(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int]) -> Tensor:
+def forward(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int]) -> Tensor:
+    """(N, Q, H * D), in the dtype of ``value``."""
     batch, pixels, heads, dim = value.shape
-    queries, dtype = locations.shape[1], _compute_dtype(value)
-    if value.numel() == 0 or weights.numel() == 0:
-        return value.new_zeros((batch, queries, heads * dim))
+    queries, dtype = locations.shape[1], compute_dtype(value)
     cells = _find_cells(locations, shapes, pixels, dtype)
     bags = batch * queries * heads
     out = F.embedding_bag(
@@ -206,25 +109,13 @@ def _bag(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int]) -
     return out.view(batch, queries, heads * dim).to(value.dtype)
 
 
-@_bag.register_fake
-def _(value, locations, weights, shapes):
-    batch, _, heads, dim = value.shape
-    return value.new_empty((batch, locations.shape[1], heads * dim))
-
-
-@torch.library.custom_op(
-    "adaptkit::ms_deform_attn_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor value, Tensor locations, Tensor weights, SymInt[] shapes) -> (Tensor, Tensor, Tensor)",
-)
-def _bag_backward(
+def backward(
     grad: Tensor, value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dim, dtype = value.shape[3], _compute_dtype(value)
+    """Gradients of ``value``, ``locations`` and ``weights``."""
+    dim, dtype = value.shape[3], compute_dtype(value)
     grad_locations = torch.empty_like(locations, memory_format=torch.contiguous_format)
     grad_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
-    if value.numel() == 0 or weights.numel() == 0:
-        return value.new_zeros(value.shape), grad_locations.zero_(), grad_weights.zero_()
 
     cells = _find_cells(locations, shapes, value.shape[1], dtype)
     hats = cells.hats()
@@ -243,11 +134,6 @@ def _bag_backward(
 
     grad_value = _transposed_bag(cells.rows, _corner_weights(hats, weights), grad, value.shape, shapes)
     return grad_value.to(value.dtype), grad_locations, grad_weights
-
-
-@_bag_backward.register_fake
-def _(grad, value, locations, weights, shapes):
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (value, locations, weights))
 
 
 def _dot(pair, weights: Tensor) -> Tensor:
@@ -316,75 +202,3 @@ def _transposed_bag(rows: Tensor, corner_weights: Tensor, grad: Tensor, value_sh
     bag, weight = bag.index_select(0, taken), weight.index_select(0, taken)
     out = F.embedding_bag(bag, grad, put[::4].contiguous(), mode="sum", per_sample_weights=weight)
     return out.view(batch, pixels, heads, dim)
-
-
-def _save_inputs(ctx, inputs, output):
-    *tensors, ctx.shapes = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, grad):
-    return *_bag_backward(grad, *ctx.saved_tensors, ctx.shapes), None
-
-
-def _backward_twice(ctx, *grads):
-    raise RuntimeError(
-        "ms_deform_attn with backend='embedding_bag' is differentiable once and this backward asks for a second "
-        "derivative; use backend='gather'"
-    )
-
-
-_bag.register_autograd(_backward, setup_context=_save_inputs)
-_bag_backward.register_autograd(_backward_twice)
-
-
-# -------- plain operators, and the reference
-
-
-def _gather(value: Tensor, spatial_shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """Four corners with masks, level by level: only operators that ONNX has."""
-    batch, pixels, heads, dim = value.shape
-    dtype = _compute_dtype(value)
-    table = value.reshape(-1, dim).to(dtype)
-    item = torch.arange(batch, device=value.device).view(-1, 1, 1, 1) * pixels
-    head = torch.arange(heads, device=value.device).view(-1, 1)
-    out, start = table.new_zeros((batch, locations.shape[1], heads, dim)), 0
-    for level, (h, w) in enumerate(spatial_shapes):
-        x, y = locations[:, :, :, level].to(dtype).unbind(-1)  # (N, Q, H, P) each
-        x, y = x * w - 0.5, y * h - 0.5
-        for row, y_weight in _neighbours(y, h):
-            for column, x_weight in _neighbours(x, w):
-                pixel = F.embedding((item + start + row * w + column) * heads + head, table)  # (N, Q, H, P, D)
-                weight = weights[:, :, :, level].to(dtype) * y_weight * x_weight
-                out = out + (weight[..., None] * pixel).sum(3)
-        start += h * w
-    return out.flatten(2).to(value.dtype)
-
-
-def _neighbours(x: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-    """The two pixels around x on an axis, and their weights: zero for a pixel that the axis does not have."""
-    x = x.clamp(-2, size + 1)  # far outside is as good as outside; infinity has no fraction
-    whole = x.detach().floor()
-    fraction = x - whole
-    pixels = []
-    for pixel, weight in ((whole, 1 - fraction), (whole + 1, fraction)):
-        inside = (pixel >= 0) & (pixel <= size - 1)
-        pixels.append((pixel.long().clamp(0, size - 1), weight * inside.to(weight.dtype)))
-    return pixels
-
-
-def _grid_sample(value: Tensor, spatial_shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """The form the papers' code has in pure Python: one `grid_sample` per level."""
-    batch, _, heads, dim = value.shape
-    queries, points, dtype = locations.shape[1], locations.shape[4], _compute_dtype(value)
-    levels = value.to(dtype).split([h * w for h, w in spatial_shapes], dim=1)
-    grid = (2 * locations.to(dtype) - 1).transpose(1, 2)  # (N, H, Q, L, P, 2)
-    out = value.new_zeros((batch * heads, dim, queries), dtype=dtype)
-    for level, (h, w) in enumerate(spatial_shapes):
-        image = levels[level].permute(0, 2, 3, 1).reshape(batch * heads, dim, h, w)
-        sampled = F.grid_sample(
-            image, grid[:, :, :, level].flatten(0, 1), mode="bilinear", padding_mode="zeros", align_corners=False
-        )  # (N H, D, Q, P)
-        weight = weights[:, :, :, level].to(dtype).transpose(1, 2).reshape(batch * heads, 1, queries, points)
-        out = out + (sampled * weight).sum(-1)
-    return out.view(batch, heads * dim, queries).transpose(1, 2).to(value.dtype)
