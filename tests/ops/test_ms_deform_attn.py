@@ -314,7 +314,7 @@ def test_autocast_changes_nothing(backend):
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-@pytest.mark.parametrize("backend", ["auto", *ORDERED])
+@pytest.mark.parametrize("backend", ORDERED)
 def test_compile_takes_one_graph_and_gives_the_same_bits(backend, compiler):
     torch._dynamo.reset()
     inputs = make()

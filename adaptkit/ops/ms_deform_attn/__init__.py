@@ -50,7 +50,8 @@ def ms_deform_attn(
             differentiable once. "gather" is made of plain operators that export. "grid_sample" is the reference form,
             for every device. "auto" takes "gather" under `torch.export`; then what `set_backend`, `use_backend` or the
             environment variable ADAPTKIT_OPS say; then "c" on CPU, "triton" on CUDA (unless torch was asked for
-            deterministic algorithms), "embedding_bag" where these cannot run, and "grid_sample" on other devices.
+            deterministic algorithms), "embedding_bag" where these cannot run ("grid_sample" if the call is tiny), and
+            "grid_sample" on other devices.
 
     Returns:
         (N, Q, H * D) in the dtype of `value`. The arithmetic is float32, or float64 if `value` is.
@@ -63,7 +64,7 @@ def ms_deform_attn(
     but "triton" give the same bits each time, "c" with any number of threads.
     """
     locations, weights = _checked(value, spatial_shapes, sampling_locations, attention_weights)
-    backend = choose(backend, value)
+    backend = choose(backend, value, weights)
     if backend == "gather":
         return gather(value, spatial_shapes, locations, weights)
     if backend == "grid_sample":

@@ -23,6 +23,7 @@ from torch import Tensor
 NAMES = ("auto", "c", "triton", "embedding_bag", "gather", "grid_sample")
 _MODULES = {"c": "_c", "triton": "_triton", "embedding_bag": "_bag"}
 _VARIABLE = "ADAPTKIT_OPS"
+_TINY = 2**15  # points times channels, under which grid_sample costs less than the sixty operators around embedding_bag
 
 _default = os.environ.get(_VARIABLE, "auto")
 _source = f"the environment variable {_VARIABLE}"
@@ -56,7 +57,7 @@ def _known(name: str, source: str) -> str:
     return name
 
 
-def choose(name: str, value: Tensor) -> str:
+def choose(name: str, value: Tensor, weights: Tensor) -> str:
     """Return what this call takes: a plain form, or the custom operator's backend, which may be "auto" still.
 
     "auto" is settled inside of the operator, so that no compiler traces into it.
@@ -65,7 +66,12 @@ def choose(name: str, value: Tensor) -> str:
         if torch.compiler.is_exporting():
             return "gather"
         name = _known(_default, _source)
-    if name == "auto" and value.device.type not in ("cpu", "cuda"):
+    if name != "auto":
+        return name
+    if value.device.type not in ("cpu", "cuda"):
+        return "grid_sample"
+    tiny = value.device.type == "cpu" and weights.numel() * value.shape[3] < _TINY
+    if not torch.compiler.is_compiling() and tiny and why_not("c", value, weights):
         return "grid_sample"
     return name
 

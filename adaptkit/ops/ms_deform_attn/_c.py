@@ -34,8 +34,9 @@ def why_not(value: Tensor, weights: Tensor) -> str | None:
     """Return why this backend cannot run a call, or None. The first call of a process compiles or loads the kernel."""
     if value.device.type != "cpu":
         return f"it runs on the CPU, and value is on {value.device}"
-    if weights[0, 0, 0].numel() > _BLOCK:
-        return f"L * P = {weights[0, 0, 0].numel()} points of a query, and it takes up to {_BLOCK}"
+    points = weights.shape[3] * weights.shape[4]
+    if points > _BLOCK:
+        return f"L * P = {points} points of a query, and it takes up to {_BLOCK}"
     if value.shape[1] > torch.iinfo(torch.int32).max:
         return f"S = {value.shape[1]} pixels, and it counts them with 32 bits"
     with _lock:
