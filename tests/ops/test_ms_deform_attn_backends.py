@@ -159,6 +159,16 @@ def test_the_kernel_is_compiled_once_and_leaves_nothing_else(cache):
     assert cache.stat().st_mode & 0o077 == 0
 
 
+def test_fake_tensors_compile_nothing(cache):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        value, locations, weights = [mode.from_tensor(tensor) for tensor in inputs()]
+        out = ms_deform_attn(value, SHAPES, locations, weights)
+    assert out.shape == (1, 5, 8)
+    assert not cache.exists()
+
+
 @needs_compiler
 def test_many_may_compile_at_the_same_time(cache, monkeypatch):
     source = cache.parent / "small" / "small.c"

@@ -70,10 +70,10 @@ def choose(name: str, value: Tensor, weights: Tensor) -> str:
         return name
     if value.device.type not in ("cpu", "cuda"):
         return "grid_sample"
+    if torch.compiler.is_compiling() or type(value) is not Tensor:  # a tensor without data compiles no kernel
+        return name
     tiny = value.device.type == "cpu" and weights.numel() * value.shape[3] < _TINY
-    if not torch.compiler.is_compiling() and tiny and why_not("c", value, weights):
-        return "grid_sample"
-    return name
+    return "grid_sample" if tiny and why_not("c", value, weights) else name
 
 
 def implementation(name: str, value: Tensor, weights: Tensor) -> ModuleType:
