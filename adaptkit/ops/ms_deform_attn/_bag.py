@@ -114,26 +114,29 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``value``, ``locations`` and ``weights``."""
     dim, dtype = value.shape[3], compute_dtype(value)
+    cells = _find_cells(locations, shapes, value.shape[1], dtype)
+    grad = grad.reshape(-1, dim).to(dtype)  # (bags, D), a bag = one head of one query
+    grad_points = _grad_points(cells, grad, value.reshape(-1, dim).to(dtype), locations, weights)
+    grad_value = _transposed_bag(cells, weights, grad, value.shape, shapes)
+    return grad_value.to(value.dtype), *grad_points
+
+
+def _grad_points(
+    cells: Cells, grad: Tensor, table: Tensor, locations: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``locations`` and ``weights``."""
     grad_locations = torch.empty_like(locations, memory_format=torch.contiguous_format)
     grad_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
-
-    cells = _find_cells(locations, shapes, value.shape[1], dtype)
-    hats = cells.hats()
-    grad = grad.reshape(-1, dim).to(dtype)  # (bags, D), a bag = one head of one query
-    table = value.reshape(-1, dim).to(dtype)
-
     # dots[k] = <grad of the bag, pixel at corner k>; interpolated along x, then along y: the derivative of a weight.
     dots = _corner_dots(cells.rows, grad, table).unflatten(-1, (2, 2)).movedim((-2, -1), (0, 1))
-    (x_hats, y_hats), (x_slopes, y_slopes) = hats, cells.slopes()
+    (x_hats, y_hats), (x_slopes, y_slopes) = cells.hats(), cells.slopes()
     along_x = _dot(dots.unbind(1), x_hats)  # (2 rows, N, Q, H, L, P)
     grad_weights.copy_(_dot(along_x, y_hats))
     grad_x = _dot(_dot(dots.unbind(1), x_slopes), y_hats)
     grad_y = _dot(along_x, y_slopes)
     torch.mul(grad_x.mul_(weights), cells.size[0], out=grad_locations[..., 0])
     torch.mul(grad_y.mul_(weights), cells.size[1], out=grad_locations[..., 1])
-
-    grad_value = _transposed_bag(cells.rows, _corner_weights(hats, weights), grad, value.shape, shapes)
-    return grad_value.to(value.dtype), grad_locations, grad_weights
+    return grad_locations, grad_weights
 
 
 def _dot(pair, weights: Tensor) -> Tensor:
@@ -165,23 +168,38 @@ def _warn_of_sparse_csr_once() -> None:
         torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
 
 
-def _transposed_bag(rows: Tensor, corner_weights: Tensor, grad: Tensor, value_shape, shapes: list[int]) -> Tensor:
+def _transposed_bag(cells: Cells, weights: Tensor, grad: Tensor, value_shape, shapes: list[int]) -> Tensor:
     """(N, S, H, D) for each pixel, the weighted sum of the gradients of the bags that have read it.
 
     The points are sorted by cell. A pixel is then read by four runs of them: those of the cell that begins at it, and
     of the cells that begin one pixel to the left, above, and both. Laid end to end, pixel by pixel, the runs are bags.
     No atomics: the order of every sum is fixed, so the result is the same bits each time.
     """
-    batch, pixels, heads, dim = value_shape
-    cell, order = rows.view(-1, 4)[:, 0].contiguous().sort(stable=True)
-    each = cell.numel() // grad.shape[0]
-    bag = (order // each).to(rows.dtype)[:, None].expand(-1, 4).reshape(-1)
-    weight = corner_weights.view(-1, 4).index_select(0, order).view(-1)
+    cell, bag, weight = _sort_by_cell(cells, weights, grad.shape[0])
+    taken, put = _merge_runs(cell, value_shape, shapes)
+    bag, weight = bag.index_select(0, taken), weight.index_select(0, taken)
+    del taken
+    return F.embedding_bag(bag, grad, put, mode="sum", per_sample_weights=weight).view(value_shape)
 
+
+def _sort_by_cell(cells: Cells, weights: Tensor, bags: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the points sorted by cell: the first row of the cell, and for each corner the bag and the weight, flat."""
+    cell, order = cells.rows.view(-1, 4)[:, 0].contiguous().sort(stable=True)
+    bag = (order // (cell.numel() // bags)).to(cell.dtype)[:, None].expand(-1, 4).reshape(-1)
+    weight = _corner_weights(cells.hats(), weights).view(-1, 4).index_select(0, order).view(-1)
+    return cell, bag, weight
+
+
+def _merge_runs(cell: Tensor, value_shape, shapes: list[int]) -> tuple[Tensor, Tensor]:
+    """For each row of the table, one after another, the corners that read it; and where those of a row begin.
+
+    A corner is a number into the corners of the sorted points, 4 * point + (0 to 3).
+    """
+    batch, pixels, heads, _ = value_shape
     table_rows = batch * pixels * heads
-    begin = torch.searchsorted(cell, _arange(table_rows + 1, rows), out_int32=rows.dtype == torch.int32)
+    begin = torch.searchsorted(cell, _arange(table_rows + 1, cell), out_int32=cell.dtype == torch.int32)
     cell_runs = torch.stack((begin[:-1], begin.diff())).view(2, batch, pixels, heads)  # where, how long
-    runs = rows.new_zeros((2, batch, pixels, heads, 4))
+    runs = cell.new_zeros((2, batch, pixels, heads, 4))
     start, corners = 0, 0
     for h, w in zip(shapes[::2], shapes[1::2], strict=True):
         level = slice(start, start + h * w)
@@ -195,10 +213,7 @@ def _transposed_bag(rows: Tensor, corner_weights: Tensor, grad: Tensor, value_sh
 
     # slot i of the merged list takes corner k of sorted point i + (where its run begins - where it is put)
     total = corners * (cell.numel() // (len(shapes) // 2))
-    put = run_length.cumsum(0, dtype=rows.dtype).sub_(run_length)
-    corner = _arange(4, rows).repeat(table_rows)
+    put = run_length.cumsum(0, dtype=cell.dtype).sub_(run_length)
+    corner = _arange(4, cell).repeat(table_rows)
     shift = (run_begin - put).mul_(4).add_(corner).repeat_interleave(run_length, output_size=total)
-    taken = shift.add_(_arange(total, rows, 4))
-    bag, weight = bag.index_select(0, taken), weight.index_select(0, taken)
-    out = F.embedding_bag(bag, grad, put[::4].contiguous(), mode="sum", per_sample_weights=weight)
-    return out.view(batch, pixels, heads, dim)
+    return shift.add_(_arange(total, cell, 4)), put[::4].contiguous()
