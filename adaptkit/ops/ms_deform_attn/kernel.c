@@ -17,7 +17,12 @@
 
 typedef REAL real;
 
-enum { BLOCK = 512, AHEAD = 2 }; /* the most points in a block; how many points the prefetch runs ahead */
+enum {
+    BLOCK = 512,              /* the most points in a block */
+    AHEAD = 2,                /* how many points the prefetch of rows runs ahead */
+    QUERIES_AHEAD = 4,        /* how many queries that of the output does: stores to lines in no cache stall */
+    LINE = 64 / sizeof(real), /* numbers in a cache line */
+};
 
 typedef struct {
     int64_t batch, pixels, heads, dim, queries, levels, points, threads;
@@ -152,7 +157,7 @@ static void differentiate(int64_t points, const Levels *restrict levels, Block *
 
 INLINE void prefetch(int64_t dim, const Levels *levels, const Block *block, int64_t i, const real *value, int64_t row) {
     CORNERS(i)
-    for (int64_t e = 0; e < dim; e += 64 / sizeof(real)) {
+    for (int64_t e = 0; e < dim; e += LINE) {
         __builtin_prefetch(a + e);
         __builtin_prefetch(b + e);
         __builtin_prefetch(c + e);
@@ -239,6 +244,7 @@ void forward(const Call *call, const real *value, const real *locations, const r
                     corner_weights(queries * each, &levels, &block);
                     for (int64_t i = 0; i < queries; i++) {
                         real *bag = out + bag_of(call, n, h, q + i) * dim;
+                        for (int64_t e = 0; e < dim; e += LINE) __builtin_prefetch(bag + QUERIES_AHEAD * row + e, 1);
                         FOR_DIM(read_rows, dim, &levels, &block, i * each, (i + 1) * each, map, row, bag)
                     }
                 }
@@ -291,7 +297,7 @@ void backward_value(const Call *call, const real *locations, const real *weights
                         int64_t height = call->shapes[2 * l], width = call->shapes[2 * l + 1];
                         int64_t from = height * band / bands * width, to = height * (band + 1) / bands * width;
                         real *map = grad_value + ((n * call->pixels + start_of(call, l)) * call->heads + h) * dim;
-                        for (int64_t pixel = from; pixel < to; pixel++) memset(map + pixel * row, 0, dim * sizeof(real));
+                        for (int64_t i = from; i < to; i++) memset(map + i * row, 0, dim * sizeof(real));
                         set_levels(call, l, 1, &levels);
                         for (int64_t q = 0; q < call->queries; q += size) {
                             int64_t queries = least(size, call->queries - q);
@@ -299,7 +305,8 @@ void backward_value(const Call *call, const real *locations, const real *weights
                             corner_weights(queries * each, &levels, &block);
                             for (int64_t i = 0; i < queries; i++) {
                                 const real *bag = grad + bag_of(call, n, h, q + i) * dim;
-                                FOR_DIM(add_rows, dim, &levels, &block, i * each, (i + 1) * each, map, row, bag, from, to)
+                                FOR_DIM(add_rows, dim, &levels, &block, i * each, (i + 1) * each, map, row, bag, from,
+                                        to)
                             }
                         }
                     }
