@@ -49,7 +49,7 @@ def run_backward(inputs, shapes, backend, op=run):
     return out.detach(), *torch.autograd.grad(out, leaves, direction.to(out))
 
 
-def assert_near(results, expected, rtol=1e-12):
+def assert_near(results, expected, rtol=1e-13):
     for result, reference in zip(results, expected, strict=True):
         assert result.shape == reference.shape
         scale = reference.abs().max().item() if reference.numel() else 0.0

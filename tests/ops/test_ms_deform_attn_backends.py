@@ -40,6 +40,12 @@ def taken(backend="auto", **sizes):
     return name if name in ("gather", "grid_sample") else backends.implementation(name, value, weights).__name__
 
 
+@pytest.fixture(autouse=True)
+def nothing_chosen():
+    with use_backend("auto"):
+        yield
+
+
 @pytest.fixture
 def no_kernel(monkeypatch):
     monkeypatch.setattr(c, "_library", lambda dtype: (None, "no C compiler"))
@@ -66,7 +72,7 @@ def test_a_choice_holds_until_it_is_given_back():
         assert taken("embedding_bag").endswith("_bag")  # the call's own word counts
         set_backend("gather")
         assert taken() == "gather"
-    assert backends._default == os.environ.get("ADAPTKIT_OPS", "auto")
+    assert backends._default == "auto"
 
 
 def test_the_choice_holds_inside_of_compiled_code():
