@@ -1,12 +1,14 @@
 import importlib
+import os
 
 import pytest
 import torch
 
 from adaptkit.ops import ms_deform_attn
 
-# The package's attribute of this name is the function; this is the file it comes from.
-module = importlib.import_module("adaptkit.ops.ms_deform_attn")
+# The package's attribute of this name is the function; these are the files behind it.
+module = importlib.import_module("adaptkit.ops.ms_deform_attn._bag")
+backends = importlib.import_module("adaptkit.ops.ms_deform_attn._backends")
 
 # torch says this once per process: an error in whichever test comes first.
 pytestmark = pytest.mark.filterwarnings("error:Sparse")
@@ -14,7 +16,14 @@ pytestmark = pytest.mark.filterwarnings("error:Sparse")
 PYRAMID = [(4, 6), (3, 5), (2, 2)]
 THIN = [(3, 1), (4, 6), (1, 5), (1, 1), (2, 3)]
 SHAPES = [PYRAMID, THIN, [(8, 8)], [(1, 1)], [(1, 7)], [(7, 1)]]
-FAST = ["embedding_bag", "gather"]
+
+NO_C = backends.why_not("c", torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1, 1))
+C = pytest.param("c", marks=pytest.mark.skipif(NO_C is not None, reason=f"no C kernel: {NO_C}"))
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # test_ms_deform_attn_backends.py runs this file so
+TRITON = ["triton"] if INTERPRETED else []
+FAST = ["embedding_bag", "gather", C, *TRITON]
+ORDERED = ["embedding_bag", C]  # the same bits each time
+OPERATOR = [*ORDERED, *TRITON]  # inside of the custom operator
 
 
 def make(shapes=PYRAMID, *, batch=2, queries=7, heads=3, dim=5, points=4, dtype=torch.float64, seed=0, device="cpu"):
@@ -40,7 +49,7 @@ def run_backward(inputs, shapes, backend, op=run):
     return out.detach(), *torch.autograd.grad(out, leaves, direction.to(out))
 
 
-def assert_near(results, expected, rtol=1e-12):
+def assert_near(results, expected, rtol=1e-13):
     for result, reference in zip(results, expected, strict=True):
         assert result.shape == reference.shape
         scale = reference.abs().max().item() if reference.numel() else 0.0
@@ -164,7 +173,8 @@ def test_gradients_are_those_of_finite_differences(shapes, backend):
     whole = pixels.floor()
     locations = (whole + (pixels - whole).clamp(0.05, 0.95) + 0.5) / size  # clear of the kinks
     leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
-    assert torch.autograd.gradcheck(lambda *tensors: run(tensors, shapes, backend), leaves)
+    fast_mode = backend == "triton"  # its interpreter is slow
+    assert torch.autograd.gradcheck(lambda *tensors: run(tensors, shapes, backend), leaves, fast_mode=fast_mode)
 
 
 def on_the_kinks(dtype=torch.float64):
@@ -203,18 +213,32 @@ def test_all_gradients_at_whole_coordinates_are_those_of_grid_sample(shapes, bac
     assert_near(run_backward(inputs, shapes, backend), run_backward(inputs, shapes, "grid_sample"))
 
 
-def test_backward_gives_the_same_bits_every_time():
+@pytest.mark.parametrize("backend", ORDERED)
+def test_backward_gives_the_same_bits_every_time(backend):
     inputs = make([(16, 16), (8, 8)], queries=300, heads=4, dim=32, dtype=torch.float32)
-    first = run_backward(inputs, [(16, 16), (8, 8)], "embedding_bag")
+    first = run_backward(inputs, [(16, 16), (8, 8)], backend)
     for _ in range(4):
-        again = run_backward(inputs, [(16, 16), (8, 8)], "embedding_bag")
+        again = run_backward(inputs, [(16, 16), (8, 8)], backend)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_embedding_bag_says_that_it_has_no_second_derivative():
+@pytest.mark.skipif(NO_C is not None, reason=f"no C kernel: {NO_C}")
+@pytest.mark.parametrize("dim", [6, 32])
+@pytest.mark.parametrize("threads", [2, 3, 11])
+def test_the_c_kernel_gives_the_same_bits_with_any_number_of_threads(threads, dim, monkeypatch):
+    """With 11 threads and two levels of one head, the gradient of the values is cut into 12 bands."""
+    shapes = [(16, 9), (3, 1)]
+    inputs = make(shapes, batch=1, queries=200, heads=1, dim=dim, dtype=torch.float32)
+    first = run_backward(inputs, shapes, "c")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert all(map(torch.equal, run_backward(inputs, shapes, "c"), first))
+
+
+@pytest.mark.parametrize("backend", OPERATOR)
+def test_the_operator_says_that_it_has_no_second_derivative(backend):
     leaves = [tensor.requires_grad_() for tensor in make()]
-    (gradient,) = torch.autograd.grad(run(leaves, PYRAMID, "embedding_bag").sum(), leaves[1], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"differentiable once.*backend='gather'"):
+    (gradient,) = torch.autograd.grad(run(leaves, PYRAMID, backend).sum(), leaves[1], create_graph=True)
+    with pytest.raises(RuntimeError, match=rf"{backend}.*differentiable once.*backend='gather'"):
         gradient.sum().backward()
 
 
@@ -277,11 +301,12 @@ def test_all_inputs_may_be_half_precision(dtype, backend):
     assert_near(results, run_backward([tensor.float() for tensor in inputs], PYRAMID, backend), 1e-2)
 
 
-def test_autocast_changes_nothing():
+@pytest.mark.parametrize("backend", ORDERED)
+def test_autocast_changes_nothing(backend):
     inputs = make(dtype=torch.float32)
-    expected = run_backward(inputs, PYRAMID, "embedding_bag")
+    expected = run_backward(inputs, PYRAMID, backend)
     with torch.autocast("cpu", torch.bfloat16):
-        results = run_backward(inputs, PYRAMID, "embedding_bag")
+        results = run_backward(inputs, PYRAMID, backend)
     assert all(map(torch.equal, results, expected))
 
 
@@ -289,12 +314,13 @@ def test_autocast_changes_nothing():
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-def test_compile_takes_one_graph_and_gives_the_same_bits(compiler):
+@pytest.mark.parametrize("backend", ORDERED)
+def test_compile_takes_one_graph_and_gives_the_same_bits(backend, compiler):
     torch._dynamo.reset()
     inputs = make()
     compiled = torch.compile(run, backend=compiler, fullgraph=True)
-    expected = run_backward(inputs, PYRAMID, "auto")
-    assert all(map(torch.equal, run_backward(inputs, PYRAMID, "auto", compiled), expected))
+    expected = run_backward(inputs, PYRAMID, backend)
+    assert all(map(torch.equal, run_backward(inputs, PYRAMID, backend, compiled), expected))
 
 
 def test_compile_does_not_trace_into_the_operator():
@@ -326,17 +352,19 @@ def test_export_uses_plain_operators_and_any_batch_size():
     assert_near([program.module()(*inputs)], [run(inputs, THIN, "embedding_bag")])
 
 
-def test_the_forward_operator_passes_opcheck():
+@pytest.mark.parametrize("backend", OPERATOR)
+def test_the_forward_operator_passes_opcheck(backend):
     sides = [side for shape in PYRAMID for side in shape]
     inputs = [tensor.requires_grad_() for tensor in make()]
-    torch.library.opcheck(torch.ops.adaptkit.ms_deform_attn.default, (*inputs, sides))
+    torch.library.opcheck(torch.ops.adaptkit.ms_deform_attn.default, (*inputs, sides, backend))
 
 
-def test_the_backward_operator_passes_opcheck():
+@pytest.mark.parametrize("backend", OPERATOR)
+def test_the_backward_operator_passes_opcheck(backend):
     sides = [side for shape in PYRAMID for side in shape]
     inputs = make()
-    grad = run(inputs, PYRAMID, "embedding_bag")
-    torch.library.opcheck(torch.ops.adaptkit.ms_deform_attn_backward.default, (grad, *inputs, sides))
+    grad = run(inputs, PYRAMID, backend)
+    torch.library.opcheck(torch.ops.adaptkit.ms_deform_attn_backward.default, (grad, *inputs, sides, backend))
 
 
 def test_meta_tensors_give_the_shape():
@@ -370,7 +398,9 @@ def test_shapes_that_do_not_fit_are_an_error_that_names_both_sides(change, messa
 
 
 def test_an_unknown_backend_is_an_error_that_names_the_known_ones():
-    with pytest.raises(ValueError, match="'cuda' is unknown; choose one of auto, embedding_bag, gather, grid_sample"):
+    with pytest.raises(
+        ValueError, match="'cuda' is unknown; choose one of auto, c, triton, embedding_bag, gather, grid"
+    ):
         run(make(), PYRAMID, "cuda")
 
 
@@ -380,8 +410,11 @@ def test_an_unknown_backend_is_an_error_that_names_the_known_ones():
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
+ON_CUDA = ["embedding_bag", "gather", "triton"]
+
+
 @needs_cuda
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", ON_CUDA)
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
 def test_cuda_equals_cpu(shapes, backend):
     results = run_backward(make(shapes, device="cuda"), shapes, backend)
@@ -389,12 +422,13 @@ def test_cuda_equals_cpu(shapes, backend):
 
 
 @needs_cuda
+@pytest.mark.parametrize("backend", ["embedding_bag", "triton"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
-def test_cuda_values_of_lower_precision_are_near_float64(dtype, tolerance):
+def test_cuda_values_of_lower_precision_are_near_float64(dtype, tolerance, backend):
     value, locations, weights = make(dtype=torch.float32, device="cuda")
     inputs = (value.to(dtype), locations, weights)
     expected = run_backward([tensor.double() for tensor in inputs], PYRAMID, "grid_sample")
-    assert_near(run_backward(inputs, PYRAMID, "embedding_bag"), expected, tolerance)
+    assert_near(run_backward(inputs, PYRAMID, backend), expected, tolerance)
 
 
 @needs_cuda

@@ -1,0 +1,70 @@
+"""The operator benchmark, small: one table with every implementation, in it or named as missing."""
+
+import sys
+
+import pytest
+import torch
+
+from recipes.bench import ops
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Few implementations, the reference among them, and one that is not installed."""
+    monkeypatch.setitem(sys.modules, "torch_ms_deform_attn", None)
+    for name in ("transformers (grid_sample core)", "deformops"):
+        monkeypatch.delitem(ops.IMPLEMENTATIONS, name)
+
+
+def test_it_prints_one_table_and_names_what_is_missing(small, capsys):
+    ops.main(
+        ["--shapes", "inj S", "ext B", "--size", "32", "--batch", "1", "--rounds", "1", "--threads", "1", "--no-memory"]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    table = [line.split("|")[1:-1] for line in lines if line.startswith("|")]
+    assert [cell.strip() for cell in table[0]] == ["", "inj S", "ext B"]
+    assert {len(row) for row in table} == {3}
+    named = {row[0].strip() for row in table[2:]}
+    missing = {line.removeprefix("Not here: ").split(" (")[0] for line in lines if line.startswith("Not here")}
+    assert "torch-ms-deform-attn" in missing
+    assert "adaptkit embedding_bag" in named
+    assert named | missing == set(ops.IMPLEMENTATIONS)
+    assert "(1.0x / 1.0x)" in table[2][1]
+
+
+def test_the_core_is_an_implementation_of_the_same_operator():
+    pytest.importorskip("transformers")
+    ops.check("core", ops.core(), ops.inputs("inj B", 32, 1, "cpu"))
+
+
+def test_an_operator_that_computes_something_else_is_not_timed():
+    def doubled(*inputs):
+        return 2 * ops.ms_deform_attn(*inputs)
+
+    with pytest.raises(RuntimeError, match="doubled is off by"):
+        ops.check("doubled", doubled, ops.inputs("ext S", 32, 1, "cpu"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_memory_counts_what_a_call_holds_at_once(monkeypatch):
+    def hungry(value, shapes, places, weights):
+        held = torch.ones(16 * 2**18)  # 16 MiB
+        return ops.ms_deform_attn(value, shapes, places, weights) + 0 * held.sum()
+
+    monkeypatch.setitem(ops.IMPLEMENTATIONS, "hungry", lambda: hungry)
+    args = ops.arguments(["--size", "32", "--batch", "1", "--cell", "hungry", "inj S", "forward"])
+    assert 14 < ops.peak(args) < 24
+
+
+def test_shapes_are_those_of_the_adapter():
+    value, shapes, places, weights = ops.inputs("ext B", 64, 2, "cpu")
+    assert (value.shape, shapes) == ((2, 16, 12, 32), [(4, 4)])
+    assert weights.shape == (2, 84, 12, 1, 4)
+    assert places.shape == (2, 84, 12, 1, 4, 2)
+    torch.testing.assert_close(weights.sum((3, 4)), torch.ones(2, 84, 12))
+
+
+def test_a_size_that_is_no_multiple_of_32_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        ops.arguments(["--size", "100"])
+    assert "--size is 100, expected a multiple of 32" in capsys.readouterr().err
