@@ -19,6 +19,7 @@ from adaptkit.card import model_card
 from adaptkit.file import check_fits, describe_backbone, write_folder
 from adaptkit.hub import Commit, push
 from adaptkit.parts import AdapterSet, as_file, differences, head_of, parts_of
+from adaptkit.replay import Recorded, Replay, Stored, replay
 from adaptkit.vit import Features, View
 
 __all__ = ["AdaptedModel", "attach", "list_adapters", "list_heads"]
@@ -168,8 +169,13 @@ class AdaptedModel(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------ running
 
-    def forward(self, image: Tensor) -> Features:
-        """Image (B, 3, H, W), normalised as the backbone wants it, of any size -> features."""
+    def forward(self, image: Tensor | Recorded) -> Features:
+        """Image (B, 3, H, W), normalised as the backbone wants it, of any size -> features.
+
+        Or what :meth:`record` made of such images: then the backbone does not run.
+        """
+        if isinstance(image, Recorded):
+            return run(Stored(self.vit, image), self._readers(), image.image_or_shape())
         if image.ndim != 4:
             raise ValueError(f"image has shape {tuple(image.shape)}; expected (batch, channels, height, width)")
         vit = self.vit
@@ -177,6 +183,36 @@ class AdaptedModel(nn.Module):
             features = vit.features(image)
             return features._replace(logits=vit.logits(features))
         return run(vit, self._acting, image)
+
+    @torch.no_grad()
+    def record(self, image: Tensor) -> Recorded:
+        """Run the backbone on (B, 3, H, W) and keep what the active adapters read of it: ``model(recorded)``.
+
+        Raises ``ValueError`` where an adapter changes what the blocks compute, and so needs them to run.
+        """
+        after, reads_image = self.reads()
+        seen = replay(self.vit, image)
+        if not isinstance(seen, Replay):
+            raise ValueError(
+                f"{type(self.vit.host).__name__} has stages, whose outputs are not recorded; use a plain ViT"
+            )
+        states = tuple(seen.states[i + 1] for i in after)
+        return Recorded(states, after, (image.shape[-2], image.shape[-1]), image if reads_image else None)
+
+    def reads(self) -> tuple[tuple[int, ...], bool]:
+        """Return the blocks whose outputs the active adapters read, and whether they read the image too.
+
+        Raises ``ValueError`` as :meth:`record`.
+        """
+        side = self._readers().side
+        taps = () if side is None else side.reads()
+        return tuple(sorted({*taps, self.spec.depth - 1})), side is not None and side.reads_image()
+
+    def _readers(self) -> AdapterSet:
+        acting = self._acting
+        if self._disabled or acting.why_alone():
+            raise ValueError(f"recorded features do not do for these adapters: {acting.why_alone() or 'disabled'}")
+        return acting
 
     def train(self, mode: bool = True) -> AdaptedModel:
         """Set the mode of adapters and head; the backbone stays in eval mode."""

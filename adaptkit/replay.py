@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from adaptkit.staged import StagedViT
 from adaptkit.vit import Features, Source, View, ViT
 
-__all__ = ["Replay", "ReplayStages", "replay"]
+__all__ = ["Recorded", "Replay", "ReplayStages", "Stored", "replay"]
 
 
 def replay(vit: View, image: Tensor) -> View:
@@ -31,6 +31,23 @@ def replay(vit: View, image: Tensor) -> View:
                 states.append(block(states[-1]))
             return Replay(vit, states, vit.norm(states[-1]))
     raise TypeError(f"{type(vit).__name__} is neither a ViT nor a StagedViT; subclass one of them")
+
+
+class Recorded(NamedTuple):
+    """What a batch of images left behind in a frozen backbone: all that adapters which only read need of it.
+
+    ``AdaptedModel.record`` makes it and ``model(recorded)`` runs on it, without the backbone.
+    """
+
+    states: tuple[Tensor, ...]  #: tokens (B, P+N, D) after the blocks ``after``
+    after: tuple[int, ...]  #: indices of these blocks; the last block is always among them
+    size: tuple[int, int]  #: (H, W) of the images, in pixels
+    image: Tensor | None = None  #: (B, 3, H, W), for an adapter that reads it too
+
+    def image_or_shape(self) -> Tensor:
+        """The images, or zeros of their shape that take no memory."""
+        x = self.states[0]
+        return x.new_zeros(()).expand(len(x), 3, *self.size) if self.image is None else self.image
 
 
 class _Told(View):
@@ -80,6 +97,24 @@ class Replay(_Told, ViT):
         return self.vit.classify(x)
 
 
+class Stored(Replay):
+    """A plain ViT's run of which some states are known: those that the adapters read."""
+
+    def __init__(self, vit: ViT, seen: Recorded) -> None:
+        dtype = next(vit.host.parameters()).dtype
+        known = {index: state.to(dtype) for index, state in zip(seen.after, seen.states)}
+        last = known.get(vit.spec.depth - 1)
+        if last is None:
+            raise ValueError(f"recorded after the blocks {list(seen.after)}, and not after the last one")
+        with torch.no_grad():
+            super().__init__(vit, [last], vit.norm(last))
+        self.known = known
+
+    def begin(self, image: Tensor) -> tuple[Tensor, Sequence[Any]]:
+        """Tokens that stand for those before the first block, and for each block what it gave, where that is known."""
+        return self.states[-1], [partial(_tell_known, self.known.get(i)) for i in range(self.spec.depth)]
+
+
 class ReplayStages(_Told, StagedViT):
     """A hierarchical host's run: the features of its plain forward."""
 
@@ -125,3 +160,7 @@ def _tell(before: Tensor, after: Tensor, x: Tensor) -> Tensor:
             "an adapter that changes the tokens was given the recording of another run: it needs a pass of its own"
         )
     return after
+
+
+def _tell_known(after: Tensor | None, x: Tensor) -> Tensor:
+    return x if after is None else after

@@ -41,6 +41,7 @@ from adaptkit.file import check_writable, write_atomic
 from adaptkit.hosts import create_backbone
 
 from .average import Average
+from .cached import Views, cached
 from .log import Log, said, shown
 from .order import Rows, Steps, Stream, shuffled
 
@@ -211,14 +212,13 @@ def resume_step(out: Path, args: argparse.Namespace, processes: int) -> tuple[Pa
 # ----------------------------------------------------------------------------------------------------------- loop
 
 
-def training_batches(
-    rows: Rows, first: int, task: Task, accelerator: Accelerator, args: argparse.Namespace
-) -> Iterable:
+def training_batches(rows: Any, first: int, task: Task, accelerator: Accelerator, args: argparse.Namespace) -> Iterable:
     """Return the batches of this rank from optimiser step ``first`` to the last, on its device."""
     k, world = args.accumulate, accelerator.num_processes
     if not args.streaming:
         order = Steps(len(rows), args.batch_size, first * k * world, args.steps * k * world, args.seed)
-        loader = DataLoader(rows, batch_sampler=order, num_workers=args.workers, collate_fn=task.collate)  # type: ignore[arg-type]
+        collate = getattr(rows, "collate", task.collate)
+        loader = DataLoader(rows, batch_sampler=order, num_workers=args.workers, collate_fn=collate)  # type: ignore[arg-type]
         return accelerator.prepare(loader)
     rows.data = shuffled(rows.data, args.seed, args.shuffle_buffer)
     stream = Stream(rows, args.batch_size, first * k, accelerator.process_index, world, args.workers)
@@ -288,7 +288,7 @@ def train(
         done = step + 1
         if average is not None:
             average.update(done)
-        log.step(done, loss, len(batch[0]) * world * k, schedule.get_last_lr()[0])
+        log.step(done, loss, args.batch_size * world * k, schedule.get_last_lr()[0])
         if args.eval_every and done % args.eval_every == 0 and done < args.steps:
             with averaged():
                 log.score(done, evaluate(task, model, val, accelerator, args))
@@ -355,6 +355,12 @@ def run(task: Task, args: argparse.Namespace, last: bool = True) -> dict[str, An
     model = task.build(args)
     train_rows, val_rows = task.data(args, model, True), task.data(args, model, False)
     val = validation_batches(val_rows, task, accelerator, args)
+    started = time.time()
+    if args.cache_features:
+        train_rows = cached(train_rows, model.to(accelerator.device), accelerator, args)
+    elif args.views:
+        train_rows = Views(train_rows, args.views)
+    filling = time.time() - started
     metrics, seconds = train(task, model, train_rows, val, accelerator, args)
 
     memory, folder = peak_memory(), out / "adapter"
@@ -372,6 +378,7 @@ def run(task: Task, args: argparse.Namespace, last: bool = True) -> dict[str, An
         **shown(task.percent, metrics),
         f"{task.score}_reattached": shown(task.percent, {task.score: score_again})[task.score],
         "seconds": round(seconds, 1),
+        **({"seconds_to_cache": round(filling, 1)} if args.cache_features else {}),
         "peak_memory_mib": round(memory),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "file_bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),

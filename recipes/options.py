@@ -41,6 +41,9 @@ def parser(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentPars
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     p.add_argument("--ema", type=float, default=0.0, metavar="DECAY", help="score and save the average of the weights")
     p.add_argument("--mixed-precision", default="no", choices=["no", "bf16", "fp16"])
+    p.add_argument("--views", type=int, default=0, metavar="K", help="of each image, again and again; 0: new ones")
+    p.add_argument("--cache-features", metavar="DIR", help="keep what the frozen backbone gives for these views")
+    p.add_argument("--cache-dtype", default="float16", choices=["float16", "bfloat16", "float32"])
     p.add_argument("--shard", action=argparse.BooleanOptionalAction, default=False, help="backbone in parts (FSDP2)")
     p.add_argument("--workers", type=int, default=0)
     p.add_argument("--eval-every", type=int, default=0, help="steps; 0: at the end only")
@@ -64,6 +67,10 @@ def read(p: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.
         p.error("--steps, --batch-size and --accumulate must be at least 1")
     if not 0 <= getattr(args, "ema", 0) < 1:
         p.error(f"--ema {args.ema}: the decay is in 0..1, e.g. 0.999; 0 keeps no average")
+    if getattr(args, "cache_features", None) and args.views < 1:
+        p.error("--cache-features needs --views K: which views of each image are there to be kept, e.g. --views 4")
+    if getattr(args, "views", 0) and args.streaming:
+        p.error("--views comes back to the same images, and --streaming reads them as they come: give one of them")
     return args
 
 

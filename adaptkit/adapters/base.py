@@ -57,6 +57,14 @@ class BlockAdapter(Adapter):
 class SideAdapter(Adapter):
     """Owns the loop over the blocks, and may make a pyramid."""
 
+    def reads(self) -> tuple[int, ...]:
+        """Return the blocks whose outputs it reads; the last one is read in any case."""
+        return tuple(range(self.spec.depth))
+
+    def reads_image(self) -> bool:
+        """Whether it reads the image too."""
+        return True
+
     def why_alone(self) -> str:
         """Say why it changes what the blocks get, so that no other can share their pass; empty where it only reads."""
         return f"{type(self).__name__} changes what the blocks get"

@@ -60,6 +60,14 @@ class SimpleFeaturePyramid(SideAdapter):
         )
         self.apply(init_weights)
 
+    def reads(self) -> tuple[int, ...]:
+        """The last block."""
+        return (self.spec.depth - 1,)
+
+    def reads_image(self) -> bool:
+        """No."""
+        return False
+
     def why_alone(self) -> str:
         """Nothing: it reads the last tokens."""
         return ""

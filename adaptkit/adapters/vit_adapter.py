@@ -291,6 +291,10 @@ class ViTAdapter(SideAdapter):
                 module.reset_parameters()
         nn.init.normal_(self.level_embed)
 
+    def reads(self) -> tuple[int, ...]:
+        """The last block of each group."""
+        return tuple(last for _, last in self.config.interaction_indexes or ())
+
     def why_alone(self) -> str:
         """Injectors write into the tokens; without them it only reads."""
         if self.config.injector:
