@@ -15,11 +15,9 @@ of a fresh process. An output that is not that of the reference in float64 is an
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +25,8 @@ import torch
 from torch import Tensor
 
 from adaptkit.ops import ms_deform_attn
+
+from .measure import machine, seconds, status
 
 Operator = Callable[[Tensor, list[tuple[int, int]], Tensor, Tensor], Tensor]
 WIDTHS = {"S": (6, 64), "B": (12, 32)}  # heads, channels of a head
@@ -160,16 +160,6 @@ def call(operator: Operator, tensors, backward: bool) -> None:
     torch.autograd.grad(out, leaves, torch.ones_like(out))
 
 
-def seconds(run: Callable[[], None], device: str) -> float:
-    """Wall time of a call."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    wait()
-    start = time.perf_counter()
-    run()
-    wait()
-    return time.perf_counter() - start
-
-
 def times(operators: dict[str, Operator], args: argparse.Namespace, shape: str) -> dict[str, tuple[float, float]]:
     """Median milliseconds of forward, and of forward with backward."""
     tensors = inputs(shape, args.size, args.batch, args.device)
@@ -202,12 +192,6 @@ def peak(args: argparse.Namespace) -> float:
     return (status("VmHWM") - before) / 2**10
 
 
-def status(field: str) -> int:
-    """KiB of a line of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
-
-
 def memory(name: str, shape: str, args: argparse.Namespace) -> tuple[float, float]:
     """Peak MiB of forward, and of forward with backward, each in a fresh process that returns what it frees."""
     common = ["--size", args.size, "--batch", args.batch, "--threads", args.threads, "--device", args.device]
@@ -223,17 +207,6 @@ def memory(name: str, shape: str, args: argparse.Namespace) -> tuple[float, floa
 
 
 # Table
-
-
-def machine(args: argparse.Namespace) -> str:
-    """One line on what the figures were taken on."""
-    processor = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        processor = models[0].split(":")[1].strip() if models else processor
-    if args.device.startswith("cuda"):
-        processor = torch.cuda.get_device_name(args.device)
-    return f"{processor}, {args.threads} threads, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -258,7 +231,10 @@ def main(argv: list[str] | None = None) -> None:
             rows[name].append(cell)
 
     print(f"Forward / forward with backward in ms (times faster than the first row){', peak MiB' * with_memory}.")
-    print(f"{args.size} x {args.size} pixels, batch {args.batch}, float32, median of {args.rounds}. {machine(args)}.\n")
+    print(
+        f"{args.size} x {args.size} pixels, batch {args.batch}, float32, median of {args.rounds}. "
+        f"{machine(args.threads, args.device)}.\n"
+    )
     print("| | " + " | ".join(args.shapes) + " |\n" + "|---" * (len(args.shapes) + 1) + "|")
     for name, cells in rows.items():
         print(f"| {name} | " + " | ".join(cells) + " |")

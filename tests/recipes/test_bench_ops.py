@@ -48,12 +48,12 @@ def test_an_operator_that_computes_something_else_is_not_timed():
 @pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
 def test_memory_counts_what_a_call_holds_at_once(monkeypatch):
     def hungry(value, shapes, places, weights):
-        held = torch.ones(16 * 2**18)  # 16 MiB
+        held = torch.ones(64 * 2**18)  # 64 MiB: more than malloc ever keeps for later
         return ops.ms_deform_attn(value, shapes, places, weights) + 0 * held.sum()
 
     monkeypatch.setitem(ops.IMPLEMENTATIONS, "hungry", lambda: hungry)
     args = ops.arguments(["--size", "32", "--batch", "1", "--cell", "hungry", "inj S", "forward"])
-    assert 14 < ops.peak(args) < 24
+    assert 62 < ops.peak(args) < 72
 
 
 def test_shapes_are_those_of_the_adapter():
