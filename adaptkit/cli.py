@@ -167,7 +167,7 @@ def _inspect(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(file.header, indent=2, sort_keys=True))
         return
-    backbone, spec = file.header["backbone"], file.spec
+    backbone = file.header["backbone"]
     count = sum(t.numel() for t in file.tensors.values())
     rows = [
         (
@@ -179,9 +179,13 @@ def _inspect(args: argparse.Namespace) -> None:
     head = file.header["head"]
     if head is not None:
         rows += [(f"head {head['name'] or head['class']}", json.dumps(head.get("config", {})))]
+    if backbone is None:
+        base = file.header["metadata"]["base_model"] or "unnamed"
+        _table("LoRA in peft's layout", [*rows, ("trained on", base), ("written by", file.header["adaptkit"])])
+        return
     rows += [
         ("trained on", f"{backbone['source'] or 'unnamed'} ({backbone['class']})"),
-        ("fits", f"backbones of {say_spec(spec)}"),
+        ("fits", f"backbones of {say_spec(file.spec)}"),
         (
             "images",
             f"mean {backbone['mean']}, std {backbone['std']}" if backbone["mean"] else "normalisation not recorded",

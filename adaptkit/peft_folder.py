@@ -35,7 +35,7 @@ def from_peft_layout(config: dict[str, Any], tensors: dict[str, Tensor]) -> tupl
     """Return the header and tensors that the same LoRA has here.
 
     What the folder holds besides (a classifier in ``modules_to_save``) is left out with a warning: its place is in
-    the head. Nothing is known of the backbone but the names of its layers.
+    the head. Nothing is known of the backbone but the names of its layers, and perhaps its own.
     """
     lora = {k: v for k, v in tensors.items() if PARAMETER.search(k)}
     other = sorted(k.removeprefix(PREFIX) for k in tensors.keys() - lora.keys())
@@ -52,7 +52,7 @@ def from_peft_layout(config: dict[str, Any], tensors: dict[str, Tensor]) -> tupl
         "adapters": [{"name": "lora", "config": {"peft_type": own.peft_type, "options": own.options}}],
         "head": None,
         "backbone": None,
-        "metadata": {},
+        "metadata": {"base_model": config.get("base_model_name_or_path") or ""},
     }
     return header, {f"lora.layers.{_with_name(k.removeprefix(PREFIX))}": v for k, v in lora.items()}
 

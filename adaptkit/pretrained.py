@@ -55,6 +55,8 @@ def from_pretrained(
 def _recorded(source: str, header: dict[str, Any], download: dict[str, Any]) -> nn.Module:
     """Build the backbone that the header names."""
     saved = header["backbone"]
+    if saved is None:  # a folder of peft
+        return _named_by_peft(header)
     own = "build it yourself: adaptkit.attach(model, adaptkit.load(...)), or give backbone="
     if not saved["source"]:
         raise ValueError(
@@ -94,3 +96,13 @@ def _name(saved: dict[str, Any]) -> tuple[str, Any]:
     if saved["source"] == DEMO:
         return "demo", None
     return (f"hf-hub:{saved['source']}" if "/" in saved["source"] else saved["source"]), None
+
+
+def _named_by_peft(header: dict[str, Any]) -> nn.Module:
+    name = header["metadata"].get("base_model")
+    if not name:
+        raise ValueError(
+            "peft saved this LoRA without the name of its backbone: build that yourself and attach(model, folder), or give "
+            "backbone="
+        )
+    return create_backbone(name)

@@ -275,3 +275,20 @@ def test_a_half_precision_host_trains_its_lora_in_float32():
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     model.train()(x).tokens.float().square().sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_folder_of_peft_is_inspected_and_its_backbone_is_asked_for(tmp_path, capsys):
+    from adaptkit.cli import main
+
+    to_peft(adaptkit.attach(host(), "lora", r=2), tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "LoRA in peft's layout" in said
+    assert "unnamed" in said
+    with pytest.raises(ValueError, match="without the name of its backbone: build that yourself"):
+        adaptkit.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "no_such_vit"}))
+    with pytest.raises(ValueError, match="no backbone is named 'no_such_vit'"):
+        adaptkit.from_pretrained(tmp_path)
+    assert adaptkit.from_pretrained(tmp_path, backbone=host()).adapters["lora"].config.options["r"] == 2
