@@ -102,7 +102,7 @@ def _named_by_peft(header: dict[str, Any]) -> nn.Module:
     name = header["metadata"].get("base_model")
     if not name:
         raise ValueError(
-            "peft saved this LoRA without the name of its backbone: build that yourself and attach(model, folder), or give "
-            "backbone="
+            "peft saved this LoRA without the name of its backbone: build that yourself and attach(model, folder), or "
+            "give backbone="
         )
     return create_backbone(name)
