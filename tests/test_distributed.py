@@ -1,6 +1,7 @@
 """Two processes say what one says: DDP, and FSDP2 with the frozen blocks sharded."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,13 @@ def runs(tmp_path_factory):
     script = Path(__file__).parent / "ranks.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
                "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(script), ",".join(ranks.METHODS), str(out)]  # fmt: skip
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    root = str(Path(__file__).parents[1])
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return out
 
