@@ -23,9 +23,18 @@ class DropPath(nn.Module):
         """(B, ...) -> (B, ...)."""
         if self.p == 0.0 or not self.training:
             return x
+        return x * self._scale(x)
+
+    def add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """``x + self(branch)`` in one pass over memory, both (B, ...)."""
+        if self.p == 0.0 or not self.training:
+            return x + branch
+        return torch.addcmul(x, branch, self._scale(branch))
+
+    def _scale(self, x: Tensor) -> Tensor:
+        """(B, 1, ...): 0 where a sample is dropped, and 1 / (1 - p) where it is kept, which keeps the mean."""
         keep = 1.0 - self.p
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
-        return x * mask / keep
+        return x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep).div_(keep)
 
     def extra_repr(self) -> str:
         """Show the probability."""

@@ -31,7 +31,7 @@ class Adapter(nn.Module, ABC):
     A subclass completes the config (a preset per width, say) and keeps it as ``self.config``: the file stores that.
     """
 
-    strides: ClassVar[tuple[int, ...]] = ()  #: of the maps it returns, in pixels
+    strides: tuple[int, ...] = ()  #: of the maps it returns, in pixels
     staged: ClassVar[bool] = False  #: whether it also acts on hierarchical hosts; its spec may then be a StagedSpec
 
     def __init__(self, spec: Any, config: Any) -> None:

@@ -17,25 +17,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from adaptkit.adapters._recompute import recompute
+from adaptkit.adapters._vit_adapter_parts import STRIDES, Grids, Interaction, SpatialPrior
 from adaptkit.adapters.base import SideAdapter, Trace
-from adaptkit.layers import DropPath, Norm, check_choice, init_weights, norm2d, parameter_dtype
-from adaptkit.mixers import CrossMixer, Layout, cross_mixer, list_mixers
+from adaptkit.layers import Norm, check_choice, init_weights, norm2d, parameter_dtype
+from adaptkit.mixers import list_mixers
 from adaptkit.mixers.msda import MSDeformAttn
-from adaptkit.ops.grid import cell_centres, cells, map_to_tokens, pad_to_multiple, resample_map, tokens_to_map
+from adaptkit.ops.accumulate import add_upsampled
+from adaptkit.ops.grid import cells, check_strides, map_to_tokens, pad_to_multiple, resample_map, tokens_to_map
 from adaptkit.registry import register_adapter
 from adaptkit.vit import Features, Spec, ViT
 
 __all__ = ["ViTAdapter", "ViTAdapterConfig"]
-
-STRIDES = (4, 8, 16, 32)
-EPS = 1e-6  # of every LayerNorm, as in the official code
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,8 @@ class ViTAdapterConfig:
     prefix: Literal["keep", "drop"] = "keep"  #: class and register tokens in the blocks; the official code drops them
     norm: Norm = "batch"  #: of the spatial prior and the pyramid; "sync" over GPUs
     drop_path: float | None = None  #: in the extractors, constant over depth
-    checkpoint: bool = False  #: recompute the groups in the backward pass: less memory, more time
+    checkpoint: bool = False  #: recompute what is cheap in the backward pass: half the memory for a little time
+    strides: tuple[int, ...] = STRIDES  #: of the maps that are made; without 4, a third of the time is saved
     attention: str = "msda"  #: a mixer of ``adaptkit.mixers``: "msda", "global", "window", "pool", ...
 
     def __post_init__(self) -> None:
@@ -70,6 +69,7 @@ class ViTAdapterConfig:
         if self.interaction_indexes is not None:  # JSON knows lists only
             pairs = tuple((int(a), int(b)) for a, b in self.interaction_indexes)
             object.__setattr__(self, "interaction_indexes", pairs)
+        object.__setattr__(self, "strides", check_strides(self.strides, STRIDES))
         if self.extra_extractors is True:  # the official switch is a bool and means two
             object.__setattr__(self, "extra_extractors", 2)
         for option in ("n_points", "conv_inplane", "deform_num_heads", "deform_ratio", "cffn_ratio"):
@@ -129,142 +129,6 @@ def _check_groups(groups: Sequence[tuple[int, int]], depth: int) -> None:
         )
 
 
-class Grids(NamedTuple):
-    """Where the tokens of x and of c lie in one image."""
-
-    tokens: tuple[int, int]  #: (h, w) of x
-    levels: tuple[tuple[int, int], ...]  #: (h, w) of the three parts of c, strides 8, 16, 32
-    to_prior: Tensor  #: (N, 2) centre of each token of x, as (x, y) over the extent of c
-    to_tokens: Tensor  #: (M, 2) centre of each token of c, over the extent of x
-
-    @staticmethod
-    def of(tokens: tuple[int, int], patch: int, levels: Sequence[tuple[int, int]], image: Tensor) -> Grids:
-        """Lay out both grids for a token grid, its patch and the levels of the prior."""
-        device, dtype = image.device, torch.promote_types(image.dtype, torch.float32)
-        x = cell_centres(tokens, patch, device, dtype)
-        c = torch.cat([cell_centres(g, s, device, dtype) for g, s in zip(levels, STRIDES[1:])])
-        extent_x = x.new_tensor([tokens[1] * patch, tokens[0] * patch])
-        extent_c = x.new_tensor([levels[0][1] * STRIDES[1], levels[0][0] * STRIDES[1]])
-        return Grids(tokens, tuple(levels), x / extent_c, c / extent_x)
-
-    def injection(self) -> Layout:
-        """Tokens of x read the levels of c."""
-        return Layout((self.tokens,), self.levels, self.to_prior)
-
-    def extraction(self) -> Layout:
-        """Tokens of c read the map of x."""
-        return Layout(self.levels, (self.tokens,), self.to_tokens)
-
-
-def _attention(dim: int, levels: int, config: Any) -> CrossMixer:
-    heads, points, ratio = config.deform_num_heads, config.n_points, config.deform_ratio
-    return cross_mixer(config.attention, dim, levels=levels, heads=heads, points=points, ratio=ratio)
-
-
-class Injector(nn.Module):
-    """``x + gamma * attn(norm(x), norm(c))`` on the patch tokens (paper, eq. 1)."""
-
-    def __init__(self, dim: int, config: Any) -> None:
-        super().__init__()
-        attn = _attention(dim, 3, config)
-        self.query_norm = nn.LayerNorm(dim, eps=EPS) if attn.reads_query else nn.Identity()
-        self.feat_norm = nn.LayerNorm(dim, eps=EPS)
-        self.attn = attn
-        self.gamma = nn.Parameter(torch.full((dim,), float(config.gamma_init)))
-
-    def forward(self, x: Tensor, c: Tensor, grids: Grids) -> Tensor:
-        """x (B, P+N, D), c (B, M, D) -> (B, P+N, D); the P prefix tokens pass by."""
-        prefix, patches = x.tensor_split([x.shape[1] - grids.to_prior.shape[0]], dim=1)
-        query = self.query_norm(patches.to(self.gamma.dtype))
-        injected = self.gamma * self.attn(query, self.feat_norm(c), grids.injection())
-        return torch.cat([prefix, (patches + injected).to(x.dtype)], dim=1)
-
-
-class ConvFFN(nn.Module):
-    """FFN with a depthwise 3x3 convolution between its layers, one kernel for the three scales."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, c: Tensor, levels: Sequence[tuple[int, int]]) -> Tensor:
-        """(B, M, D) -> (B, M, D)."""
-        parts = self.fc1(c).split([h * w for h, w in levels], dim=1)
-        parts = [map_to_tokens(self.dwconv(tokens_to_map(p, g))) for p, g in zip(parts, levels)]
-        return self.fc2(F.gelu(torch.cat(parts, dim=1)))
-
-
-class Extractor(nn.Module):
-    """``c + attn(norm(c), norm(x))``, then ``c + ffn(norm(c))`` (paper, eq. 2-3)."""
-
-    def __init__(self, dim: int, config: Any) -> None:
-        super().__init__()
-        attn = _attention(dim, 1, config)
-        self.query_norm = nn.LayerNorm(dim, eps=EPS) if attn.reads_query else nn.Identity()
-        self.feat_norm = nn.LayerNorm(dim, eps=EPS)
-        self.attn = attn
-        self.ffn_norm = nn.LayerNorm(dim, eps=EPS) if config.with_cffn else None
-        self.ffn = ConvFFN(dim, int(dim * config.cffn_ratio)) if config.with_cffn else None
-        self.drop_path = DropPath(config.drop_path)
-
-    def forward(self, c: Tensor, x: Tensor, grids: Grids) -> Tensor:
-        """c (B, M, D), patch tokens x (B, N, D) -> (B, M, D)."""
-        c = c + self.attn(self.query_norm(c), self.feat_norm(x), grids.extraction())
-        if self.ffn is not None and self.ffn_norm is not None:
-            c = c + self.drop_path(self.ffn(self.ffn_norm(c), grids.levels))
-        return c
-
-
-class Interaction(nn.Module):
-    """One injector, and the extractors that follow its group of blocks."""
-
-    def __init__(self, dim: int, config: Any, extra: int) -> None:
-        super().__init__()
-        self.injector = Injector(dim, config) if config.injector else None
-        self.extractor = Extractor(dim, config)
-        self.extra_extractors = nn.ModuleList(Extractor(dim, config) for _ in range(extra))
-
-    def inject(self, x: Tensor, c: Tensor, grids: Grids) -> Tensor:
-        """Tokens as the group of blocks gets them."""
-        return x if self.injector is None else self.injector(x, c, grids)
-
-    def extract(self, c: Tensor, x: Tensor, grids: Grids) -> Tensor:
-        """Multi-scale tokens after the group."""
-        for extractor in (self.extractor, *self.extra_extractors):
-            c = extractor(c, x, grids)
-        return c
-
-
-class SpatialPrior(nn.Module):
-    """A small ResNet-like stem (paper, section 3.2): maps of width D at strides 4, 8, 16 and 32."""
-
-    def __init__(self, dim: int, inplane: int, norm: Norm) -> None:
-        super().__init__()
-
-        def conv(cin: int, cout: int, stride: int) -> list[nn.Module]:
-            return [nn.Conv2d(cin, cout, 3, stride, 1, bias=False), norm2d(norm, cout), nn.ReLU(inplace=True)]
-
-        stem = [*conv(3, inplane, 2), *conv(inplane, inplane, 1), *conv(inplane, inplane, 1)]
-        self.stem = nn.Sequential(*stem, nn.MaxPool2d(3, stride=2, padding=1))
-        self.conv2 = nn.Sequential(*conv(inplane, 2 * inplane, 2))
-        self.conv3 = nn.Sequential(*conv(2 * inplane, 4 * inplane, 2))
-        self.conv4 = nn.Sequential(*conv(4 * inplane, 4 * inplane, 2))
-        self.fc1 = nn.Conv2d(inplane, dim, 1)
-        self.fc2 = nn.Conv2d(2 * inplane, dim, 1)
-        self.fc3 = nn.Conv2d(4 * inplane, dim, 1)
-        self.fc4 = nn.Conv2d(4 * inplane, dim, 1)
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(B, 3, H, W), sides multiples of 32 -> four maps (B, D, H/s, W/s)."""
-        c1 = self.stem(image)
-        c2 = self.conv2(c1)
-        c3 = self.conv3(c2)
-        c4 = self.conv4(c3)
-        return self.fc1(c1), self.fc2(c2), self.fc3(c3), self.fc4(c4)
-
-
 @register_adapter("vit-adapter", ViTAdapterConfig)
 class ViTAdapter(SideAdapter):
     """ViT-Adapter: a spatial prior and deformable attention beside the blocks, strides 4 to 32."""
@@ -275,12 +139,15 @@ class ViTAdapter(SideAdapter):
         config = config.resolve(spec)
         super().__init__(spec, config)
         dim, groups = spec.dim, config.interaction_indexes or ()
+        self.strides = config.strides
         self.level_embed = nn.Parameter(torch.zeros(3, dim))
-        self.spm = SpatialPrior(dim, config.conv_inplane, config.norm)
+        self.spm = SpatialPrior(dim, config.conv_inplane, config.norm, finest=4 in config.strides)
         extra = [0] * (len(groups) - 1) + [config.extra_extractors]
         self.interactions = nn.ModuleList(Interaction(dim, config, n) for n in extra)
-        self.up = nn.ConvTranspose2d(dim, dim, 2, 2)
-        self.norm1, self.norm2, self.norm3, self.norm4 = (norm2d(config.norm, dim) for _ in STRIDES)
+        self.up = nn.ConvTranspose2d(dim, dim, 2, 2) if 4 in config.strides else None
+        self.norm1, self.norm2, self.norm3, self.norm4 = (
+            norm2d(config.norm, dim) if stride in config.strides else None for stride in STRIDES
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -302,7 +169,7 @@ class ViTAdapter(SideAdapter):
         return "prefix='drop' runs the blocks without prefix tokens" if self.config.prefix == "drop" else ""
 
     def forward(self, vit: ViT, image: Tensor, trace: Trace) -> Features:
-        """Image (B, 3, H, W) -> features with maps (B, D, H/s, W/s), s = 4, 8, 16, 32, rounded up."""
+        """Image (B, 3, H, W) -> features with maps (B, D, H/s, W/s), s of ``strides``, rounded up."""
         x, blocks = vit.begin(image)
         if self.config.prefix == "drop":
             x = x[:, self._droppable(vit) :]
@@ -313,48 +180,41 @@ class ViTAdapter(SideAdapter):
 
         taps = []
         for interaction, (first, last) in zip(self.interactions, self.config.interaction_indexes):
-
-            def through_group(
-                x: Tensor, c: Tensor, step: Any = interaction, group: Any = blocks[first : last + 1]
-            ) -> Tensor:
-                x = step.inject(x, c, grids)
-                for block in group:
-                    x = block(x)
-                return x
-
-            x = self._maybe_checkpoint(through_group, x, c)
-            tap = self._tap(vit, x, grids)
-            c = self._maybe_checkpoint(interaction.extract, c, tap, grids)
-            taps.append(tap)
+            x = interaction.inject(x, c, grids)
+            for block in blocks[first : last + 1]:
+                x = recompute(self.config.checkpoint, block, x)
+            taps.append(self._tap(vit, x, grids))
+            c = interaction.extract(c, taps[-1], grids)
         return vit.finish(x, image, self._pyramid(c1, c, taps, grids, image), trace)
 
-    def _pyramid(self, c1: Tensor, c: Tensor, taps: list[Tensor], grids: Grids, image: Tensor) -> list[Tensor]:
-        """Maps at strides 4 to 32: c taken apart, ViT features added, normed, cropped to the image."""
+    def _pyramid(self, c1: Tensor | None, c: Tensor, taps: list[Tensor], grids: Grids, image: Tensor) -> list[Tensor]:
+        """Maps at ``strides``: c taken apart, ViT features added, normed, cropped to the image."""
         parts = c.split([h * w for h, w in grids.levels], dim=1)
-        c2, c3, c4 = (tokens_to_map(p, g) for p, g in zip(parts, grids.levels))
-        maps = [self.up(c2) + c1, c2, c3, c4]
-        if self.config.add_vit_feature is not None:
-            maps = [m + self._vit_feature(m, taps, k, grids) for k, m in enumerate(maps)]
-        norms = (self.norm1, self.norm2, self.norm3, self.norm4)
+        maps = {s: tokens_to_map(p, g) for s, p, g in zip(STRIDES[1:], parts, grids.levels)}
+        if self.up is not None:
+            maps[4] = add_upsampled(c1, maps[8], self.up.weight, self.up.bias)
+        norms = dict(zip(STRIDES, (self.norm1, self.norm2, self.norm3, self.norm4)))
         height, width = image.shape[-2:]
-        return [norm(m)[..., : cells(height, s), : cells(width, s)] for norm, m, s in zip(norms, maps, STRIDES)]
+        out = []
+        for stride in self.strides:
+            m = self._add_vit_feature(maps[stride], stride, taps, grids)
+            out.append(norms[stride](m)[..., : cells(height, stride), : cells(width, stride)])
+        return out
 
-    def _vit_feature(self, m: Tensor, taps: list[Tensor], level: int, grids: Grids) -> Tensor:
-        """Tokens on the grid of pyramid level 0..3: the last ones, or those of the group at that share of the depth."""
-        n = len(taps)
-        stage = n - 1 if self.config.add_vit_feature == "last" else cells((level + 1) * n, len(STRIDES)) - 1
-        x = tokens_to_map(taps[stage], grids.tokens)
-        return resample_map(x, self.spec.patch, STRIDES[level], (m.shape[-2], m.shape[-1]))
+    def _add_vit_feature(self, m: Tensor, stride: int, taps: list[Tensor], grids: Grids) -> Tensor:
+        """Add the last tokens, or those of the group at the map's share of the depth, on the map's grid."""
+        if self.config.add_vit_feature is None:
+            return m
+        share, n = 1 + STRIDES.index(stride), len(taps)
+        stage = n - 1 if self.config.add_vit_feature == "last" else cells(share * n, len(STRIDES)) - 1
+        x, patch = tokens_to_map(taps[stage], grids.tokens), self.spec.patch
+        x = resample_map(x, patch, stride, (m.shape[-2], m.shape[-1]))
+        return m.add_(x) if stride == 4 else m + x  # in place: this map is the largest by far, and nobody else's
 
     def _tap(self, vit: ViT, x: Tensor, grids: Grids) -> Tensor:
         """Patch tokens as extractors and pyramid read them."""
         x = vit.norm(x) if self.config.tap_norm else x
         return x[:, x.shape[1] - grids.to_prior.shape[0] :].to(self.level_embed.dtype)
-
-    def _maybe_checkpoint(self, run: Any, *args: Any) -> Tensor:
-        if self.config.checkpoint and torch.is_grad_enabled():
-            return checkpoint(run, *args, use_reentrant=False)
-        return run(*args)
 
     def _droppable(self, vit: ViT) -> int:
         if not vit.prefix_optional:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.mixers.base import CrossMixer, Layout, Mixer, even_heads
@@ -51,12 +52,20 @@ class MSDeformAttn(CrossMixer):
         value = self.value_proj(feat).unflatten(2, (self.heads, -1))
         # Coordinates stay in float32 whatever the autocast dtype: bf16 cannot tell neighbouring pixels apart.
         points = layout.points
-        offsets = self.sampling_offsets(query).unflatten(2, (*shape, 2)).to(points.dtype)
+        offsets, weights = self._places(query)
+        offsets = offsets.unflatten(2, (*shape, 2)).to(points.dtype)
         cells_xy = points.new_tensor([(w, h) for h, w in layout.values])
         locations = points[:, None, None, None, :] + offsets / cells_xy[:, None, :]  # (B, Q, H, L, K, 2)
-        weights = self.attention_weights(query).to(points.dtype).unflatten(2, (self.heads, -1)).softmax(-1)
+        weights = weights.to(points.dtype).unflatten(2, (self.heads, -1)).softmax(-1)
         sampled = ms_deform_attn(value, list(layout.values), locations, weights.unflatten(3, shape[1:]))
         return self.output_proj(sampled)
+
+    def _places(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, Q, D) -> offsets (B, Q, 2 * H * L * K) and logits (B, Q, H * L * K): both layers read the query once."""
+        layers = (self.sampling_offsets, self.attention_weights)
+        weight, bias = torch.cat([m.weight for m in layers]), torch.cat([m.bias for m in layers])
+        offsets, logits = F.linear(query, weight, bias).split([m.out_features for m in layers], dim=-1)
+        return offsets, logits
 
 
 class MSDeformMixer(Mixer):

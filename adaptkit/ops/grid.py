@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["cell_centres", "cells", "map_to_tokens", "pad_to_multiple", "resample_map", "tokens_to_map"]
+__all__ = [
+    "cell_centres",
+    "cells",
+    "check_strides",
+    "map_to_tokens",
+    "pad_to_multiple",
+    "resample_map",
+    "tokens_to_map",
+]
 
 
 def cells(length: int, side: int) -> int:
     """Return how many cells of ``side`` pixels cover ``length`` pixels."""
     return -(-length // side)
+
+
+def check_strides(strides: Iterable[int], known: tuple[int, ...]) -> tuple[int, ...]:
+    """Return ``strides`` finest first; ``ValueError`` unless they are some of the known ones."""
+    asked = tuple(strides)
+    if not asked or len(set(asked)) < len(asked) or not set(asked) <= set(known):
+        raise ValueError(f"strides={list(asked)} must be some of {', '.join(map(str, known))}, each once")
+    return tuple(sorted(asked))
 
 
 def cell_centres(grid: tuple[int, int], stride: int, device: torch.device, dtype: torch.dtype) -> Tensor:
