@@ -19,7 +19,8 @@ from adaptkit.card import model_card
 from adaptkit.file import check_fits, describe_backbone, write_folder
 from adaptkit.hub import Commit, push
 from adaptkit.parts import AdapterSet, as_file, differences, head_of, parts_of
-from adaptkit.replay import Recorded, Replay, Stored, replay
+from adaptkit.recorded import Recorded
+from adaptkit.replay import Replay, Stored, replay
 from adaptkit.vit import Features, View
 
 __all__ = ["AdaptedModel", "attach", "list_adapters", "list_heads"]
@@ -197,7 +198,8 @@ class AdaptedModel(nn.Module):
                 f"{type(self.vit.host).__name__} has stages, whose outputs are not recorded; use a plain ViT"
             )
         states = tuple(seen.states[i + 1] for i in after)
-        return Recorded(states, after, (image.shape[-2], image.shape[-1]), image if reads_image else None)
+        size = (image.shape[-2], image.shape[-1])
+        return Recorded(states, after, size, self.spec.patch, image if reads_image else None)
 
     def reads(self) -> tuple[tuple[int, ...], bool]:
         """Return the blocks whose outputs the active adapters read, and whether they read the image too.

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from torch.utils.data import default_collate as stacked
 
 from adaptkit.cache import FeatureCache, checksum
-from adaptkit.replay import Recorded
+from adaptkit.recorded import Recorded
 
 from .order import Rows
 
@@ -43,7 +43,7 @@ class Cached(Dataset):
 
     def __init__(self, rows: Rows, views: int, cache: FeatureCache, model: Any) -> None:
         self.rows, self.views, self.cache = rows, views, cache
-        self.after, self.reads_image = model.reads()
+        (self.after, self.reads_image), self.patch = model.reads(), model.spec.patch
         height, width = rows[0, 0][0].shape[-2:]
         self.size = (height, width)
 
@@ -62,7 +62,7 @@ class Cached(Dataset):
         """Samples -> (what the model takes in place of images, targets)."""
         states = tuple(torch.stack(parts) for parts in zip(*(s[0] for s in samples)))
         image = stacked([s[1] for s in samples]) if self.reads_image else None
-        return Recorded(states, self.after, self.size, image), stacked([s[2] for s in samples])
+        return Recorded(states, self.after, self.size, self.patch, image), stacked([s[2] for s in samples])
 
 
 def compact(samples: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
