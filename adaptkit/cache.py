@@ -66,6 +66,7 @@ class FeatureCache:
                     )
         else:
             write_atomic(path, (json.dumps(said, indent=2, sort_keys=True) + "\n").encode())
+        self._drop_parts()  # of a run that was killed when it had written the shard
         self._open: dict[int, Any] = {}
 
     def shards(self) -> list[range]:
@@ -103,8 +104,7 @@ class FeatureCache:
         if len(samples) != len(self.shards()[shard]):
             raise ValueError(f"shard {shard} has {len(self.shards()[shard])} samples, {len(samples)} were given")
         write_atomic(self._path(shard), to_bytes(_stacked(samples)))
-        for part in self.folder.glob(f"{self._name(shard)}-*.part"):
-            part.unlink(missing_ok=True)
+        self._drop_parts()
 
     def __len__(self) -> int:
         return self.samples
@@ -127,6 +127,12 @@ class FeatureCache:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # a worker process opens its own
+
+    def _drop_parts(self) -> None:
+        """Delete the parts of shards that are whole."""
+        for part in self.folder.glob("features-*.part"):
+            if part.with_name(part.name.rpartition("-")[0] + ".safetensors").is_file():
+                part.unlink(missing_ok=True)
 
     def _name(self, shard: int) -> str:
         return f"features-{shard:05d}"

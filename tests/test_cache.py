@@ -71,6 +71,15 @@ def test_what_was_kept_of_a_shard_is_found_again_and_goes_when_it_is_whole(tmp_p
     assert len(files[0]) == 3
 
 
+def test_parts_that_a_kill_left_beside_their_whole_shard_go_when_the_folder_is_opened(tmp_path):
+    cache = FeatureCache(tmp_path, 4, {}, shard=2)
+    cache.write(0, [sample(0), sample(1)])
+    cache.keep(0, 0, [sample(0)])
+    cache.keep(1, 0, [sample(2)])
+    FeatureCache(tmp_path, 4, {}, shard=2)
+    assert [f.name for f in tmp_path.glob("*.part")] == ["features-00001-00000.part"]
+
+
 def test_samples_of_two_integer_types_become_one_shard_of_the_wider(tmp_path):
     cache = FeatureCache(tmp_path, 2, {}, shard=2)
     cache.keep(0, 0, [{"target": torch.tensor([1, 2], dtype=torch.uint8)}])
