@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from adaptkit.recorded import Recorded
 from adaptkit.staged import StagedViT
 from adaptkit.vit import Features, Source, View, ViT
 
-__all__ = ["Recorded", "Replay", "ReplayStages", "Stored", "replay"]
+__all__ = ["Replay", "ReplayStages", "Stored", "replay"]
 
 
 def replay(vit: View, image: Tensor) -> View:
@@ -31,23 +32,6 @@ def replay(vit: View, image: Tensor) -> View:
                 states.append(block(states[-1]))
             return Replay(vit, states, vit.norm(states[-1]))
     raise TypeError(f"{type(vit).__name__} is neither a ViT nor a StagedViT; subclass one of them")
-
-
-class Recorded(NamedTuple):
-    """What a batch of images left behind in a frozen backbone: all that adapters which only read need of it.
-
-    ``AdaptedModel.record`` makes it and ``model(recorded)`` runs on it, without the backbone.
-    """
-
-    states: tuple[Tensor, ...]  #: tokens (B, P+N, D) after the blocks ``after``
-    after: tuple[int, ...]  #: indices of these blocks; the last block is always among them
-    size: tuple[int, int]  #: (H, W) of the images, in pixels
-    image: Tensor | None = None  #: (B, 3, H, W), for an adapter that reads it too
-
-    def image_or_shape(self) -> Tensor:
-        """The images, or zeros of their shape that take no memory."""
-        x = self.states[0]
-        return x.new_zeros(()).expand(len(x), 3, *self.size) if self.image is None else self.image
 
 
 class _Told(View):

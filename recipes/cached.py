@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.data import default_collate as stacked
 
 from adaptkit.cache import FeatureCache, checksum
-from adaptkit.replay import Recorded
+from adaptkit.recorded import Recorded
 
 from .order import Rows
+from .windows import Windows, check_recordable
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -39,30 +41,33 @@ class Views(Dataset):
 
 
 class Cached(Dataset):
-    """The same views, the backbone's part of them read from the cache: (states, image or nothing, target)."""
+    """The same views, the backbone's part of them read from the cache: (what was recorded of one image, target)."""
 
-    def __init__(self, rows: Rows, views: int, cache: FeatureCache, model: Any) -> None:
-        self.rows, self.views, self.cache = rows, views, cache
-        self.after, self.reads_image = model.reads()
+    def __init__(self, rows: Rows, views: int, cache: FeatureCache, model: Any, windows: Windows | None = None) -> None:
+        self.rows, self.views, self.cache, self.windows = rows, views, cache, windows
+        (self.after, self.reads_image), self.patch = model.reads(), model.spec.patch
         height, width = rows[0, 0][0].shape[-2:]
         self.size = (height, width)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], Tensor | None, Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Recorded, Tensor]:
         epoch, index = key
         kept = self.cache[epoch % self.views * len(self.rows) + index]
+        states = tuple(kept[f"after_{i}"][None] for i in self.after)
         # The image is made anew where the adapter reads it: it takes more room than features, and less time.
-        image = self.rows[epoch % self.views, index][0] if self.reads_image else None
-        target = kept["target"]
-        return [kept[f"after_{i}"] for i in self.after], image, target.long() if target.dtype == torch.uint8 else target
+        image = self.rows[epoch % self.views, index][0][None] if self.reads_image else None
+        seen = Recorded(states, self.after, self.size, self.patch, image)
+        target = kept["target"].long() if kept["target"].dtype == torch.uint8 else kept["target"]
+        if self.windows is None:
+            return seen, target
+        place = self.windows.draw(epoch, index)
+        return self.windows.cut(seen, place), self.windows.cut_target(target, place)
 
-    def collate(self, samples: list[Any]) -> tuple[Recorded, Tensor]:
+    def collate(self, samples: list[tuple[Recorded, Tensor]]) -> tuple[Recorded, Tensor]:
         """Samples -> (what the model takes in place of images, targets)."""
-        states = tuple(torch.stack(parts) for parts in zip(*(s[0] for s in samples)))
-        image = stacked([s[1] for s in samples]) if self.reads_image else None
-        return Recorded(states, self.after, self.size, image), stacked([s[2] for s in samples])
+        return Recorded.join([seen for seen, _ in samples]), stacked([target for _, target in samples])
 
 
 def compact(samples: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -73,44 +78,60 @@ def compact(samples: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     return samples
 
 
-def cached(rows: Rows, model: Any, accelerator: Accelerator, args: argparse.Namespace) -> Cached:
-    """Fill the cache, or what is missing of it, and return the rows that read it.
+def key_of(rows: Any, size: tuple[int, ...], model: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """What the features are made of: any other value makes other features."""
+    return {
+        "backbone": checksum(model.vit.host),
+        "data": getattr(rows.data, "_fingerprint", args.train),
+        "transform": repr(rows.transform),
+        "size": list(size),
+        "seed": args.seed,
+        "views": args.views,
+        "after": list(model.reads()[0]),
+        "dtype": args.cache_dtype,
+    }
+
+
+def fill(cache: FeatureCache, rows: Rows, model: Any, accelerator: Accelerator, args: argparse.Namespace) -> int:
+    """Make what is missing and return how many samples that were, on all processes.
+
+    The number of a shard says whose it is, so that processes need not know how far the others are.
+    """
+    kept, made = DTYPES[args.cache_dtype], 0
+    shards = cache.shards()
+    for number in range(accelerator.process_index, len(shards), accelerator.num_processes):
+        if cache.is_whole(number):
+            continue
+        samples = cache.begun(number)
+        while len(samples) < len(shards[number]):
+            first = len(samples)
+            batch = [rows[divmod(i, len(rows))] for i in shards[number][first : first + args.batch_size]]
+            seen = model.record(torch.stack([image for image, _ in batch]).to(accelerator.device))
+            for row, (_, target) in enumerate(batch):
+                states = {f"after_{i}": s[row].to(kept).cpu() for i, s in zip(seen.after, seen.states)}
+                samples.append({**states, "target": torch.as_tensor(target)})
+            samples[first:] = compact(samples[first:])
+            made += len(batch)
+            cache.keep(number, first, samples[first:])
+        cache.write(number, samples)
+    return sum(gather_object([made]))
+
+
+def cached(rows: Rows, model: Any, accelerator: Accelerator, args: argparse.Namespace, windows: Any = None) -> Cached:
+    """Fill the cache, or what is missing of it, and return the rows that read it, cut to ``windows`` if given.
 
     Raises ``ValueError`` where an adapter needs the backbone to run, or the cache is of another backbone, set,
     transform or size.
     """
-    after, _ = model.reads()
-    sample, transform = rows[0, 0], getattr(rows, "transform", None)
-    if transform is None or len(sample) != 2 or not isinstance(sample[1], Tensor | int):
-        raise ValueError("--cache-features is for samples of one image and one tensor: segment, classify, depth")
-    kept = DTYPES[args.cache_dtype]
-    key = {
-        "backbone": checksum(model.vit.host),
-        "data": getattr(rows.data, "_fingerprint", args.train),
-        "transform": repr(transform),
-        "size": list(sample[0].shape[-2:]),
-        "seed": args.seed,
-        "views": args.views,
-        "after": list(after),
-        "dtype": args.cache_dtype,
-    }
+    image, _ = check_recordable("--cache-features is", rows, model)
+    if getattr(rows, "transform", None) is None:
+        raise ValueError("--cache-features is for data whose transform can be told: segment, classify, depth")
+    key = key_of(rows, tuple(image.shape[-2:]), model, args)
     cache = FeatureCache(args.cache_features, args.views * len(rows), key)
-    todo, shards = cache.missing(), cache.shards()
-    started, made = time.time(), 0
-    for number in todo[accelerator.process_index :: accelerator.num_processes]:
-        samples: list[dict[str, Tensor]] = []
-        for first in range(0, len(shards[number]), args.batch_size):
-            chosen = shards[number][first : first + args.batch_size]
-            batch = [rows[divmod(i, len(rows))] for i in chosen]
-            seen = model.record(torch.stack([image for image, _ in batch]).to(accelerator.device))
-            for row, (_, target) in enumerate(batch):
-                states = {f"after_{i}": s[row].to(kept) for i, s in zip(after, seen.states)}
-                samples.append({**states, "target": torch.as_tensor(target)})
-        cache.write(number, compact(samples))
-        made += len(samples)
+    started = time.time()
+    made = fill(cache, rows, model, accelerator, args)
     accelerator.wait_for_everyone()
-    seconds = time.time() - started
-    found = cache.samples - sum(len(shards[i]) for i in todo)
+    seconds, found = time.time() - started, cache.samples - made
     rate = f"{seconds:.1f} s for {made} of them, " if made else ""
     accelerator.print(
         f"features of {len(rows)} images x {args.views} views in {args.cache_features}: {rate}{found} were there, "
@@ -119,4 +140,4 @@ def cached(rows: Rows, model: Any, accelerator: Accelerator, args: argparse.Name
     saved = args.steps * args.accumulate * args.batch_size * accelerator.num_processes - made
     if made and saved > 0:
         accelerator.print(f"so the backbone need not run for {saved} samples, about {saved * seconds / made:.0f} s")
-    return Cached(rows, args.views, cache, model)
+    return Cached(rows, args.views, cache, model, windows)

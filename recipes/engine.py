@@ -44,6 +44,7 @@ from .average import Average
 from .cached import Views, cached
 from .log import Log, said, shown
 from .order import Rows, Steps, Stream, shuffled
+from .windows import Windowed, Windows
 
 # ---------------------------------------------------------------------------------------------------------- task
 
@@ -241,7 +242,7 @@ def placed(model: Any, accelerator: Accelerator, args: argparse.Namespace) -> An
 
 
 def train(
-    task: Task, model: nn.Module, rows: Rows, val: DataLoader, accelerator: Accelerator, args: argparse.Namespace
+    task: Task, model: Any, rows: Any, val: DataLoader, accelerator: Accelerator, args: argparse.Namespace
 ) -> tuple[dict[str, float], float]:
     """Train for ``--steps`` optimiser steps; returns the metrics and the seconds of training alone.
 
@@ -251,6 +252,8 @@ def train(
     checkpoint, first = resume_step(out, args, world) if args.resume else (None, 0)
     loader = training_batches(rows, first, task, accelerator, args)
     placed(model, accelerator, args)
+    if isinstance(rows, Windowed):
+        loader = rows.recorded(loader, model)
     optimizer = optimizer_of(model, args)
     factor = {"cosine": cosine, "linear": linear}[args.schedule]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: factor(s // world, args.steps, args.warmup))
@@ -356,10 +359,12 @@ def run(task: Task, args: argparse.Namespace, last: bool = True) -> dict[str, An
     train_rows, val_rows = task.data(args, model, True), task.data(args, model, False)
     val = validation_batches(val_rows, task, accelerator, args)
     started = time.time()
+    windows = Windows.of(args, train_rows, model)
     if args.cache_features:
-        train_rows = cached(train_rows, model.to(accelerator.device), accelerator, args)
-    elif args.views:
-        train_rows = Views(train_rows, args.views)
+        train_rows = cached(train_rows, model.to(accelerator.device), accelerator, args, windows)
+    else:
+        train_rows = Views(train_rows, args.views) if args.views else train_rows
+        train_rows = Windowed(train_rows, windows) if windows else train_rows
     filling = time.time() - started
     metrics, seconds = train(task, model, train_rows, val, accelerator, args)
 

@@ -13,6 +13,19 @@ from typing import Any
 CONFIGS = Path(__file__).parent / "configs"
 OPTIONS_HELP = """e.g. '{"injector": false}'; with several adapters '{"lora": {...}, "vit-adapter": {...}}'"""
 
+VIEWS_HELP = """make K random views (crop, mirror, colour) of each image and come back to them:
+epoch e trains on view e modulo K; 0: a new view in every epoch"""
+CACHE_HELP = """run the frozen backbone once for each of the K views, keep its features in this folder and
+train on them, now and in later runs. For adapters that only read: none, linear, sfp, and
+vit-adapter with '{"injector": false}'. A run that is killed goes on where it was; features of
+another backbone, data, transform, size or seed are an error"""
+CROP_HELP = """train on a window of H x W pixels of what the backbone saw of the whole image, a new one,
+drawn at random, each time an image comes: variety for which the backbone need not run again,
+and less work for adapter and head. Tokens, image and target are cut alike. Multiples of the
+patch; with multiples of 32 no adapter has to pad. For the adapters of --cache-features, with
+or without it"""
+FLIP_HELP = """mirror what the backbone saw, left and right exchanged, every other time at random"""
+
 
 def parser(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
     """Return a parser with the options that every task has; ``defaults`` overrides theirs."""
@@ -41,9 +54,12 @@ def parser(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentPars
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     p.add_argument("--ema", type=float, default=0.0, metavar="DECAY", help="score and save the average of the weights")
     p.add_argument("--mixed-precision", default="no", choices=["no", "bf16", "fp16"])
-    p.add_argument("--views", type=int, default=0, metavar="K", help="of each image, again and again; 0: new ones")
-    p.add_argument("--cache-features", metavar="DIR", help="keep what the frozen backbone gives for these views")
-    p.add_argument("--cache-dtype", default="float16", choices=["float16", "bfloat16", "float32"])
+    p.add_argument("--views", type=int, default=0, metavar="K", help=VIEWS_HELP)
+    p.add_argument("--cache-features", metavar="DIR", help=CACHE_HELP)
+    p.add_argument("--cache-dtype", default="float16", choices=["float16", "bfloat16", "float32"],
+                   help="of the features that are kept; float32 keeps every bit, in twice the room")  # fmt: skip
+    p.add_argument("--crop-features", type=int, nargs=2, metavar=("H", "W"), help=CROP_HELP)
+    p.add_argument("--flip-features", action=argparse.BooleanOptionalAction, default=False, help=FLIP_HELP)
     p.add_argument("--shard", action=argparse.BooleanOptionalAction, default=False, help="backbone in parts (FSDP2)")
     p.add_argument("--workers", type=int, default=0)
     p.add_argument("--eval-every", type=int, default=0, help="steps; 0: at the end only")
@@ -71,6 +87,9 @@ def read(p: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.
         p.error("--cache-features needs --views K: which views of each image are there to be kept, e.g. --views 4")
     if getattr(args, "views", 0) and args.streaming:
         p.error("--views comes back to the same images, and --streaming reads them as they come: give one of them")
+    if (getattr(args, "crop_features", None) or getattr(args, "flip_features", False)) and args.streaming:
+        p.error("--crop-features and --flip-features know an image by its number, and a stream has none: give "
+                "--no-streaming, or leave them out")  # fmt: skip
     return args
 
 

@@ -49,6 +49,45 @@ def test_a_cache_of_something_else_and_a_missing_shard_are_errors(tmp_path):
         FeatureCache(tmp_path, 5, {"backbone": "c"}, shard=2)
 
 
+def test_what_was_kept_of_a_shard_is_found_again_and_goes_when_it_is_whole(tmp_path):
+    cache = FeatureCache(tmp_path / "cut", 9, {"backbone": "b"}, shard=6)
+    assert cache.begun(0) == []
+    cache.keep(0, 0, [sample(i) for i in range(2)])
+    cache.keep(0, 2, [sample(2)])
+    cache.keep(0, 4, [sample(4)])  # behind a gap
+    again = FeatureCache(tmp_path / "cut", 9, {"backbone": "b"}, shard=6)
+    found = again.begun(0)
+    assert [int(s["target"]) for s in found] == [0, 1, 2]
+    assert again.missing() == [0, 1]
+    assert again.bytes() == 0
+    again.write(0, [*found, *(sample(i) for i in range(3, 6))])
+    again.keep(1, 0, [sample(i) for i in range(6, 9)])  # completes the shard, which is about to be written
+    again.write(1, [sample(i) for i in range(6, 9)])
+    whole = FeatureCache(tmp_path / "whole", 9, {"backbone": "b"}, shard=6)
+    for number, wanted in enumerate(whole.shards()):
+        whole.write(number, [sample(i) for i in wanted])
+    files = [{f.name: f.read_bytes() for f in (tmp_path / run).iterdir()} for run in ("cut", "whole")]
+    assert files[0] == files[1]
+    assert len(files[0]) == 3
+
+
+def test_parts_that_a_kill_left_beside_their_whole_shard_go_when_the_folder_is_opened(tmp_path):
+    cache = FeatureCache(tmp_path, 4, {}, shard=2)
+    cache.write(0, [sample(0), sample(1)])
+    cache.keep(0, 0, [sample(0)])
+    cache.keep(1, 0, [sample(2)])
+    FeatureCache(tmp_path, 4, {}, shard=2)
+    assert [f.name for f in tmp_path.glob("*.part")] == ["features-00001-00000.part"]
+
+
+def test_samples_of_two_integer_types_become_one_shard_of_the_wider(tmp_path):
+    cache = FeatureCache(tmp_path, 2, {}, shard=2)
+    cache.keep(0, 0, [{"target": torch.tensor([1, 2], dtype=torch.uint8)}])
+    cache.write(0, [*cache.begun(0), {"target": torch.tensor([300, -1])}])
+    assert cache[0]["target"].tolist() == [1, 2]
+    assert cache[1]["target"].tolist() == [300, -1]
+
+
 def test_the_checksum_sees_every_weight():
     host = HOSTS["timm-vit"].build()
     before = checksum(host)

@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import datasets  # noqa: F401  here, so that no fork imports it anew
+import timm  # noqa: F401
 import torch
 
 from recipes import segment
@@ -25,10 +27,15 @@ def run(ranks, data, out):
             "--batch-size", "1", "--adapter", "lora", "vit-adapter", "--steps", str(STEPS), "--save-every", "1",
             "--adapter-options", '{"lora": {"lora_dropout": 0.1}, "vit-adapter": {"conv_inplane": 8}}',
             "--ema", "0.9", "--resume", "--out", str(out)]  # fmt: skip
+    return started(ranks, argv)
+
+
+def started(ranks, argv):
+    """Fork a process for each rank, which runs the recipe."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    started = []
+    pids = []
     for rank in range(ranks):
         pid = os.fork()
         if pid == 0:
@@ -42,20 +49,20 @@ def run(ranks, data, out):
                 traceback.print_exc()
                 os._exit(1)
             os._exit(0)
-        started.append(pid)
-    return started
+        pids.append(pid)
+    return pids
 
 
-def wait(started):
-    assert [os.waitpid(pid, 0)[1] for pid in started] == [0] * len(started)
+def wait(pids):
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * len(pids)
 
 
-def kill_after(started, checkpoint, delay):
+def kill_after(pids, checkpoint, delay):
     while not checkpoint.is_dir():
-        assert not any(os.waitpid(pid, os.WNOHANG)[0] for pid in started), f"it ended before {checkpoint} was there"
+        assert not any(os.waitpid(pid, os.WNOHANG)[0] for pid in pids), f"it ended before {checkpoint} was there"
         time.sleep(0.002)
     time.sleep(delay)
-    for pid in started:
+    for pid in pids:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 

@@ -1,0 +1,111 @@
+"""What a batch of images left behind in a frozen backbone, and the windows and mirrorings that can be cut from it.
+
+A crop of what was recorded is a crop of what the backbone *saw*::
+
+    recorded.crop(...)  =  the tokens of these patches, value for value, as they were with the whole image around them
+
+It is not what the backbone would say of the cropped image, to which it would give other positions and less context:
+that is near, and costs another run. The same holds of :meth:`Recorded.flip`. Class and register tokens say something
+of the whole image and stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adaptkit.ops.grid import cells
+
+__all__ = ["Recorded"]
+
+
+class Recorded(NamedTuple):
+    """What a batch of images left behind in a frozen backbone: all that adapters which only read need of it.
+
+    ``AdaptedModel.record`` makes it and ``model(recorded)`` runs on it, without the backbone.
+    """
+
+    states: tuple[Tensor, ...]  #: tokens (B, P+N, D) after the blocks ``after``; N = h * w row by row
+    after: tuple[int, ...]  #: indices of these blocks; the last block is always among them
+    size: tuple[int, int]  #: (H, W) of the images, in pixels
+    patch: int  #: side of a patch, in pixels
+    image: Tensor | None = None  #: (B, 3, H, W), for an adapter that reads it too
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the patch tokens: the size over the patch, rounded up."""
+        return cells(self.size[0], self.patch), cells(self.size[1], self.patch)
+
+    def image_or_shape(self) -> Tensor:
+        """The images, or zeros of their shape that take no memory."""
+        x = self.states[0]
+        return x.new_zeros(()).expand(len(x), 3, *self.size) if self.image is None else self.image
+
+    def crop(self, top: int, left: int, height: int, width: int) -> Recorded:
+        """Return a window of all images, given in pixels; its edges lie between patches, or on the image's border.
+
+        Raises ``ValueError`` for another window.
+        """
+        rows, columns = self._cells(top, height, 0), self._cells(left, width, 1)
+        states = self._each_map(lambda tokens: tokens[:, rows, columns])
+        image = None if self.image is None else self.image[..., top : top + height, left : left + width].contiguous()
+        return self._replace(states=states, size=(height, width), image=image)
+
+    def flip(self) -> Recorded:
+        """Return the mirror image, left and right exchanged.
+
+        Raises ``ValueError`` where the width is no multiple of the patch: the last column is then partly padding,
+        which no image has at its left.
+        """
+        width = self.size[1]
+        if width % self.patch:
+            raise ValueError(
+                f"the images are {width} pixels wide and a patch is {self.patch}: their last column is padded, and "
+                f"cannot be mirrored; crop to {width - width % self.patch} pixels first"
+            )
+        image = None if self.image is None else self.image.flip(-1)
+        return self._replace(states=self._each_map(lambda tokens: tokens.flip(2)), image=image)
+
+    def part(self, start: int, stop: int) -> Recorded:
+        """Return what was recorded of some images of the batch."""
+        image = None if self.image is None else self.image[start:stop]
+        return self._replace(states=tuple(x[start:stop] for x in self.states), image=image)
+
+    @staticmethod
+    def join(parts: Sequence[Recorded]) -> Recorded:
+        """Return one batch of several, of images of one size and of the same blocks; else a ``ValueError``."""
+        first = parts[0]
+        for part in parts:
+            if (part.after, part.size, part.patch) != (first.after, first.size, first.patch):
+                raise ValueError(
+                    f"recorded after blocks {list(first.after)} of {first.size} pixels, patch {first.patch}, and after "
+                    f"{list(part.after)} of {part.size}, patch {part.patch}: a batch has one of each; crop to one size"
+                )
+        images = [p.image for p in parts if p.image is not None]
+        states = tuple(torch.cat(each) for each in zip(*(p.states for p in parts)))
+        return first._replace(states=states, image=torch.cat(images) if images else None)
+
+    def _each_map(self, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        """Change the patch tokens of every state, as (B, h, w, D); prefix tokens stay."""
+        grid, changed = self.grid, []
+        for state in self.states:
+            prefix, tokens = state.tensor_split([state.shape[1] - grid[0] * grid[1]], dim=1)
+            changed.append(torch.cat([prefix, change(tokens.unflatten(1, grid)).flatten(1, 2)], dim=1))
+        return tuple(changed)
+
+    def _cells(self, start: int, length: int, axis: int) -> slice:
+        """Rows (axis 0) or columns (axis 1) of patches that a window of pixels covers."""
+        side, whole, stop = ("high", "wide")[axis], self.size[axis], start + length
+        if not (0 <= start < stop <= whole):
+            raise ValueError(
+                f"a window from {start} to {stop} pixels lies outside images that are {whole} pixels {side}"
+            )
+        if start % self.patch or (stop % self.patch and stop != whole):
+            raise ValueError(
+                f"a window from {start} to {stop} pixels cuts through patches of {self.patch} pixels (images "
+                f"{whole} pixels {side}); give multiples of {self.patch}"
+            )
+        return slice(start // self.patch, cells(stop, self.patch))
