@@ -21,18 +21,13 @@ class DropPath(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ...) -> (B, ...)."""
-        if self.p == 0.0 or not self.training:
-            return x
-        return x * self._scale(x)
+        scale = self.scale(x)
+        return x if scale is None else x * scale
 
-    def add(self, x: Tensor, branch: Tensor) -> Tensor:
-        """``x + self(branch)`` in one pass over memory, both (B, ...)."""
+    def scale(self, x: Tensor) -> Tensor | None:
+        """(B, 1, ...): 0 where a sample is dropped, 1 / (1 - p) where it is kept, which keeps the mean; None: all 1."""
         if self.p == 0.0 or not self.training:
-            return x + branch
-        return torch.addcmul(x, branch, self._scale(branch))
-
-    def _scale(self, x: Tensor) -> Tensor:
-        """(B, 1, ...): 0 where a sample is dropped, and 1 / (1 - p) where it is kept, which keeps the mean."""
+            return None
         keep = 1.0 - self.p
         return x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep).div_(keep)
 

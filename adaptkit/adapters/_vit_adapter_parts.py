@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.adapters._recompute import recompute
-from adaptkit.layers import DropPath, Norm, norm2d
+from adaptkit.layers import DropPath, Norm, SyncBatchNorm2d, norm2d
 from adaptkit.mixers import CrossMixer, Layout, cross_mixer
+from adaptkit.ops.forget import forgotten
 from adaptkit.ops.grid import cell_centres, map_to_tokens, tokens_to_map
+from adaptkit.vit import Fn, identity
 
 __all__ = ["ConvFFN", "Extractor", "Grids", "Injector", "Interaction", "SpatialPrior"]
 
@@ -66,17 +67,15 @@ class Injector(nn.Module):
         self.feat_norm = nn.LayerNorm(dim, eps=EPS)
         self.attn = attn
         self.gamma = nn.Parameter(torch.full((dim,), float(config.gamma_init)))
-        self.checkpoint = config.checkpoint
 
     def forward(self, x: Tensor, c: Tensor, grids: Grids) -> Tensor:
         """x (B, P+N, D), c (B, M, D) -> (B, P+N, D); the P prefix tokens pass by."""
 
-        def attend(patches: Tensor, c: Tensor) -> Tensor:
-            query = self.query_norm(patches.to(self.gamma.dtype))
-            return self.attn(query, self.feat_norm(c), grids.injection())
-
         prefix, patches = x.tensor_split([x.shape[1] - grids.to_prior.shape[0]], dim=1)
-        injected = self.gamma * recompute(self.checkpoint, attend, patches, c)
+        patches = patches.to(self.gamma.dtype)
+        query, feat = self.query_norm(patches), self.feat_norm(c)
+        with forgotten((query, lambda: self.query_norm(patches)), (feat, lambda: self.feat_norm(c))):
+            injected = self.gamma * self.attn(query, feat, grids.injection())
         return torch.cat([prefix, (patches + injected).to(x.dtype)], dim=1)
 
 
@@ -89,11 +88,30 @@ class ConvFFN(nn.Module):
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, c: Tensor, levels: Sequence[tuple[int, int]]) -> Tensor:
-        """(B, M, D) -> (B, M, D)."""
-        parts = self.fc1(c).split([h * w for h, w in levels], dim=1)
-        parts = [map_to_tokens(self.dwconv(tokens_to_map(p, g))) for p, g in zip(parts, levels)]
-        return self.fc2(F.gelu(torch.cat(parts, dim=1)))
+    def forward(self, c: Tensor, norm: Fn, levels: Sequence[tuple[int, int]], scale: Tensor | None = None) -> Tensor:
+        """(B, M, D) -> ``scale * ffn(norm(c))`` (B, M, D), with ``scale`` (B, 1, 1) per sample."""
+        normed = norm(c)
+        with forgotten((normed, lambda: norm(c))):
+            narrow = self.fc1(normed)
+        mixed = self._mix(narrow, levels)
+        with forgotten((mixed, lambda: self._mix(narrow, levels))):
+            active = F.gelu(mixed)
+        if scale is None:
+            weight, bias = self.fc2.weight, self.fc2.bias
+        else:  # it is cheaper to scale what is narrow, with the bias as one more channel
+            weight, bias = torch.cat([self.fc2.weight, self.fc2.bias[:, None]], dim=1), None
+        ready = _scaled(active, scale)
+        with forgotten((ready, lambda: _scaled(F.gelu(self._mix(narrow, levels)), scale))):
+            return F.linear(ready, weight, bias)
+
+    def _mix(self, narrow: Tensor, levels: Sequence[tuple[int, int]]) -> Tensor:
+        parts = narrow.split([h * w for h, w in levels], dim=1)
+        return torch.cat([map_to_tokens(self.dwconv(tokens_to_map(p, g))) for p, g in zip(parts, levels)], dim=1)
+
+
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    """(B, N, D), scaled per sample and with the scale as one more channel; x itself where there is none."""
+    return x if scale is None else torch.cat([x * scale, scale.expand(*x.shape[:2], 1)], dim=2)
 
 
 class Extractor(nn.Module):
@@ -108,18 +126,15 @@ class Extractor(nn.Module):
         self.ffn_norm = nn.LayerNorm(dim, eps=EPS) if config.with_cffn else None
         self.ffn = ConvFFN(dim, int(dim * config.cffn_ratio)) if config.with_cffn else None
         self.drop_path = DropPath(config.drop_path)
-        self.checkpoint = config.checkpoint
 
     def forward(self, c: Tensor, x: Tensor, grids: Grids) -> Tensor:
         """c (B, M, D), patch tokens x (B, N, D) -> (B, M, D)."""
-        c = c + recompute(self.checkpoint, self._attend, c, x, grids)
-        return c if self.ffn is None else self.drop_path.add(c, recompute(self.checkpoint, self._feed, c, grids))
-
-    def _attend(self, c: Tensor, x: Tensor, grids: Grids) -> Tensor:
-        return self.attn(self.query_norm(c), self.feat_norm(x), grids.extraction())
-
-    def _feed(self, c: Tensor, grids: Grids) -> Tensor:
-        return self.ffn(self.ffn_norm(c), grids.levels)  # type: ignore[misc]
+        query, feat = self.query_norm(c), self.feat_norm(x)
+        with forgotten((query, lambda: self.query_norm(c)), (feat, lambda: self.feat_norm(x))):
+            found = c + self.attn(query, feat, grids.extraction())
+        if self.ffn is None or self.ffn_norm is None:
+            return found
+        return found + self.ffn(found, self.ffn_norm, grids.levels, self.drop_path.scale(found))
 
 
 class Interaction(nn.Module):
@@ -165,8 +180,31 @@ class SpatialPrior(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         """(B, 3, H, W), sides multiples of 32 -> four maps (B, D, H/s, W/s), the first one if it is made."""
-        c1 = self.stem(image.contiguous(memory_format=torch.channels_last))
+        c1 = self._stem(image.contiguous(memory_format=torch.channels_last))
         c2 = self.conv2(c1)
         c3 = self.conv3(c2)
         c4 = self.conv4(c3)
         return None if self.fc1 is None else self.fc1(c1), self.fc2(c2), self.fc3(c3), self.fc4(c4)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        """``stem``, without keeping its normed maps: they are the largest of all, and cheap."""
+        conv1, norm1, relu, conv2, norm2, _, conv3, norm3, pool, _ = self.stem
+        x = _normed(conv1(x), norm1, relu, conv2)
+        x = _normed(x, norm2, relu, conv3)
+        return relu(_normed(x, norm3, identity, pool))
+
+
+def _normed(x: Tensor, norm: nn.Module, act: Fn, layer: Fn) -> Tensor:
+    """``layer(act(norm(x)))``, where ``act`` may work in place; x alone is kept for the backward pass."""
+    y = norm(x)
+    if isinstance(norm, SyncBatchNorm2d):  # to compute it again would take all processes again
+        return layer(act(y))
+    with forgotten((y, lambda: act(_again(norm, x)))):
+        return layer(act(y))
+
+
+def _again(norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(x)`` once more: the running statistics have seen x."""
+    if isinstance(norm, nn.BatchNorm2d) and norm.training:
+        return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+    return norm(x)

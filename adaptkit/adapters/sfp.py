@@ -34,7 +34,7 @@ class SimpleFeaturePyramid(SideAdapter):
     For a patch p other than 16 the maps are resampled from these strides to 4, 8, 16 and 32.
     """
 
-    strides = STRIDES
+    strides: tuple[int, ...] = STRIDES
 
     def __init__(self, spec: Spec, config: SimpleFeaturePyramidConfig) -> None:
         super().__init__(spec, config)

@@ -133,7 +133,7 @@ def _check_groups(groups: Sequence[tuple[int, int]], depth: int) -> None:
 class ViTAdapter(SideAdapter):
     """ViT-Adapter: a spatial prior and deformable attention beside the blocks, strides 4 to 32."""
 
-    strides = STRIDES
+    strides: tuple[int, ...] = STRIDES
 
     def __init__(self, spec: Spec, config: ViTAdapterConfig) -> None:
         config = config.resolve(spec)
@@ -146,7 +146,7 @@ class ViTAdapter(SideAdapter):
         self.interactions = nn.ModuleList(Interaction(dim, config, n) for n in extra)
         self.up = nn.ConvTranspose2d(dim, dim, 2, 2) if 4 in config.strides else None
         self.norm1, self.norm2, self.norm3, self.norm4 = (
-            norm2d(config.norm, dim) if stride in config.strides else None for stride in STRIDES
+            norm2d(config.norm, dim) if stride in config.strides else nn.Identity() for stride in STRIDES
         )
         self.reset_parameters()
 

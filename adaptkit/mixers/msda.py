@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from adaptkit.mixers.base import CrossMixer, Layout, Mixer, even_heads
 from adaptkit.ops import ms_deform_attn
+from adaptkit.ops.forget import forgotten
 from adaptkit.ops.grid import cell_centres, map_to_tokens, tokens_to_map
 
 __all__ = ["MSDeformAttn", "MSDeformMixer"]
@@ -57,8 +59,10 @@ class MSDeformAttn(CrossMixer):
         cells_xy = points.new_tensor([(w, h) for h, w in layout.values])
         locations = points[:, None, None, None, :] + offsets / cells_xy[:, None, :]  # (B, Q, H, L, K, 2)
         weights = weights.to(points.dtype).unflatten(2, (self.heads, -1)).softmax(-1)
-        sampled = ms_deform_attn(value, list(layout.values), locations, weights.unflatten(3, shape[1:]))
-        return self.output_proj(sampled)
+        read = partial(ms_deform_attn, value, list(layout.values), locations, weights.unflatten(3, shape[1:]))
+        sampled = read()
+        with forgotten((sampled, read)):
+            return self.output_proj(sampled)
 
     def _places(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """(B, Q, D) -> offsets (B, Q, 2 * H * L * K) and logits (B, Q, H * L * K): both layers read the query once."""
