@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from adaptkit.adapters.base import SideAdapter, Trace
-from adaptkit.layers import LayerNorm2d, init_weights
-from adaptkit.ops.grid import cells, resample_map, tokens_to_map
+from adaptkit.layers import LayerNorm2d, init_weights, parameter_dtype
+from adaptkit.ops.grid import cells, check_strides, resample_map, tokens_to_map
 from adaptkit.registry import register_adapter
 from adaptkit.vit import Features, Spec, ViT
 
@@ -23,7 +23,12 @@ STRIDES = (4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class SimpleFeaturePyramidConfig:
-    """The pyramid has the backbone's width D at every level; there is nothing to choose."""
+    """The pyramid has the backbone's width D at every level."""
+
+    strides: tuple[int, ...] = STRIDES  #: of the maps that are made
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "strides", check_strides(self.strides, STRIDES))
 
 
 @register_adapter("sfp", SimpleFeaturePyramidConfig)
@@ -38,26 +43,27 @@ class SimpleFeaturePyramid(SideAdapter):
 
     def __init__(self, spec: Spec, config: SimpleFeaturePyramidConfig) -> None:
         super().__init__(spec, config)
+        self.strides = config.strides
         dim, half, quarter = spec.dim, max(1, spec.dim // 2), max(1, spec.dim // 4)
         up4 = [nn.ConvTranspose2d(dim, half, 2, 2), LayerNorm2d(half, eps=1e-6), nn.GELU()]
-        self.stages = nn.ModuleList(
-            [
-                nn.Sequential(*up4, nn.ConvTranspose2d(half, quarter, 2, 2)),
-                nn.Sequential(nn.ConvTranspose2d(dim, half, 2, 2)),
-                nn.Identity(),
-                nn.MaxPool2d(2, 2, ceil_mode=True),
-            ]
-        )
-        widths = (quarter, half, dim, dim)
-        self.outputs = nn.ModuleList(
+        stages: list[nn.Module] = [
+            nn.Sequential(*up4, nn.ConvTranspose2d(half, quarter, 2, 2)),
+            nn.Sequential(nn.ConvTranspose2d(dim, half, 2, 2)),
+            nn.Identity(),
+            nn.MaxPool2d(2, 2, ceil_mode=True),
+        ]
+        outputs: list[nn.Module] = [
             nn.Sequential(
                 nn.Conv2d(width, dim, 1, bias=False),
                 LayerNorm2d(dim, eps=1e-6),
                 nn.Conv2d(dim, dim, 3, padding=1, bias=False),
                 LayerNorm2d(dim, eps=1e-6),
             )
-            for width in widths
-        )
+            for width in (quarter, half, dim, dim)
+        ]
+        asked = [stride in config.strides for stride in STRIDES]  # a level that is not asked for keeps its number
+        self.stages = nn.ModuleList(m if is_asked else nn.Identity() for m, is_asked in zip(stages, asked))
+        self.outputs = nn.ModuleList(m if is_asked else nn.Identity() for m, is_asked in zip(outputs, asked))
         self.apply(init_weights)
 
     def reads(self) -> tuple[int, ...]:
@@ -73,14 +79,16 @@ class SimpleFeaturePyramid(SideAdapter):
         return ""
 
     def forward(self, vit: ViT, image: Tensor, trace: Trace) -> Features:
-        """Image (B, 3, H, W) -> features with maps (B, D, H/s, W/s), s = 4, 8, 16, 32, rounded up."""
+        """Image (B, 3, H, W) -> features with maps (B, D, H/s, W/s), s of ``strides``, rounded up."""
         features = vit.features(image)
-        x = tokens_to_map(features.tokens, features.grid).to(self.outputs[0][0].weight.dtype)
+        x = tokens_to_map(features.tokens, features.grid).to(parameter_dtype(self.outputs))
         patch, (height, width) = vit.spec.patch, features.size
         maps = []
         for stage, output, made, stride in zip(
             self.stages, self.outputs, (patch / 4, patch / 2, patch, patch * 2), STRIDES
         ):
+            if stride not in self.strides:
+                continue
             size = (cells(height, stride), cells(width, stride))
             maps.append(output(resample_map(stage(x), made, stride, size)))
         return features._replace(maps=tuple(maps), aux=dict(trace))

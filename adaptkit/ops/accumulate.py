@@ -18,13 +18,14 @@ __all__ = ["add_upsampled"]
 def add_upsampled(fine: Tensor, coarse: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return ``fine += conv_transpose2d(coarse, weight, bias, stride=2)`` for a kernel of 2x2.
 
-    fine: (B, D', 2h, 2w), changed in place; coarse: (B, D, h, w); weight: (D, D', 2, 2); bias: (D',).
+    fine: (B, D', 2h, 2w), changed in place, in whose dtype all is computed; coarse: (B, D, h, w); weight:
+    (D, D', 2, 2); bias: (D',).
 
     Each coarse pixel makes a block of four fine ones by itself: one matrix product, (h*w, D) x (D, 4 D') per image.
     """
     if torch.compiler.is_compiling():
         return fine + F.conv_transpose2d(coarse, weight, bias, stride=2)
-    return _AddUpsampled.apply(fine, coarse, weight, bias)
+    return _AddUpsampled.apply(fine, *(t.to(fine.dtype) for t in (coarse, weight, bias)))
 
 
 def _blocks(fine: Tensor) -> Tensor:

@@ -43,6 +43,8 @@ class _Forgotten:
 
     def __init__(self, y: Tensor, again: Callable[[], Tensor]) -> None:
         self.numel, self.dtype, self.again = y.numel(), y.dtype, again
+        device = y.device.type  # a backward pass is not under the autocast of its forward pass
+        self.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         self.askers, self.asked = 0, 0
         self.found: Tensor | None = None
 
@@ -59,7 +61,8 @@ class _Forgotten:
     def tell(self) -> Tensor:
         """Return y; the last one who asks drops it."""
         if self.found is None:
-            self.found = self.again()
+            with torch.autocast(*self.autocast):
+                self.found = self.again()
         found, self.asked = self.found, (self.asked + 1) % self.askers
         if self.asked == 0:
             self.found = None

@@ -1,5 +1,6 @@
 """ViT-Adapter: counts, sizes, switches, geometry, memory."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from families import HOSTS, randomise
 
 import adaptkit
 from adaptkit import Spec
+from adaptkit.adapters import _vit_adapter_parts
 from adaptkit.adapters.vit_adapter import Grids, ViTAdapter, ViTAdapterConfig, even_groups
-from adaptkit.mixers import list_mixers
+from adaptkit.mixers import list_mixers, msda
 
 SMALL = {"conv_inplane": 8}
 OFFICIAL = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
@@ -133,6 +135,43 @@ def test_checkpointing_changes_no_number():
         gradients.append([p.grad for p in model.adapters.parameters()])
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b)
+
+
+def test_what_is_not_kept_changes_no_bit(monkeypatch):
+    @contextlib.contextmanager
+    def kept(*made):
+        yield
+
+    found = []
+    for forget in (True, False):
+        if not forget:
+            monkeypatch.setattr(_vit_adapter_parts, "forgotten", kept)
+            monkeypatch.setattr(msda, "forgotten", kept)
+        torch.manual_seed(0)
+        model = adaptkit.attach(host(), ("vit-adapter", {**SMALL, "gamma_init": 0.5})).train()
+        sum(m.square().mean() for m in model(torch.randn(2, 3, 64, 64)).maps).backward()
+        found.append([p.grad for p in model.adapters.parameters()] + list(model.adapters.buffers()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", ["vit-adapter", "sfp"])
+def test_maps_at_some_strides_are_those_of_all(name):
+    torch.manual_seed(0)
+    options = SMALL if name == "vit-adapter" else {}
+    full = adaptkit.attach(host(), (name, options)).eval()
+    some = adaptkit.attach(full.vit.host, (name, {**options, "strides": [16, 8]}), head=("fpn", {"num_classes": 3}))
+    own = some.adapters[name].state_dict()
+    some.adapters[name].load_state_dict({k: v for k, v in full.adapters[name].state_dict().items() if k in own})
+    x = torch.randn(2, 3, 70, 64)
+    features = some.eval()(x)
+    assert [tuple(m.shape[-2:]) for m in features.maps] == [(9, 8), (5, 4)]
+    assert features.logits.shape == (2, 3, 70, 64)
+    for a, b in zip(features.maps, full(x).maps[1:3], strict=True):
+        assert torch.equal(a, b)
+    assert sum(v.numel() for v in own.values()) < sum(v.numel() for v in full.adapters[name].state_dict().values())
+    for strides in ([], [8, 8], [8, 64]):
+        with pytest.raises(ValueError, match="must be some of 4, 8, 16, 32"):
+            adaptkit.attach(host(), (name, {**options, "strides": strides}))
 
 
 def test_a_batch_of_one_trains_and_a_single_cell_says_why_not():

@@ -1,0 +1,30 @@
+"""The sum in place equals the plain formula, forward and backward."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from adaptkit.ops.accumulate import add_upsampled
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_it_is_a_transposed_convolution_added(layout):
+    torch.manual_seed(0)
+    shapes = ((2, 6, 8, 10), (2, 8, 4, 5), (8, 6, 2, 2), (6,))
+    base, coarse, weight, bias = inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    grad = torch.randn(shapes[0], dtype=torch.float64)
+    fine = (base * 2).contiguous(memory_format=layout)
+    added = add_upsampled(fine, coarse, weight, bias)
+    assert added.data_ptr() == fine.data_ptr()
+    expected = base * 2 + F.conv_transpose2d(coarse, weight, bias, stride=2)
+    torch.testing.assert_close(added, expected)
+    for a, b in zip(torch.autograd.grad(added, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_it_computes_in_the_dtype_of_the_large_map():
+    fine, coarse = torch.zeros(1, 2, 4, 4, dtype=torch.bfloat16), torch.randn(1, 3, 2, 2, requires_grad=True)
+    out = add_upsampled(fine, coarse, torch.randn(3, 2, 2, 2), torch.randn(2))
+    out.sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert coarse.grad.dtype == torch.float32
