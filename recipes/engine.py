@@ -43,6 +43,7 @@ from adaptkit.hosts import create_backbone
 from .average import Average
 from .cached import Views, cached
 from .log import Log, said, shown
+from .options import precision
 from .order import Rows, Steps, Stream, shuffled
 from .windows import Windowed, Windows
 
@@ -327,7 +328,7 @@ def start(task: Task, args: argparse.Namespace) -> tuple[Path, Accelerator]:
     """Return the folder, which can be written to, and the accelerator."""
     out = check_writable(args.out)
     accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
+        mixed_precision=precision(args.mixed_precision),
         gradient_accumulation_steps=args.accumulate,
         log_with=args.tracker,
         project_dir=str(out),

@@ -37,7 +37,7 @@ def test_the_header_says_everything(saved):
     header = adaptkit.load(saved).header
     assert header["format"] == 1
     assert header["adaptkit"] == adaptkit.__version__
-    assert header["adapters"] == [{"name": "sfp", "config": {}}]
+    assert header["adapters"] == [{"name": "sfp", "config": {"strides": [4, 8, 16, 32]}}]
     assert header["head"] == {"name": "linear", "config": {"num_classes": 3}}
     assert header["backbone"]["spec"]["dim"] == 32
     assert header["backbone"]["positions"] == "bicubic antialias"

@@ -127,6 +127,7 @@ MODES: dict[str, Callable[[argparse.Namespace], Step]] = {
     "plain ViT, fully trained": plain,
     "injectors": ours,
     "injectors, checkpoint": lambda args: ours(args, checkpoint=True),
+    "injectors, without stride 4": lambda args: ours(args, strides=(8, 16, 32)),
     "extractors only": lambda args: ours(args, injector=False),
     "extractors only, cached": cached,
 }

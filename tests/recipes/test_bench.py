@@ -1,6 +1,10 @@
 """The benchmarks that measure ourselves, small: each prints its tables."""
 
-from recipes.bench import load, serve
+from pathlib import Path
+
+import pytest
+
+from recipes.bench import load, serve, step
 
 
 def cells(text):
@@ -21,3 +25,27 @@ def test_loading_prints_imports_and_adapters(capsys):
     assert [row[0] for row in table if row[0] in ("torch", "adaptkit")] == ["torch", "adaptkit"]
     assert [row[1] for row in table[-2:]] == ["sfp", "lora"]
     assert all(float(row[2]) > 0 for row in table[-2:])
+
+
+def test_a_step_compares_the_maps_and_prints_every_mode(capsys):
+    step.main(["--backbone", "vit_tiny_patch16_224", "--size", "64", "--batch", "2", "--rounds", "1", "--threads", "1",
+               "--no-memory"])  # fmt: skip
+    table = cells(capsys.readouterr().out)
+    assert [row[0] for row in table[2:]] == list(step.MODES)
+    assert all(float(row[1]) > 0 for row in table[2:])
+    assert table[2][2] == "1.00"
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from /proc")
+def test_a_step_measures_memory_in_a_process_of_its_own():
+    args = step.arguments(["--backbone", "vit_tiny_patch16_224", "--size", "96", "--threads", "1"])
+    assert step.memory(args, "injectors") > 0
+
+
+def test_a_step_refuses_to_compare_what_is_not_the_same(monkeypatch):
+    args = step.arguments(["--backbone", "vit_tiny_patch16_224", "--threads", "1"])
+    monkeypatch.setattr(
+        step.OfficialFlow, "forward", lambda self, image: [m * 2 for m in step.adapted(args)(image).maps]
+    )
+    with pytest.raises(RuntimeError, match="nothing to compare"):
+        step.check(args)

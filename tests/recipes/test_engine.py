@@ -245,3 +245,11 @@ def test_frameworks_that_would_save_the_backbone_are_refused(monkeypatch, tmp_pa
     args = Namespace(out=str(tmp_path), mixed_precision="no", accumulate=1, tracker=None)
     with pytest.raises(ValueError, match="configured for FSDP, whose checkpoints hold the frozen backbone"):
         engine.start(segment.TASK, args)
+
+
+@pytest.mark.parametrize(("capabilities", "expected"), [({"avx512_bf16": True}, "bf16"), ({"avx512_bf16": False}, "no"), ({"amx_bf16": True}, "bf16"), ({}, "no")])  # fmt: skip
+def test_automatic_precision_is_what_the_processor_computes_in(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert options.precision("auto") == expected
+    assert options.precision("fp16") == "fp16"
