@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = ["DropPath", "LayerNorm2d", "Norm", "SyncBatchNorm2d", "check_choice", "norm2d"]
@@ -101,35 +100,6 @@ def norm2d(kind: Norm, channels: int) -> nn.Module:
     if kind == "group":
         return nn.GroupNorm(next(g for g in range(min(32, channels), 0, -1) if channels % g == 0), channels)
     return LayerNorm2d(channels, eps=1e-6)
-
-
-def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
-    """``norm(conv(x))``, in one pass where the norm is at rest: its scale and shift go into the convolution."""
-    if not isinstance(norm, nn.BatchNorm2d) or not _at_rest(norm):
-        return norm(conv(x))
-    scale, shift = _affine(norm)
-    bias = shift if conv.bias is None else shift + conv.bias * scale
-    weight = conv.weight * scale[:, None, None, None]
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
-def norm_(x: Tensor, norm: nn.Module) -> Tensor:
-    """``norm(x)``, in place where the norm is at rest: x is lost."""
-    if not isinstance(norm, nn.BatchNorm2d) or not _at_rest(norm):
-        return norm(x)
-    scale, shift = _affine(norm)
-    return x.mul_(scale[:, None, None].to(x.dtype)).add_(shift[:, None, None].to(x.dtype))
-
-
-def _at_rest(norm: nn.BatchNorm2d) -> bool:
-    """Whether it multiplies and adds constants, and nobody asks for gradients."""
-    return not norm.training and norm.running_mean is not None and norm.affine and not torch.is_grad_enabled()
-
-
-def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """``norm(x) = scale * x + shift``, both (C,)."""
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()  # type: ignore[operator]
-    return scale, norm.bias - norm.running_mean * scale  # type: ignore[operator]
 
 
 def check_choice(option: str, value: object, choices: tuple[object, ...]) -> None:

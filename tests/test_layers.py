@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adaptkit.layers import DropPath, LayerNorm2d, conv_norm, norm2d, norm_
+from adaptkit.layers import DropPath, LayerNorm2d, norm2d
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
@@ -40,18 +40,3 @@ def test_sync_norm_on_the_cpu_is_batch_norm_in_training_and_after():
     assert torch.equal(sync.eval()(x), batch.eval()(x))
     assert sync.state_dict().keys() == batch.state_dict().keys()
     assert all(torch.equal(v, batch.state_dict()[k]) for k, v in sync.state_dict().items())
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kind", ["batch", "sync", "group"])
-def test_a_resting_norm_goes_into_its_convolution(kind, bias):
-    torch.manual_seed(0)
-    conv, norm = torch.nn.Conv2d(3, 8, 3, 2, 1, bias=bias).double(), norm2d(kind, 8).double()
-    x = torch.randn(4, 3, 9, 9, dtype=torch.float64)
-    with torch.no_grad():
-        torch.nn.init.uniform_(norm.weight, 0.5, 2)
-        torch.nn.init.normal_(norm.bias)
-        assert torch.equal(conv_norm(x, conv, norm), norm(conv(x)))  # in training the norm is as it is
-        norm.eval()
-        torch.testing.assert_close(conv_norm(x, conv, norm), norm(conv(x)))
-        torch.testing.assert_close(norm_(conv(x), norm), norm(conv(x)))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.layers import DropPath, Norm, SyncBatchNorm2d, conv_norm, norm2d
+from adaptkit.layers import DropPath, Norm, SyncBatchNorm2d, norm2d
 from adaptkit.mixers import CrossMixer, Layout, cross_mixer
 from adaptkit.ops.forget import forgotten
 from adaptkit.ops.grid import cell_centres, map_to_tokens, tokens_to_map
@@ -186,26 +186,17 @@ class SpatialPrior(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         """(B, 3, H, W), sides multiples of 32 -> four maps (B, D, H/s, W/s), the first one if it is made."""
         c1 = self._stem(image.contiguous(memory_format=torch.channels_last))
-        c2 = _stage(self.conv2, c1)
-        c3 = _stage(self.conv3, c2)
-        c4 = _stage(self.conv4, c3)
+        c2 = self.conv2(c1)
+        c3 = self.conv3(c2)
+        c4 = self.conv4(c3)
         return None if self.fc1 is None else self.fc1(c1), self.fc2(c2), self.fc3(c3), self.fc4(c4)
 
     def _stem(self, x: Tensor) -> Tensor:
         """``stem``, without keeping its normed maps: they are the largest of all, and cheap."""
         conv1, norm1, relu, conv2, norm2, _, conv3, norm3, pool, _ = self.stem
-        if not torch.is_grad_enabled():
-            for conv, norm in ((conv1, norm1), (conv2, norm2)):
-                x = relu(conv_norm(x, conv, norm))
-            return relu(pool(conv_norm(x, conv3, norm3)))
         x = _normed(conv1(x), norm1, relu, conv2)
         x = _normed(x, norm2, relu, conv3)
         return relu(_normed(x, norm3, identity, pool))
-
-
-def _stage(stage: nn.Sequential, x: Tensor) -> Tensor:
-    conv, norm, relu = stage
-    return relu(conv_norm(x, conv, norm))
 
 
 def _normed(x: Tensor, norm: nn.Module, act: Fn, layer: Fn) -> Tensor:

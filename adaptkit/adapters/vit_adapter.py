@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from adaptkit.adapters._recompute import recompute
 from adaptkit.adapters._vit_adapter_parts import STRIDES, Grids, Interaction, SpatialPrior
 from adaptkit.adapters.base import SideAdapter, Trace
-from adaptkit.layers import Norm, check_choice, init_weights, norm2d, norm_, parameter_dtype
+from adaptkit.layers import Norm, check_choice, init_weights, norm2d, parameter_dtype
 from adaptkit.mixers import list_mixers
 from adaptkit.mixers.msda import MSDeformAttn
 from adaptkit.ops.accumulate import add_upsampled
@@ -198,8 +198,7 @@ class ViTAdapter(SideAdapter):
         out = []
         for stride in self.strides:
             m = self._add_vit_feature(maps[stride], stride, taps, grids)
-            m = norm_(m, norms[stride]) if stride == 4 else norms[stride](m)
-            out.append(m[..., : cells(height, stride), : cells(width, stride)])
+            out.append(norms[stride](m)[..., : cells(height, stride), : cells(width, stride)])
         return out
 
     def _add_vit_feature(self, m: Tensor, stride: int, taps: list[Tensor], grids: Grids) -> Tensor:
