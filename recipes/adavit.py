@@ -38,6 +38,7 @@ from adaptkit.losses import agreement_loss, annealed_budget, check_budget, macs_
 
 from .engine import cosine
 from .labelled import Labelled, open_labelled
+from .options import PRECISION_HELP, precision
 
 # ---------------------------------------------------------------------------------------------------- arguments
 
@@ -55,7 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--batch-size", type=int, default=64, help="per process")
     p.add_argument("--lr", type=float, default=5e-3)
     p.add_argument("--weight", type=float, default=4.0, help="of the budget's loss")
-    p.add_argument("--mixed-precision", default="no", choices=["no", "bf16", "fp16"])
+    p.add_argument("--mixed-precision", default="no", choices=["no", "bf16", "fp16", "auto"], help=PRECISION_HELP)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="runs/adavit")
     args = p.parse_args(argv)
@@ -262,7 +263,7 @@ def images_per_second(model: Any, data: Labelled, args: argparse.Namespace, devi
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     out = check_writable(args.out)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    accelerator = Accelerator(mixed_precision=precision(args.mixed_precision))
     set_seed(args.seed)
     device = accelerator.device
     data = open_labelled(args.data, "train", args.size)

@@ -274,9 +274,8 @@ def train(
     log, started = Log(task.percent, out, accelerator, args, first), time.time()
     for i, batch in enumerate(loader):
         step = first + i // k
-        set_seed(
-            args.seed * 1_000_003 + first * k + i, device_specific=True
-        )  # dropout belongs to the step, not to the run
+        # Dropout belongs to the step, not to the run.
+        set_seed(args.seed * 1_000_003 + first * k + i, device_specific=True)
         with accelerator.accumulate(model):
             loss = task.loss(model, batch, args)
             if not torch.isfinite(accelerator.gather(loss.detach())).all():

@@ -29,7 +29,7 @@ from adaptkit.file import check_writable, write_atomic
 from adaptkit.hosts import create_backbone
 
 from .labelled import LabelledData, open_images
-from .options import command, validation
+from .options import PRECISION_HELP, command, precision, validation
 
 BIAS = 100.0  # the constant feature: so large that the ridge leaves the intercept alone
 
@@ -53,7 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--temperature", type=float, default=0.07)
     p.add_argument("--batch-size", type=int, default=64)
     p.add_argument("--workers", type=int, default=0)
-    p.add_argument("--mixed-precision", default="no", choices=["no", "bf16", "fp16"])
+    p.add_argument("--mixed-precision", default="no", choices=["no", "bf16", "fp16", "auto"], help=PRECISION_HELP)
     p.add_argument("--out", default="runs/fewshot")
     args = p.parse_args(argv)
     if min(args.shots) < 0 or args.neighbours < 1 or args.temperature <= 0 or args.l2 < 0:
@@ -163,7 +163,7 @@ def table(rows: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(argv)
     out = check_writable(args.out)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    accelerator = Accelerator(mixed_precision=precision(args.mixed_precision))
     torch.manual_seed(0)  # a random backbone is the same random one on every rank
     backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
     model: Any = adaptkit.attach(backbone, *([args.adapter] if args.adapter else [])).to(accelerator.device).eval()

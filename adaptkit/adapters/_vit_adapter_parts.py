@@ -70,7 +70,6 @@ class Injector(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, grids: Grids) -> Tensor:
         """x (B, P+N, D), c (B, M, D) -> (B, P+N, D); the P prefix tokens pass by."""
-
         prefix, patches = x.tensor_split([x.shape[1] - grids.to_prior.shape[0]], dim=1)
         patches = patches.to(self.gamma.dtype)
         query, feat = self.query_norm(patches), self.feat_norm(c)
