@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DropPath", "LayerNorm2d", "Norm", "SyncBatchNorm2d", "check_choice", "norm2d"]
+__all__ = ["DropPath", "LayerNorm2d", "Norm", "SyncBatchNorm2d", "check_choice", "norm2d", "norm_map"]
 
 Norm = Literal["batch", "sync", "group", "layer"]
 
@@ -100,6 +100,19 @@ def norm2d(kind: Norm, channels: int) -> nn.Module:
     if kind == "group":
         return nn.GroupNorm(next(g for g in range(min(32, channels), 0, -1) if channels % g == 0), channels)
     return LayerNorm2d(channels, eps=1e-6)
+
+
+def norm_map(norm: nn.Module, x: Tensor, keep: bool) -> Tensor:
+    """``norm(x)``; without ``keep`` x itself may be changed. A BatchNorm that rests is one scale and one shift."""
+    resting = isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_mean is not None
+    if not resting or x.dtype != norm.weight.dtype:
+        return norm(x)
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias - norm.running_mean * scale
+    scale, shift = scale[:, None, None], shift[:, None, None]
+    if keep or torch.compiler.is_compiling():
+        return torch.addcmul(shift, x, scale)
+    return torch.addcmul(shift, x, scale, out=x)
 
 
 def check_choice(option: str, value: object, choices: tuple[object, ...]) -> None:

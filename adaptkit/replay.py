@@ -30,7 +30,7 @@ def replay(vit: View, image: Tensor) -> View:
             states = [x]
             for block in blocks:
                 states.append(block(states[-1]))
-            return Replay(vit, states, vit.norm(states[-1]))
+            return Replay(vit, states)
     raise TypeError(f"{type(vit).__name__} is neither a ViT nor a StagedViT; subclass one of them")
 
 
@@ -49,16 +49,17 @@ class _Told(View):
 
 
 class Replay(_Told, ViT):
-    """A plain ViT's run: tokens (B, P+N, D) before the first block and after each, and the normed last ones."""
+    """A plain ViT's run: tokens (B, P+N, D) before the first block and after each, normed when somebody asks."""
 
-    def __init__(self, vit: ViT, states: Sequence[Tensor], normed: Tensor) -> None:
+    def __init__(self, vit: ViT, states: Sequence[Tensor]) -> None:
         ViT.__init__(self, vit.host, vit.spec)
-        self.vit, self.states, self.normed = vit, states, normed
+        self.vit, self.states = vit, states
+        self.normed: dict[int, Tensor] = {}  # by the index of the state: several tasks read the same ones
         self.positions, self.prefix_optional, self.splits = vit.positions, vit.prefix_optional, False
 
     def part(self, start: int, stop: int) -> Replay:
         """Return the run of some images of the batch."""
-        return Replay(self.vit, [x[start:stop] for x in self.states], self.normed[start:stop])
+        return Replay(self.vit, [x[start:stop] for x in self.states])
 
     def begin(self, image: Tensor) -> tuple[Tensor, Sequence[Any]]:
         """Tokens before the first block, and for each block a function that tells what it gave."""
@@ -73,8 +74,14 @@ class Replay(_Told, ViT):
         return self.begin(image)[1]
 
     def norm(self, x: Tensor) -> Tensor:
-        """The normed last tokens as they were; other tokens are normed now."""
-        return self.normed if x is self.states[-1] else self.vit.norm(x)
+        """Apply the final norm; to each state of the run once."""
+        index = next((i for i, state in enumerate(self.states) if state is x), None)
+        if index is None:
+            return self.vit.norm(x)
+        if index not in self.normed:
+            with torch.no_grad():
+                self.normed[index] = self.vit.norm(x)
+        return self.normed[index]
 
     def classify(self, x: Tensor) -> Tensor | None:
         """The host's classifier."""
@@ -90,8 +97,7 @@ class Stored(Replay):
         last = known.get(vit.spec.depth - 1)
         if last is None:
             raise ValueError(f"recorded after the blocks {list(seen.after)}, and not after the last one")
-        with torch.no_grad():
-            super().__init__(vit, [last], vit.norm(last))
+        super().__init__(vit, [last])
         self.known = known
 
     def begin(self, image: Tensor) -> tuple[Tensor, Sequence[Any]]:

@@ -74,6 +74,16 @@ def test_each_task_says_what_it_says_alone_and_the_backbone_runs_once(tmp_path):
     assert len(runs) == many.passes() == 1
 
 
+def test_what_several_tasks_read_is_normed_once(monkeypatch):
+    options = ("vit-adapter", {**SMALL, "tap_norm": True})
+    many = adaptkit.attach_many(host(), {"a": options, "b": options, "c": options}).eval()
+    normed, norm = [], many.model.vit.norm
+    monkeypatch.setattr(many.model.vit, "norm", lambda x: normed.append(0) or norm(x))
+    many(image())
+    depth = many.model.spec.depth
+    assert len(normed) == min(4, depth)
+
+
 def test_what_changes_the_blocks_has_a_pass_of_its_own_and_it_is_said(tmp_path):
     tasks = {"seg": TASKS["seg"], **ALONE, "depth": TASKS["depth"]}
     said = saved(tmp_path, tasks)

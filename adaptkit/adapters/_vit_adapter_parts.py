@@ -13,15 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.layers import DropPath, Norm, SyncBatchNorm2d, norm2d
+from adaptkit.layers import DropPath, Norm, SyncBatchNorm2d, norm2d, norm_map
 from adaptkit.mixers import CrossMixer, Layout, cross_mixer
 from adaptkit.ops.forget import forgotten
 from adaptkit.ops.grid import cell_centres, map_to_tokens, tokens_to_map
+from adaptkit.ops.linear import add_linear, norm_linear
 from adaptkit.vit import Fn, identity
 
 __all__ = ["ConvFFN", "Extractor", "Grids", "Injector", "Interaction", "SpatialPrior"]
 
 STRIDES = (4, 8, 16, 32)
+STRIP = 8192  # pixels of the stem's result that are made at a time
 EPS = 1e-6  # of every LayerNorm, as in the official code
 
 
@@ -72,9 +74,7 @@ class Injector(nn.Module):
         """x (B, P+N, D), c (B, M, D) -> (B, P+N, D); the P prefix tokens pass by."""
         prefix, patches = x.tensor_split([x.shape[1] - grids.to_prior.shape[0]], dim=1)
         patches = patches.to(self.gamma.dtype)
-        query, feat = self.query_norm(patches), self.feat_norm(c)
-        with forgotten((query, lambda: self.query_norm(patches)), (feat, lambda: self.feat_norm(c))):
-            injected = self.gamma * self.attn(query, feat, grids.injection())
+        injected = self.gamma * self.attn.normed(patches, c, grids.injection(), (self.query_norm, self.feat_norm))
         return torch.cat([prefix, (patches + injected).to(x.dtype)], dim=1)
 
 
@@ -87,11 +87,9 @@ class ConvFFN(nn.Module):
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, c: Tensor, norm: Fn, levels: Sequence[tuple[int, int]], scale: Tensor | None = None) -> Tensor:
-        """(B, M, D) -> ``scale * ffn(norm(c))`` (B, M, D), with ``scale`` (B, 1, 1) per sample."""
-        normed = norm(c)
-        with forgotten((normed, lambda: norm(c))):
-            narrow = self.fc1(normed)
+    def onto(self, c: Tensor, norm: nn.Module, levels: Sequence[tuple[int, int]], scale: Tensor | None) -> Tensor:
+        """(B, M, D) -> ``c + scale * ffn(norm(c))``, ``scale`` (B, 1, 1) per sample; without gradients c is changed."""
+        narrow = norm_linear(c, norm, self.fc1.weight, self.fc1.bias)
         mixed = self._mix(narrow, levels)
         with forgotten((mixed, lambda: self._mix(narrow, levels))):
             active = F.gelu(mixed)
@@ -101,7 +99,7 @@ class ConvFFN(nn.Module):
             weight, bias = torch.cat([self.fc2.weight, self.fc2.bias[:, None]], dim=1), None
         ready = _scaled(active, scale)
         with forgotten((ready, lambda: _scaled(F.gelu(self._mix(narrow, levels)), scale))):
-            return F.linear(ready, weight, bias)
+            return add_linear(c, ready, weight, bias)
 
     def _mix(self, narrow: Tensor, levels: Sequence[tuple[int, int]]) -> Tensor:
         parts = narrow.split([h * w for h, w in levels], dim=1)
@@ -127,18 +125,11 @@ class Extractor(nn.Module):
         self.drop_path = DropPath(config.drop_path)
 
     def forward(self, c: Tensor, x: Tensor, grids: Grids) -> Tensor:
-        """c (B, M, D), patch tokens x (B, N, D) -> (B, M, D)."""
-        query, feat = self.query_norm(c), self.feat_norm(x)
-        with forgotten((query, lambda: self.query_norm(c)), (feat, lambda: self.feat_norm(x))):
-            found = _sum(c, self.attn(query, feat, grids.extraction()))
+        """c (B, M, D), patch tokens x (B, N, D) -> (B, M, D); without gradients c itself is changed."""
+        c = self.attn.onto(c, x, grids.extraction(), (self.query_norm, self.feat_norm))
         if self.ffn is None or self.ffn_norm is None:
-            return found
-        return _sum(found, self.ffn(found, self.ffn_norm, grids.levels, self.drop_path.scale(found)))
-
-
-def _sum(c: Tensor, update: Tensor) -> Tensor:
-    """``c + update``; without gradients in place, for nobody else has the tokens of the pyramid."""
-    return c + update if torch.is_grad_enabled() else c.add_(update)
+            return c
+        return self.ffn.onto(c, self.ffn_norm, grids.levels, self.drop_path.scale(c))
 
 
 class Interaction(nn.Module):
@@ -184,11 +175,35 @@ class SpatialPrior(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         """(B, 3, H, W), sides multiples of 32 -> four maps (B, D, H/s, W/s), the first one if it is made."""
-        c1 = self._stem(image.contiguous(memory_format=torch.channels_last))
-        c2 = self.conv2(c1)
-        c3 = self.conv3(c2)
-        c4 = self.conv4(c3)
+        image = image.contiguous(memory_format=torch.channels_last)
+        c1 = self._by_strips(image) if self._is_local(image) else self._stem(image)
+        c2 = _narrower(self.conv2, c1)
+        c3 = _narrower(self.conv3, c2)
+        c4 = _narrower(self.conv4, c3)
         return None if self.fc1 is None else self.fc1(c1), self.fc2(c2), self.fc3(c3), self.fc4(c4)
+
+    def _is_local(self, image: Tensor) -> bool:
+        """Whether the stem is better run on parts of an image: on a CPU, and where no norm asks for the whole."""
+        norm = self.stem[1]
+        of_batch = (isinstance(norm, nn.BatchNorm2d) and norm.training) or isinstance(norm, nn.GroupNorm)
+        return not of_batch and image.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    def _by_strips(self, image: Tensor) -> Tensor:
+        """``_stem``, some rows at a time: its largest maps then fit in the cache, and in memory that was used before.
+
+        A strip has rows of its neighbours around it. The zeros that the convolutions put beyond its edges spoil two
+        rows of the result above and one below, which are cut off.
+        """
+        rows, step = image.shape[2] // 4, max(16, STRIP // (image.shape[3] // 4))
+        images = []
+        for one in image.split(1):
+            strips = []
+            for start in range(0, rows, step):
+                stop, above = min(start + step, rows), min(start, 2)
+                strip = self._stem(one[:, :, 4 * (start - above) : 4 * (stop + 1)])
+                strips.append(strip[:, :, above : above + stop - start])
+            images.append(torch.cat(strips, dim=2))
+        return torch.cat(images)
 
     def _stem(self, x: Tensor) -> Tensor:
         """``stem``, without keeping its normed maps: they are the largest of all, and cheap."""
@@ -198,9 +213,14 @@ class SpatialPrior(nn.Module):
         return relu(_normed(x, norm3, identity, pool))
 
 
+def _narrower(layers: nn.Sequential, x: Tensor) -> Tensor:
+    conv, norm, relu = layers
+    return relu(norm_map(norm, conv(x), keep=torch.is_grad_enabled()))
+
+
 def _normed(x: Tensor, norm: nn.Module, act: Fn, layer: Fn) -> Tensor:
     """``layer(act(norm(x)))``, where ``act`` may work in place; x alone is kept for the backward pass."""
-    y = norm(x)
+    y = norm_map(norm, x, keep=torch.is_grad_enabled())
     if isinstance(norm, SyncBatchNorm2d):  # to compute it again would take all processes again
         return layer(act(y))
     with forgotten((y, lambda: act(_again(norm, x)))):
@@ -211,4 +231,4 @@ def _again(norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(x)`` once more: the running statistics have seen x."""
     if isinstance(norm, nn.BatchNorm2d) and norm.training:
         return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
-    return norm(x)
+    return norm_map(norm, x, keep=True)

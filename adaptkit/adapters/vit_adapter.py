@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from adaptkit.adapters._recompute import recompute
 from adaptkit.adapters._vit_adapter_parts import STRIDES, Grids, Interaction, SpatialPrior
 from adaptkit.adapters.base import SideAdapter, Trace
-from adaptkit.layers import Norm, check_choice, init_weights, norm2d, parameter_dtype
+from adaptkit.layers import Norm, check_choice, init_weights, norm2d, norm_map, parameter_dtype
 from adaptkit.mixers import list_mixers
 from adaptkit.mixers.msda import MSDeformAttn
-from adaptkit.ops.accumulate import add_upsampled
+from adaptkit.ops.accumulate import add_resampled, add_upsampled
 from adaptkit.ops.grid import cells, check_strides, map_to_tokens, pad_to_multiple, resample_map, tokens_to_map
 from adaptkit.registry import register_adapter
 from adaptkit.vit import Features, Spec, ViT
@@ -176,7 +176,7 @@ class ViTAdapter(SideAdapter):
         c1, *prior = self.spm(pad_to_multiple(image.to(parameter_dtype(self.spm)), STRIDES[-1]))
         levels = [(m.shape[-2], m.shape[-1]) for m in prior]
         grids = Grids.of(vit.grid(image), vit.spec.patch, levels, image)
-        c = torch.cat([map_to_tokens(m) + embed for m, embed in zip(prior, self.level_embed)], dim=1)
+        c = torch.cat([map_to_tokens(m.add_(e[:, None, None])) for m, e in zip(prior, self.level_embed)], dim=1)
 
         taps = []
         for interaction, (first, last) in zip(self.interactions, self.config.interaction_indexes):
@@ -198,7 +198,8 @@ class ViTAdapter(SideAdapter):
         out = []
         for stride in self.strides:
             m = self._add_vit_feature(maps[stride], stride, taps, grids)
-            out.append(norms[stride](m)[..., : cells(height, stride), : cells(width, stride)])
+            m = norm_map(norms[stride], m, keep=torch.is_grad_enabled())
+            out.append(m[..., : cells(height, stride), : cells(width, stride)])
         return out
 
     def _add_vit_feature(self, m: Tensor, stride: int, taps: list[Tensor], grids: Grids) -> Tensor:
@@ -208,8 +209,9 @@ class ViTAdapter(SideAdapter):
         share, n = 1 + STRIDES.index(stride), len(taps)
         stage = n - 1 if self.config.add_vit_feature == "last" else cells(share * n, len(STRIDES)) - 1
         x, patch = tokens_to_map(taps[stage], grids.tokens), self.spec.patch
-        x = resample_map(x, patch, stride, (m.shape[-2], m.shape[-1]))
-        return m.add_(x) if stride == 4 else m + x  # in place: this map is the largest by far, and nobody else's
+        if stride == 4:  # in place: this map is the largest by far, and nobody else's
+            return add_resampled(m, x, patch, stride)
+        return m + resample_map(x, patch, stride, (m.shape[-2], m.shape[-1]))
 
     def _tap(self, vit: ViT, x: Tensor, grids: Grids) -> Tensor:
         """Patch tokens as extractors and pyramid read them."""

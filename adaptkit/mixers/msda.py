@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.mixers.base import CrossMixer, Layout, Mixer, even_heads
+from adaptkit.mixers.base import CrossMixer, Layout, Mixer, Norms, even_heads
 from adaptkit.ops import ms_deform_attn
 from adaptkit.ops.forget import forgotten
 from adaptkit.ops.grid import cell_centres, map_to_tokens, tokens_to_map
+from adaptkit.ops.linear import add_linear, linear, norm_linear
+from adaptkit.ops.softmax import grouped_softmax
 
 __all__ = ["MSDeformAttn", "MSDeformMixer"]
 
@@ -50,25 +52,40 @@ class MSDeformAttn(CrossMixer):
 
     def forward(self, query: Tensor, feat: Tensor, layout: Layout) -> Tensor:
         """Query (B, Q, D), feat (B, S, D) -> (B, Q, D)."""
+        return self.normed(query, feat, layout, (nn.Identity(), nn.Identity()))
+
+    def normed(self, query: Tensor, feat: Tensor, layout: Layout, norms: Norms) -> Tensor:
+        """Without holding what is normed."""
+        read = self._reader(query, feat, layout, norms)
+        sampled = read()
+        with forgotten((sampled, read)):
+            return linear(sampled, self.output_proj.weight, self.output_proj.bias)
+
+    def onto(self, query: Tensor, feat: Tensor, layout: Layout, norms: Norms) -> Tensor:
+        """The projection is summed where the queries are."""
+        read = self._reader(query, feat, layout, norms)
+        sampled = read()
+        with forgotten((sampled, read)):
+            return add_linear(query, sampled, self.output_proj.weight, self.output_proj.bias)
+
+    def _reader(self, query: Tensor, feat: Tensor, layout: Layout, norms: Norms) -> Callable[[], Tensor]:
+        """Place the points; the function returned reads the values there: (B, Q, width)."""
         shape = (self.heads, self.levels, self.points)
-        value = self.value_proj(feat).unflatten(2, (self.heads, -1))
+        value = norm_linear(feat, norms[1], self.value_proj.weight, self.value_proj.bias).unflatten(2, (self.heads, -1))
         # Coordinates stay in float32 whatever the autocast dtype: bf16 cannot tell neighbouring pixels apart.
         points = layout.points
-        offsets, weights = self._places(query)
+        offsets, weights = self._places(query, norms[0])
         offsets = offsets.unflatten(2, (*shape, 2)).to(points.dtype)
         cells_xy = points.new_tensor([(w, h) for h, w in layout.values])
         locations = points[:, None, None, None, :] + offsets / cells_xy[:, None, :]  # (B, Q, H, L, K, 2)
-        weights = weights.to(points.dtype).unflatten(2, (self.heads, -1)).softmax(-1)
-        read = partial(ms_deform_attn, value, list(layout.values), locations, weights.unflatten(3, shape[1:]))
-        sampled = read()
-        with forgotten((sampled, read)):
-            return self.output_proj(sampled)
+        weights = grouped_softmax(weights.to(points.dtype), self.heads).unflatten(2, shape)
+        return partial(ms_deform_attn, value, list(layout.values), locations, weights)
 
-    def _places(self, query: Tensor) -> tuple[Tensor, Tensor]:
+    def _places(self, query: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
         """(B, Q, D) -> offsets (B, Q, 2 * H * L * K) and logits (B, Q, H * L * K): both layers read the query once."""
         layers = (self.sampling_offsets, self.attention_weights)
         weight, bias = torch.cat([m.weight for m in layers]), torch.cat([m.bias for m in layers])
-        offsets, logits = F.linear(query, weight, bias).split([m.out_features for m in layers], dim=-1)
+        offsets, logits = norm_linear(query, norm, weight, bias).split([m.out_features for m in layers], dim=-1)
         return offsets, logits
 
 

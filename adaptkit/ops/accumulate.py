@@ -1,18 +1,25 @@
-"""A sum into a large map, in place and image by image.
+"""Sums into a large map, in place and part by part.
 
-The map at stride 4 is larger than all others together. What is added to it is made for one image at a time, so that
-no second map of its size is ever held, forward or backward.
+The map at stride 4 is larger than all others together. What is added to it is made for a part of it at a time, so that
+no second map of its size is ever held.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["add_upsampled"]
+from adaptkit.ops.grid import resample_map
+from adaptkit.ops.linear import linear, row_slices
+
+__all__ = ["add_resampled", "add_upsampled"]
+
+NUMBERS = 2**20  # of what is added, at a time: it stays in the cache until it is
+PIXELS = 1024  # coarse ones at a time, for the same reason
 
 
 def add_upsampled(fine: Tensor, coarse: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -21,11 +28,18 @@ def add_upsampled(fine: Tensor, coarse: Tensor, weight: Tensor, bias: Tensor) ->
     fine: (B, D', 2h, 2w), changed in place, in whose dtype all is computed; coarse: (B, D, h, w); weight:
     (D, D', 2, 2); bias: (D',).
 
-    Each coarse pixel makes a block of four fine ones by itself: one matrix product, (h*w, D) x (D, 4 D') per image.
+    Each coarse pixel makes a block of four fine ones by itself: a matrix product, (h*w, D) x (D, 4 D') for an image.
     """
     if torch.compiler.is_compiling():
         return fine + F.conv_transpose2d(coarse, weight, bias, stride=2)
     return _AddUpsampled.apply(fine, *(t.to(fine.dtype) for t in (coarse, weight, bias)))
+
+
+def add_resampled(fine: Tensor, x: Tensor, stride: int, to_stride: int) -> Tensor:
+    """Return ``fine += resample_map(x, stride, to_stride, its size)``: fine (B, D, H, W), changed; x (B, D, h, w)."""
+    if torch.compiler.is_compiling():
+        return fine + resample_map(x, stride, to_stride, (fine.shape[2], fine.shape[3]))
+    return _AddResampled.apply(fine, x, stride, to_stride)
 
 
 def _blocks(fine: Tensor) -> Tensor:
@@ -47,7 +61,8 @@ class _AddUpsampled(torch.autograd.Function):
         kernel, bias = _matrix(weight), bias.repeat(4)
         for out, x in zip(fine, coarse):
             blocks = _blocks(out)
-            blocks += F.linear(_rows(x), kernel, bias).view(blocks.shape)
+            for s in row_slices(coarse.shape[2], x.device, max(1, PIXELS // coarse.shape[3])):
+                blocks[s] += linear(_rows(x[:, s]), kernel, bias).view(blocks[s].shape)
         return fine
 
     @staticmethod
@@ -58,9 +73,39 @@ class _AddUpsampled(torch.autograd.Function):
         for g, x, grad_x in zip(grad, coarse, grad_coarse):
             rows = _blocks(g).reshape(-1, len(kernel))  # (h*w, 4 D')
             grad_kernel.addmm_(rows.t(), _rows(x))
-            grad_x.copy_((rows @ kernel).t().view_as(grad_x))
+            grad_x.copy_(linear(rows, kernel.t()).t().view_as(grad_x))
         grad_weight = grad_kernel.view(2, 2, weight.shape[1], weight.shape[0]).permute(3, 2, 0, 1)
         return grad, grad_coarse, grad_weight, grad.sum((0, 2, 3))
+
+
+class _AddResampled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, fine: Tensor, x: Tensor, stride: int, to_stride: int) -> Tensor:
+        ctx.mark_dirty(fine)
+        ctx.save_for_backward(x)
+        ctx.strides = stride, to_stride
+        for s in _channels(fine):
+            fine[:, s] += resample_map(x[:, s], stride, to_stride, (fine.shape[2], fine.shape[3]))
+        return fine
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if not ctx.needs_input_grad[1]:
+            return grad, None, None, None
+        (x,) = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        for s in _channels(grad):
+            with torch.enable_grad():  # what is linear has the gradient of any x
+                part = x[:, s].detach().requires_grad_()
+                made = resample_map(part, ctx.strides[0], ctx.strides[1], (grad.shape[2], grad.shape[3]))
+            (grad_x[:, s],) = torch.autograd.grad(made, part, grad[:, s])
+        return grad, grad_x, None, None
+
+
+def _channels(fine: Tensor) -> Iterator[slice]:
+    """Yield slices of the channels, of which a map is made without new memory."""
+    pixels = fine.shape[0] * fine.shape[2] * fine.shape[3]
+    return row_slices(fine.shape[1], fine.device, max(16, NUMBERS // pixels))
 
 
 def _matrix(weight: Tensor) -> Tensor:

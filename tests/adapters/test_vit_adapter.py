@@ -154,6 +154,23 @@ def test_what_is_not_kept_changes_no_bit(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("size", [(32, 32), (160, 96), (416, 64)])
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_the_stem_in_strips_is_the_stem(monkeypatch, size, norm):
+    torch.manual_seed(0)
+    spm = _vit_adapter_parts.SpatialPrior(24, 8, norm)
+    x = torch.randn(2, 3, *size)
+    spm(x)  # running statistics
+    spm.eval()
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    for strip in (1, 8192):
+        monkeypatch.setattr(_vit_adapter_parts, "STRIP", strip)
+        whole, strips = spm._stem(x), spm._by_strips(x)
+        torch.testing.assert_close(strips, whole, atol=1e-5, rtol=1e-5)
+        for a, b in zip(*(torch.autograd.grad(y.square().sum(), x) for y in (strips, whole)), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["vit-adapter", "sfp"])
 def test_maps_at_some_strides_are_those_of_all(name):
     torch.manual_seed(0)

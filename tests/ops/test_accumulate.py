@@ -1,10 +1,12 @@
-"""The sum in place equals the plain formula, forward and backward."""
+"""Sums in place equal the plain formulas, forward and backward."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from adaptkit.ops.accumulate import add_upsampled
+from adaptkit.ops import accumulate
+from adaptkit.ops.accumulate import add_resampled, add_upsampled
+from adaptkit.ops.grid import resample_map
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -28,3 +30,22 @@ def test_it_computes_in_the_dtype_of_the_large_map():
     out.sum().backward()
     assert out.dtype == torch.bfloat16
     assert coarse.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("numbers", [1, 2**20])
+@pytest.mark.parametrize(
+    ("stride", "grid", "size"), [(16, (3, 5), (12, 20)), (14, (3, 4), (16, 16)), (32, (2, 2), (4, 3))]
+)
+def test_a_coarse_map_is_resampled_and_added(monkeypatch, numbers, stride, grid, size):
+    monkeypatch.setattr(accumulate, "NUMBERS", numbers)
+    torch.manual_seed(0)
+    shapes = ((2, 40, *size), (2, 40, *grid))
+    base, x = inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    grad = torch.randn(shapes[0], dtype=torch.float64)
+    fine = (base * 2).contiguous(memory_format=torch.channels_last)
+    added = add_resampled(fine, x, stride, 4)
+    assert added.data_ptr() == fine.data_ptr()
+    expected = base * 2 + resample_map(x, stride, 4, size)
+    torch.testing.assert_close(added, expected)
+    for a, b in zip(torch.autograd.grad(added, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True):
+        torch.testing.assert_close(a, b)

@@ -1,0 +1,132 @@
+"""A linear layer and what stands before or after it, without the wide tensors in between.
+
+On a CPU fresh memory costs more than most arithmetic: a page is cleared when it is first touched. What is wide is
+therefore made a few rows at a time, or where the result goes anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+__all__ = ["add_linear", "add_to", "linear", "norm_linear", "row_slices"]
+
+ROWS = 2048  # of a few hundred channels: they stay in the cache from the norm to the product
+
+
+def row_slices(rows: int, device: torch.device, step: int = ROWS) -> Iterator[slice]:
+    """Yield slices of ``step`` rows; on a GPU all at once."""
+    step = step if device.type == "cpu" else max(rows, 1)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear``: (..., D) -> (..., D').
+
+    A float32 product on a CPU is written as the 1x1 convolution that it is: oneDNN, which torch asks for convolutions,
+    uses the widest registers of every processor, and the BLAS of most builds of torch does so on some alone.
+    """
+    here = not torch.compiler.is_compiling() and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if not here or _product_dtype(x) != torch.float32 or x.numel() == 0:
+        return F.linear(x, weight, bias)
+    rows = x.reshape(1, -1, 1, x.shape[-1]).movedim(3, 1)  # channels-last: nothing is moved
+    return F.conv2d(rows, weight[:, :, None, None], bias).movedim(1, 3).reshape(*x.shape[:-1], -1)
+
+
+def norm_linear(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``linear(norm(x), weight, bias)``: (..., D) -> (..., D').
+
+    Rows that a LayerNorm made are made again in the backward pass, and never held as a whole; other norms just run.
+    """
+    if not isinstance(norm, nn.LayerNorm) or torch.compiler.is_compiling():
+        return F.linear(norm(x), weight, bias)
+    dtype = _product_dtype(x)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return _NormLinear.apply(x.to(norm.weight.dtype), norm.weight, norm.bias, norm.eps, weight, bias)
+
+
+def add_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x + linear(y, weight, bias)``: x (..., D), y (..., D'). Without gradients x itself is changed and returned."""
+    if torch.compiler.is_compiling() or x.dtype != _product_dtype(y):
+        return add_to(x, F.linear(y, weight, bias))
+    rows = _AddLinear.apply(x.flatten(0, -2), y.flatten(0, -2), weight, bias, torch.is_grad_enabled())
+    return rows.view_as(x)
+
+
+def add_to(x: Tensor, update: Tensor) -> Tensor:
+    """``x + update``. Without gradients x itself is changed and returned."""
+    return x + update if torch.is_grad_enabled() else x.add_(update)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, gamma, beta, weight)
+        ctx.eps = eps
+        shape, x = x.shape, x.flatten(0, -2)
+        out = weight.new_empty(len(x), len(weight))
+        for s in row_slices(len(x), x.device):
+            normed = F.layer_norm(x[s], gamma.shape, gamma, beta, eps).to(weight.dtype)
+            out[s] = linear(normed, weight, bias)
+        return out.unflatten(0, shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, gamma, beta, weight = ctx.saved_tensors
+        of_x, of_gamma, of_beta, _, of_weight, of_bias = ctx.needs_input_grad
+        behind = [of_x, of_gamma, of_beta]  # what lies behind the product
+        shape, x, grad = x.shape, x.flatten(0, -2), grad.flatten(0, -2)
+        grad_x = torch.empty_like(x) if of_x else None
+        grad_gamma, grad_beta = torch.zeros_like(gamma), torch.zeros_like(beta)
+        grad_weight = torch.zeros_like(weight, dtype=gamma.dtype)  # sums over slices are not rounded to bf16
+        for s in row_slices(len(x), x.device):
+            normed, mean, rstd = torch.native_layer_norm(x[s], gamma.shape, gamma, beta, ctx.eps)
+            if of_weight:
+                grad_weight += grad[s].t() @ normed.to(grad.dtype)
+            if any(behind):
+                through = linear(grad[s], weight.t()).to(x.dtype)
+                to_norm = torch.ops.aten.native_layer_norm_backward
+                found = to_norm(through, x[s], gamma.shape, mean, rstd, gamma, beta, behind)
+                if grad_x is not None:
+                    grad_x[s] = found[0]
+                grad_gamma += found[1] if of_gamma else 0
+                grad_beta += found[2] if of_beta else 0
+        grad_x = None if grad_x is None else grad_x.view(shape)
+        grads = (grad_x, grad_gamma, grad_beta, None, grad_weight.to(weight.dtype), grad.sum(0) if of_bias else None)
+        return tuple(g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad))
+
+
+class _AddLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
+        ctx.save_for_backward(y, weight)
+        x = x.clone() if keep else x
+        for s in row_slices(len(x), x.device):
+            x[s] += linear(y[s], weight, bias)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        y, weight = ctx.saved_tensors
+        _, wants_y, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        return (
+            grad,
+            linear(grad, weight.t()) if wants_y else None,
+            grad.t() @ y if wants_weight else None,
+            grad.sum(0) if wants_bias else None,
+            None,
+        )

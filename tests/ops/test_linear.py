@@ -1,0 +1,114 @@
+"""Linear layers beside their norm and their sum say what torch's say, and so do their gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from adaptkit.ops import linear as ops
+from adaptkit.ops.linear import add_linear, linear, norm_linear
+
+
+def inputs(*shapes, dtype=torch.float64):
+    torch.manual_seed(0)
+    return [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
+
+
+def norm_of(dim, dtype=torch.float64):
+    norm = nn.LayerNorm(dim, dtype=dtype)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
+def gradients(y, *leaves):
+    return torch.autograd.grad(y, leaves, torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
+
+
+@pytest.fixture(params=[2, 2048])
+def rows(request, monkeypatch):
+    """Slices that do not divide the rows, and one slice."""
+    given = ops.row_slices
+    monkeypatch.setattr(ops, "row_slices", lambda n, device: given(n, device, request.param))
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_norm_and_a_linear_layer(bias):
+    x, weight, b = inputs((2, 5, 8), (3, 8), (3,))
+    norm, b = norm_of(8), b if bias else None
+    leaves = [t for t in (x, norm.weight, norm.bias, weight, b) if t is not None]
+    ours, plain = norm_linear(x, norm, weight, b), F.linear(norm(x), weight, b)
+    torch.testing.assert_close(ours, plain, atol=1e-12, rtol=1e-12)
+    for a, c in zip(gradients(ours, *leaves), gradients(plain, *leaves), strict=True):
+        torch.testing.assert_close(a, c, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("wanted", ["x", "norm", "weight", "bias"])
+def test_gradients_of_what_is_trained_alone(wanted):
+    x, weight, b = inputs((2, 5, 8), (3, 8), (3,))
+    norm = norm_of(8)
+    leaf = {"x": x, "norm": norm.bias, "weight": weight, "bias": b}[wanted]
+    for t in (x, weight, b, *norm.parameters()):
+        t.requires_grad_(t is leaf)
+    (ours,) = gradients(norm_linear(x, norm, weight, b), leaf)
+    (plain,) = gradients(F.linear(norm(x), weight, b), leaf)
+    torch.testing.assert_close(ours, plain, atol=1e-12, rtol=1e-12)
+
+
+def test_no_norm_is_a_linear_layer():
+    x, weight, b = inputs((2, 5, 8), (3, 8), (3,))
+    assert torch.equal(norm_linear(x, nn.Identity(), weight, b), F.linear(x, weight, b))
+
+
+def test_a_part_of_the_tokens():
+    x, weight = inputs((2, 6, 8), (3, 8))
+    norm = norm_of(8)
+    ours, plain = norm_linear(x[:, 1:], norm, weight, None), F.linear(norm(x[:, 1:]), weight)
+    torch.testing.assert_close(gradients(ours, x), gradients(plain, x), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_and_a_sum(bias):
+    x, y, weight, b = inputs((2, 5, 3), (2, 5, 8), (3, 8), (3,))
+    b = b if bias else None
+    leaves = [t for t in (x, y, weight, b) if t is not None]
+    ours, plain = add_linear(x, y, weight, b), x + F.linear(y, weight, b)
+    torch.testing.assert_close(ours, plain, atol=1e-12, rtol=1e-12)
+    for a, c in zip(gradients(ours, *leaves), gradients(plain, *leaves), strict=True):
+        torch.testing.assert_close(a, c, atol=1e-12, rtol=1e-12)
+
+
+def test_a_sum_is_in_place_without_gradients_and_the_same_bits():
+    x, y, weight, b = inputs((2, 50, 24), (2, 50, 16), (24, 16), (24,), dtype=torch.float32)
+    kept = add_linear(x, y, weight, b)
+    with torch.no_grad():
+        x = x.detach().clone()
+        out = add_linear(x, y, weight, b)
+    assert out.data_ptr() == x.data_ptr()
+    assert torch.equal(out, kept)
+
+
+@pytest.mark.parametrize("shape", [(7, 16), (2, 3, 16), (1, 1, 16), (0, 16)])
+def test_a_product_in_float32(shape):
+    x, weight, b = inputs(shape, (5, 16), (5,), dtype=torch.float32)
+    for bias in (b, None):
+        ours, plain = linear(x, weight, bias), F.linear(x, weight, bias)
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+        for a, c in zip(gradients(ours, x, weight), gradients(plain, x, weight), strict=True):
+            torch.testing.assert_close(a, c, atol=1e-4, rtol=1e-5)
+
+
+def test_under_autocast_products_have_its_dtype_and_norms_do_not():
+    x, weight, b = inputs((2, 50, 16), (8, 16), (8,), dtype=torch.float32)
+    norm = norm_of(16, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, plain = norm_linear(x, norm, weight, b), F.linear(norm(x), weight, b)
+        total = add_linear(x[..., :8], x, weight, b)
+    assert ours.dtype == plain.dtype == torch.bfloat16
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(ours, plain, atol=2e-2, rtol=2e-2)
+    for a, c in zip(gradients(ours, x, norm.weight, weight), gradients(plain, x, norm.weight, weight), strict=True):
+        assert a.dtype == c.dtype
+        torch.testing.assert_close(a, c, atol=0.2, rtol=5e-2)
