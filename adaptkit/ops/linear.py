@@ -55,7 +55,9 @@ def add_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     """``x + linear(y, weight, bias)``: x (..., D), y (..., D'). Without gradients x itself is changed and returned."""
     if torch.compiler.is_compiling() or x.dtype != _product_dtype(y):
         return add_to(x, F.linear(y, weight, bias))
-    rows = _AddLinear.apply(x.flatten(0, -2), y.flatten(0, -2), weight, bias, torch.is_grad_enabled())
+    y, weight, bias = (None if t is None else t.to(x.dtype) for t in (y, weight, bias))
+    with torch.autocast(x.device.type, enabled=False):
+        rows = _AddLinear.apply(x.flatten(0, -2), y.flatten(0, -2), weight, bias, torch.is_grad_enabled())
     return rows.view_as(x)
 
 

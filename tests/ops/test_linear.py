@@ -105,9 +105,15 @@ def test_under_autocast_products_have_its_dtype_and_norms_do_not():
     norm = norm_of(16, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         ours, plain = norm_linear(x, norm, weight, b), F.linear(norm(x), weight, b)
-        total = add_linear(x[..., :8], x, weight, b)
+        total, short = add_linear(x[..., :8], x, weight, b), add_linear(x[..., :8].bfloat16(), x, weight, b)
     assert ours.dtype == plain.dtype == torch.bfloat16
     assert total.dtype == torch.float32
+    assert short.dtype == torch.bfloat16
+    for a, c in zip(
+        gradients(short, x, weight, b), gradients(x[..., :8] + F.linear(x, weight, b), x, weight, b), strict=True
+    ):
+        assert a.dtype == c.dtype
+        torch.testing.assert_close(a, c, atol=0.3, rtol=5e-2)
     torch.testing.assert_close(ours, plain, atol=2e-2, rtol=2e-2)
     for a, c in zip(gradients(ours, x, norm.weight, weight), gradients(plain, x, norm.weight, weight), strict=True):
         assert a.dtype == c.dtype
