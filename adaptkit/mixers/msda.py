@@ -74,19 +74,23 @@ class MSDeformAttn(CrossMixer):
         value = norm_linear(feat, norms[1], self.value_proj.weight, self.value_proj.bias).unflatten(2, (self.heads, -1))
         # Coordinates stay in float32 whatever the autocast dtype: bf16 cannot tell neighbouring pixels apart.
         points = layout.points
-        offsets, weights = self._places(query, norms[0])
-        offsets = offsets.unflatten(2, (*shape, 2)).to(points.dtype)
         cells_xy = points.new_tensor([(w, h) for h, w in layout.values])
-        locations = points[:, None, None, None, :] + offsets / cells_xy[:, None, :]  # (B, Q, H, L, K, 2)
+        offsets, weights = self._places(query, norms[0], cells_xy)
+        locations = points[:, None, None, None, :] + offsets.unflatten(2, (*shape, 2)).to(points.dtype)
         weights = grouped_softmax(weights.to(points.dtype), self.heads).unflatten(2, shape)
         return partial(ms_deform_attn, value, list(layout.values), locations, weights)
 
-    def _places(self, query: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-        """(B, Q, D) -> offsets (B, Q, 2 * H * L * K) and logits (B, Q, H * L * K): both layers read the query once."""
-        layers = (self.sampling_offsets, self.attention_weights)
-        weight, bias = torch.cat([m.weight for m in layers]), torch.cat([m.bias for m in layers])
-        offsets, logits = norm_linear(query, norm, weight, bias).split([m.out_features for m in layers], dim=-1)
-        return offsets, logits
+    def _places(self, query: Tensor, norm: nn.Module, cells_xy: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, Q, D) -> offsets (B, Q, H * L * K * 2) over the extent of a level, and logits (B, Q, H * L * K).
+
+        Both layers read the query once, and cells become shares of the extent in the weights, which are few.
+        """
+        offsets, logits = self.sampling_offsets, self.attention_weights
+        cells_of = cells_xy[:, None].expand(self.heads, -1, self.points, -1).flatten().to(offsets.weight.dtype)
+        weight = torch.cat([offsets.weight / cells_of[:, None], logits.weight])
+        bias = torch.cat([offsets.bias / cells_of, logits.bias])
+        places = norm_linear(query, norm, weight, bias)
+        return places.split([offsets.out_features, logits.out_features], dim=-1)
 
 
 class MSDeformMixer(Mixer):

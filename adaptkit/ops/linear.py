@@ -16,10 +16,10 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["add_linear", "add_to", "linear", "norm_linear", "row_slices"]
 
-ROWS = 2048  # of a few hundred channels: they stay in the cache from the norm to the product
+NUMBERS = 2**21  # of rows that are made at a time: they stay in the cache from one operation to the next
 
 
-def row_slices(rows: int, device: torch.device, step: int = ROWS) -> Iterator[slice]:
+def row_slices(rows: int, device: torch.device, step: int) -> Iterator[slice]:
     """Yield slices of ``step`` rows; on a GPU all at once."""
     step = step if device.type == "cpu" else max(rows, 1)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
@@ -80,7 +80,7 @@ class _NormLinear(torch.autograd.Function):
         ctx.eps = eps
         shape, x = x.shape, x.flatten(0, -2)
         out = weight.new_empty(len(x), len(weight))
-        for s in row_slices(len(x), x.device):
+        for s in row_slices(len(x), x.device, NUMBERS // x.shape[1] + 1):
             normed = F.layer_norm(x[s], gamma.shape, gamma, beta, eps).to(weight.dtype)
             out[s] = linear(normed, weight, bias)
         return out.unflatten(0, shape[:-1])
@@ -95,7 +95,7 @@ class _NormLinear(torch.autograd.Function):
         grad_x = torch.empty_like(x) if of_x else None
         grad_gamma, grad_beta = torch.zeros_like(gamma), torch.zeros_like(beta)
         grad_weight = torch.zeros_like(weight, dtype=gamma.dtype)  # sums over slices are not rounded to bf16
-        for s in row_slices(len(x), x.device):
+        for s in row_slices(len(x), x.device, NUMBERS // x.shape[1] + 1):
             normed, mean, rstd = torch.native_layer_norm(x[s], gamma.shape, gamma, beta, ctx.eps)
             if of_weight:
                 grad_weight += grad[s].t() @ normed.to(grad.dtype)
@@ -117,7 +117,7 @@ class _AddLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
         ctx.save_for_backward(y, weight)
         x = x.clone() if keep else x
-        for s in row_slices(len(x), x.device):
+        for s in row_slices(len(x), x.device, NUMBERS // x.shape[1] + 1):
             x[s] += linear(y[s], weight, bias)
         return x
 

@@ -25,11 +25,10 @@ def gradients(y, *leaves):
     return torch.autograd.grad(y, leaves, torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
 
 
-@pytest.fixture(params=[2, 2048])
+@pytest.fixture(params=[8, 2**21])
 def rows(request, monkeypatch):
-    """Slices that do not divide the rows, and one slice."""
-    given = ops.row_slices
-    monkeypatch.setattr(ops, "row_slices", lambda n, device: given(n, device, request.param))
+    """Slices of one or two rows, which do not divide their number, and one slice."""
+    monkeypatch.setattr(ops, "NUMBERS", request.param)
 
 
 @pytest.mark.usefixtures("rows")
