@@ -6,7 +6,7 @@ order, so that going from one to the other costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -210,7 +210,9 @@ class SpatialPrior(nn.Module):
         conv1, norm1, relu, conv2, norm2, _, conv3, norm3, pool, _ = self.stem
         x = _normed(conv1(x), norm1, relu, conv2)
         x = _normed(x, norm2, relu, conv3)
-        return relu(_normed(x, norm3, identity, pool))
+        # The gradient of a largest value asks for its place, and of the map for its shape alone: x has it. (Not on MPS.)
+        stand_in = None if x.device.type == "mps" else lambda: x
+        return relu(_normed(x, norm3, identity, pool, again=stand_in))
 
 
 def _narrower(layers: nn.Sequential, x: Tensor) -> Tensor:
@@ -218,12 +220,15 @@ def _narrower(layers: nn.Sequential, x: Tensor) -> Tensor:
     return relu(norm_map(norm, conv(x), keep=torch.is_grad_enabled()))
 
 
-def _normed(x: Tensor, norm: nn.Module, act: Fn, layer: Fn) -> Tensor:
-    """``layer(act(norm(x)))``, where ``act`` may work in place; x alone is kept for the backward pass."""
+def _normed(x: Tensor, norm: nn.Module, act: Fn, layer: Fn, again: Callable[[], Tensor] | None = None) -> Tensor:
+    """``layer(act(norm(x)))``, where ``act`` may work in place; x alone is kept for the backward pass.
+
+    ``again`` makes what the backward pass of ``layer`` asks for; by default ``act(norm(x))``.
+    """
     y = norm_map(norm, x, keep=torch.is_grad_enabled())
     if isinstance(norm, SyncBatchNorm2d):  # to compute it again would take all processes again
         return layer(act(y))
-    with forgotten((y, lambda: act(_again(norm, x)))):
+    with forgotten((y, again or (lambda: act(_again(norm, x))))):
         return layer(act(y))
 
 

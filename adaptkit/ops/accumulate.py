@@ -61,7 +61,7 @@ class _AddUpsampled(torch.autograd.Function):
         kernel, bias = _matrix(weight), bias.repeat(4)
         for out, x in zip(fine, coarse):
             blocks = _blocks(out)
-            for s in row_slices(coarse.shape[2], x.device, max(1, PIXELS // coarse.shape[3])):
+            for s in _lines(coarse):
                 blocks[s] += linear(_rows(x[:, s]), kernel, bias).view(blocks[s].shape)
         return fine
 
@@ -71,9 +71,11 @@ class _AddUpsampled(torch.autograd.Function):
         kernel = _matrix(weight)
         grad_coarse, grad_kernel = torch.empty_like(coarse), torch.zeros_like(kernel)
         for g, x, grad_x in zip(grad, coarse, grad_coarse):
-            rows = _blocks(g).reshape(-1, len(kernel))  # (h*w, 4 D')
-            grad_kernel.addmm_(rows.t(), _rows(x))
-            grad_x.copy_(linear(rows, kernel.t()).t().view_as(grad_x))
+            blocks = _blocks(g)
+            for s in _lines(coarse):
+                rows = blocks[s].reshape(-1, len(kernel))  # (n*w, 4 D')
+                grad_kernel.addmm_(rows.t(), _rows(x[:, s]))
+                grad_x[:, s] = linear(rows, kernel.t()).t().view(x[:, s].shape)
         grad_weight = grad_kernel.view(2, 2, weight.shape[1], weight.shape[0]).permute(3, 2, 0, 1)
         return grad, grad_coarse, grad_weight, grad.sum((0, 2, 3))
 
@@ -100,6 +102,11 @@ class _AddResampled(torch.autograd.Function):
                 made = resample_map(part, ctx.strides[0], ctx.strides[1], (grad.shape[2], grad.shape[3]))
             (grad_x[:, s],) = torch.autograd.grad(made, part, grad[:, s])
         return grad, grad_x, None, None
+
+
+def _lines(coarse: Tensor) -> Iterator[slice]:
+    """Yield slices of the rows of pixels, of which the product is made without new memory."""
+    return row_slices(coarse.shape[2], coarse.device, max(1, PIXELS // coarse.shape[3]))
 
 
 def _channels(fine: Tensor) -> Iterator[slice]:
