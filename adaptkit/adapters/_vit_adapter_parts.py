@@ -210,7 +210,7 @@ class SpatialPrior(nn.Module):
         conv1, norm1, relu, conv2, norm2, _, conv3, norm3, pool, _ = self.stem
         x = _normed(conv1(x), norm1, relu, conv2)
         x = _normed(x, norm2, relu, conv3)
-        # The gradient of a largest value asks for its place, and of the map for its shape alone: x has it. (Not on MPS.)
+        # The gradient of a largest value asks for its place, and of the map for its shape alone (but on MPS): x has it.
         stand_in = None if x.device.type == "mps" else lambda: x
         return relu(_normed(x, norm3, identity, pool, again=stand_in))
 
