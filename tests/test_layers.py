@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adaptkit.layers import DropPath, LayerNorm2d, norm2d, norm_map
+from adaptkit.layers import DropPath, LayerNorm2d, conv_norm, norm2d, norm_map
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
@@ -59,6 +59,23 @@ def test_a_norm_that_rests_may_work_in_place_and_says_the_same(kind):
         out = norm_map(norm, mine, keep=False)
     assert torch.equal(out, kept)
     assert (out.data_ptr() == mine.data_ptr()) == (kind in ("batch", "sync"))
+
+
+@pytest.mark.parametrize("kind", ["batch", "sync", "group", "layer"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_norm_that_rests_is_part_of_the_convolution_before_it(kind, bias):
+    torch.manual_seed(0)
+    conv, norm = torch.nn.Conv2d(3, 6, 3, 2, 1, bias=bias).double(), norm2d(kind, 6).double().train()
+    for _ in range(3):
+        assert torch.equal(conv_norm(conv, norm, x := torch.randn(4, 3, 9, 8).double()), norm(conv(x)))
+    torch.nn.init.normal_(norm.weight)
+    norm.eval()
+    x.requires_grad_()
+    inputs = [x, conv.weight, norm.weight, norm.bias]
+    mine, expected = conv_norm(conv, norm, x), norm(conv(x))
+    torch.testing.assert_close(mine, expected)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (mine, expected)), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_norm_in_training_sees_its_batch():

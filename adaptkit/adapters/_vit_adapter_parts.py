@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.layers import DropPath, Norm, SyncBatchNorm2d, norm2d, norm_map
+from adaptkit.layers import DropPath, Norm, SyncBatchNorm2d, conv_norm, norm2d, norm_map
 from adaptkit.mixers import CrossMixer, Layout, cross_mixer
 from adaptkit.ops.forget import forgotten
 from adaptkit.ops.grid import cell_centres, map_to_tokens, tokens_to_map
@@ -153,10 +153,10 @@ class Interaction(nn.Module):
 
 
 class SpatialPrior(nn.Module):
-    """A small ResNet-like stem (paper, section 3.2): maps of width D at strides 4, 8, 16 and 32, channels-last."""
+    """A small ResNet-like stem (paper, section 3.2): maps at strides 4, 8, 16 and 32, channels-last."""
 
     def __init__(self, dim: int, inplane: int, norm: Norm, finest: bool = True) -> None:
-        """``finest=False`` leaves out the map at stride 4."""
+        """``finest=False`` leaves out what the map at stride 4 is projected by."""
         super().__init__()
 
         def conv(cin: int, cout: int, stride: int) -> list[nn.Module]:
@@ -173,14 +173,14 @@ class SpatialPrior(nn.Module):
         self.fc3 = nn.Conv2d(4 * inplane, dim, 1)
         self.fc4 = nn.Conv2d(4 * inplane, dim, 1)
 
-    def forward(self, image: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        """(B, 3, H, W), sides multiples of 32 -> four maps (B, D, H/s, W/s), the first one if it is made."""
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(B, 3, H, W), sides multiples of 32 -> (B, inplane, H/4, W/4), which ``fc1`` is for, and three of width D."""
         image = image.contiguous(memory_format=torch.channels_last)
         c1 = self._by_strips(image) if self._is_local(image) else self._stem(image)
         c2 = _narrower(self.conv2, c1)
         c3 = _narrower(self.conv3, c2)
         c4 = _narrower(self.conv4, c3)
-        return None if self.fc1 is None else self.fc1(c1), self.fc2(c2), self.fc3(c3), self.fc4(c4)
+        return c1, self.fc2(c2), self.fc3(c3), self.fc4(c4)
 
     def _is_local(self, image: Tensor) -> bool:
         """Whether the stem is better run on parts of an image: on a CPU, and where no norm asks for the whole."""
@@ -208,6 +208,9 @@ class SpatialPrior(nn.Module):
     def _stem(self, x: Tensor) -> Tensor:
         """``stem``, without keeping its normed maps: they are the largest of all, and cheap."""
         conv1, norm1, relu, conv2, norm2, _, conv3, norm3, pool, _ = self.stem
+        if not norm1.training:  # a norm that rests is part of the convolution
+            x = relu(conv_norm(conv2, norm2, relu(conv_norm(conv1, norm1, x))))
+            return relu(pool(conv_norm(conv3, norm3, x)))
         x = _normed(conv1(x), norm1, relu, conv2)
         x = _normed(x, norm2, relu, conv3)
         # The gradient of a largest value asks for its place, and of the map for its shape alone (but on MPS): x has it.
@@ -217,7 +220,7 @@ class SpatialPrior(nn.Module):
 
 def _narrower(layers: nn.Sequential, x: Tensor) -> Tensor:
     conv, norm, relu = layers
-    return relu(norm_map(norm, conv(x), keep=torch.is_grad_enabled()))
+    return relu(conv_norm(conv, norm, x))
 
 
 def _normed(x: Tensor, norm: nn.Module, act: Fn, layer: Fn, again: Callable[[], Tensor] | None = None) -> Tensor:

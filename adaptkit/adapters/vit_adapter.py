@@ -187,12 +187,12 @@ class ViTAdapter(SideAdapter):
             c = interaction.extract(c, taps[-1], grids)
         return vit.finish(x, image, self._pyramid(c1, c, taps, grids, image), trace)
 
-    def _pyramid(self, c1: Tensor | None, c: Tensor, taps: list[Tensor], grids: Grids, image: Tensor) -> list[Tensor]:
+    def _pyramid(self, c1: Tensor, c: Tensor, taps: list[Tensor], grids: Grids, image: Tensor) -> list[Tensor]:
         """Maps at ``strides``: c taken apart, ViT features added, normed, cropped to the image."""
         parts = c.split([h * w for h, w in grids.levels], dim=1)
         maps = {s: tokens_to_map(p, g) for s, p, g in zip(STRIDES[1:], parts, grids.levels)}
-        if self.up is not None:
-            maps[4] = add_upsampled(c1, maps[8], self.up.weight, self.up.bias)
+        if self.up is not None and self.spm.fc1 is not None:
+            maps[4] = add_upsampled(self.spm.fc1(c1), maps[8], self.up.weight, self.up.bias)
         norms = dict(zip(STRIDES, (self.norm1, self.norm2, self.norm3, self.norm4)))
         height, width = image.shape[-2:]
         out = []

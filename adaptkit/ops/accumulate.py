@@ -6,6 +6,7 @@ no second map of its size is ever held.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptkit.ops.grid import resample_map
+from adaptkit.ops.grid import resample_lines, resample_map
 from adaptkit.ops.linear import linear, row_slices
 
 __all__ = ["add_resampled", "add_upsampled"]
 
 NUMBERS = 2**20  # of what is added, at a time: it stays in the cache until it is
-PIXELS = 1024  # coarse ones at a time, for the same reason
+PIXELS = 4096  # of the large map at a time, for the same reason
 
 
 def add_upsampled(fine: Tensor, coarse: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -86,8 +87,12 @@ class _AddResampled(torch.autograd.Function):
         ctx.mark_dirty(fine)
         ctx.save_for_backward(x)
         ctx.strides = stride, to_stride
-        for s in _channels(fine):
-            fine[:, s] += resample_map(x[:, s], stride, to_stride, (fine.shape[2], fine.shape[3]))
+        height, width = fine.shape[2:]
+        step = stride // math.gcd(stride, to_stride)  # a cell of each grid begins there
+        step *= max(1, PIXELS // (width * step))
+        for image, of_x in zip(fine.split(1), x.split(1)):
+            for s in row_slices(height, fine.device, step):
+                image[:, :, s] += resample_lines(of_x, stride, to_stride, s.start, s.stop, width)
         return fine
 
     @staticmethod
@@ -106,7 +111,7 @@ class _AddResampled(torch.autograd.Function):
 
 def _lines(coarse: Tensor) -> Iterator[slice]:
     """Yield slices of the rows of pixels, of which the product is made without new memory."""
-    return row_slices(coarse.shape[2], coarse.device, max(1, PIXELS // coarse.shape[3]))
+    return row_slices(coarse.shape[2], coarse.device, max(1, PIXELS // (4 * coarse.shape[3])))
 
 
 def _channels(fine: Tensor) -> Iterator[slice]:

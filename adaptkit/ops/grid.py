@@ -15,6 +15,7 @@ __all__ = [
     "check_strides",
     "map_to_tokens",
     "pad_to_multiple",
+    "resample_lines",
     "resample_map",
     "tokens_to_map",
 ]
@@ -74,3 +75,15 @@ def resample_map(x: Tensor, stride: float, to_stride: float, size: tuple[int, in
         x = F.pad(x, (0, missing[1], 0, missing[0]), mode="replicate")
     x = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False, recompute_scale_factor=False)
     return x[..., : size[0], : size[1]]
+
+
+def resample_lines(x: Tensor, stride: int, to_stride: int, start: int, stop: int, width: int) -> Tensor:
+    """Rows ``start`` to ``stop`` (left out) of :func:`resample_map`, (B, C, stop - start, width), from what they read.
+
+    ``start`` is a multiple of ``stride / gcd(stride, to_stride)``, where cells of both grids begin.
+    """
+    shared = math.gcd(stride, to_stride)
+    above = min(start, stride // shared)  # a whole number of cells of either grid: their last row is the neighbour
+    first = min((start - above) * to_stride // stride, x.shape[2] - 1)  # beyond the last cell it is repeated
+    last = cells(stop * to_stride, stride) + 1
+    return resample_map(x[:, :, first:last], stride, to_stride, (above + stop - start, width))[:, :, above:]

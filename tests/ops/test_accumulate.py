@@ -33,11 +33,14 @@ def test_it_computes_in_the_dtype_of_the_large_map():
 
 
 @pytest.mark.parametrize("numbers", [1, 2**20])
+@pytest.mark.parametrize("pixels", [1, 4096])
 @pytest.mark.parametrize(
-    ("stride", "grid", "size"), [(16, (3, 5), (12, 20)), (14, (3, 4), (16, 16)), (32, (2, 2), (4, 3))]
+    ("stride", "grid", "size"),
+    [(16, (3, 5), (12, 20)), (14, (3, 4), (16, 16)), (32, (2, 2), (4, 3)), (2, (7, 6), (4, 3)), (14, (3, 4), (24, 24))],
 )
-def test_a_coarse_map_is_resampled_and_added(monkeypatch, numbers, stride, grid, size):
+def test_a_coarse_map_is_resampled_and_added(monkeypatch, numbers, pixels, stride, grid, size):
     monkeypatch.setattr(accumulate, "NUMBERS", numbers)
+    monkeypatch.setattr(accumulate, "PIXELS", pixels)
     torch.manual_seed(0)
     shapes = ((2, 40, *size), (2, 40, *grid))
     base, x = inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
