@@ -66,8 +66,8 @@ def test_a_norm_that_rests_may_work_in_place_and_says_the_same(kind):
 def test_a_norm_that_rests_is_part_of_the_convolution_before_it(kind, bias):
     torch.manual_seed(0)
     conv, norm = torch.nn.Conv2d(3, 6, 3, 2, 1, bias=bias).double(), norm2d(kind, 6).double().train()
-    for _ in range(3):
-        assert torch.equal(conv_norm(conv, norm, x := torch.randn(4, 3, 9, 8).double()), norm(conv(x)))
+    x = torch.randn(4, 3, 9, 8).double()
+    assert torch.equal(conv_norm(conv, norm, x), norm(conv(x)))
     torch.nn.init.normal_(norm.weight)
     norm.eval()
     x.requires_grad_()
