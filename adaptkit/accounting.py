@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adaptkit.adapters.adavit import AdaViT
 from adaptkit.model import AdaptedModel
+from adaptkit.ops.linear import exact_rows
 from adaptkit.vit import Block, Features
 
 __all__ = ["BlockCosts", "Costs", "Summary", "costs", "counted", "macs", "summary"]
@@ -128,7 +129,7 @@ def summary(values: Tensor) -> Summary:
 def counted(run: Callable[[], Any]) -> float:
     """Return the MACs of ``run()``, counted operator by operator while it runs."""
     # The fused attention kernels are not all known to the counter; the plain one is two matrix products.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), exact_rows():
         run()
     return counter.get_total_flops() / 2
 
