@@ -103,7 +103,7 @@ def _ffn(block: Block, h: Tensor) -> Tensor:
     if layers is None:
         return block.mlp(h)
     fc1, act, fc2 = layers
-    return linear(act(linear(h, fc1.weight, fc1.bias)), fc2.weight, fc2.bias)
+    return linear(linear(h, fc1.weight, fc1.bias, act), fc2.weight, fc2.bias)
 
 
 def _add(rows: Tensor, places: Tensor, update: Tensor) -> None:

@@ -28,11 +28,16 @@ _TRIALS = 7
 _exact: ContextVar[bool] = ContextVar("exact", default=False)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(..., R, D), (D', D), (D',) -> (..., R, D') as ``F.linear``, which it is for an R that is not ``rounded``."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """(..., R, D), (D', D), (D',) -> (..., R, D') as ``act(F.linear(...))``, which it is for an R not ``rounded``."""
     if type(weight) in _PLAIN and weight.dtype == torch.float32 and x.shape[-2] == _whole(x.shape[-2]) and _faster(x):
-        return _onednn(x, weight, bias)
-    return F.linear(x, weight, bias)
+        if isinstance(act, nn.GELU) and type(act) is nn.GELU and act.approximate == "none":
+            fused: Tensor = _ONEDNN(x, weight, bias, "gelu", [], "none")
+            return fused
+        y = _onednn(x, weight, bias)
+    else:
+        y = F.linear(x, weight, bias)
+    return y if act is None else act(y)
 
 
 def rounded(rows: int, x: Tensor) -> int:
@@ -61,15 +66,16 @@ def _whole(rows: int) -> int:
 
 def _faster(x: Tensor) -> bool:
     """Whether rows like these go to oneDNN, which records no gradient and knows no autocast."""
-    if x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel() or torch.is_grad_enabled():
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel():
         return False
-    return (
-        not torch.is_autocast_enabled("cpu") and torch.backends.mkldnn.enabled and onednn_wins(torch.get_num_threads())
-    )
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or _exact.get() or not torch.backends.mkldnn.enabled:
+        return False
+    return onednn_wins(torch.get_num_threads())
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _ONEDNN(x, weight, bias, "none", [], "")
+    y: Tensor = _ONEDNN(x, weight, bias, "none", [], "")
+    return y
 
 
 @cache
