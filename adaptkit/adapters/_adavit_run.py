@@ -23,7 +23,7 @@ from torch import Tensor
 from adaptkit.adapters._adavit_gates import Decision
 from adaptkit.adapters._adavit_heads import by_image
 from adaptkit.ops.kept import masked_attention, packed_attention, packed_backend
-from adaptkit.ops.linear import linear, rounded
+from adaptkit.ops.linear import exact_rows, faster, linear, rounded
 from adaptkit.vit import Block, Projections
 
 __all__ = ["Way", "masked", "packed"]
@@ -93,14 +93,14 @@ def packed(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> 
     places = (keep & on[1, :, None]).flatten().nonzero()[:, 0]
     for tile in places.split(TILE if x.device.type == "cpu" else max(1, len(places))):
         if len(tile):
-            _add(rows, tile, block.scale2(_ffn(block, block.norm2(rows.index_select(0, tile)[None])))[0])
+            _add(rows, tile, block.scale2(block.mlp(block.norm2(rows.index_select(0, tile)[None])))[0])
     return rows.view(count, tokens, dim)
 
 
 def _ffn(block: Block, h: Tensor) -> Tensor:
     """``block.mlp`` of some rows, (1, R, D) -> (1, R, D)."""
     layers = block.perceptron()
-    if layers is None:
+    if layers is None or not faster(h):
         return block.mlp(h)
     fc1, act, fc2 = layers
     return linear(linear(h, fc1.weight, fc1.bias, act), fc2.weight, fc2.bias)
@@ -179,7 +179,8 @@ def _attention(block: Block, h: Tensor, kept: Kept, head: Tensor | None, way: Wa
     if weights is not None:
         table = None if head is None else head.tolist()
         on = [None if table is None else table[i] for i in kept.images]
-        return _by_image(block, weights, h, kept, on, way, prefix, kept.lengths)
+        with exact_rows():  # numbers of rows as they come are not for oneDNN
+            return _by_image(block, weights, h, kept, on, way, prefix, kept.lengths)
     if block.qkv_at is None:
         q, k, v = block.qkv(h[None])
     else:
@@ -209,7 +210,8 @@ def _by_image(
     """Attention image by image: the first ``keys`` rows of each are attended to, with the heads that are ``on``."""
     biases = None if block.bias is None else _biases(block.bias, kept, weights.out_weight.shape[1])
     queries = prefix if way.only_prefix else None
-    return by_image(weights, h.split(kept.lengths), on, biases, block.scale, way.head_mode, queries, keys)
+    joined = len(on) == 1 and faster(h)
+    return by_image(weights, h.split(kept.lengths), on, biases, block.scale, way.head_mode, queries, keys, joined)
 
 
 def _biases(bias: Tensor, kept: Kept, heads: int) -> list[Tensor]:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ["exact_rows", "linear", "rounded"]
+__all__ = ["exact_rows", "faster", "linear", "rounded"]
 
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 _PLAIN = (Tensor, nn.Parameter)  #: not those of another layout or library
@@ -30,7 +30,7 @@ _exact: ContextVar[bool] = ContextVar("exact", default=False)
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """(..., R, D), (D', D), (D',) -> (..., R, D') as ``act(F.linear(...))``, which it is for an R not ``rounded``."""
-    if type(weight) in _PLAIN and weight.dtype == torch.float32 and x.shape[-2] == _whole(x.shape[-2]) and _faster(x):
+    if type(weight) in _PLAIN and weight.dtype == torch.float32 and x.shape[-2] == _whole(x.shape[-2]) and faster(x):
         if isinstance(act, nn.GELU) and type(act) is nn.GELU and act.approximate == "none":
             fused: Tensor = _ONEDNN(x, weight, bias, "gelu", [], "none")
             return fused
@@ -46,7 +46,7 @@ def rounded(rows: int, x: Tensor) -> int:
     oneDNN compiles code for each number of rows that it meets, which takes a millisecond, and keeps that of the last
     thousand. So it is asked for sixteen different numbers in each octave, at most 6 % too many.
     """
-    return _whole(rows) if _faster(x) else rows
+    return _whole(rows) if faster(x) else rows
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def _whole(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def _faster(x: Tensor) -> bool:
+def faster(x: Tensor) -> bool:
     """Whether rows like these go to oneDNN, which records no gradient and knows no autocast."""
     if x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel():
         return False
