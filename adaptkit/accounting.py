@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adaptkit.adapters.adavit import AdaViT
 from adaptkit.model import AdaptedModel
+from adaptkit.ops import onednn
 from adaptkit.vit import Block, Features
 
 __all__ = ["BlockCosts", "Costs", "Summary", "costs", "counted", "macs", "summary"]
@@ -127,8 +128,8 @@ def summary(values: Tensor) -> Summary:
 
 def counted(run: Callable[[], Any]) -> float:
     """Return the MACs of ``run()``, counted operator by operator while it runs."""
-    # The fused attention kernels are not all known to the counter; the plain one is two matrix products.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    # The counter does not know all fused attention kernels (the plain one is two matrix products), nor oneDNN's tensors.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), onednn.avoided():
         run()
     return counter.get_total_flops() / 2
 

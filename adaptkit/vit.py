@@ -22,7 +22,19 @@ from torch import Tensor, nn
 
 from adaptkit.ops.grid import cells, pad_to_multiple
 
-__all__ = ["Block", "Features", "Projections", "Source", "Spec", "ViT", "View", "identity", "no_projections"]
+__all__ = [
+    "Block",
+    "Features",
+    "Perceptron",
+    "Projections",
+    "Source",
+    "Spec",
+    "ViT",
+    "View",
+    "identity",
+    "no_perceptron",
+    "no_projections",
+]
 
 Fn = Callable[[Tensor], Tensor]
 
@@ -69,6 +81,10 @@ def no_projections() -> None:
     """Return nothing: the attention of this block is more than linear layers around a softmax."""
 
 
+def no_perceptron() -> None:
+    """Return nothing: the FFN of this block is more than two linear layers around an activation."""
+
+
 def identity(x: Tensor) -> Tensor:
     """Return ``x``: the part that a block does not have."""
     return x
@@ -77,18 +93,24 @@ def identity(x: Tensor) -> Tensor:
 class Projections(NamedTuple):
     """The linear layers around one attention, head by head: views of the host's own weights.
 
-    ``k = norms[1](h @ weights[1][head].T + biases[1][head])`` is the key of one head, and the heads' outputs are
-    joined by ``out_weight``. Only for an attention that is nothing else: plain linear layers, no position inside, no
-    norm over several heads, one key and value for each query.
+    ``norms[1](h @ key[head].T + key_bias[head])``, with ``key`` the second matrix in ``qkv``, is the key of one head,
+    and the heads' outputs are joined by ``out_weight``. Only for an attention that is nothing else: plain linear
+    layers, no position inside, no norm over several heads, one key and value for each query.
     """
 
-    weights: tuple[Tensor, Tensor, Tensor]  #: of q, k and v, each (heads, E, D)
-    biases: tuple[Tensor | None, Tensor | None, Tensor | None]  #: (heads, E)
+    qkv: tuple[Tensor, ...]  #: (3, heads, E, D) where they are one layer of the host, else three of (1, heads, E, D)
+    qkv_bias: tuple[Tensor | None, ...]  #: (3, heads, E), or three of (1, heads, E)
     norms: tuple[Fn, Fn]  #: of q and k, over E
     out_weight: Tensor  #: (D, heads, E)
     out_bias: Tensor | None  #: (D,)
-    fused: Tensor | None = None  #: (3, heads, E, D) where q, k and v are one matrix: ``weights`` are views of it
-    fused_bias: Tensor | None = None  #: (3, heads, E)
+
+
+class Perceptron(NamedTuple):
+    """An FFN that is ``fc2(act(fc1(h)))`` and nothing else, from the host's own layers."""
+
+    fc1: nn.Linear
+    act: Fn
+    fc2: nn.Linear
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +141,7 @@ class Block:
     rotate: Callable[[Tensor, Tensor], Tensor] | None = None
     #: Where heads can be computed one by one; None from it where the host's layers do not allow that.
     projections: Callable[[], Projections | None] = no_projections
+    perceptron: Callable[[], Perceptron | None] = no_perceptron  #: ``mlp`` layer by layer, where it is that simple
     grid: tuple[int, int] | None = None  #: (h, w) of the patch tokens, as a block adapter gets the block
 
     def __call__(self, x: Tensor) -> Tensor:

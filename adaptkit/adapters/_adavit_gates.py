@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -88,7 +89,8 @@ class Gates(nn.Module):
         logit may decide otherwise.
         """
         prefix = x.shape[1] - grid[0] * grid[1]
-        with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             token = x[:, 0] if prefix else x.mean(1)
             logits = Decision(
                 self._patch_logits(token, h, grid),

@@ -12,6 +12,8 @@ values but not updated: all that a class-token classifier needs of the last bloc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -19,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptkit.adapters._adavit_gates import Decision
+from adaptkit.adapters._adavit_heads import by_image
+from adaptkit.ops import onednn
 from adaptkit.ops.kept import masked_attention, packed_attention, packed_backend
 from adaptkit.vit import Block, Projections
-
-Runs = list[tuple[int, int]]  #: stretches of neighbouring heads, (first, one past the last)
 
 __all__ = ["Way", "masked", "packed"]
 
@@ -95,6 +97,12 @@ def packed(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> 
     return rows.view(count, tokens, dim)
 
 
+def _ffn(block: Block, h: Tensor) -> Tensor:
+    """``block.mlp`` of some rows, (1, R, D) -> (1, R, D)."""
+    layers = block.perceptron()
+    return block.mlp(h) if layers is None else onednn.mlp(h[0], *layers)[None]
+
+
 def _add(rows: Tensor, places: Tensor, update: Tensor) -> None:
     rows.index_copy_(0, places, (rows.index_select(0, places) + update).to(rows.dtype))
 
@@ -102,26 +110,39 @@ def _add(rows: Tensor, places: Tensor, update: Tensor) -> None:
 def _alone(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> Tensor:
     """One image: its kept rows are gathered once and stay together for both sub-layers.
 
-    The arithmetic of one image is over so soon that the number of operators counts.
+    The arithmetic of one image is over so soon that the number of operators counts, and lists are faster than tensors.
     """
     msa, ffn = (True, True) if decision.layer is None else decision.layer[0].tolist()
     if not (msa or ffn):
         return x
-    prefix, places = _prefix(block, x), torch.arange(x.shape[1], device=x.device)
+    tokens, prefix = x.shape[1], _prefix(block, x)
+    chosen = list(range(tokens))  # prefix tokens come first
     if decision.patch is not None:
-        places = _all_rows(x, decision.patch, prefix)[0].nonzero()[:, 0]
-    whole = len(places) == x.shape[1] and not way.only_prefix
-    if whole and (decision.head is None or bool(decision.head.all())):  # as the host does it, bit for bit
+        chosen = [*range(prefix), *compress(range(prefix, tokens), decision.patch[0].tolist())]
+    on = None if decision.head is None else decision.head[0].tolist()
+    if len(chosen) == tokens and not way.only_prefix and (on is None or all(on)):  # as the host does it, bit for bit
         x = x + block.scale1(block.attn(h)) if msa else x
         return x + block.scale2(block.mlp(block.norm2(x))) if ffn else x
-    kept = Kept(places, [0], [len(places)], x.shape[1])
-    rows = x[0].index_select(0, places[:prefix] if way.only_prefix else places)  # prefix tokens come first
+    if not chosen:
+        return x
+    weights = block.projections() if x.device.type == "cpu" else None
+    count = len(chosen)
+    if weights is not None and onednn.usable(x):
+        # The rows that round the number are copies of the first: not attended to, and dropped.
+        chosen += chosen[:1] * (onednn.rounded(count) - count)
+    places = torch.tensor(chosen, device=x.device)
+    rows = x[0].index_select(0, places[:prefix] if way.only_prefix else places)
     if msa:
-        normed = h[0].index_select(0, places)
-        rows = rows + block.scale1(_attention(block, normed, kept, decision.head, way, prefix)[None])[0]
+        kept, normed = Kept(places, [0], [len(chosen)], tokens), h[0].index_select(0, places)
+        if weights is None:
+            update = _attention(block, normed, kept, decision.head, way, prefix)
+        else:
+            update = _by_image(block, weights, normed, kept, [on], way, prefix, [count])
+        rows = rows + block.scale1(update[None])[0]
     if ffn:
-        rows = rows + block.scale2(block.mlp(block.norm2(rows[None])))[0]
-    return x.index_copy(1, places[: len(rows)], rows[None].to(x.dtype))
+        rows = rows + block.scale2(_ffn(block, block.norm2(rows[None])))[0]
+    count = min(count, len(rows))
+    return x.index_copy(1, places[:count], rows[None, :count].to(x.dtype))
 
 
 class Kept(NamedTuple):
@@ -154,7 +175,9 @@ def _attention(block: Block, h: Tensor, kept: Kept, head: Tensor | None, way: Wa
     slices = way.by_image and h.device.type == "cpu" and (head is not None or part is not None)
     weights = block.projections() if slices else None
     if weights is not None:
-        return _by_image(block, weights, h, kept, head, way, prefix)
+        table = None if head is None else head.tolist()
+        on = [None if table is None else table[i] for i in kept.images]
+        return _by_image(block, weights, h, kept, on, way, prefix, kept.lengths)
     if block.qkv_at is None:
         q, k, v = block.qkv(h[None])
     else:
@@ -171,87 +194,26 @@ def _attention(block: Block, h: Tensor, kept: Kept, head: Tensor | None, way: Wa
     return block.out(o)[0]
 
 
+def _by_image(
+    block: Block,
+    weights: Projections,
+    h: Tensor,
+    kept: Kept,
+    on: Sequence[list[float] | None],
+    way: Way,
+    prefix: int,
+    keys: list[int],
+) -> Tensor:
+    """Attention image by image: the first ``keys`` rows of each are attended to, with the heads that are ``on``."""
+    biases = None if block.bias is None else _biases(block.bias, kept, weights.out_weight.shape[1])
+    queries = prefix if way.only_prefix else None
+    joined = len(on) == 1
+    return by_image(weights, h.split(kept.lengths), on, biases, block.scale, way.head_mode, queries, keys, joined)
+
+
 def _biases(bias: Tensor, kept: Kept, heads: int) -> list[Tensor]:
     """Relative bias among the kept rows of each image, (1, heads, n, n)."""
     places = kept.positions().split(kept.lengths)
     bias = bias.expand(-1, heads, -1, -1)
     own = [bias[i : i + 1] if bias.shape[0] > 1 else bias for i in kept.images]
     return [b[:, :, p[:, None], p] for b, p in zip(own, places)]
-
-
-def _by_image(
-    block: Block, w: Projections, rows: Tensor, kept: Kept, head: Tensor | None, way: Way, prefix: int
-) -> Tensor:
-    """Attention image by image, each with the weights of the heads it keeps."""
-    heads = w.out_weight.shape[1]
-    runs = [[(0, heads)]] * len(kept.images)
-    if head is not None:
-        table = (head > 0).tolist()
-        runs = [_runs(table[i]) for i in kept.images]
-    biases: list[Tensor | None] = [None] * len(runs) if block.bias is None else list(_biases(block.bias, kept, heads))
-    run = _full if way.head_mode == "full" else _partial
-    outs = []
-    for h, chosen, bias in zip(rows.split(kept.lengths), runs, biases):
-        queries = h[:prefix] if way.only_prefix else h
-        bias = None if bias is None else bias[:, :, : len(queries)]
-        outs.append(run(w, queries, h, chosen, block.scale, bias))
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-
-def _runs(on: list[bool]) -> Runs:
-    """Heads that are on, as stretches of neighbours: their weights are then views, where a choice would be a copy."""
-    edges = [i for i, (a, b) in enumerate(zip([False, *on], [*on, False])) if a != b]
-    return list(zip(edges[::2], edges[1::2]))
-
-
-def _full(w: Projections, queries: Tensor, h: Tensor, runs: Runs, scale: float | None, bias: Tensor | None) -> Tensor:
-    """(R', D), (R, D) -> (R', D) from these heads alone; the others give zero."""
-    out = h.new_zeros(w.out_weight.shape[0]) if w.out_bias is None else w.out_bias
-    for first, last in runs:
-        o = _attend(w, queries, h, first, last, scale, bias)
-        out = torch.addmm(out, o.flatten(1), w.out_weight[:, first:last].flatten(1).t())
-    return out if out.ndim == 2 else out.expand(len(queries), -1)
-
-
-def _partial(
-    w: Projections, queries: Tensor, h: Tensor, runs: Runs, scale: float | None, bias: Tensor | None
-) -> Tensor:
-    """(R', D), (R, D) -> (R', D); the other heads give each token's own value."""
-    heads = w.out_weight.shape[1]
-    if runs == [(0, heads)]:
-        return _full(w, queries, h, runs, scale, bias)
-    v = _project(w, 2, h, 0, heads)
-    o = v[: len(queries)].clone()
-    for first, last in runs:
-        o[:, first:last] = _attend(w, queries, h, first, last, scale, bias, v[:, first:last]).to(o.dtype)
-    return F.linear(o.flatten(1), w.out_weight.flatten(1), w.out_bias)
-
-
-def _attend(
-    w: Projections,
-    queries: Tensor,
-    h: Tensor,
-    first: int,
-    last: int,
-    scale: float | None,
-    bias: Tensor | None,
-    v: Tensor | None = None,
-) -> Tensor:
-    """Attention of the heads ``first`` to ``last`` (left out) in one image -> (R', last - first, E)."""
-    if w.fused is not None and v is None and queries is h and last - first == w.fused.shape[1]:
-        all_bias = None if w.fused_bias is None else w.fused_bias.flatten()
-        q, k, v = F.linear(h, w.fused.flatten(0, 2), all_bias).unflatten(1, w.fused.shape[:3]).unbind(1)
-    else:
-        q, k = _project(w, 0, queries, first, last), _project(w, 1, h, first, last)
-        v = _project(w, 2, h, first, last) if v is None else v
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, R, E)
-    bias = None if bias is None else bias[:, first:last]
-    o = F.scaled_dot_product_attention(w.norms[0](q), w.norms[1](k), v, attn_mask=bias, scale=scale)
-    return o[0].transpose(0, 1)
-
-
-def _project(w: Projections, which: int, h: Tensor, first: int, last: int) -> Tensor:
-    """(R, D) -> (R, last - first, E): q (0), k (1) or v (2) of neighbouring heads."""
-    weight, bias = w.weights[which][first:last], w.biases[which]
-    out = F.linear(h, weight.flatten(0, 1), None if bias is None else bias[first:last].flatten())
-    return out.unflatten(1, weight.shape[:2])

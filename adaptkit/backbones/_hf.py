@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adaptkit.backbones._timm import joined
-from adaptkit.vit import Block, Projections, Source, Spec, ViT, identity
+from adaptkit.backbones._timm import class_name, joined
+from adaptkit.vit import Block, Perceptron, Projections, Source, Spec, ViT, identity
 
 
 class HfViT(ViT):
@@ -54,6 +54,7 @@ def vit_block(layer: Any) -> Block:
         scale1=layer.dropout,
         norm2=layer.layernorm_after,
         mlp=layer.mlp,
+        perceptron=partial(perceptron, layer.mlp),
         scale2=layer.dropout,
         **attention_parts(layer.attention, layer.attention.o_proj, layer.attention.scaling),
     )
@@ -67,6 +68,7 @@ def dino_block(layer: Any, **given: Any) -> Block:
         scale1=joined(layer.layer_scale1, layer.drop_path),
         norm2=layer.norm2,
         mlp=layer.mlp,
+        perceptron=partial(perceptron, layer.mlp),
         scale2=joined(layer.layer_scale2, layer.drop_path),
         **attention_parts(layer.attention, layer.attention.o_proj, layer.attention.scaling, **given),
     )
@@ -80,6 +82,7 @@ def clip_block(layer: Any) -> Block:
         scale1=identity,
         norm2=layer.layer_norm2,
         mlp=layer.mlp,
+        perceptron=partial(perceptron, layer.mlp),
         scale2=identity,
         **attention_parts(layer.self_attn, layer.self_attn.out_proj, layer.self_attn.scale),
     )
@@ -101,12 +104,19 @@ def _projections(attn: Any, proj: nn.Module) -> Projections | None:
     layers = (attn.q_proj, attn.k_proj, attn.v_proj)
     if any(type(layer) is not nn.Linear for layer in (*layers, proj)):
         return None
-    by_head: Any = [layer.weight.unflatten(0, (-1, attn.head_dim)) for layer in layers]
-    biases: Any = [None if layer.bias is None else layer.bias.unflatten(0, (-1, attn.head_dim)) for layer in layers]
     out: Any = proj
-    return Projections(
-        tuple(by_head), tuple(biases), (identity, identity), out.weight.unflatten(1, (-1, attn.head_dim)), out.bias
-    )
+    heads = layers[0].out_features // attn.head_dim
+    weights = tuple(layer.weight.view(1, -1, attn.head_dim, layer.in_features) for layer in layers)
+    biases = tuple(None if layer.bias is None else layer.bias.view(1, -1, attn.head_dim) for layer in layers)
+    return Projections(weights, biases, (identity, identity), out.weight.view(-1, heads, attn.head_dim), out.bias)
+
+
+def perceptron(mlp: Any) -> Perceptron | None:
+    """See an MLP of transformers layer by layer; None for one with a gate, or layers that are replaced (LoRA)."""
+    if not class_name(mlp).endswith("MLP") or not all(hasattr(mlp, name) for name in ("fc1", "activation_fn", "fc2")):
+        return None
+    plain = type(mlp.fc1) is type(mlp.fc2) is nn.Linear
+    return Perceptron(mlp.fc1, mlp.activation_fn, mlp.fc2) if plain else None
 
 
 def project_qkv(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:

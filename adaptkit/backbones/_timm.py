@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.vit import Fn, Projections, Source, identity
+from adaptkit.vit import Fn, Perceptron, Projections, Source, identity
 
 
 def class_name(module: nn.Module) -> str:
@@ -80,12 +80,16 @@ def fused_qkv(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def by_head(qkv: nn.Linear, proj: nn.Linear, heads: int, norms: tuple[Fn, Fn]) -> Projections:
     """See a fused ``qkv`` and its ``proj`` head by head, without a copy."""
-    fused = qkv.weight.unflatten(0, (3, heads, -1))
-    bias = None if qkv.bias is None else qkv.bias.unflatten(0, (3, heads, -1))
-    q, k, v = fused.unbind(0)
-    biases: Any = (None, None, None) if bias is None else bias.unbind(0)
-    out: Any = proj.weight.unflatten(1, (heads, -1))
-    return Projections((q, k, v), tuple(biases), norms, out, proj.bias, fused, bias)
+    dim, inner = qkv.in_features, proj.in_features
+    weight = qkv.weight.view(3, heads, inner // heads, dim)
+    bias = None if qkv.bias is None else qkv.bias.view(3, heads, inner // heads)
+    return Projections((weight,), (bias,), norms, proj.weight.view(-1, heads, inner // heads), proj.bias)
+
+
+def perceptron(mlp: Any) -> Perceptron | None:
+    """See timm's Mlp layer by layer; None for another class, a norm inside, or layers that are replaced (LoRA)."""
+    plain = class_name(mlp) == "Mlp" and type(mlp.fc1) is type(mlp.fc2) is nn.Linear
+    return Perceptron(mlp.fc1, mlp.act, mlp.fc2) if plain and type(mlp.norm) is nn.Identity else None
 
 
 def layer_scale(gamma: Tensor | None) -> Fn:

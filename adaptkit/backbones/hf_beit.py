@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptkit.backbones._hf import HfViT, attention_parts, hf_spec
+from adaptkit.backbones._hf import HfViT, attention_parts, hf_spec, perceptron
 from adaptkit.backbones._timm import joined, layer_scale
 from adaptkit.registry import register_family
 from adaptkit.vit import Block
@@ -61,6 +61,7 @@ def _block(layer: Any, shared: Tensor | None, grid: tuple[int, int], resolution:
         scale1=joined(layer.dropout, _scale(layer.lambda_1), layer.drop_path),
         norm2=layer.layernorm_after,
         mlp=layer.mlp,
+        perceptron=partial(perceptron, layer.mlp),
         scale2=joined(layer.dropout, _scale(layer.lambda_2), layer.drop_path),
         bias=bias,
         **attention_parts(attn, attn.o_proj, attn.scaling, attention_mask=bias),

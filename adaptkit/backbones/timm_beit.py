@@ -18,6 +18,7 @@ from adaptkit.backbones._timm import (
     layer_scale,
     patch_side,
     patchify,
+    perceptron,
     timm_source,
 )
 from adaptkit.registry import register_family
@@ -106,6 +107,7 @@ def _block(blk: Any, shared: Tensor | None, grid: tuple[int, int], index: Tensor
         scale1=joined(layer_scale(blk.gamma_1), blk.drop_path1),
         norm2=blk.norm2,
         mlp=blk.mlp,
+        perceptron=partial(perceptron, blk.mlp),
         scale2=joined(layer_scale(blk.gamma_2), blk.drop_path2),
         qkv=partial(fused_qkv, attn),
         out=partial(_out, attn),

@@ -20,6 +20,7 @@ from adaptkit.backbones._timm import (
     layer_scale,
     patch_side,
     patchify,
+    perceptron,
     timm_source,
 )
 from adaptkit.registry import register_family
@@ -96,6 +97,7 @@ def _block(blk: Any, rope: Tensor | None) -> Block:
         "run": partial(blk, rope=rope),
         "attn": partial(blk.attn, rope=rope),
         "mlp": blk.mlp,
+        "perceptron": partial(perceptron, blk.mlp),
         "qkv": partial(_qkv, blk.attn, rope),
         "qkv_at": None if rope is None else partial(_qkv_at, blk.attn, rope),
         "out": partial(_out, blk.attn),

@@ -16,6 +16,7 @@ from adaptkit.backbones._timm import (
     joined,
     patch_side,
     patchify,
+    perceptron,
     split_qkv,
     timm_source,
 )
@@ -75,6 +76,7 @@ def _block(blk: Any) -> Block:
         "qkv": partial(_qkv, blk.attn),
         "out": partial(_out, blk.attn),
         "projections": partial(_projections, blk.attn),
+        "perceptron": partial(perceptron, blk.mlp),
     }
     if kind == "Block":
         scale1, scale2 = joined(blk.ls1, blk.drop_path1), joined(blk.ls2, blk.drop_path2)

@@ -154,8 +154,8 @@ def test_verify_finds_a_packing_that_is_wrong(monkeypatch):
     from adaptkit.adapters import _adavit_run
 
     model = loosen(build(first_block=0))
-    right = _adavit_run._by_image
-    monkeypatch.setattr(_adavit_run, "_by_image", lambda *arguments: 1.01 * right(*arguments))
+    right = _adavit_run.by_image
+    monkeypatch.setattr(_adavit_run, "by_image", lambda *arguments: 1.01 * right(*arguments))
     with pytest.raises(RuntimeError, match="packed execution differs from masked"):
         model.verify(images())
 
