@@ -128,7 +128,7 @@ def summary(values: Tensor) -> Summary:
 
 def counted(run: Callable[[], Any]) -> float:
     """Return the MACs of ``run()``, counted operator by operator while it runs."""
-    # The counter does not know all fused attention kernels (the plain one is two matrix products), nor oneDNN's tensors.
+    # The counter knows neither all fused attention kernels (the plain one is two products) nor oneDNN's tensors.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), onednn.avoided():
         run()
     return counter.get_total_flops() / 2

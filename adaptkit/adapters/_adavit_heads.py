@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptkit.ops.onednn import linear
 from adaptkit.vit import Projections
 
 __all__ = ["by_image"]
 
 Heads: TypeAlias = Tensor | slice | None  #: places of heads that are on, or neighbours; None: all
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  #: as ``F.linear``
 Attend = Callable[[Tensor, Tensor, Tensor, Heads], Tensor]
 
 
@@ -28,7 +28,7 @@ def by_image(
     head_mode: str,
     queries: int | None,
     keys: Sequence[int],
-    joined: bool,
+    product: Product | None,
 ) -> Tensor:
     """Normed rows (R, D) of each image -> their updates before LayerScale, end to end.
 
@@ -41,15 +41,15 @@ def by_image(
         head_mode: what an off head gives, nothing (``"full"``) or each token's own value (``"partial"``).
         queries: how many of the first rows of each image ask; None: all. The others give keys and values alone.
         keys: how many of the first rows of each image are attended to.
-        joined: copy the weights of all heads that are on, for one product; else a product for each stretch of heads.
+        product: of all heads that are on, whose weights are copied for it; None: one for each stretch of heads.
     """
     outs = []
     for i, (h, image_on) in enumerate(zip(rows, on)):
-        pieces = _pieces(image_on, joined)
+        pieces = _pieces(image_on, product is not None)
         bias = None if biases is None else biases[i][:, :, :queries, : keys[i]]
         attend = partial(_attend, w, keys[i], scale, bias)
         run = _full if pieces == [None] or head_mode == "full" else _partial
-        outs.append(run(w, h if queries is None else h[:queries], h, pieces, attend))
+        outs.append(run(w, product or F.linear, h if queries is None else h[:queries], h, pieces, attend))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
@@ -63,27 +63,29 @@ def _pieces(on: list[float] | None, joined: bool) -> list[Heads]:
     return [slice(*pair) for pair in zip(edges[::2], edges[1::2])]
 
 
-def _full(w: Projections, asking: Tensor, h: Tensor, pieces: list[Heads], attend: Attend) -> Tensor:
+def _full(w: Projections, product: Product, asking: Tensor, h: Tensor, pieces: list[Heads], attend: Attend) -> Tensor:
     """(R', D), (R, D) -> (R', D) from these heads alone; the others give zero."""
     out = h.new_zeros(len(w.out_weight)) if w.out_bias is None else w.out_bias
     for heads in pieces:
         if asking is h and not isinstance(heads, slice):
-            q, k, v = _project(w, 0, 3, h, heads)
+            q, k, v = _project(w, product, 0, 3, h, heads)
         else:
-            q, k, v = (_project(w, j, j + 1, h if j else asking, heads)[0] for j in range(3))
+            q, k, v = (_project(w, product, j, j + 1, h if j else asking, heads)[0] for j in range(3))
         o, weight = attend(q, k, v, heads).flatten(1), _choose(w.out_weight, heads).flatten(1)
-        out = torch.addmm(out, o, weight.t()) if isinstance(heads, slice) else linear(o, weight, w.out_bias)
+        out = torch.addmm(out, o, weight.t()) if isinstance(heads, slice) else product(o, weight, w.out_bias)
     return out if out.ndim == 2 else out.expand(len(asking), -1)
 
 
-def _partial(w: Projections, asking: Tensor, h: Tensor, pieces: list[Heads], attend: Attend) -> Tensor:
+def _partial(
+    w: Projections, product: Product, asking: Tensor, h: Tensor, pieces: list[Heads], attend: Attend
+) -> Tensor:
     """(R', D), (R, D) -> (R', D); the other heads give each token's own value."""
-    (v,) = _project(w, 2, 3, h, None)
+    (v,) = _project(w, product, 2, 3, h, None)
     o = v[: len(asking)].clone()
     for heads in pieces:
-        (q,), (k,) = _project(w, 0, 1, asking, heads), _project(w, 1, 2, h, heads)
+        (q,), (k,) = _project(w, product, 0, 1, asking, heads), _project(w, product, 1, 2, h, heads)
         o[:, heads] = attend(q, k, _choose(v, heads), heads).to(o.dtype)
-    return linear(o.flatten(1), w.out_weight.flatten(1), w.out_bias)
+    return product(o.flatten(1), w.out_weight.flatten(1), w.out_bias)
 
 
 def _choose(x: Tensor, heads: Heads) -> Tensor:
@@ -93,7 +95,7 @@ def _choose(x: Tensor, heads: Heads) -> Tensor:
     return x[:, heads] if isinstance(heads, slice) else x.index_select(1, heads)
 
 
-def _project(w: Projections, first: int, last: int, h: Tensor, heads: Heads) -> list[Tensor]:
+def _project(w: Projections, product: Product, first: int, last: int, h: Tensor, heads: Heads) -> list[Tensor]:
     """(R, D) -> each of q (0), k (1) and v (2) from ``first`` to ``last`` (left out), (R, heads that are on, E)."""
     if len(w.qkv) == 1:
         parts = [(w.qkv[0][first:last], None if w.qkv_bias[0] is None else w.qkv_bias[0][first:last])]
@@ -103,7 +105,7 @@ def _project(w: Projections, first: int, last: int, h: Tensor, heads: Heads) -> 
     for weight, bias in parts:
         weight = _choose(weight, heads)
         bias = None if bias is None else _choose(bias, heads).flatten()
-        found += linear(h, weight.flatten(0, 2), bias).view(len(h), *weight.shape[:3]).unbind(1)
+        found += product(h, weight.flatten(0, 2), bias).view(len(h), *weight.shape[:3]).unbind(1)
     return found
 
 

@@ -13,6 +13,7 @@ values but not updated: all that a class-token classifier needs of the last bloc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import compress
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptkit.adapters._adavit_gates import Decision
-from adaptkit.adapters._adavit_heads import by_image
+from adaptkit.adapters._adavit_heads import Product, by_image
 from adaptkit.ops import onednn
 from adaptkit.ops.kept import masked_attention, packed_attention, packed_backend
 from adaptkit.vit import Block, Projections
@@ -98,7 +99,7 @@ def packed(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> 
 
 
 def _ffn(block: Block, h: Tensor) -> Tensor:
-    """``block.mlp`` of some rows, (1, R, D) -> (1, R, D)."""
+    """``block.mlp`` of some rows, (1, R, D) -> (1, R, D), through oneDNN."""
     layers = block.perceptron()
     return block.mlp(h) if layers is None else onednn.mlp(h[0], *layers)[None]
 
@@ -126,9 +127,8 @@ def _alone(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> 
     if not chosen:
         return x
     weights = block.projections() if x.device.type == "cpu" else None
-    count = len(chosen)
-    if weights is not None and onednn.usable(x):
-        # The rows that round the number are copies of the first: not attended to, and dropped.
+    count, fast = len(chosen), weights is not None and onednn.usable(x)
+    if fast:  # the rows that round the number are copies of the first: not attended to, and dropped
         chosen += chosen[:1] * (onednn.rounded(count) - count)
     places = torch.tensor(chosen, device=x.device)
     rows = x[0].index_select(0, places[:prefix] if way.only_prefix else places)
@@ -137,10 +137,12 @@ def _alone(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> 
         if weights is None:
             update = _attention(block, normed, kept, decision.head, way, prefix)
         else:
-            update = _by_image(block, weights, normed, kept, [on], way, prefix, [count])
+            product = onednn.linear if fast else None
+            update = _by_image(block, weights, normed, kept, [on], way, prefix, [count], product)
         rows = rows + block.scale1(update[None])[0]
     if ffn:
-        rows = rows + block.scale2(_ffn(block, block.norm2(rows[None])))[0]
+        run = partial(_ffn, block) if fast else block.mlp
+        rows = rows + block.scale2(run(block.norm2(rows[None])))[0]
     count = min(count, len(rows))
     return x.index_copy(1, places[:count], rows[None, :count].to(x.dtype))
 
@@ -203,12 +205,12 @@ def _by_image(
     way: Way,
     prefix: int,
     keys: list[int],
+    product: Product | None = None,
 ) -> Tensor:
     """Attention image by image: the first ``keys`` rows of each are attended to, with the heads that are ``on``."""
     biases = None if block.bias is None else _biases(block.bias, kept, weights.out_weight.shape[1])
     queries = prefix if way.only_prefix else None
-    joined = len(on) == 1
-    return by_image(weights, h.split(kept.lengths), on, biases, block.scale, way.head_mode, queries, keys, joined)
+    return by_image(weights, h.split(kept.lengths), on, biases, block.scale, way.head_mode, queries, keys, product)
 
 
 def _biases(bias: Tensor, kept: Kept, heads: int) -> list[Tensor]:

@@ -56,14 +56,13 @@ def rounded(rows: int) -> int:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` of rows (R, D)."""
-    there = usable(x) and _pays(x, weight)
-    return F.linear(x.to_mkldnn(), weight, bias).to_dense() if there else F.linear(x, weight, bias)
+    """``F.linear`` of rows (R, D) that are ``usable``."""
+    return F.linear(x.to_mkldnn(), weight, bias).to_dense() if _pays(x, weight) else F.linear(x, weight, bias)
 
 
 def mlp(x: Tensor, fc1: nn.Linear, act: Callable[[Tensor], Tensor], fc2: nn.Linear) -> Tensor:
-    """``fc2(act(fc1(x)))`` of rows (R, D)."""
-    if not (usable(x) and _pays(x, fc1.weight) and _pays(x, fc2.weight)):
+    """``fc2(act(fc1(x)))`` of rows (R, D) that are ``usable``."""
+    if not (_pays(x, fc1.weight) and _pays(x, fc2.weight)):
         return fc2(act(fc1(x)))
     hidden = F.linear(x.to_mkldnn(), fc1.weight, fc1.bias)
     exact = isinstance(act, nn.GELU) and act.approximate == "none"
@@ -72,5 +71,6 @@ def mlp(x: Tensor, fc1: nn.Linear, act: Callable[[Tensor], Tensor], fc2: nn.Line
 
 
 def _pays(x: Tensor, weight: Tensor) -> bool:
-    plain = type(weight) in PLAIN and weight.dtype == torch.float32 and weight.is_contiguous()
-    return plain and weight.numel() >= LARGE and len(x) > 1 and len(x) == rounded(len(x))
+    return (
+        weight.numel() >= LARGE and type(weight) in PLAIN and weight.dtype == torch.float32 and weight.is_contiguous()
+    )
