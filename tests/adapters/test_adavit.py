@@ -88,6 +88,25 @@ def test_packed_equals_masked(name, mode, policy):
         assert model.verify(images(name, 1)) <= 1e-5
 
 
+@pytest.mark.parametrize("last", ["all", "class"])
+@pytest.mark.parametrize("mode", ["full", "partial"])
+@pytest.mark.parametrize("name", KINDS_OF_HOST)
+def test_one_image_through_onednn_equals_masked(name, mode, last, monkeypatch):
+    """Its products are large enough for that on real backbones alone; here they are sent there."""
+    if last == "class" and name == "timm-siglip":
+        pytest.skip("no class token")
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    seen, there = [], torch.Tensor.to_mkldnn
+    monkeypatch.setattr("adaptkit.ops.onednn.LARGE", 1)
+    monkeypatch.setattr(torch.Tensor, "to_mkldnn", lambda x: seen.append(len(x)) or there(x))
+    model = loosen(build(name, head_mode=mode, first_block=0, last_block=last))
+    for policy in ("random", "no head", "one patch", "no patch"):
+        with model.adapters["adavit"].deciding(POLICIES[policy]()):
+            assert model.verify(images(name, 1)) <= 1e-5
+    assert bool(seen) == (model.vit.begin(images(name, 1))[1][0].projections() is not None)
+
+
 @pytest.mark.parametrize("mode", ["full", "partial"])
 @pytest.mark.parametrize("name", KINDS_OF_HOST)
 @pytest.mark.parametrize("last", ["all", "class"])
