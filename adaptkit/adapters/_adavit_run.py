@@ -94,7 +94,8 @@ def packed(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> 
     places = (keep & on[1, :, None]).flatten().nonzero()[:, 0]
     for tile in places.split(TILE if x.device.type == "cpu" else max(1, len(places))):
         if len(tile):
-            _add(rows, tile, block.scale2(block.mlp(block.norm2(rows.index_select(0, tile)[None])))[0])
+            mlp = partial(_ffn, block) if len(tile) == TILE and onednn.usable(x) else block.mlp
+            _add(rows, tile, block.scale2(mlp(block.norm2(rows.index_select(0, tile)[None])))[0])
     return rows.view(count, tokens, dim)
 
 
