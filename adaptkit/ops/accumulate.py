@@ -20,7 +20,7 @@ from adaptkit.ops.linear import linear, row_slices
 __all__ = ["add_resampled", "add_upsampled"]
 
 NUMBERS = 2**20  # of what is added, at a time: it stays in the cache until it is
-PIXELS = 4096  # of the large map at a time, for the same reason
+PIXELS = 8192  # of the large map at a time, for the same reason
 
 
 def add_upsampled(fine: Tensor, coarse: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
