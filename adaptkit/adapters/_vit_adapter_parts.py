@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adaptkit.layers import DropPath, Norm, SyncBatchNorm2d, conv_norm, norm2d, norm_map
 from adaptkit.mixers import CrossMixer, Layout, cross_mixer
+from adaptkit.ops import batch_norm
 from adaptkit.ops.forget import forgotten
 from adaptkit.ops.grid import cell_centres, map_to_tokens, tokens_to_map
 from adaptkit.ops.linear import add_linear, norm_linear
@@ -211,7 +212,11 @@ class SpatialPrior(nn.Module):
         if not norm1.training:  # a norm that rests is part of the convolution
             x = relu(conv_norm(conv2, norm2, relu(conv_norm(conv1, norm1, x))))
             return relu(pool(conv_norm(conv3, norm3, x)))
-        x = _normed(conv1(x), norm1, relu, conv2)
+        x = conv1(x)
+        if batch_norm.suits(norm1, x):
+            x = batch_norm.norm_relu_conv(batch_norm.norm_relu_conv(x, norm1, conv2.weight), norm2, conv3.weight)
+            return relu(batch_norm.norm_pool(x, norm3))
+        x = _normed(x, norm1, relu, conv2)
         x = _normed(x, norm2, relu, conv3)
         # The gradient of a largest value asks for its place, and of the map for its shape alone (but on MPS): x has it.
         stand_in = None if x.device.type == "mps" else lambda: x

@@ -1,0 +1,99 @@
+"""BatchNorm over a batch and the layer behind it, image by image.
+
+The statistics are of the whole batch (Ioffe & Szegedy 2015), and so are what goes in and what comes out. The normed
+map in between is not: it is made for one image at a time, in the forward pass and once more in the backward pass. On a
+CPU fresh memory costs several times more than memory that was used before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+__all__ = ["norm_pool", "norm_relu_conv", "suits"]
+
+_OF_MAP = (0, 2, 3)  # what a channel is summed over
+_POOL = (3, 2, 1)  # kernel, stride, padding
+_CONV = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation; not transposed; one group
+
+
+def suits(norm: nn.Module, x: Tensor) -> bool:
+    """Whether ``norm`` is the plain BatchNorm, in training, and ``x`` a map on a CPU in its dtype."""
+    plain = (
+        type(norm) is nn.BatchNorm2d and norm.training and norm.running_mean is not None and norm.momentum is not None
+    )
+    here = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    return plain and here and x.dtype == norm.weight.dtype
+
+
+def norm_relu_conv(x: Tensor, norm: nn.BatchNorm2d, kernel: Tensor) -> Tensor:
+    """``conv2d(relu(norm(x)), kernel, padding=1)``: (B, C, H, W), (C', C, 3, 3) -> (B, C', H, W)."""
+    return _NormThen.apply(x, norm.weight, norm.bias, *_statistics(norm, x), kernel)
+
+
+def norm_pool(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """``max_pool2d(norm(x), 3, stride=2, padding=1)``: (B, C, H, W) -> (B, C, H/2, W/2)."""
+    return _NormThen.apply(x, norm.weight, norm.bias, *_statistics(norm, x), None)
+
+
+@torch.no_grad()
+def _statistics(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / standard deviation of each channel (C,); the running ones of ``norm`` move towards them."""
+    norm.num_batches_tracked += 1
+    mean, var = torch.batch_norm_update_stats(x, norm.running_mean, norm.running_var, norm.momentum)
+    return mean, (var + norm.eps).rsqrt()
+
+
+def _per_channel(x: Tensor) -> Tensor:
+    return x[:, None, None]
+
+
+class _NormThen(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, kernel: Tensor | None
+    ) -> Tensor:
+        scale = gamma * rstd
+        shift = beta - mean * scale
+        outs, places, y = [], [], torch.empty_like(x[:1])
+        for one in x.split(1):
+            torch.addcmul(_per_channel(shift), one, _per_channel(scale), out=y)
+            if kernel is None:
+                out, place = F.max_pool2d(y, *_POOL, return_indices=True)
+                places.append(place)
+            else:
+                out = F.conv2d(y.relu_(), kernel, padding=1)
+            outs.append(out)
+        ctx.save_for_backward(x, mean, rstd, scale, shift, kernel, *places)
+        return torch.cat(outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, mean, rstd, scale, shift, kernel, *places = ctx.saved_tensors
+        grad_x, grad_kernel = torch.empty_like(x), None if kernel is None else torch.zeros_like(kernel)
+        y = torch.empty_like(x[:1])
+        # With g the gradient of the normed map, the sums of g and of g * (x - mean):
+        summed, along = torch.zeros_like(mean), torch.zeros_like(mean)
+        for i, (one, g) in enumerate(zip(x.split(1), grad.split(1))):
+            if kernel is None:  # the place of a largest value is known: of the map the shape alone is asked for
+                g = torch.ops.aten.max_pool2d_with_indices_backward(g, one, [3], [2], [1], [1], False, places[i])
+            else:
+                torch.addcmul(_per_channel(shift), one, _per_channel(scale), out=y).relu_()
+                g, of_kernel, _ = torch.ops.aten.convolution_backward(g, y, kernel, None, *_CONV, [True, True, False])
+                grad_kernel += of_kernel
+                g = torch.ops.aten.threshold_backward.grad_input(g, y, 0, grad_input=g)
+            summed += g.sum(_OF_MAP)
+            along += torch.sub(one, _per_channel(mean), out=y).mul_(g).sum(_OF_MAP)
+            grad_x[i] = g[0]
+        # g of the normed map becomes gamma * rstd * (g - mean(g) - xhat * mean(g * xhat)), xhat = (x - mean) * rstd
+        count = x.numel() // x.shape[1]
+        slope = -scale * rstd.square() * along / count
+        level = -scale * summed / count - slope * mean
+        for g, one in zip(grad_x.split(1), x.split(1)):
+            g.mul_(_per_channel(scale)).addcmul_(one, _per_channel(slope)).add_(_per_channel(level))
+        return grad_x, rstd * along, summed, None, None, grad_kernel
