@@ -213,7 +213,7 @@ def test_files_of_batch_and_sync_norm_interchange():
         torch.manual_seed(3)
         m.train()(x)
     a, b = (m.adapter_state_dict()["vit-adapter.norm1.running_mean"] for m in models)
-    assert torch.equal(a, b)
+    torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)  # in training their stems round in another order
 
 
 @torch.no_grad()
