@@ -213,7 +213,7 @@ class SpatialPrior(nn.Module):
             x = relu(conv_norm(conv2, norm2, relu(conv_norm(conv1, norm1, x))))
             return relu(pool(conv_norm(conv3, norm3, x)))
         x = conv1(x)
-        if batch_norm.suits(norm1, x):
+        if all(batch_norm.suits(norm, x) for norm in (norm1, norm2, norm3)):
             x = batch_norm.norm_relu_conv(batch_norm.norm_relu_conv(x, norm1, conv2.weight), norm2, conv3.weight)
             return relu(batch_norm.norm_pool(x, norm3))
         x = _normed(x, norm1, relu, conv2)

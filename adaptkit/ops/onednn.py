@@ -35,12 +35,9 @@ def avoided() -> Iterator[None]:
 
 def usable(x: Tensor) -> bool:
     """Whether products of ``x`` may go there: it keeps no gradient here, and knows float32 alone."""
-    if (
-        x.device.type != "cpu"
-        or x.dtype != torch.float32
-        or torch.is_grad_enabled()
-        or torch.is_autocast_enabled("cpu")
-    ):
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
     here = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
     return here and not _avoided.get() and not torch.compiler.is_compiling()
@@ -57,12 +54,12 @@ def rounded(rows: int) -> int:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` of rows (R, D) that are ``usable``."""
-    return F.linear(x.to_mkldnn(), weight, bias).to_dense() if _pays(x, weight) else F.linear(x, weight, bias)
+    return F.linear(x.to_mkldnn(), weight, bias).to_dense() if _pays(weight) else F.linear(x, weight, bias)
 
 
 def mlp(x: Tensor, fc1: nn.Linear, act: Callable[[Tensor], Tensor], fc2: nn.Linear) -> Tensor:
     """``fc2(act(fc1(x)))`` of rows (R, D) that are ``usable``."""
-    if not (_pays(x, fc1.weight) and _pays(x, fc2.weight)):
+    if not (_pays(fc1.weight) and _pays(fc2.weight)):
         return fc2(act(fc1(x)))
     hidden = F.linear(x.to_mkldnn(), fc1.weight, fc1.bias)
     exact = isinstance(act, nn.GELU) and act.approximate == "none"
@@ -70,7 +67,6 @@ def mlp(x: Tensor, fc1: nn.Linear, act: Callable[[Tensor], Tensor], fc2: nn.Line
     return F.linear(hidden, fc2.weight, fc2.bias).to_dense()
 
 
-def _pays(x: Tensor, weight: Tensor) -> bool:
-    return (
-        weight.numel() >= LARGE and type(weight) in PLAIN and weight.dtype == torch.float32 and weight.is_contiguous()
-    )
+def _pays(weight: Tensor) -> bool:
+    plain = type(weight) in PLAIN and weight.dtype == torch.float32 and weight.is_contiguous()
+    return plain and weight.numel() >= LARGE

@@ -1,6 +1,7 @@
 """ViT-Adapter: counts, sizes, switches, geometry, memory."""
 
 import contextlib
+import copy
 import sys
 from pathlib import Path
 
@@ -169,6 +170,23 @@ def test_the_stem_in_strips_is_the_stem(monkeypatch, size, norm):
         torch.testing.assert_close(strips, whole, atol=1e-5, rtol=1e-5)
         for a, b in zip(*(torch.autograd.grad(y.square().sum(), x) for y in (strips, whole)), strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("resting", [(), (0,), (1,), (1, 2), (0, 1, 2)])
+def test_each_norm_of_the_stem_rests_or_trains_by_itself(resting):
+    torch.manual_seed(0)
+    spm = _vit_adapter_parts.SpatialPrior(24, 8, "batch").double().train()
+    for i in resting:
+        spm.stem[(1, 4, 7)[i]].eval()
+    plain, x = copy.deepcopy(spm.stem), torch.randn(2, 3, 64, 32).double()
+    found, expected = spm._stem(x), plain(x)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(spm.stem.state_dict(), plain.state_dict())
+    grads = (
+        torch.autograd.grad(y.square().sum(), [*m.parameters()]) for y, m in ((found, spm.stem), (expected, plain))
+    )
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("name", ["vit-adapter", "sfp"])
