@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +12,26 @@ from torch import Tensor
 
 from adaptkit.vit import Projections
 
-__all__ = ["by_image"]
+__all__ = ["PLAIN", "Products", "by_image"]
 
 Heads: TypeAlias = Tensor | slice | None  #: places of heads that are on, or neighbours; None: all
-Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  #: as ``F.linear``
+
+
+class Products(NamedTuple):
+    """How rows (R, D') are multiplied, and for which heads at a time."""
+
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]  #: x, weight (..., D'), bias (...) -> (R, prod(...))
+    heads: Literal["neighbours", "together", "each"]  #: "together" needs a copy of their weights, the others views
+
+
 Attend = Callable[[Tensor, Tensor, Tensor, Heads], Tensor]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.flatten(0, -2), None if bias is None else bias.flatten())
+
+
+PLAIN = Products(_linear, "neighbours")
 
 
 def by_image(
@@ -28,7 +43,7 @@ def by_image(
     head_mode: str,
     queries: int | None,
     keys: Sequence[int],
-    product: Product | None,
+    products: Products,
 ) -> Tensor:
     """Normed rows (R, D) of each image -> their updates before LayerScale, end to end.
 
@@ -41,51 +56,71 @@ def by_image(
         head_mode: what an off head gives, nothing (``"full"``) or each token's own value (``"partial"``).
         queries: how many of the first rows of each image ask; None: all. The others give keys and values alone.
         keys: how many of the first rows of each image are attended to.
-        product: of all heads that are on, whose weights are copied for it; None: one for each stretch of heads.
+        products: how rows are multiplied.
     """
     outs = []
     for i, (h, image_on) in enumerate(zip(rows, on)):
-        pieces = _pieces(image_on, product is not None)
         bias = None if biases is None else biases[i][:, :, :queries, : keys[i]]
         attend = partial(_attend, w, keys[i], scale, bias)
-        run = _full if pieces == [None] or head_mode == "full" else _partial
-        outs.append(run(w, product or F.linear, h if queries is None else h[:queries], h, pieces, attend))
+        asking = h if queries is None else h[:queries]
+        if image_on is None or all(image_on):
+            outs.append(_joined(w, products, asking, h, [None], attend))
+            continue
+        places = [j for j, keep in enumerate(image_on) if keep]
+        if head_mode == "partial" or (products.heads == "each" and places):
+            outs.append(_scattered(w, products, asking, h, places, head_mode, attend))
+        else:
+            outs.append(_joined(w, products, asking, h, _groups(places, products.heads), attend))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def _pieces(on: list[float] | None, joined: bool) -> list[Heads]:
-    """Heads that are on: all of them as one choice, or as stretches of neighbours, whose weights are views."""
-    if on is None or all(on):
-        return [None]
-    if joined:
-        return [torch.tensor([j for j, keep in enumerate(on) if keep])] if any(on) else []
-    edges = [j for j, (a, b) in enumerate(zip([0, *on], [*on, 0])) if bool(a) != bool(b)]
-    return [slice(*pair) for pair in zip(edges[::2], edges[1::2])]
+def _groups(places: list[int], heads: str) -> list[Heads]:
+    """Heads that are on, as they are multiplied: see ``Products.heads``."""
+    if heads == "together":
+        return [torch.tensor(places)] if places else []
+    starts = [j for j in places if heads == "each" or j - 1 not in places]
+    ends = [j + 1 for j in places if heads == "each" or j + 1 not in places]
+    return [slice(*pair) for pair in zip(starts, ends)]
 
 
-def _full(w: Projections, product: Product, asking: Tensor, h: Tensor, pieces: list[Heads], attend: Attend) -> Tensor:
-    """(R', D), (R, D) -> (R', D) from these heads alone; the others give zero."""
+def _joined(w: Projections, products: Products, asking: Tensor, h: Tensor, groups: list[Heads], attend: Attend) -> Tensor:
+    """(R', D), (R, D) -> (R', D): what groups of heads add up to."""
     out = h.new_zeros(len(w.out_weight)) if w.out_bias is None else w.out_bias
-    for heads in pieces:
-        if asking is h and not isinstance(heads, slice):
-            q, k, v = _project(w, product, 0, 3, h, heads)
-        else:
-            q, k, v = (_project(w, product, j, j + 1, h if j else asking, heads)[0] for j in range(3))
+    for heads in groups:
+        q, k, v = _qkv(w, products, asking, h, heads)
         o, weight = attend(q, k, v, heads).flatten(1), _choose(w.out_weight, heads).flatten(1)
-        out = torch.addmm(out, o, weight.t()) if isinstance(heads, slice) else product(o, weight, w.out_bias)
+        out = torch.addmm(out, o, weight.t()) if isinstance(heads, slice) else products.linear(o, weight, w.out_bias)
     return out if out.ndim == 2 else out.expand(len(asking), -1)
 
 
-def _partial(
-    w: Projections, product: Product, asking: Tensor, h: Tensor, pieces: list[Heads], attend: Attend
+def _scattered(
+    w: Projections, products: Products, asking: Tensor, h: Tensor, places: list[int], head_mode: str, attend: Attend
 ) -> Tensor:
-    """(R', D), (R, D) -> (R', D); the other heads give each token's own value."""
-    (v,) = _project(w, product, 2, 3, h, None)
-    o = v[: len(asking)].clone()
-    for heads in pieces:
-        (q,), (k,) = _project(w, product, 0, 1, asking, heads), _project(w, product, 1, 2, h, heads)
-        o[:, heads] = attend(q, k, _choose(v, heads), heads).to(o.dtype)
-    return product(o.flatten(1), w.out_weight.flatten(1), w.out_bias)
+    """(R', D), (R, D) -> (R', D): some heads among zeros, or among each token's own values, before one product."""
+    values = _project(w, products, 2, 3, h, None)[0] if head_mode == "partial" else None
+    if values is None:
+        o = h.new_zeros(len(asking), *w.out_weight.shape[1:])
+    else:
+        o = values[: len(asking)].clone()
+    if places:
+        parts = [_qkv(w, products, asking, h, heads, values) for heads in _groups(places, products.heads)]
+        q, k, v = parts[0] if len(parts) == 1 else (torch.cat(x, 1) for x in zip(*parts))
+        heads = torch.tensor(places)
+        o.index_copy_(1, heads, attend(q, k, v, heads).to(o.dtype))
+    return products.linear(o.flatten(1), w.out_weight.flatten(1), w.out_bias)
+
+
+def _qkv(
+    w: Projections, products: Products, asking: Tensor, h: Tensor, heads: Heads, values: Tensor | None = None
+) -> Sequence[Tensor]:
+    """(R', D), (R, D) -> q (R', heads, E), k and v (R, heads, E) of these heads; v from all ``values`` if given."""
+    together = asking is h and (heads is None or products.heads != "neighbours")
+    if together and values is None:
+        return _project(w, products, 0, 3, h, heads)
+    if together and values is not None:
+        return [*_project(w, products, 0, 2, h, heads), _choose(values, heads)]
+    (q,), (k,) = _project(w, products, 0, 1, asking, heads), _project(w, products, 1, 2, h, heads)
+    return [q, k, _project(w, products, 2, 3, h, heads)[0] if values is None else _choose(values, heads)]
 
 
 def _choose(x: Tensor, heads: Heads) -> Tensor:
@@ -95,7 +130,7 @@ def _choose(x: Tensor, heads: Heads) -> Tensor:
     return x[:, heads] if isinstance(heads, slice) else x.index_select(1, heads)
 
 
-def _project(w: Projections, product: Product, first: int, last: int, h: Tensor, heads: Heads) -> list[Tensor]:
+def _project(w: Projections, products: Products, first: int, last: int, h: Tensor, heads: Heads) -> list[Tensor]:
     """(R, D) -> each of q (0), k (1) and v (2) from ``first`` to ``last`` (left out), (R, heads that are on, E)."""
     if len(w.qkv) == 1:
         parts = [(w.qkv[0][first:last], None if w.qkv_bias[0] is None else w.qkv_bias[0][first:last])]
@@ -103,9 +138,8 @@ def _project(w: Projections, product: Product, first: int, last: int, h: Tensor,
         parts = list(zip(w.qkv[first:last], w.qkv_bias[first:last]))
     found: list[Tensor] = []
     for weight, bias in parts:
-        weight = _choose(weight, heads)
-        bias = None if bias is None else _choose(bias, heads).flatten()
-        found += product(h, weight.flatten(0, 2), bias).view(len(h), *weight.shape[:3]).unbind(1)
+        weight, bias = _choose(weight, heads), None if bias is None else _choose(bias, heads)
+        found += products.linear(h, weight, bias).view(len(h), *weight.shape[:3]).unbind(1)
     return found
 
 

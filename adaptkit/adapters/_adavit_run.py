@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptkit.adapters._adavit_gates import Decision
-from adaptkit.adapters._adavit_heads import Product, by_image
+from adaptkit.adapters._adavit_heads import PLAIN, Products, by_image
 from adaptkit.ops import onednn
 from adaptkit.ops.kept import masked_attention, packed_attention, packed_backend
 from adaptkit.vit import Block, Projections
@@ -40,6 +40,7 @@ class Way(NamedTuple):
     #: On a CPU: attend image by image, each with the heads it keeps. Else with all heads, of which the others are
     #: zeroed, and short images of similar length together: more MACs in fewer calls.
     by_image: bool = True
+    prepacked: onednn.Prepacked | None = None  #: weights that are laid out once, for inference on a CPU
 
 
 def masked(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> Tensor:
@@ -94,15 +95,23 @@ def packed(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> 
     places = (keep & on[1, :, None]).flatten().nonzero()[:, 0]
     for tile in places.split(TILE if x.device.type == "cpu" else max(1, len(places))):
         if len(tile):
-            mlp = partial(_ffn, block) if len(tile) == TILE and onednn.usable(x) else block.mlp
+            mlp = partial(_ffn, block, way) if len(tile) == TILE and onednn.usable(x) else block.mlp
             _add(rows, tile, block.scale2(mlp(block.norm2(rows.index_select(0, tile)[None])))[0])
     return rows.view(count, tokens, dim)
 
 
-def _ffn(block: Block, h: Tensor) -> Tensor:
+def _ffn(block: Block, way: Way, h: Tensor) -> Tensor:
     """``block.mlp`` of some rows, (1, R, D) -> (1, R, D), through oneDNN."""
-    layers = block.perceptron()
-    return block.mlp(h) if layers is None else onednn.mlp(h[0], *layers)[None]
+    layers, mlp = block.perceptron(), onednn.mlp if way.prepacked is None else way.prepacked.mlp
+    return block.mlp(h) if layers is None else mlp(h[0], *layers)[None]
+
+
+def _products(way: Way, fast: bool) -> Products:
+    if not fast:
+        return PLAIN
+    if way.prepacked is None:
+        return Products(onednn.linear, "together")
+    return Products(way.prepacked.linear, "each")
 
 
 def _add(rows: Tensor, places: Tensor, update: Tensor) -> None:
@@ -138,11 +147,11 @@ def _alone(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> 
         if weights is None:
             update = _attention(block, normed, kept, decision.head, way, prefix)
         else:
-            product = onednn.linear if fast else None
-            update = _by_image(block, weights, normed, kept, [on], way, prefix, [count], product)
+            products = _products(way, fast)
+            update = _by_image(block, weights, normed, kept, [on], way, prefix, [count], products)
         rows = rows + block.scale1(update[None])[0]
     if ffn:
-        run = partial(_ffn, block) if fast else block.mlp
+        run = partial(_ffn, block, way) if fast else block.mlp
         rows = rows + block.scale2(run(block.norm2(rows[None])))[0]
     count = min(count, len(rows))
     return x.index_copy(1, places[:count], rows[None, :count].to(x.dtype))
@@ -206,12 +215,12 @@ def _by_image(
     way: Way,
     prefix: int,
     keys: list[int],
-    product: Product | None = None,
+    products: Products = PLAIN,
 ) -> Tensor:
     """Attention image by image: the first ``keys`` rows of each are attended to, with the heads that are ``on``."""
     biases = None if block.bias is None else _biases(block.bias, kept, weights.out_weight.shape[1])
     queries = prefix if way.only_prefix else None
-    return by_image(weights, h.split(kept.lengths), on, biases, block.scale, way.head_mode, queries, keys, product)
+    return by_image(weights, h.split(kept.lengths), on, biases, block.scale, way.head_mode, queries, keys, products)
 
 
 def _biases(bias: Tensor, kept: Kept, heads: int) -> list[Tensor]:

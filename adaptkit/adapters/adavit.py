@@ -27,6 +27,7 @@ from adaptkit.adapters.base import BlockAdapter, Trace
 from adaptkit.layers import check_choice, parameter_dtype
 from adaptkit.losses import KINDS
 from adaptkit.ops.kept import SHORT
+from adaptkit.ops.onednn import Prepacked
 from adaptkit.registry import register_adapter
 from adaptkit.vit import Block, Fn, Spec
 
@@ -131,6 +132,7 @@ class AdaViT(BlockAdapter):
         self.execution: str = config.execution
         self.policy: Policy | None = None
         self.open = False
+        self.layouts: Prepacked | None = None
 
     @staticmethod
     def of(model: nn.Module) -> AdaViT:
@@ -159,7 +161,8 @@ class AdaViT(BlockAdapter):
         if self.policy is not None:
             decision = self.policy(index, decision)
         self._record(trace, index, decision, logits)
-        way = Way(self.config.head_mode, index == self.spec.depth - 1 and self.config.last_block == "class")
+        only_prefix = index == self.spec.depth - 1 and self.config.last_block == "class"
+        way = Way(self.config.head_mode, only_prefix, prepacked=self.layouts)
         run, way = self._choose(x, decision, way)
         x = run(block, x, h, decision, way)
         return self.bottlenecks[str(index)](x) if self.config.bottleneck else x
@@ -219,6 +222,19 @@ class AdaViT(BlockAdapter):
             yield
         finally:
             self.execution = before
+
+    @contextmanager
+    def prepacked(self) -> Iterator[None]:
+        """Inside, lay weights out for inference once: float32 on a CPU, and the backbone's large ones a second time.
+
+        The layouts are made at first use and dropped at the end, so a server stays inside. See
+        :class:`adaptkit.ops.onednn.Prepacked` for when a weight may change.
+        """
+        before, self.layouts = self.layouts, Prepacked()
+        try:
+            yield
+        finally:
+            self.layouts = before
 
     @contextmanager
     def opened(self) -> Iterator[None]:

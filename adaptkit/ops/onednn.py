@@ -2,7 +2,8 @@
 
 ``F.linear`` hands float32 to the BLAS that torch was built with, on x86 MKL. A tensor that is ``to_mkldnn()`` goes to
 oneDNN, which uses the widest registers of every processor: 15 to 20 % less time on some hundred rows. (For thousands of
-rows see :mod:`adaptkit.ops.linear`.)
+rows see :mod:`adaptkit.ops.linear`.) Of few rows it takes a good part of the time to lay the weight out, for each product
+anew; ``Prepacked`` does so once.
 """
 
 from __future__ import annotations
@@ -10,16 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["avoided", "linear", "mlp", "rounded", "usable"]
+__all__ = ["Prepacked", "avoided", "linear", "mlp", "rounded", "usable"]
 
 LARGE = 2**18  # numbers in a weight, from which on the product outweighs the way there and back
+ROWS = 128  # for which weights are laid out
 PLAIN = (Tensor, nn.Parameter)  # and no subclass, sharded or quantised
 
+_OPS = torch.ops.mkldnn
 _avoided: ContextVar[bool] = ContextVar("avoided", default=False)
 
 
@@ -53,7 +58,8 @@ def rounded(rows: int) -> int:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` of rows (R, D) that are ``usable``."""
+    """``F.linear`` of rows (R, D) that are ``usable``. The weight (..., D) and bias (...) may have several axes."""
+    weight, bias = weight.flatten(0, -2), None if bias is None else bias.flatten()
     return F.linear(x.to_mkldnn(), weight, bias).to_dense() if _pays(weight) else F.linear(x, weight, bias)
 
 
@@ -65,6 +71,73 @@ def mlp(x: Tensor, fc1: nn.Linear, act: Callable[[Tensor], Tensor], fc2: nn.Line
     exact = isinstance(act, nn.GELU) and act.approximate == "none"
     hidden = F.gelu(hidden) if exact else act(hidden.to_dense()).to_mkldnn()
     return F.linear(hidden, fc2.weight, fc2.bias).to_dense()
+
+
+class Prepacked:
+    """The same products with weights that are laid out for oneDNN once, at their first use, and held.
+
+    Each takes its memory a second time. The layout is one for some hundred rows of any number. A weight that was
+    changed in place or replaced is laid out anew, but not one that was changed behind autograd's back, through
+    ``.data``. ``torch.compile`` emits the same operators for frozen weights.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, torch.Size, tuple[int, ...]], _Held] = {}
+
+    def __reduce__(self) -> tuple[type[Prepacked], tuple[()]]:  # oneDNN's layouts cannot be copied nor saved
+        return Prepacked, ()
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``F.linear`` of rows (R, D) that are ``usable``. The weight (..., D) and bias (...) may have several axes.
+
+        Both may be views, as of one head: what is held is known by its place in memory.
+        """
+        bias = None if bias is None else bias.flatten()
+        if not _prepackable(weight):
+            return F.linear(x, weight.flatten(0, -2), bias)
+        return _OPS._linear_pointwise(x, self._laid_out(weight), bias, "none", [], "")
+
+    def mlp(self, x: Tensor, fc1: nn.Linear, act: Callable[[Tensor], Tensor], fc2: nn.Linear) -> Tensor:
+        """``fc2(act(fc1(x)))`` of rows (R, D) that are ``usable``."""
+        if isinstance(act, nn.GELU) and _prepackable(fc1.weight):
+            hidden = _OPS._linear_pointwise(x, self._laid_out(fc1.weight), fc1.bias, "gelu", [], act.approximate)
+        else:
+            hidden = act(self.linear(x, fc1.weight, fc1.bias))
+        return self.linear(hidden, fc2.weight, fc2.bias)
+
+    def _laid_out(self, weight: Tensor) -> Tensor:
+        key = weight.data_ptr(), weight.shape, weight.stride()
+        version = 0 if weight.is_inference() else weight._version
+        held = self._held.get(key)
+        if held is None or held.version != version:
+            laid_out = _OPS._reorder_linear_weight(weight.detach().flatten(0, -2).contiguous(), ROWS)
+            held = self._held[key] = _Held(weight, version, laid_out)
+        return held.laid_out
+
+
+class _Held(NamedTuple):
+    weight: Tensor  # kept, so that no other tensor comes to lie in its place
+    version: int
+    laid_out: Tensor
+
+
+@cache
+def _prepacks() -> bool:
+    """Whether this torch has the operators, and they say what ``F.linear`` says."""
+    x, weight = (torch.linspace(-1, 1, 16 * n).view(n, 16) for n in (5, 24))
+    bias = torch.linspace(-1, 1, 24)
+    try:
+        laid_out = _OPS._reorder_linear_weight(weight, ROWS)
+        plain = _OPS._linear_pointwise(x, laid_out, None, "none", [], "")
+        gelu = _OPS._linear_pointwise(x, laid_out, bias, "gelu", [], "none")
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    pairs = (plain, F.linear(x, weight)), (gelu, F.gelu(F.linear(x, weight, bias)))
+    return all(torch.allclose(found, wanted, atol=1e-5) for found, wanted in pairs)
+
+
+def _prepackable(weight: Tensor) -> bool:
+    return type(weight) in PLAIN and weight.dtype == torch.float32 and _prepacks()
 
 
 def _pays(weight: Tensor) -> bool:
