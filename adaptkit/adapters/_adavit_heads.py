@@ -24,7 +24,7 @@ class Products(NamedTuple):
     heads: Literal["neighbours", "together", "each"]  #: "together" needs a copy of their weights, the others views
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, Heads], Tensor]
+Attend = Callable[[list[Tensor], Heads], Tensor]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -83,12 +83,14 @@ def _groups(places: list[int], heads: str) -> list[Heads]:
     return [slice(*pair) for pair in zip(starts, ends)]
 
 
-def _joined(w: Projections, products: Products, asking: Tensor, h: Tensor, groups: list[Heads], attend: Attend) -> Tensor:
+def _joined(
+    w: Projections, products: Products, asking: Tensor, h: Tensor, groups: list[Heads], attend: Attend
+) -> Tensor:
     """(R', D), (R, D) -> (R', D): what groups of heads add up to."""
     out = h.new_zeros(len(w.out_weight)) if w.out_bias is None else w.out_bias
     for heads in groups:
-        q, k, v = _qkv(w, products, asking, h, heads)
-        o, weight = attend(q, k, v, heads).flatten(1), _choose(w.out_weight, heads).flatten(1)
+        o = attend(_qkv(w, products, asking, h, heads), heads).flatten(1)
+        weight = _choose(w.out_weight, heads).flatten(1)
         out = torch.addmm(out, o, weight.t()) if isinstance(heads, slice) else products.linear(o, weight, w.out_bias)
     return out if out.ndim == 2 else out.expand(len(asking), -1)
 
@@ -98,40 +100,44 @@ def _scattered(
 ) -> Tensor:
     """(R', D), (R, D) -> (R', D): some heads among zeros, or among each token's own values, before one product."""
     values = _project(w, products, 2, 3, h, None)[0] if head_mode == "partial" else None
-    if values is None:
-        o = h.new_zeros(len(asking), *w.out_weight.shape[1:])
-    else:
-        o = values[: len(asking)].clone()
+    o = h.new_zeros(len(asking), *w.out_weight.shape[1:]) if values is None else values[: len(asking), 0].clone()
     if places:
         parts = [_qkv(w, products, asking, h, heads, values) for heads in _groups(places, products.heads)]
-        q, k, v = parts[0] if len(parts) == 1 else (torch.cat(x, 1) for x in zip(*parts))
+        joined = parts[0] if len(parts) == 1 else [torch.cat(same, 2) for same in zip(*parts)]
         heads = torch.tensor(places)
-        o.index_copy_(1, heads, attend(q, k, v, heads).to(o.dtype))
+        o.index_copy_(1, heads, attend(joined, heads).to(o.dtype))
     return products.linear(o.flatten(1), w.out_weight.flatten(1), w.out_bias)
 
 
 def _qkv(
     w: Projections, products: Products, asking: Tensor, h: Tensor, heads: Heads, values: Tensor | None = None
-) -> Sequence[Tensor]:
-    """(R', D), (R, D) -> q (R', heads, E), k and v (R, heads, E) of these heads; v from all ``values`` if given."""
-    together = asking is h and (heads is None or products.heads != "neighbours")
-    if together and values is None:
-        return _project(w, products, 0, 3, h, heads)
-    if together and values is not None:
-        return [*_project(w, products, 0, 2, h, heads), _choose(values, heads)]
-    (q,), (k,) = _project(w, products, 0, 1, asking, heads), _project(w, products, 1, 2, h, heads)
-    return [q, k, _project(w, products, 2, 3, h, heads)[0] if values is None else _choose(values, heads)]
+) -> list[Tensor]:
+    """(R', D), (R, D) -> q (R', 1, heads, E), k and v of these heads, or several of them together on the second axis.
+
+    ``values`` (R, 1, all heads, E) are those of all heads where they are known.
+    """
+    last = 3 if values is None else 2
+    if asking is h and (heads is None or products.heads != "neighbours"):
+        found = _project(w, products, 0, last, h, heads)
+    else:
+        found = [y for j in range(last) for y in _project(w, products, j, j + 1, h if j else asking, heads)]
+    return found if values is None else [*found, _choose(values, heads, 2)]
 
 
-def _choose(x: Tensor, heads: Heads) -> Tensor:
-    """Some heads of a tensor whose second axis they are: neighbours are a view, others a copy."""
+def _choose(x: Tensor, heads: Heads, axis: int = 1) -> Tensor:
+    """Some heads of a tensor that has them on this axis: neighbours are a view, others a copy."""
     if heads is None:
         return x
-    return x[:, heads] if isinstance(heads, slice) else x.index_select(1, heads)
+    if isinstance(heads, slice):
+        return x.narrow(axis, heads.start, heads.stop - heads.start)
+    return x.index_select(axis, heads)
 
 
 def _project(w: Projections, products: Products, first: int, last: int, h: Tensor, heads: Heads) -> list[Tensor]:
-    """(R, D) -> each of q (0), k (1) and v (2) from ``first`` to ``last`` (left out), (R, heads that are on, E)."""
+    """(R, D) -> q (0), k (1) and v (2) from ``first`` to ``last`` (left out), (R, as many, heads that are on, E).
+
+    One tensor where they are one layer of the host, else one of each.
+    """
     if len(w.qkv) == 1:
         parts = [(w.qkv[0][first:last], None if w.qkv_bias[0] is None else w.qkv_bias[0][first:last])]
     else:
@@ -139,7 +145,7 @@ def _project(w: Projections, products: Products, first: int, last: int, h: Tenso
     found: list[Tensor] = []
     for weight, bias in parts:
         weight, bias = _choose(weight, heads), None if bias is None else _choose(bias, heads)
-        found += products.linear(h, weight, bias).view(len(h), *weight.shape[:3]).unbind(1)
+        found.append(products.linear(h, weight, bias).view(len(h), *weight.shape[:3]))
     return found
 
 
@@ -148,12 +154,11 @@ def _attend(
     keys: int,
     scale: float | None,
     bias: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: list[Tensor],
     heads: Heads,
 ) -> Tensor:
-    """Three of (R, heads, E) -> (R, heads, E)."""
+    """What ``_qkv`` returns -> (R', heads, E)."""
+    q, k, v = (x for several in qkv for x in several.unbind(1))
     q, k, v = (x.transpose(0, 1)[None] for x in (w.norms[0](q), w.norms[1](k[:keys]), v[:keys]))
     bias = None if bias is None else _choose(bias, heads)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)[0].transpose(0, 1)

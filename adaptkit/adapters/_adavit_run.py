@@ -131,7 +131,8 @@ def _alone(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> 
     if decision.patch is not None:
         chosen = [*range(prefix), *compress(range(prefix, tokens), decision.patch[0].tolist())]
     on = None if decision.head is None else decision.head[0].tolist()
-    if len(chosen) == tokens and not way.only_prefix and (on is None or all(on)):  # as the host does it, bit for bit
+    everything = len(chosen) == tokens and not way.only_prefix and (on is None or all(on))
+    if everything and way.prepacked is None:  # as the host does it, bit for bit
         x = x + block.scale1(block.attn(h)) if msa else x
         return x + block.scale2(block.mlp(block.norm2(x))) if ffn else x
     if not chosen:

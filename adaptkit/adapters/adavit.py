@@ -224,15 +224,16 @@ class AdaViT(BlockAdapter):
             self.execution = before
 
     @contextmanager
-    def prepacked(self) -> Iterator[None]:
-        """Inside, lay weights out for inference once: float32 on a CPU, and the backbone's large ones a second time.
+    def prepacked(self, layouts: Prepacked | None = None) -> Iterator[Prepacked]:
+        """Inside, inference of single images on a CPU in float32 lays each of the backbone's weights out but once.
 
-        The layouts are made at first use and dropped at the end, so a server stays inside. See
+        The layouts, a second copy of the linear layers, are made at first use and dropped at the end, so a server
+        stays inside, or gives what it got to the next time: ``layouts``. See
         :class:`adaptkit.ops.onednn.Prepacked` for when a weight may change.
         """
-        before, self.layouts = self.layouts, Prepacked()
+        before, self.layouts = self.layouts, layouts or Prepacked()
         try:
-            yield
+            yield self.layouts
         finally:
             self.layouts = before
 
