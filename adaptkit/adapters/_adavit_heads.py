@@ -4,34 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adaptkit.ops.kept import attention, index
 from adaptkit.vit import Projections
 
 __all__ = ["PLAIN", "Products", "by_image"]
 
-Heads: TypeAlias = Tensor | slice | None  #: places of heads that are on, or neighbours; None: all
-
-
-class Products(NamedTuple):
-    """How rows (R, D') are multiplied, and for which heads at a time."""
-
-    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]  #: x, weight (..., D'), bias (...) -> (R, prod(...))
-    heads: Literal["neighbours", "together", "each"]  #: "together" needs a copy of their weights, the others views
-
-
+Heads: TypeAlias = list[int] | slice | None  #: places of heads that are on, or neighbours; None: all
 Attend = Callable[[list[Tensor], Heads], Tensor]
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight.flatten(0, -2), None if bias is None else bias.flatten())
+class Products(NamedTuple):
+    """How rows (R, D) are multiplied."""
+
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]  #: x, weight (D', D), bias (D',) -> (R, D')
+    #: x, weight (n, heads, E, D), bias (n, heads, E), places -> (R, n, these heads, E). None: neighbours alone
+    of_heads: Callable[[Tensor, Tensor, Tensor | None, list[int]], Tensor] | None = None
+    whole: bool = False  #: whether the output projection is never cut: heads that are off are zeros before it
 
 
-PLAIN = Products(_linear, "neighbours")
+PLAIN = Products(F.linear)
 
 
 def by_image(
@@ -67,19 +64,18 @@ def by_image(
             outs.append(_joined(w, products, asking, h, [None], attend))
             continue
         places = [j for j, keep in enumerate(image_on) if keep]
-        if head_mode == "partial" or (products.heads == "each" and places):
+        if head_mode == "partial" or (products.whole and places):
             outs.append(_scattered(w, products, asking, h, places, head_mode, attend))
         else:
-            outs.append(_joined(w, products, asking, h, _groups(places, products.heads), attend))
+            outs.append(_joined(w, products, asking, h, _groups(places, products), attend))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def _groups(places: list[int], heads: str) -> list[Heads]:
-    """Heads that are on, as they are multiplied: see ``Products.heads``."""
-    if heads == "together":
-        return [torch.tensor(places)] if places else []
-    starts = [j for j in places if heads == "each" or j - 1 not in places]
-    ends = [j + 1 for j in places if heads == "each" or j + 1 not in places]
+def _groups(places: list[int], products: Products) -> list[Heads]:
+    """Heads that are on, as they are multiplied: together, or in stretches of neighbours, whose weights are views."""
+    if products.of_heads is not None:
+        return [places] if places else []
+    starts, ends = [j for j in places if j - 1 not in places], [j + 1 for j in places if j + 1 not in places]
     return [slice(*pair) for pair in zip(starts, ends)]
 
 
@@ -102,10 +98,9 @@ def _scattered(
     values = _project(w, products, 2, 3, h, None)[0] if head_mode == "partial" else None
     o = h.new_zeros(len(asking), *w.out_weight.shape[1:]) if values is None else values[: len(asking), 0].clone()
     if places:
-        parts = [_qkv(w, products, asking, h, heads, values) for heads in _groups(places, products.heads)]
+        parts = [_qkv(w, products, asking, h, heads, values) for heads in _groups(places, products)]
         joined = parts[0] if len(parts) == 1 else [torch.cat(same, 2) for same in zip(*parts)]
-        heads = torch.tensor(places)
-        o.index_copy_(1, heads, attend(joined, heads).to(o.dtype))
+        o.index_copy_(1, index(places), attend(joined, places).to(o.dtype))
     return products.linear(o.flatten(1), w.out_weight.flatten(1), w.out_bias)
 
 
@@ -117,7 +112,7 @@ def _qkv(
     ``values`` (R, 1, all heads, E) are those of all heads where they are known.
     """
     last = 3 if values is None else 2
-    if asking is h and (heads is None or products.heads != "neighbours"):
+    if asking is h and not isinstance(heads, slice):
         found = _project(w, products, 0, last, h, heads)
     else:
         found = [y for j in range(last) for y in _project(w, products, j, j + 1, h if j else asking, heads)]
@@ -130,7 +125,7 @@ def _choose(x: Tensor, heads: Heads, axis: int = 1) -> Tensor:
         return x
     if isinstance(heads, slice):
         return x.narrow(axis, heads.start, heads.stop - heads.start)
-    return x.index_select(axis, heads)
+    return x.index_select(axis, index(heads))
 
 
 def _project(w: Projections, products: Products, first: int, last: int, h: Tensor, heads: Heads) -> list[Tensor]:
@@ -139,13 +134,18 @@ def _project(w: Projections, products: Products, first: int, last: int, h: Tenso
     One tensor where they are one layer of the host, else one of each.
     """
     if len(w.qkv) == 1:
-        parts = [(w.qkv[0][first:last], None if w.qkv_bias[0] is None else w.qkv_bias[0][first:last])]
+        whole = last - first == len(w.qkv[0])
+        bias = None if w.qkv_bias[0] is None else w.qkv_bias[0] if whole else w.qkv_bias[0][first:last]
+        parts = [(w.qkv[0] if whole else w.qkv[0][first:last], bias)]
     else:
         parts = list(zip(w.qkv[first:last], w.qkv_bias[first:last]))
     found: list[Tensor] = []
     for weight, bias in parts:
-        weight, bias = _choose(weight, heads), None if bias is None else _choose(bias, heads)
-        found.append(products.linear(h, weight, bias).view(len(h), *weight.shape[:3]))
+        if isinstance(heads, list) and products.of_heads is not None:
+            found.append(products.of_heads(h, weight, bias, heads))
+            continue
+        weight, bias = _choose(weight, heads), None if bias is None else _choose(bias, heads).flatten()
+        found.append(products.linear(h, weight.flatten(0, 2), bias).view(len(h), *weight.shape[:3]))
     return found
 
 
@@ -161,4 +161,4 @@ def _attend(
     q, k, v = (x for several in qkv for x in several.unbind(1))
     q, k, v = (x.transpose(0, 1)[None] for x in (w.norms[0](q), w.norms[1](k[:keys]), v[:keys]))
     bias = None if bias is None else _choose(bias, heads)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)[0].transpose(0, 1)
+    return attention(q, k, v, scale, bias)[0].transpose(0, 1)

@@ -24,7 +24,7 @@ from torch import Tensor
 from adaptkit.adapters._adavit_gates import Decision
 from adaptkit.adapters._adavit_heads import PLAIN, Products, by_image
 from adaptkit.ops import onednn
-from adaptkit.ops.kept import masked_attention, packed_attention, packed_backend
+from adaptkit.ops.kept import index, masked_attention, packed_attention, packed_backend
 from adaptkit.vit import Block, Projections
 
 __all__ = ["Way", "masked", "packed"]
@@ -110,8 +110,8 @@ def _products(way: Way, fast: bool) -> Products:
     if not fast:
         return PLAIN
     if way.prepacked is None:
-        return Products(onednn.linear, "together")
-    return Products(way.prepacked.linear, "each")
+        return Products(onednn.linear, onednn.linear_of_heads)
+    return Products(way.prepacked.linear, way.prepacked.linear_of_heads, whole=True)
 
 
 def _add(rows: Tensor, places: Tensor, update: Tensor) -> None:
@@ -141,7 +141,7 @@ def _alone(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> 
     count, fast = len(chosen), weights is not None and onednn.usable(x)
     if fast:  # the rows that round the number are copies of the first: not attended to, and dropped
         chosen += chosen[:1] * (onednn.rounded(count) - count)
-    places = torch.tensor(chosen, device=x.device)
+    places = index(chosen).to(x.device)
     rows = x[0].index_select(0, places[:prefix] if way.only_prefix else places)
     if msa:
         kept, normed = Kept(places, [0], [len(chosen)], tokens), h[0].index_select(0, places)

@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from array import array
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["SHORT", "masked_attention", "packed_attention", "packed_backend"]
+__all__ = ["SHORT", "attention", "index", "masked_attention", "packed_attention", "packed_backend"]
 
 FAR = 20.0  #: logits of an off key above the largest kept one count no further: exp(20) bounds the gradient
 SHORT = 48  #: rows up to which, on a CPU, calling for each sequence costs more than padding to one length
+UNFUSED = 160  #: rows up to which, on a CPU, two products and a softmax beat the fused kernel
 BUCKET = 8  #: sequences whose lengths share a multiple of this are padded to one length
+
+
+def index(places: Sequence[int]) -> Tensor:
+    """``torch.tensor(places)``, (n,) int64 on the CPU, in a fifth of its time."""
+    return torch.frombuffer(array("q", places), dtype=torch.int64) if places else torch.zeros(0, dtype=torch.int64)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
+    """``F.scaled_dot_product_attention`` of one image, (1, heads, R, E), by the fastest way there is without gradients.
+
+    ``bias`` is added to the logits, (1, heads, R, R).
+    """
+    plain = bias is None and not torch.is_grad_enabled() and not torch.is_autocast_enabled(q.device.type)
+    if not plain or q.device.type != "cpu" or q.dtype != torch.float32 or k.shape[2] > UNFUSED:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    logits = torch.baddbmm(q.new_zeros(1), q[0], k[0].transpose(1, 2), beta=0, alpha=scale)
+    return torch.bmm(torch.softmax(logits, -1), v[0])[None]
 
 
 def masked_attention(

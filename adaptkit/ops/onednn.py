@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Prepacked", "avoided", "linear", "mlp", "rounded", "usable"]
+from adaptkit.ops.kept import index
+
+__all__ = ["Prepacked", "avoided", "linear", "linear_of_heads", "mlp", "rounded", "usable"]
 
 LARGE = 2**18  # numbers in a weight, from which on the product outweighs the way there and back
 ROWS = 128  # for which weights are laid out
@@ -58,9 +60,18 @@ def rounded(rows: int) -> int:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` of rows (R, D) that are ``usable``. The weight (..., D) and bias (...) may have several axes."""
-    weight, bias = weight.flatten(0, -2), None if bias is None else bias.flatten()
+    """``F.linear`` of rows (R, D) that are ``usable``."""
     return F.linear(x.to_mkldnn(), weight, bias).to_dense() if _pays(weight) else F.linear(x, weight, bias)
+
+
+def linear_of_heads(x: Tensor, weight: Tensor, bias: Tensor | None, places: list[int]) -> Tensor:
+    """Rows (R, D), weight (n, heads, E, D), bias (n, heads, E) -> (R, n, heads at these places, E).
+
+    The weights of the heads are copied, to lie together.
+    """
+    heads = index(places)
+    weight, bias = weight.index_select(1, heads), None if bias is None else bias.index_select(1, heads).flatten()
+    return linear(x, weight.flatten(0, 2), bias).view(len(x), *weight.shape[:3])
 
 
 def mlp(x: Tensor, fc1: nn.Linear, act: Callable[[Tensor], Tensor], fc2: nn.Linear) -> Tensor:
@@ -88,29 +99,39 @@ class Prepacked:
         return Prepacked, ()
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``F.linear`` of rows (R, D) that are ``usable``. The weight (..., D) and bias (...) may have several axes.
-
-        Both may be views, as of one head: what is held is known by its place in memory.
-        """
-        bias = None if bias is None else bias.flatten()
+        """``F.linear`` of rows (R, D) that are ``usable``."""
         if not _prepackable(weight):
-            return F.linear(x, weight.flatten(0, -2), bias)
-        return _OPS._linear_pointwise(x, self._laid_out(weight), bias, "none", [], "")
+            return F.linear(x, weight, bias)
+        return _OPS._linear_pointwise(x, self._laid_out(weight)[0], bias, "none", [], "")
+
+    def linear_of_heads(self, x: Tensor, weight: Tensor, bias: Tensor | None, places: list[int]) -> Tensor:
+        """Rows (R, D), weight (n, heads, E, D), bias (n, heads, E) -> (R, n, heads at these places, E).
+
+        Each head is laid out by itself, so that any choice of them needs no copy.
+        """
+        if not _prepackable(weight):
+            return linear_of_heads(x, weight, bias, places)
+        laid_out = self._laid_out(weight, heads=True)
+        biases = [None] * weight.shape[1] if bias is None else bias.transpose(0, 1).flatten(1).unbind()
+        found = [_OPS._linear_pointwise(x, laid_out[j], biases[j], "none", [], "") for j in places]
+        return torch.stack(found, 1).view(len(x), len(places), weight.shape[0], weight.shape[2]).transpose(1, 2)
 
     def mlp(self, x: Tensor, fc1: nn.Linear, act: Callable[[Tensor], Tensor], fc2: nn.Linear) -> Tensor:
         """``fc2(act(fc1(x)))`` of rows (R, D) that are ``usable``."""
         if isinstance(act, nn.GELU) and _prepackable(fc1.weight):
-            hidden = _OPS._linear_pointwise(x, self._laid_out(fc1.weight), fc1.bias, "gelu", [], act.approximate)
+            hidden = _OPS._linear_pointwise(x, self._laid_out(fc1.weight)[0], fc1.bias, "gelu", [], act.approximate)
         else:
             hidden = act(self.linear(x, fc1.weight, fc1.bias))
         return self.linear(hidden, fc2.weight, fc2.bias)
 
-    def _laid_out(self, weight: Tensor) -> Tensor:
+    def _laid_out(self, weight: Tensor, heads: bool = False) -> list[Tensor]:
+        """Of a weight (D', D) alone, or of each head in (n, heads, E, D)."""
         key = weight.data_ptr(), weight.shape, weight.stride()
         version = 0 if weight.is_inference() else weight._version
         held = self._held.get(key)
         if held is None or held.version != version:
-            laid_out = _OPS._reorder_linear_weight(weight.detach().flatten(0, -2).contiguous(), ROWS)
+            parts = weight.detach().transpose(0, 1).flatten(1, 2).unbind() if heads else [weight.detach()]
+            laid_out = [_OPS._reorder_linear_weight(part.contiguous(), ROWS) for part in parts]
             held = self._held[key] = _Held(weight, version, laid_out)
         return held.laid_out
 
@@ -118,7 +139,7 @@ class Prepacked:
 class _Held(NamedTuple):
     weight: Tensor  # kept, so that no other tensor comes to lie in its place
     version: int
-    laid_out: Tensor
+    laid_out: list[Tensor]
 
 
 @cache
