@@ -12,6 +12,7 @@ from families import DEPTH, HEADS, HOSTS
 import adaptkit
 from adaptkit.adapters.adavit import AdaViT, Decision, Random
 from adaptkit.losses import usage, usage_loss
+from adaptkit.ops import onednn
 
 # One host for each thing that packing must get right.
 KINDS_OF_HOST = {
@@ -105,6 +106,32 @@ def test_one_image_through_onednn_equals_masked(name, mode, last, monkeypatch):
         with model.adapters["adavit"].deciding(POLICIES[policy]()):
             assert model.verify(images(name, 1)) <= 1e-5
     assert bool(seen) == (model.vit.begin(images(name, 1))[1][0].projections() is not None)
+
+
+@pytest.mark.parametrize("last", ["all", "class"])
+@pytest.mark.parametrize("mode", ["full", "partial"])
+@pytest.mark.parametrize("name", KINDS_OF_HOST)
+def test_one_image_with_weights_laid_out_equals_masked(name, mode, last):
+    if last == "class" and name == "timm-siglip":
+        pytest.skip("no class token")
+    model = loosen(build(name, head_mode=mode, first_block=0, last_block=last))
+    gates, image = model.adapters["adavit"], images(name, 1)
+    with gates.prepacked() as layouts:
+        for policy in POLICIES:
+            with gates.deciding(POLICIES[policy]()):
+                assert model.verify(image) <= 1e-5
+        split = model.vit.begin(image)[1][0].projections() is not None
+        assert bool(layouts._held) == (split and onednn._prepacks())
+        before = len(layouts._held)
+        with torch.no_grad():
+            for parameter in model.vit.host.parameters():
+                parameter.mul_(1.1)
+        with gates.deciding(POLICIES["random"]()):
+            assert model.verify(image) <= 1e-5  # changed weights are laid out anew,
+        assert len(layouts._held) == before  # in the place of the old
+    assert gates.layouts is None
+    with gates.prepacked(layouts):
+        assert gates.layouts is layouts
 
 
 @pytest.mark.parametrize("mode", ["full", "partial"])

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from adaptkit.ops.kept import masked_attention, packed_attention, packed_backend
+from adaptkit.ops.kept import UNFUSED, attention, index, masked_attention, packed_attention, packed_backend
 
 B, H, T, E = 3, 2, 7, 4
 COUNTS = (7, 1, 4)
@@ -79,3 +80,20 @@ def test_short_sequences_go_together_only_where_padding_is_allowed(qkv):
     assert packed_backend(q, None, [3, 9], padded=False) == "each"
     assert packed_backend(q, None, [3, 90], padded=True) == "each"
     assert packed_backend(q, q, [3, 9], padded=True) == "each"
+
+
+@pytest.mark.parametrize("rows", [1, 9, UNFUSED, UNFUSED + 1])
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("biased", [False, True])
+@torch.no_grad()
+def test_attention_of_one_image_is_the_fused_one(rows, scale, biased):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, H, rows, E).unbind()
+    bias = torch.randn(1, H, rows, rows) if biased else None
+    want = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    torch.testing.assert_close(attention(q, k, v, scale, bias), want, atol=1e-6, rtol=1e-5)
+
+
+def test_places_become_an_index():
+    for places in ([], [3], [0, 2, 5]):
+        assert torch.equal(index(places), torch.tensor(places, dtype=torch.int64))
