@@ -30,6 +30,7 @@ from adaptkit.mixers import list_mixers
 from adaptkit.mixers.msda import MSDeformAttn
 from adaptkit.ops.accumulate import add_resampled, add_upsampled
 from adaptkit.ops.grid import cells, check_strides, map_to_tokens, pad_to_multiple, resample_map, tokens_to_map
+from adaptkit.ops.linear import wide_linear
 from adaptkit.registry import register_adapter
 from adaptkit.vit import Features, Spec, ViT
 
@@ -192,7 +193,7 @@ class ViTAdapter(SideAdapter):
         parts = c.split([h * w for h, w in grids.levels], dim=1)
         maps = {s: tokens_to_map(p, g) for s, p, g in zip(STRIDES[1:], parts, grids.levels)}
         if self.up is not None and self.spm.fc1 is not None:
-            maps[4] = add_upsampled(self.spm.fc1(c1), maps[8], self.up.weight, self.up.bias)
+            maps[4] = add_upsampled(self._finest(self.spm.fc1, c1), maps[8], self.up.weight, self.up.bias)
         norms = dict(zip(STRIDES, (self.norm1, self.norm2, self.norm3, self.norm4)))
         height, width = image.shape[-2:]
         out = []
@@ -201,6 +202,11 @@ class ViTAdapter(SideAdapter):
             m = norm_map(norms[stride], m, keep=torch.is_grad_enabled())
             out.append(m[..., : cells(height, stride), : cells(width, stride)])
         return out
+
+    @staticmethod
+    def _finest(fc1: nn.Conv2d, c1: Tensor) -> Tensor:
+        """``fc1(c1)``, (B, inplane, H, W) -> (B, D, H, W): the largest map of all."""
+        return wide_linear(c1.movedim(1, 3), fc1.weight.flatten(1), fc1.bias).movedim(3, 1)
 
     def _add_vit_feature(self, m: Tensor, stride: int, taps: list[Tensor], grids: Grids) -> Tensor:
         """Add the last tokens, or those of the group at the map's share of the depth, on the map's grid."""

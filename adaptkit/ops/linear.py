@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["add_linear", "add_to", "linear", "norm_linear", "row_slices"]
+from adaptkit.ops import pool
+
+__all__ = ["add_linear", "add_to", "linear", "norm_linear", "row_slices", "wide_linear"]
 
 NUMBERS = 2**21  # of rows that are made at a time: they stay in the cache from one operation to the next
 
@@ -36,6 +38,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     rows = x.reshape(1, -1, 1, x.shape[-1]).movedim(3, 1)  # channels-last: nothing is moved
     return F.conv2d(rows, weight[:, :, None, None], bias).movedim(1, 3).reshape(*x.shape[:-1], -1)
+
+
+def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``linear`` of (..., D) to a width that makes it large; without gradients in memory of an earlier such result."""
+    plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype == weight.dtype == _product_dtype(x)
+    if not plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return linear(x, weight, bias)
+    out = pool.empty((*x.shape[:-1], len(weight)), x.dtype)
+    rows, into = x.reshape(-1, x.shape[-1]), out.view(-1, len(weight))
+    for s in row_slices(len(rows), x.device, NUMBERS // len(weight) + 1):
+        into[s] = linear(rows[s], weight, bias)
+    return out
 
 
 def norm_linear(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
