@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptkit.ops.frozen import frozen_linears
 from adaptkit.ops.grid import cells, pad_to_multiple
 
 __all__ = [
@@ -146,7 +147,8 @@ class Block:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run the host's own forward."""
-        return self.run(x)
+        with frozen_linears(x):
+            return self.run(x)
 
     def equation(self, x: Tensor) -> Tensor:
         """Run the block from its parts: the MetaFormer equation above."""

@@ -1,0 +1,64 @@
+"""The gradient of frozen linear layers, on a CPU through oneDNN.
+
+What a frozen block costs in training is the gradient of its tokens: for ``y = x W' + b`` it is ``grad W``, a product as
+large as that of the forward pass. The BLAS of most builds of torch needs half as long again for it as oneDNN. The
+forward pass is left to the host, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from adaptkit.ops.linear import linear
+
+__all__ = ["frozen_linears"]
+
+PLAIN = (Tensor, nn.Parameter)  # and no subclass, sharded or quantised
+
+
+def frozen_linears(x: Tensor) -> AbstractContextManager[object]:
+    """Inside, ``F.linear`` with frozen weights has that gradient, where tokens ``x`` are float32 and want one."""
+    wanted = x.requires_grad and torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == torch.float32
+    if not wanted or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return nullcontext()
+    return _FrozenLinears()
+
+
+class _FrozenLinears(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is F.linear and not kwargs and len(args) in (2, 3) and _suits(*args):
+            return _FrozenLinear.apply(*args) if len(args) == 3 else _FrozenLinear.apply(*args, None)
+        return func(*args, **(kwargs or {}))
+
+
+def _suits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    if not x.requires_grad or x.dtype != torch.float32 or type(x) is not Tensor:
+        return False
+    return all(
+        type(t) in PLAIN and not t.requires_grad and t.dtype == torch.float32 for t in (weight, bias) if t is not None
+    )
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        return linear(grad, weight.t()), None, None

@@ -1,0 +1,81 @@
+"""Frozen linear layers whose gradient goes another way: the same forward to the bit, the same gradient."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from adaptkit.ops import frozen
+from adaptkit.ops.frozen import frozen_linears
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    seen, there = [], frozen.linear
+    monkeypatch.setattr(frozen, "linear", lambda g, w: seen.append(tuple(w.shape)) or there(g, w))
+    return seen
+
+
+def mlp(bias=True, dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 20, bias=bias), nn.GELU(), nn.Linear(20, 12)).to(dtype).requires_grad_(False)
+
+
+def tokens(dtype=torch.float32):
+    return torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+
+
+def run(layers, x, inside):
+    with frozen_linears(x) if inside else torch.enable_grad():
+        y = layers(x)
+    return y, torch.autograd.grad(y.square().sum(), [x, *(p for p in layers.parameters() if p.requires_grad)])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_forward_is_the_host_s_to_the_bit_and_the_gradient_the_same(calls, bias):
+    layers = mlp(bias)
+    (y, grads), (own, own_grads) = run(layers, tokens(), True), run(layers, tokens(), False)
+    assert torch.equal(y, own)
+    torch.testing.assert_close(grads, own_grads, atol=1e-5, rtol=1e-5)
+    assert calls == [(20, 12), (12, 20)]
+
+
+def test_what_is_trained_keeps_its_own_gradients(calls):
+    layers = mlp()
+    layers[0].weight.requires_grad_()
+    (_, grads), (_, own) = run(layers, tokens(), True), run(layers, tokens(), False)
+    torch.testing.assert_close(grads, own, atol=1e-5, rtol=1e-5)
+    assert calls == [(20, 12)]
+    layers[2].bias.requires_grad_()
+    run(layers, tokens(), True)
+    assert calls == [(20, 12)]
+
+
+def test_it_is_not_for_other_dtypes_autocast_or_tokens_without_gradient(calls):
+    layers = mlp(dtype=torch.float64)
+    run(layers, tokens(torch.float64), True)
+    with torch.autocast("cpu", torch.bfloat16):
+        run(mlp(), tokens(), True)
+    with frozen_linears(tokens().detach()):
+        assert not mlp()(tokens().detach()).requires_grad
+    with torch.no_grad(), frozen_linears(tokens()):
+        mlp()(tokens())
+    assert calls == []
+
+
+def test_it_can_be_computed_again_and_differentiated_twice(calls):
+    layers, x = mlp(), tokens()
+
+    def block(x):
+        with frozen_linears(x):
+            return layers(x)
+
+    (grad,) = torch.autograd.grad(checkpoint(block, x, use_reentrant=False).square().sum(), x)
+    torch.testing.assert_close(grad, run(layers, tokens(), False)[1][0], atol=1e-5, rtol=1e-5)
+    assert len(calls) == 2
+    twice = []
+    for inside in (True, False):
+        y = block(x) if inside else layers(x)
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        twice.append(torch.autograd.grad(first.square().sum(), x)[0])
+    torch.testing.assert_close(*twice, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,75 @@
+"""Large results in memory that is used again: never while anybody can read it."""
+
+import pytest
+import torch
+
+from adaptkit.ops import linear, pool
+
+NUMBERS = pool.LARGE // 4
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    pool.release()
+    yield
+    pool.release()
+
+
+def test_memory_is_used_again_when_nobody_holds_the_last_result():
+    first = pool.empty((2, NUMBERS // 2), torch.float32)
+    place = first.data_ptr()
+    assert place % pool.ALIGNMENT == 0
+    assert first.shape == (2, NUMBERS // 2)
+    second = pool.empty((NUMBERS,), torch.float32)
+    assert second.data_ptr() != place
+    del first
+    assert pool.empty((NUMBERS,), torch.float32).data_ptr() == place
+
+
+@pytest.mark.parametrize(
+    "keep", [lambda t: t[1:], lambda t: t.view(2, -1).t(), lambda t: t.numpy(), lambda t: t.detach()[None]]
+)
+def test_a_view_or_an_array_keeps_its_memory(keep):
+    first = pool.empty((NUMBERS,), torch.float32).fill_(3.0)
+    place, held = first.data_ptr(), keep(first)
+    del first
+    other = pool.empty((NUMBERS,), torch.float32).zero_()
+    assert other.data_ptr() != place
+    assert (held == 3.0).all()
+    del held
+    assert pool.empty((NUMBERS,), torch.float32).data_ptr() == place
+
+
+def test_no_more_is_kept_than_was_alive_at_once():
+    for factor in (1, 2, 3, 4, 6, 9):
+        pool.empty((factor * NUMBERS,), torch.float32)
+        assert pool.held() <= 2 * factor * pool.LARGE + pool.ALIGNMENT
+    several = [pool.empty((NUMBERS,), torch.float32) for _ in range(4)]
+    assert len({t.data_ptr() for t in several}) == 4
+    del several
+    pool.release()
+    assert pool.held() == 0
+
+
+def test_small_and_huge_results_are_not_kept(monkeypatch):
+    pool.empty((8,), torch.float32)
+    monkeypatch.setattr(pool, "MOST", pool.LARGE + 1000)
+    held = [pool.empty((NUMBERS,), torch.float32) for _ in range(3)]
+    pool.empty((2 * NUMBERS,), torch.float32)
+    assert pool.held() == pool.LARGE + pool.ALIGNMENT
+    assert len({t.data_ptr() for t in held}) == 3
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_wide_product_is_the_same_with_and_without_gradients(monkeypatch, bias):
+    monkeypatch.setattr(pool, "LARGE", 1)
+    monkeypatch.setattr(linear, "NUMBERS", 64)
+    torch.manual_seed(0)
+    x, weight, b = torch.randn(2, 3, 5, 8), torch.randn(16, 8), torch.randn(16) if bias else None
+    want = torch.nn.functional.linear(x, weight, b)
+    torch.testing.assert_close(linear.wide_linear(x.requires_grad_(), weight, b), want, atol=1e-5, rtol=1e-5)
+    assert pool.held() == 0
+    with torch.no_grad():
+        torch.testing.assert_close(linear.wide_linear(x, weight, b), want, atol=1e-5, rtol=1e-5)
+        assert pool.held() > 0
+        assert linear.wide_linear(x.double(), weight.double(), None).dtype == torch.float64
