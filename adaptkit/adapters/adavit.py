@@ -227,9 +227,9 @@ class AdaViT(BlockAdapter):
     def prepacked(self, layouts: Prepacked | None = None) -> Iterator[Prepacked]:
         """Inside, inference of single images on a CPU in float32 lays each of the backbone's weights out but once.
 
-        The layouts, a second copy of the linear layers, are made at first use and dropped at the end, so a server
-        stays inside, or gives what it got to the next time: ``layouts``. See
-        :class:`adaptkit.ops.onednn.Prepacked` for when a weight may change.
+        The layouts, copies of the linear layers (of queries, keys and values one whole and one by head), are made at
+        first use and dropped at the end, so a server stays inside, or gives what it got to the next time:
+        ``layouts``. See :class:`adaptkit.ops.onednn.Prepacked` for when a weight may change.
         """
         before, self.layouts = self.layouts, layouts or Prepacked()
         try:
