@@ -206,6 +206,8 @@ class ViTAdapter(SideAdapter):
     @staticmethod
     def _finest(fc1: nn.Conv2d, c1: Tensor) -> Tensor:
         """``fc1(c1)``, (B, inplane, H, W) -> (B, D, H, W): the largest map of all."""
+        if torch.is_grad_enabled():
+            return fc1(c1)
         return wide_linear(c1.movedim(1, 3), fc1.weight.flatten(1), fc1.bias).movedim(3, 1)
 
     def _add_vit_feature(self, m: Tensor, stride: int, taps: list[Tensor], grids: Grids) -> Tensor:
