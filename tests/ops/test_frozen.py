@@ -79,3 +79,15 @@ def test_it_can_be_computed_again_and_differentiated_twice(calls):
         (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         twice.append(torch.autograd.grad(first.square().sum(), x)[0])
     torch.testing.assert_close(*twice, atol=1e-4, rtol=1e-4)
+
+
+def test_it_goes_with_torch_func():
+    layers, x = mlp(), tokens().detach()
+
+    def loss(x, inside=True):
+        with frozen_linears(x) if inside else torch.enable_grad():
+            return layers(x).square().sum()
+
+    own = torch.func.grad(lambda x: loss(x, False))(x)
+    torch.testing.assert_close(torch.func.grad(loss)(x), own, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(x), own, atol=1e-5, rtol=1e-5)
