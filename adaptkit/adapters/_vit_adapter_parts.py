@@ -18,7 +18,7 @@ from adaptkit.mixers import CrossMixer, Layout, cross_mixer
 from adaptkit.ops import batch_norm
 from adaptkit.ops.forget import forgotten
 from adaptkit.ops.grid import cell_centres, map_to_tokens, tokens_to_map
-from adaptkit.ops.linear import add_linear, norm_linear
+from adaptkit.ops.linear import add_linear, branch_linear
 from adaptkit.vit import Fn, identity
 
 __all__ = ["ConvFFN", "Extractor", "Grids", "Injector", "Interaction", "SpatialPrior"]
@@ -90,7 +90,7 @@ class ConvFFN(nn.Module):
 
     def onto(self, c: Tensor, norm: nn.Module, levels: Sequence[tuple[int, int]], scale: Tensor | None) -> Tensor:
         """(B, M, D) -> ``c + scale * ffn(norm(c))``, ``scale`` (B, 1, 1) per sample; without gradients c is changed."""
-        narrow = norm_linear(c, norm, self.fc1.weight, self.fc1.bias)
+        c, narrow = branch_linear(c, norm, self.fc1.weight, self.fc1.bias)
         mixed = self._mix(narrow, levels)
         with forgotten((mixed, lambda: self._mix(narrow, levels))):
             active = F.gelu(mixed)

@@ -28,6 +28,7 @@ from adaptkit.adapters.base import SideAdapter, Trace
 from adaptkit.layers import Norm, check_choice, init_weights, norm2d, norm_map, parameter_dtype
 from adaptkit.mixers import list_mixers
 from adaptkit.mixers.msda import MSDeformAttn
+from adaptkit.ops import batch_norm
 from adaptkit.ops.accumulate import add_resampled, add_upsampled
 from adaptkit.ops.grid import cells, check_strides, map_to_tokens, pad_to_multiple, resample_map, tokens_to_map
 from adaptkit.ops.linear import wide_linear
@@ -199,7 +200,10 @@ class ViTAdapter(SideAdapter):
         out = []
         for stride in self.strides:
             m = self._add_vit_feature(maps[stride], stride, taps, grids)
-            m = norm_map(norms[stride], m, keep=torch.is_grad_enabled())
+            if stride == 4 and batch_norm.suits(norms[stride], m):
+                m = batch_norm.norm_large(m, norms[stride])
+            else:
+                m = norm_map(norms[stride], m, keep=torch.is_grad_enabled())
             out.append(m[..., : cells(height, stride), : cells(width, stride)])
         return out
 

@@ -13,7 +13,7 @@ from adaptkit.mixers.base import CrossMixer, Layout, Mixer, Norms, even_heads
 from adaptkit.ops import ms_deform_attn
 from adaptkit.ops.forget import forgotten
 from adaptkit.ops.grid import cell_centres, map_to_tokens, tokens_to_map
-from adaptkit.ops.linear import add_linear, linear, norm_linear
+from adaptkit.ops.linear import add_linear, branch_linear, linear, norm_linear
 from adaptkit.ops.softmax import grouped_softmax
 
 __all__ = ["MSDeformAttn", "MSDeformMixer"]
@@ -56,32 +56,32 @@ class MSDeformAttn(CrossMixer):
 
     def normed(self, query: Tensor, feat: Tensor, layout: Layout, norms: Norms) -> Tensor:
         """Without holding what is normed."""
-        read = self._reader(query, feat, layout, norms)
+        _, read = self._reader(query, feat, layout, norms)
         sampled = read()
         with forgotten((sampled, read)):
             return linear(sampled, self.output_proj.weight, self.output_proj.bias)
 
     def onto(self, query: Tensor, feat: Tensor, layout: Layout, norms: Norms) -> Tensor:
         """The projection is summed where the queries are."""
-        read = self._reader(query, feat, layout, norms)
+        query, read = self._reader(query, feat, layout, norms)
         sampled = read()
         with forgotten((sampled, read)):
             return add_linear(query, sampled, self.output_proj.weight, self.output_proj.bias)
 
-    def _reader(self, query: Tensor, feat: Tensor, layout: Layout, norms: Norms) -> Callable[[], Tensor]:
-        """Place the points; the function returned reads the values there: (B, Q, width)."""
+    def _reader(self, query: Tensor, feat: Tensor, layout: Layout, norms: Norms) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Place the points: the query as a residual takes it, and a function that reads there: (B, Q, width)."""
         shape = (self.heads, self.levels, self.points)
         value = norm_linear(feat, norms[1], self.value_proj.weight, self.value_proj.bias).unflatten(2, (self.heads, -1))
         # Coordinates stay in float32 whatever the autocast dtype: bf16 cannot tell neighbouring pixels apart.
         points = layout.points
         cells_xy = points.new_tensor([(w, h) for h, w in layout.values])
-        offsets, weights = self._places(query, norms[0], cells_xy)
+        query, offsets, weights = self._places(query, norms[0], cells_xy)
         locations = points[:, None, None, None, :] + offsets.unflatten(2, (*shape, 2)).to(points.dtype)
         weights = grouped_softmax(weights.to(points.dtype), self.heads).unflatten(2, shape)
-        return partial(ms_deform_attn, value, list(layout.values), locations, weights)
+        return query, partial(ms_deform_attn, value, list(layout.values), locations, weights)
 
-    def _places(self, query: Tensor, norm: nn.Module, cells_xy: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, Q, D) -> offsets (B, Q, H * L * K * 2) over the extent of a level, and logits (B, Q, H * L * K).
+    def _places(self, query: Tensor, norm: nn.Module, cells_xy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, Q, D) -> the same, offsets (B, Q, H * L * K * 2) over the extent of a level, logits (B, Q, H * L * K).
 
         Both layers read the query once, and cells become shares of the extent in the weights, which are few.
         """
@@ -89,8 +89,8 @@ class MSDeformAttn(CrossMixer):
         cells_of = cells_xy[:, None].expand(self.heads, -1, self.points, -1).flatten().to(offsets.weight.dtype)
         weight = torch.cat([offsets.weight / cells_of[:, None], logits.weight])
         bias = torch.cat([offsets.bias / cells_of, logits.bias])
-        places = norm_linear(query, norm, weight, bias)
-        return places.split([offsets.out_features, logits.out_features], dim=-1)
+        query, places = branch_linear(query, norm, weight, bias)
+        return query, *places.split([offsets.out_features, logits.out_features], dim=-1)
 
 
 class MSDeformMixer(Mixer):

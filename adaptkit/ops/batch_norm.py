@@ -14,10 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["norm_pool", "norm_relu_conv", "suits"]
+from adaptkit.ops import pool
+from adaptkit.ops.linear import row_slices
+
+__all__ = ["norm_large", "norm_pool", "norm_relu_conv", "suits"]
 
 _OF_MAP = (0, 2, 3)  # what a channel is summed over
 _POOL = (3, 2, 1)  # kernel, stride, padding
+_NUMBERS = 2**20  # of a large map at a time: they stay in the cache from one operation to the next
 _CONV = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation; not transposed; one group
 
 
@@ -40,6 +44,12 @@ def norm_pool(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     return _NormThen.apply(x, norm.weight, norm.bias, *_statistics(norm, x), None)
 
 
+def norm_large(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """``norm(x)``, (B, C, H, W), channels-last and in memory of an earlier such map."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    return _Norm.apply(x, norm.weight, norm.bias, *_statistics(norm, x))
+
+
 @torch.no_grad()
 def _statistics(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and 1 / standard deviation of each channel (C,); the running ones of ``norm`` move towards them."""
@@ -52,6 +62,52 @@ def _per_channel(x: Tensor) -> Tensor:
     return x[:, None, None]
 
 
+def _layout(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+        scale = gamma * rstd
+        shift = beta - mean * scale
+        ctx.save_for_backward(x, mean, rstd, scale)
+        out = pool.empty_like(x)
+        for one, o in zip(x.split(1), out.split(1)):
+            torch.addcmul(_per_channel(shift), one, _per_channel(scale), out=o)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, mean, rstd, scale = ctx.saved_tensors
+        out = pool.empty(x.shape, x.dtype, torch.channels_last)
+        pixels, g = (t.movedim(1, 3).flatten(0, 2) for t in (x, grad))  # (B*H*W, C)
+        grad_x = out.movedim(1, 3).view(pixels.shape)
+        slices = list(row_slices(len(pixels), x.device, _NUMBERS // len(mean) + 1))
+        summed, along = torch.zeros_like(mean), torch.zeros_like(mean)
+        for s in slices:
+            summed += g[s].sum(0)
+            along += (pixels[s] - mean).mul_(g[s]).sum(0)
+        slope, level = _of_statistics(x, mean, rstd, scale, summed, along)
+        for s in slices:
+            torch.addcmul(level, pixels[s], slope, out=grad_x[s]).addcmul_(g[s], scale)
+        return out, rstd * along, summed, None, None
+
+
+def _of_statistics(
+    x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, summed: Tensor, along: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What the gradient of x is besides ``scale * g``: ``slope * x + level``, for mean and variance are x's own.
+
+    With g the gradient of the normed map, ``summed`` the sums of g and ``along`` those of g * (x - mean), it is
+    gamma * rstd * (g - mean(g) - xhat * mean(g * xhat)), xhat = (x - mean) * rstd.
+    """
+    count = x.numel() // x.shape[1]
+    slope = -scale * rstd.square() * along / count
+    return slope, -scale * summed / count - slope * mean
+
+
 class _NormThen(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -59,25 +115,25 @@ class _NormThen(torch.autograd.Function):
     ) -> Tensor:
         scale = gamma * rstd
         shift = beta - mean * scale
-        outs, places, y = [], [], torch.empty_like(x[:1])
-        for one in x.split(1):
+        pooled, places, y = [], [], torch.empty_like(x[:1])
+        out = None if kernel is None else pool.empty((len(x), len(kernel), *x.shape[2:]), x.dtype, _layout(x))
+        for i, one in enumerate(x.split(1)):
             torch.addcmul(_per_channel(shift), one, _per_channel(scale), out=y)
-            if kernel is None:
-                out, place = F.max_pool2d(y, *_POOL, return_indices=True)
+            if out is None:
+                largest, place = F.max_pool2d(y, *_POOL, return_indices=True)
+                pooled.append(largest)
                 places.append(place)
             else:
-                out = F.conv2d(y.relu_(), kernel, padding=1)
-            outs.append(out)
+                out[i] = F.conv2d(y.relu_(), kernel, padding=1)[0]
         ctx.save_for_backward(x, mean, rstd, scale, shift, kernel, *places)
-        return torch.cat(outs)
+        return torch.cat(pooled) if out is None else out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, mean, rstd, scale, shift, kernel, *places = ctx.saved_tensors
-        grad_x, grad_kernel = torch.empty_like(x), None if kernel is None else torch.zeros_like(kernel)
+        grad_x, grad_kernel = pool.empty_like(x), None if kernel is None else torch.zeros_like(kernel)
         y = torch.empty_like(x[:1])
-        # With g the gradient of the normed map, the sums of g and of g * (x - mean):
         summed, along = torch.zeros_like(mean), torch.zeros_like(mean)
         for i, (one, g) in enumerate(zip(x.split(1), grad.split(1))):
             if kernel is None:  # the place of a largest value is known: of the map the shape alone is asked for
@@ -90,10 +146,7 @@ class _NormThen(torch.autograd.Function):
             summed += g.sum(_OF_MAP)
             along += torch.sub(one, _per_channel(mean), out=y).mul_(g).sum(_OF_MAP)
             grad_x[i] = g[0]
-        # g of the normed map becomes gamma * rstd * (g - mean(g) - xhat * mean(g * xhat)), xhat = (x - mean) * rstd
-        count = x.numel() // x.shape[1]
-        slope = -scale * rstd.square() * along / count
-        level = -scale * summed / count - slope * mean
+        slope, level = _of_statistics(x, mean, rstd, scale, summed, along)
         for g, one in zip(grad_x.split(1), x.split(1)):
             g.mul_(_per_channel(scale)).addcmul_(one, _per_channel(slope)).add_(_per_channel(level))
         return grad_x, rstd * along, summed, None, None, grad_kernel

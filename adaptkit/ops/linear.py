@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from adaptkit.ops import pool
 
-__all__ = ["add_linear", "add_to", "linear", "norm_linear", "row_slices", "wide_linear"]
+__all__ = ["add_linear", "add_to", "branch_linear", "linear", "norm_linear", "row_slices", "wide_linear"]
 
 NUMBERS = 2**21  # of rows that are made at a time: they stay in the cache from one operation to the next
 
@@ -57,12 +57,20 @@ def norm_linear(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | None)
 
     Rows that a LayerNorm made are made again in the backward pass, and never held as a whole; other norms just run.
     """
+    return branch_linear(x, norm, weight, bias)[1]
+
+
+def branch_linear(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``x, norm_linear(x, ...)`` of a residual branch: the gradients of both are summed where the second is made."""
     if not isinstance(norm, nn.LayerNorm) or torch.compiler.is_compiling():
-        return F.linear(norm(x), weight, bias)
+        return x, F.linear(norm(x), weight, bias)
     dtype = _product_dtype(x)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
-        return _NormLinear.apply(x.to(norm.weight.dtype), norm.weight, norm.bias, norm.eps, weight, bias)
+        wide = x.to(norm.weight.dtype)
+        out, same = _NormLinear.apply(wide, norm.weight, norm.bias, norm.eps, weight, bias)
+    passes = wide is x and x.requires_grad and torch.is_grad_enabled()
+    return same if passes else x, out
 
 
 def add_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -89,24 +97,28 @@ class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float, weight: Tensor, bias: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, gamma, beta, weight)
+        ctx.set_materialize_grads(False)
         ctx.eps = eps
-        shape, x = x.shape, x.flatten(0, -2)
-        out = weight.new_empty(len(x), len(weight))
-        for s in row_slices(len(x), x.device, NUMBERS // x.shape[1] + 1):
-            normed = F.layer_norm(x[s], gamma.shape, gamma, beta, eps).to(weight.dtype)
+        rows = x.flatten(0, -2)
+        out = weight.new_empty(len(rows), len(weight))
+        for s in row_slices(len(rows), x.device, NUMBERS // rows.shape[1] + 1):
+            normed = F.layer_norm(rows[s], gamma.shape, gamma, beta, eps).to(weight.dtype)
             out[s] = linear(normed, weight, bias)
-        return out.unflatten(0, shape[:-1])
+        return out.unflatten(0, x.shape[:-1]), x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None, beside: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if grad is None:
+            return beside, None, None, None, None, None
         x, gamma, beta, weight = ctx.saved_tensors
         of_x, of_gamma, of_beta, _, of_weight, of_bias = ctx.needs_input_grad
         behind = [of_x, of_gamma, of_beta]  # what lies behind the product
         shape, x, grad = x.shape, x.flatten(0, -2), grad.flatten(0, -2)
-        grad_x = torch.empty_like(x) if of_x else None
+        beside = None if beside is None else beside.flatten(0, -2)
+        grad_x = pool.empty_like(x) if of_x else None
         grad_gamma, grad_beta = torch.zeros_like(gamma), torch.zeros_like(beta)
         grad_weight = torch.zeros_like(weight, dtype=gamma.dtype)  # sums over slices are not rounded to bf16
         for s in row_slices(len(x), x.device, NUMBERS // x.shape[1] + 1):
@@ -118,7 +130,7 @@ class _NormLinear(torch.autograd.Function):
                 to_norm = torch.ops.aten.native_layer_norm_backward
                 found = to_norm(through, x[s], gamma.shape, mean, rstd, gamma, beta, behind)
                 if grad_x is not None:
-                    grad_x[s] = found[0]
+                    grad_x[s] = found[0] if beside is None else found[0].add_(beside[s])
                 grad_gamma += found[1] if of_gamma else 0
                 grad_beta += found[2] if of_beta else 0
         grad_x = None if grad_x is None else grad_x.view(shape)
@@ -130,10 +142,10 @@ class _AddLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
         ctx.save_for_backward(y, weight)
-        x = x.clone() if keep else x
+        out = pool.empty_like(x) if keep else x
         for s in row_slices(len(x), x.device, NUMBERS // x.shape[1] + 1):
-            x[s] += linear(y[s], weight, bias)
-        return x
+            torch.add(x[s], linear(y[s], weight, bias), out=out[s])
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -141,7 +153,7 @@ class _AddLinear(torch.autograd.Function):
         _, wants_y, wants_weight, wants_bias, _ = ctx.needs_input_grad
         return (
             grad,
-            linear(grad, weight.t()) if wants_y else None,
+            wide_linear(grad, weight.t(), None) if wants_y else None,
             grad.t() @ y if wants_weight else None,
             grad.sum(0) if wants_bias else None,
             None,

@@ -7,7 +7,6 @@ GPU's allocator keeps such memory; this does so on a CPU, for as few results as 
 
 from __future__ import annotations
 
-import math
 import sys
 import threading
 from collections.abc import Sequence
@@ -15,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["empty", "held", "release"]
+__all__ = ["empty", "empty_like", "held", "release"]
 
-LARGE = 2**24  # bytes from which on memory is kept
+LARGE = 2**23  # bytes from which on memory is kept
 MOST = 2**29  # bytes that are kept at most
 ALIGNMENT = 64  # as torch's own memory
 
@@ -25,19 +24,27 @@ _lock = threading.Lock()
 _buffers: list[bytearray] = []
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """``torch.empty(shape, dtype=dtype)`` on the CPU. What is large may lie where an earlier result lay.
+def empty(
+    shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format = torch.contiguous_format
+) -> Tensor:
+    """``torch.empty`` on the CPU. What is large may lie where an earlier result lay.
 
     A tensor refers to its memory, and so do its views and arrays made of it: memory is free when none of them is left.
     """
-    numbers = math.prod(shape)
-    size = numbers * dtype.itemsize
-    if not LARGE <= size <= MOST:
-        return torch.empty(shape, dtype=dtype)
+    return empty_like(torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format), "cpu")
+
+
+def empty_like(x: Tensor, device: torch.device | str | None = None) -> Tensor:
+    """``torch.empty_like(x, device=device)``; on the CPU by ``empty``."""
+    device, size = device or x.device, x.numel() * x.dtype.itemsize
+    if torch.device(device).type != "cpu" or not LARGE <= size <= MOST:
+        return torch.empty_like(x, device=device)
+    stride = torch.empty_like(x, device="meta").stride()
     with _lock:
-        buffer = _take(size + ALIGNMENT)
-        start = -torch.frombuffer(buffer, dtype=torch.uint8).data_ptr() % ALIGNMENT
-        return torch.frombuffer(buffer, dtype=dtype, count=numbers, offset=start).view(tuple(shape))
+        memory = torch.frombuffer(_take(size + ALIGNMENT), dtype=torch.uint8)
+        start = -memory.data_ptr() % ALIGNMENT // x.dtype.itemsize
+        # Not a view of `memory`: what comes out of an autograd function may then be changed in place.
+        return torch.empty(0, dtype=x.dtype).set_(memory.untyped_storage(), start, x.shape, stride)
 
 
 def held() -> int:
@@ -52,11 +59,11 @@ def release() -> None:
 
 
 def _take(size: int) -> bytearray:
-    """Return a free buffer of this size, or up to twice as large; else a new one, and let go of all that are free."""
+    """Return the smallest free buffer of one to four times this size; else a new one, and let go of what is free."""
     free = [_references(_buffers, i) == _UNUSED for i in range(len(_buffers))]
-    for buffer, is_free in zip(_buffers, free):
-        if is_free and size <= len(buffer) <= 2 * size:
-            return buffer
+    fits = [buffer for buffer, is_free in zip(_buffers, free) if is_free and size <= len(buffer) <= 4 * size]
+    if fits:
+        return min(fits, key=len)
     _buffers[:] = [buffer for buffer, is_free in zip(_buffers, free) if not is_free]
     new = bytearray(size)
     if held() + size <= MOST:

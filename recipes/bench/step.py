@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import adaptkit
+from adaptkit.ops import pool
 
 from .measure import in_turns, machine, status
 from .official_flow import OfficialFlow
@@ -161,6 +162,7 @@ def peak(args: argparse.Namespace) -> float:
         torch.cuda.reset_peak_memory_stats()
         step(image)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    pool.release()  # what is kept from step to step counts
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = status("VmRSS")
     step(image)

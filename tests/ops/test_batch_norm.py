@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adaptkit.ops.batch_norm import norm_pool, norm_relu_conv, suits
+from adaptkit.ops import batch_norm
+from adaptkit.ops.batch_norm import norm_large, norm_pool, norm_relu_conv, suits
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -32,6 +33,26 @@ def test_it_is_the_layers_one_after_the_other(layer, batch, layout):
     inputs = [x] + [kernel] * (layer == "conv")
     mine = torch.autograd.grad(found, [*inputs, norm.weight, norm.bias], grad)
     theirs = torch.autograd.grad(expected, [*inputs, plain.weight, plain.bias], grad)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(1, 5, 8, 6), (3, 5, 8, 6), (2, 1, 4, 1)])
+def test_a_large_map_is_normed_part_by_part(monkeypatch, shape, layout):
+    monkeypatch.setattr(batch_norm, "_NUMBERS", 35)
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(shape[1]).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    plain = copy.deepcopy(norm)
+    x = (3 + 2 * torch.randn(shape).double()).contiguous(memory_format=layout).requires_grad_()
+    found, expected = norm_large(x, norm), plain(x)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(norm.state_dict(), plain.state_dict())
+    grad = torch.randn(shape, dtype=torch.float64)
+    mine = torch.autograd.grad(found, [x, norm.weight, norm.bias], grad)
+    theirs = torch.autograd.grad(expected, [x, plain.weight, plain.bias], grad)
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b)
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from adaptkit.ops import linear as ops
-from adaptkit.ops.linear import add_linear, linear, norm_linear
+from adaptkit.ops.linear import add_linear, branch_linear, linear, norm_linear
 
 
 def inputs(*shapes, dtype=torch.float64):
@@ -53,6 +53,26 @@ def test_gradients_of_what_is_trained_alone(wanted):
     (ours,) = gradients(norm_linear(x, norm, weight, b), leaf)
     (plain,) = gradients(F.linear(norm(x), weight, b), leaf)
     torch.testing.assert_close(ours, plain, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("parts", ["both", "branch", "residual"])
+def test_the_branch_of_a_residual(parts):
+    x, weight, b = inputs((2, 5, 8), (8, 8), (8,))
+    norm = norm_of(8)
+    same, branch = branch_linear(x, norm, weight, b)
+    assert torch.equal(same, x)
+    use = {"both": lambda x, y: x.sin() + y, "branch": lambda x, y: y, "residual": lambda x, y: x.sin()}[parts]
+    ours, plain = use(same, branch), use(x, F.linear(norm(x), weight, b))
+    torch.testing.assert_close(gradients(ours, x), gradients(plain, x), atol=1e-12, rtol=1e-12)
+
+
+def test_a_residual_without_gradients_is_as_it_was():
+    x, weight, b = inputs((2, 5, 8), (8, 8), (8,))
+    assert branch_linear(x.detach(), norm_of(8), weight, b)[0].requires_grad is False
+    with torch.no_grad():
+        assert branch_linear(x, norm_of(8), weight, b)[0] is x
+    assert branch_linear(x, nn.Identity(), weight, b)[0] is x
 
 
 def test_no_norm_is_a_linear_layer():

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from adaptkit.ops import pool
 from adaptkit.ops.ms_deform_attn import _bag, _build
 from adaptkit.ops.ms_deform_attn._plain import compute_dtype
 
@@ -47,7 +48,7 @@ def forward(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int]
     """(N, Q, H * D), in the dtype of ``value``."""
     batch, _, heads, dim = value.shape
     inputs = _dense(value, locations, weights)
-    out = inputs[0].new_empty((batch, locations.shape[1], heads * dim))
+    out = pool.empty((batch, locations.shape[1], heads * dim), inputs[0].dtype)
     _run("forward", inputs, shapes, (*inputs, out))
     return out.to(value.dtype)
 
