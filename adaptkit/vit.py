@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.ops.frozen import frozen_linears
+from adaptkit.ops.frozen import frozen_block
 from adaptkit.ops.grid import cells, pad_to_multiple
 
 __all__ = [
@@ -147,7 +147,7 @@ class Block:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run the host's own forward."""
-        with frozen_linears(x):
+        with frozen_block(x):
             return self.run(x)
 
     def equation(self, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""The gradient of frozen linear layers, on a CPU through oneDNN.
+"""The gradient of frozen blocks, on a CPU by quicker means than torch's. The forward pass is the host's, to the bit.
 
-What a frozen block costs in training is the gradient of its tokens: for ``y = x W' + b`` it is ``grad W``, a product as
-large as that of the forward pass. The BLAS of most builds of torch needs half as long again for it as oneDNN. The
-forward pass is left to the host, to the bit.
+What a frozen block costs in training is the gradient of its tokens. For a linear layer ``y = x W' + b`` it is
+``grad W``, a product as large as that of the forward pass: the BLAS of most builds of torch needs half as long again
+for it as oneDNN. For attention see ``ops.attention``.
 """
 
 from __future__ import annotations
@@ -16,21 +16,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from adaptkit.ops import attention
 from adaptkit.ops.linear import linear
 from adaptkit.ops.onednn import PLAIN
 
-__all__ = ["frozen_linears"]
+__all__ = ["frozen_block"]
+
+_NOT_PLAIN = ("attn_mask", "dropout_p", "is_causal", "enable_gqa")
 
 
-def frozen_linears(x: Tensor) -> AbstractContextManager[object]:
-    """Inside, ``F.linear`` with frozen weights has that gradient, where tokens ``x`` are float32 and want one."""
+def frozen_block(x: Tensor) -> AbstractContextManager[object]:
+    """Inside, frozen linear layers and attention have that gradient, where tokens ``x`` are float32 and want one."""
     wanted = x.requires_grad and torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == torch.float32
     if not wanted or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return nullcontext()
-    return _FrozenLinears()
+    return _FrozenBlock()
 
 
-class _FrozenLinears(TorchFunctionMode):
+class _FrozenBlock(TorchFunctionMode):
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -38,12 +41,22 @@ class _FrozenLinears(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is F.linear and not kwargs and len(args) in (2, 3) and _suits(*args):
+        kwargs = kwargs or {}
+        if func is F.linear and not kwargs and len(args) in (2, 3) and _is_frozen_linear(*args):
             return _FrozenLinear.apply(*args) if len(args) == 3 else _FrozenLinear.apply(*args, None)
-        return func(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention:
+            return _attention(func, *args, **kwargs)
+        return func(*args, **kwargs)
 
 
-def _suits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+def _attention(func: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    plain = not args and not any(kwargs.get(option) for option in _NOT_PLAIN[1:]) and kwargs.get(_NOT_PLAIN[0]) is None
+    if plain and any(x.requires_grad for x in (q, k, v)) and attention.suits(q, k, v):
+        return attention.attention(q, k, v, kwargs.get("scale"))
+    return func(q, k, v, *args, **kwargs)
+
+
+def _is_frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     if not x.requires_grad or x.dtype != torch.float32 or type(x) is not Tensor:
         return False
     return all(

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from adaptkit.ops import frozen
-from adaptkit.ops.frozen import frozen_linears
+from adaptkit.ops.frozen import frozen_block
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def tokens(dtype=torch.float32):
 
 
 def run(layers, x, inside):
-    with frozen_linears(x) if inside else torch.enable_grad():
+    with frozen_block(x) if inside else torch.enable_grad():
         y = layers(x)
     return y, torch.autograd.grad(y.square().sum(), [x, *(p for p in layers.parameters() if p.requires_grad)])
 
@@ -56,9 +56,9 @@ def test_it_is_not_for_other_dtypes_autocast_or_tokens_without_gradient(calls):
     run(layers, tokens(torch.float64), True)
     with torch.autocast("cpu", torch.bfloat16):
         run(mlp(), tokens(), True)
-    with frozen_linears(tokens().detach()):
+    with frozen_block(tokens().detach()):
         assert not mlp()(tokens().detach()).requires_grad
-    with torch.no_grad(), frozen_linears(tokens()):
+    with torch.no_grad(), frozen_block(tokens()):
         mlp()(tokens())
     assert calls == []
 
@@ -67,7 +67,7 @@ def test_it_can_be_computed_again_and_differentiated_twice(calls):
     layers, x = mlp(), tokens()
 
     def block(x):
-        with frozen_linears(x):
+        with frozen_block(x):
             return layers(x)
 
     (grad,) = torch.autograd.grad(checkpoint(block, x, use_reentrant=False).square().sum(), x)
@@ -85,7 +85,7 @@ def test_it_goes_with_torch_func():
     layers, x = mlp(), tokens().detach()
 
     def loss(x, inside=True):
-        with frozen_linears(x) if inside else torch.enable_grad():
+        with frozen_block(x) if inside else torch.enable_grad():
             return layers(x).square().sum()
 
     own = torch.func.grad(lambda x: loss(x, False))(x)

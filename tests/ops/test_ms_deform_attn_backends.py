@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from adaptkit.ops import ms_deform_attn, set_backend, use_backend
+from adaptkit.ops import build, ms_deform_attn, set_backend, use_backend
 
 PACKAGE = "adaptkit.ops.ms_deform_attn"
-backends, build, c = (importlib.import_module(f"{PACKAGE}.{name}") for name in ("_backends", "_build", "_c"))
+backends, c = (importlib.import_module(f"{PACKAGE}.{name}") for name in ("_backends", "_c"))
 
 SHAPES = [(3, 4), (2, 1)]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adaptkit.ops import pool
-from adaptkit.ops.ms_deform_attn import _bag, _build
+from adaptkit.ops import build, pool
+from adaptkit.ops.ms_deform_attn import _bag
 from adaptkit.ops.ms_deform_attn._plain import compute_dtype
 
 SOURCE = Path(__file__).with_name("kernel.c")
@@ -89,10 +89,10 @@ def _call(library, name: str, inputs: list[Tensor], shapes: list[int], arguments
 def _library(dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str | None]:
     """The kernel for float32 or float64, or the reason why there is none."""
     try:
-        library = ctypes.CDLL(_build.shared_library(SOURCE, {"REAL": "double" if dtype == torch.float64 else "float"}))
+        library = ctypes.CDLL(build.shared_library(SOURCE, {"REAL": "double" if dtype == torch.float64 else "float"}))
         for name in ("forward", "backward_points", "backward_value"):
             getattr(library, name).restype = None
-    except (OSError, _build.BuildError) as error:
+    except (OSError, build.BuildError) as error:
         _log.info("ms_deform_attn does without its C kernel: %s", error)
         return None, str(error)
     error_of = _self_test(library, dtype)

@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -30,14 +31,14 @@ class BuildError(RuntimeError):
     """There is no library, and the text says why."""
 
 
-def shared_library(source: Path, defines: dict[str, str]) -> str:
-    """Return the path of the library compiled from ``source`` with these macros.
+def shared_library(source: Path, defines: dict[str, str], flags: Sequence[str] = ()) -> str:
+    """Return the path of the library compiled from ``source`` with these macros, and flags beside ours.
 
     Raises `BuildError` if there is no compiler, it fails, or the cache cannot be written or is not the user's own.
     """
     compiler = _compiler()
     arch = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    flags = [*_FLAGS, arch, *(f"-D{name}={text}" for name, text in defines.items())]
+    flags = [*_FLAGS, arch, *flags, *(f"-D{name}={text}" for name, text in defines.items())]
     runtime = _openmp_runtime()
     parts = [source.read_text(), *compiler, _run([*compiler, "--version"]), *flags, _cpu(), *runtime]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]

@@ -1,0 +1,202 @@
+"""Attention whose gradient is the C kernel's: torch's forward to the bit, the gradient of the formula."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from adaptkit.ops import attention as ops
+from adaptkit.ops.frozen import frozen_block
+
+
+def runs_here():
+    q = torch.randn(1, 1, 4, 8)
+    return ops.suits(q, q, q)
+
+
+needs_kernel = pytest.mark.skipif(not runs_here(), reason="no C compiler, no AVX, or not Linux")
+
+
+def heads(batch, tokens, number, dim, seed=0, keys=None):
+    """q, k and v, as views of one tensor like a ViT's where they are equally many."""
+    generator = torch.Generator().manual_seed(seed)
+    if keys is None:
+        qkv = torch.randn(batch, tokens, 3, number, dim, generator=generator)
+        return [x.detach().requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4).unbind(0)]
+    sizes = (tokens, keys, keys)
+    return [torch.randn(batch, number, n, dim, generator=generator).requires_grad_() for n in sizes]
+
+
+def exact(q, k, v, grad, scale):
+    """Gradients of the formula in float64."""
+    q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
+    out = (q @ k.mT * scale).softmax(-1) @ v
+    return torch.autograd.grad(out, (q, k, v), grad.double())
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("batch", "tokens", "number", "dim", "keys"),
+    [
+        (2, 197, 3, 64, None),
+        (1, 50, 2, 32, None),
+        (3, 7, 1, 20, None),
+        (1, 97, 2, 80, 66),
+        (2, 3, 2, 128, 65),
+        (1, 96, 1, 5, 1),
+        (2, 1, 2, 16, 200),
+    ],
+)
+def test_it_is_the_formula(batch, tokens, number, dim, keys):
+    q, k, v = heads(batch, tokens, number, dim, keys=keys)
+    assert ops.suits(q, k, v)
+    for scale in (None, 0.3):
+        out = ops.attention(q, k, v, scale)
+        assert torch.equal(out, F.scaled_dot_product_attention(q, k, v, scale=scale))
+        grad = torch.randn_like(out)
+        found = torch.autograd.grad(out, (q, k, v), grad)
+        for a, b in zip(found, exact(q, k, v, grad, dim**-0.5 if scale is None else scale), strict=True):
+            torch.testing.assert_close(a.double(), b, atol=3e-6 * float(b.abs().max()) + 1e-9, rtol=0)
+
+
+@needs_kernel
+def test_sharp_and_flat_rows():
+    q, k, v = heads(1, 40, 1, 16)
+    grad = torch.randn(1, 1, 40, 16)
+    for factor in (0.0, 30.0):
+        leaves = [(q.detach() * factor).requires_grad_(), k, v]
+        found = torch.autograd.grad(ops.attention(*leaves), leaves, grad)
+        for a, b in zip(found, exact(*leaves, grad, 0.25), strict=True):
+            torch.testing.assert_close(a.double(), b, atol=1e-5 * float(b.abs().max()) + 1e-7, rtol=0)
+
+
+@needs_kernel
+def test_any_strides_of_the_gradient():
+    q, k, v = heads(2, 9, 2, 16)
+    dense = torch.randn(2, 2, 9, 16)
+    for grad in (dense.mT.contiguous().mT, dense.transpose(1, 2).contiguous().transpose(1, 2), dense[:1, :, :1]):
+        grad = grad.expand(2, 2, 9, 16)
+        found = torch.autograd.grad(ops.attention(q, k, v), (q, k, v), grad)
+        plain = torch.autograd.grad(ops.attention(q, k, v), (q, k, v), grad.contiguous())
+        assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+
+
+@needs_kernel
+def test_the_same_bits_with_any_number_of_threads():
+    q, k, v = heads(2, 70, 3, 32)
+    grad, before, found = torch.randn(2, 3, 70, 32), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            found.append(torch.autograd.grad(ops.attention(q, k, v), (q, k, v), grad))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@needs_kernel
+def test_what_is_not_a_number_stays_visible():
+    q, k, v = heads(1, 70, 1, 16)
+    with torch.no_grad():
+        q[0, 0, 3, 2] = float("nan")
+    found = torch.autograd.grad(ops.attention(q, k, v).sum(), (q, k, v))
+    assert all(x.isnan().any() for x in found)
+
+
+@needs_kernel
+def test_it_suits_what_torch_gives_to_its_flash_attention():
+    q, k, v = heads(1, 8, 2, 16)
+    assert ops.suits(q, k, v)
+    assert not ops.suits(q.double(), k.double(), v.double())
+    assert not ops.suits(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert not ops.suits(q[0], k[0], v[0])
+    assert not ops.suits(q, k, v[..., :8])
+    assert not ops.suits(q, k[:, :1], v[:, :1])
+    assert not ops.suits(q.mT.contiguous().mT, k, v)
+    assert not ops.suits(*(x[:, :, :0] for x in (q, k, v)))
+    assert not ops.suits(*(x.to("meta") for x in (q, k, v)))
+    with sdpa_kernel(SDPBackend.MATH):
+        assert not ops.suits(q, k, v)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    seen, there = [], ops.attention
+    monkeypatch.setattr(ops, "attention", lambda *args: seen.append(args[-1]) or there(*args))
+    return seen
+
+
+@needs_kernel
+def test_a_frozen_block_takes_it_for_plain_attention_alone(taken):
+    q, k, v = heads(1, 8, 2, 16)
+    mask = torch.ones(8, 8, dtype=torch.bool)
+    with frozen_block(q):
+        plain = F.scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=0.5)
+        F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+        F.scaled_dot_product_attention(q, k, v, None, 0.0)
+        F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True)
+        F.scaled_dot_product_attention(*(x.detach() for x in (q, k, v)))
+    assert taken == [0.5]
+    assert torch.equal(plain, F.scaled_dot_product_attention(q, k, v, scale=0.5))
+
+
+@needs_kernel
+def test_within_a_transform_torch_s_own_gradient_is_taken(taken):
+    q, k, v = (x.detach() for x in heads(1, 8, 2, 16))
+
+    def loss(q: Tensor) -> Tensor:
+        with frozen_block(q):
+            return F.scaled_dot_product_attention(q, k, v).square().sum()
+
+    found = torch.func.grad(loss)(q)
+    assert taken == []
+    leaf = q.clone().requires_grad_()
+    loss(leaf).backward()
+    assert taken == [None]
+    torch.testing.assert_close(found, leaf.grad)
+
+
+@pytest.fixture
+def built_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ops._library.cache_clear()
+    yield tmp_path
+    ops._library.cache_clear()
+
+
+def test_without_a_compiler_torch_s_own_gradient_is_taken(built_anew, monkeypatch, caplog):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with caplog.at_level(logging.INFO):
+        assert not runs_here()
+        assert not runs_here()
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    q, k, v = heads(1, 8, 2, 16)
+    with frozen_block(q):
+        F.scaled_dot_product_attention(q, k, v).sum().backward()
+    assert q.grad is not None
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        (" - delta[i])", ")"),
+        (" - lse[i]", ""),
+        ("0.5f, 1, 1}", "0.5001f, 1, 1}"),
+        ("s->ds, 1, TILE_K, q", "s->p, 1, TILE_K, q"),
+    ],
+)
+def test_a_kernel_that_computes_something_else_is_not_used(right, wrong, built_anew, monkeypatch, caplog):
+    text = ops.SOURCE.read_text()
+    assert right in text
+    source = built_anew / "kernel.c"
+    source.write_text(text.replace(right, wrong))
+    monkeypatch.setattr(ops, "SOURCE", source)
+    assert not runs_here()
+    assert "self-test" in caplog.text
