@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from adaptkit.ops import attention as ops
 from adaptkit.ops.frozen import frozen_block
@@ -168,6 +169,22 @@ def built_anew(tmp_path, monkeypatch):
     ops._library.cache_clear()
     yield tmp_path
     ops._library.cache_clear()
+
+
+@needs_kernel
+def test_the_first_call_may_come_from_inside_a_checkpoint(built_anew):
+    q, k, v = heads(1, 8, 2, 16)
+
+    def block(q: Tensor) -> Tensor:
+        with frozen_block(q):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    checkpoint(block, q, use_reentrant=False).sum().backward()
+    assert ops._library.cache_info().currsize == 1
+    found = q.grad.clone()
+    q.grad = None
+    F.scaled_dot_product_attention(q, k, v).sum().backward()
+    torch.testing.assert_close(found, q.grad)
 
 
 def test_without_a_compiler_torch_s_own_gradient_is_taken(built_anew, monkeypatch, caplog):
