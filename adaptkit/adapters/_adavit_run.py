@@ -131,20 +131,21 @@ def _alone(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> 
     if decision.patch is not None:
         chosen = [*range(prefix), *compress(range(prefix, tokens), decision.patch[0].tolist())]
     on = None if decision.head is None else decision.head[0].tolist()
-    everything = len(chosen) == tokens and not way.only_prefix and (on is None or all(on))
-    if everything and way.prepacked is None:  # as the host does it, bit for bit
+    weights = block.projections() if x.device.type == "cpu" else None
+    count, fast = len(chosen), weights is not None and onednn.usable(x)
+    whole = count == tokens and not way.only_prefix
+    if whole and (on is None or all(on)) and not (fast and _gains(block, way)):  # as the host does it, bit for bit
         x = x + block.scale1(block.attn(h)) if msa else x
         return x + block.scale2(block.mlp(block.norm2(x))) if ffn else x
     if not chosen:
         return x
-    weights = block.projections() if x.device.type == "cpu" else None
-    count, fast = len(chosen), weights is not None and onednn.usable(x)
-    if fast:  # the rows that round the number are copies of the first: not attended to, and dropped
+    if fast and not whole:  # the rows that round the number are copies of the first: not attended to, and dropped
         chosen += chosen[:1] * (onednn.rounded(count) - count)
     places = index(chosen).to(x.device)
-    rows = x[0].index_select(0, places[:prefix] if way.only_prefix else places)
+    rows = x[0] if whole else x[0].index_select(0, places[:prefix] if way.only_prefix else places)
     if msa:
-        kept, normed = Kept(places, [0], [len(chosen)], tokens), h[0].index_select(0, places)
+        normed = h[0] if whole else h[0].index_select(0, places)
+        kept = Kept(places, [0], [len(chosen)], tokens)
         if weights is None:
             update = _attention(block, normed, kept, decision.head, way, prefix)
         else:
@@ -154,8 +155,16 @@ def _alone(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> 
     if ffn:
         run = partial(_ffn, block, way) if fast else block.mlp
         rows = rows + block.scale2(run(block.norm2(rows[None])))[0]
+    if whole:
+        return rows[None].to(x.dtype)
     count = min(count, len(rows))
     return x.index_copy(1, places[:count], rows[None, :count].to(x.dtype))
+
+
+def _gains(block: Block, way: Way) -> bool:
+    """Whether its layers are so large that oneDNN outweighs what the decision costs."""
+    layers = block.perceptron()
+    return way.prepacked is not None or (layers is not None and onednn.pays(layers.fc1.weight))
 
 
 class Kept(NamedTuple):

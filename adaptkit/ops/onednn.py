@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from adaptkit.ops.kept import index
 
-__all__ = ["Prepacked", "avoided", "linear", "linear_of_heads", "mlp", "rounded", "usable"]
+__all__ = ["Prepacked", "avoided", "linear", "linear_of_heads", "mlp", "pays", "rounded", "usable"]
 
 LARGE = 2**18  # numbers in a weight, from which on the product outweighs the way there and back
 ROWS = 128  # for which weights are laid out
@@ -61,7 +61,7 @@ def rounded(rows: int) -> int:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` of rows (R, D) that are ``usable``."""
-    return F.linear(x.to_mkldnn(), weight, bias).to_dense() if _pays(weight) else F.linear(x, weight, bias)
+    return F.linear(x.to_mkldnn(), weight, bias).to_dense() if pays(weight) else F.linear(x, weight, bias)
 
 
 def linear_of_heads(x: Tensor, weight: Tensor, bias: Tensor | None, places: list[int]) -> Tensor:
@@ -76,7 +76,7 @@ def linear_of_heads(x: Tensor, weight: Tensor, bias: Tensor | None, places: list
 
 def mlp(x: Tensor, fc1: nn.Linear, act: Callable[[Tensor], Tensor], fc2: nn.Linear) -> Tensor:
     """``fc2(act(fc1(x)))`` of rows (R, D) that are ``usable``."""
-    if not (_pays(fc1.weight) and _pays(fc2.weight)):
+    if not (pays(fc1.weight) and pays(fc2.weight)):
         return fc2(act(fc1(x)))
     hidden = F.linear(x.to_mkldnn(), fc1.weight, fc1.bias)
     exact = isinstance(act, nn.GELU) and act.approximate == "none"
@@ -161,6 +161,7 @@ def _prepackable(weight: Tensor) -> bool:
     return type(weight) in PLAIN and weight.dtype == torch.float32 and _prepacks()
 
 
-def _pays(weight: Tensor) -> bool:
+def pays(weight: Tensor) -> bool:
+    """Whether the product with this weight outweighs the way there and back."""
     plain = type(weight) in PLAIN and weight.dtype == torch.float32 and weight.is_contiguous()
     return plain and weight.numel() >= LARGE

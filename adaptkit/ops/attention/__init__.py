@@ -131,7 +131,7 @@ def _self_test(library: ctypes.CDLL) -> float:
     generator, errors = torch.Generator().manual_seed(0), []
     for queries, keys, dim in ((5, 70, 20), (103, 66, 64), (97, 3, 80)):
         scale = 1.5 * dim**-0.5
-        given = [
+        given_q, given_k, given_v, given_grad = given = [
             torch.randn(2, n, 3, dim, generator=generator, device="cpu").transpose(1, 2)
             for n in (queries, keys, keys, queries)
         ]
@@ -139,7 +139,8 @@ def _self_test(library: ctypes.CDLL) -> float:
         logits = scale * q @ k.mT
         p = logits.softmax(-1)
         out, ds = p @ v, scale * p * (grad @ v.mT - (grad * (p @ v)).sum(-1, keepdim=True))
-        found = _gradients(library, given[3], *given[:3], out.float(), logits.logsumexp(-1).float(), scale)
+        made = out.float(), logits.logsumexp(-1).float()
+        found = _gradients(library, given_grad, given_q, given_k, given_v, *made, scale)
         expected = ds @ k, ds.mT @ q, p.mT @ grad
         errors += [(a - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)]
     return float(torch.stack(errors).max())  # NaN if one is
