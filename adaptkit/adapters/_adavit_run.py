@@ -27,7 +27,7 @@ from adaptkit.ops import onednn
 from adaptkit.ops.kept import index, masked_attention, packed_attention, packed_backend
 from adaptkit.vit import Block, Projections
 
-__all__ = ["Way", "masked", "packed"]
+__all__ = ["Way", "dense", "masked", "packed"]
 
 TILE = 512  #: rows that go through the FFN together on a CPU, so that its hidden layer stays in the cache
 
@@ -74,6 +74,17 @@ def _all_rows(x: Tensor, patch: Tensor | None, prefix: int) -> Tensor:
 def _gated(update: Tensor, keep: Tensor, layer: Tensor | None) -> Tensor:
     gate = keep[..., None] if layer is None else keep[..., None] * layer
     return update * gate.to(update.dtype)
+
+
+def dense(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> Tensor:
+    """Compute the block where everything is kept: on a CPU, where that gains, with the FFN in tiles through oneDNN."""
+    x = x + block.scale1(block.attn(h))
+    if not (onednn.usable(x) and _gains(block, way)):
+        return x + block.scale2(block.mlp(block.norm2(x)))  # as the host does it, bit for bit
+    for tile in x.view(-1, x.shape[2]).split(TILE):  # in place: x is a new one
+        mlp = partial(_ffn, block, way) if len(tile) == TILE else block.mlp
+        tile += block.scale2(mlp(block.norm2(tile[None])))[0]
+    return x
 
 
 def packed(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> Tensor:

@@ -6,8 +6,9 @@ Before each gated block small linear layers look at the tokens and decide, per i
 
 Patch tokens that are off, heads and sub-layers (MSA, FFN) are skipped: an off token passes by and is judged again by
 the next block. Class and register tokens are always kept. Unlike the paper's, the backbone is frozen; the gates start
-with everything on, so that step 0 is the pretrained model. In training everything is computed and masked; in
-inference what is off is not computed (``execution``).
+with everything on, so that step 0 is the pretrained model: bit for bit, but in float32 inference on a CPU to rounding
+(1e-5), for large layers then go through oneDNN. In training everything is computed and masked; in inference what is
+off is not computed (``execution``).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.adapters._adavit_gates import Decision, Gates, Given, Policy, Random
-from adaptkit.adapters._adavit_run import Way, masked, packed
+from adaptkit.adapters._adavit_run import Way, dense, masked, packed
 from adaptkit.adapters.base import BlockAdapter, Trace
 from adaptkit.layers import check_choice, parameter_dtype
 from adaptkit.losses import KINDS
@@ -175,7 +176,7 @@ class AdaViT(BlockAdapter):
         if self.execution == "packed" or len(x) == 1:
             return packed, way
         if decision.everything() and not way.only_prefix:
-            return _dense, way
+            return dense, way
         way = way._replace(by_image=_heads_pay(x, decision))
         return (packed if _pays(x, decision, way) else masked), way
 
@@ -245,11 +246,6 @@ class AdaViT(BlockAdapter):
             yield
         finally:
             self.open = before
-
-
-def _dense(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> Tensor:
-    x = x + block.scale1(block.attn(h))
-    return x + block.scale2(block.mlp(block.norm2(x)))
 
 
 def _heads_pay(x: Tensor, decision: Decision) -> bool:

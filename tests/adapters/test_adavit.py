@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from families import DEPTH, HEADS, HOSTS
 
 import adaptkit
+from adaptkit.adapters import _adavit_run
 from adaptkit.adapters.adavit import AdaViT, Decision, Random
 from adaptkit.losses import usage, usage_loss
 from adaptkit.ops import onednn
@@ -241,6 +242,21 @@ def test_training_and_evaluation_share_temperature_and_threshold():
 @torch.no_grad()
 def test_what_keeps_everything_is_the_pretrained_model_bit_for_bit(count):
     assert torch.equal(build(first_block=0)(images(count=count)).logits, HOSTS["timm-vit"].build()(images(count=count)))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@torch.no_grad()
+def test_with_large_layers_what_keeps_everything_goes_through_onednn(count, monkeypatch):
+    seen, there = [], onednn.mlp
+    monkeypatch.setattr(onednn, "LARGE", 1)
+    monkeypatch.setattr(onednn, "mlp", lambda h, *layers: seen.append(len(h)) or there(h, *layers))
+    monkeypatch.setattr(_adavit_run, "TILE", 16)
+    model, plain, x = build(first_block=0), HOSTS["timm-vit"].build(), images(count=count)
+    torch.testing.assert_close(model(x).logits, plain(x), atol=1e-5, rtol=1e-5)
+    rows = model(x).tokens.shape[1] + model(x).prefix.shape[1]
+    assert set(seen) == ({rows} if count == 1 else {16})
+    with onednn.avoided():
+        assert torch.equal(model(x).logits, plain(x))
 
 
 @torch.no_grad()
