@@ -41,10 +41,12 @@ def empty_like(x: Tensor, device: torch.device | str | None = None) -> Tensor:
         return torch.empty_like(x, device=device)
     stride = torch.empty_like(x, device="meta").stride()
     with _lock:
-        memory = torch.frombuffer(_take(size + ALIGNMENT), dtype=torch.uint8)
-        start = -memory.data_ptr() % ALIGNMENT // x.dtype.itemsize
-        # Not a view of `memory`: what comes out of an autograd function may then be changed in place.
-        return torch.empty(0, dtype=x.dtype).set_(memory.untyped_storage(), start, x.shape, stride)
+        buffer = _take(size + ALIGNMENT)
+        start = -torch.frombuffer(buffer, dtype=torch.uint8).data_ptr() % ALIGNMENT
+        # Its part of the buffer alone, for `torch.save` writes the whole storage of a tensor.
+        memory = torch.frombuffer(buffer, dtype=torch.uint8, count=size, offset=start).untyped_storage()
+        # Not a view of another tensor: what comes out of an autograd function may then be changed in place.
+        return torch.empty(0, dtype=x.dtype).set_(memory, 0, x.shape, stride)
 
 
 def held() -> int:

@@ -83,7 +83,9 @@ def test_it_is_laid_out_as_asked_and_may_be_changed_in_place():
 def test_a_larger_free_buffer_serves():
     place = pool.empty((4 * NUMBERS,), torch.float32).data_ptr()
     held = pool.held()
-    assert pool.empty((NUMBERS + 100,), torch.float32).data_ptr() == place
+    smaller = pool.empty((NUMBERS + 100,), torch.float32)
+    assert smaller.data_ptr() == place
+    assert smaller.untyped_storage().nbytes() == 4 * (NUMBERS + 100)  # no more is saved
     assert pool.held() == held
 
 

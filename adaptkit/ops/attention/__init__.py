@@ -98,9 +98,10 @@ def _gradients(
     """Gradients of q, k and v; ``lse`` (B, H, N) is the logarithm of the sum that softmax divides by."""
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     grad, lse = grad if grad.stride(3) == 1 else grad.contiguous(), lse.contiguous()
-    sizes = (*q.shape[:3], k.shape[2], q.shape[3], torch.get_num_threads())
+    threads = min(torch.get_num_threads(), q.shape[0] * q.shape[1])
+    sizes = (*q.shape[:3], k.shape[2], q.shape[3], threads)
     call = _Call(*sizes, scale, *map(_Heads.of, (q, k, v, out, grad, *grads)), lse.data_ptr())
-    memory = q.new_empty(sizes[-1] * library.scratch(ctypes.byref(call)))
+    memory = q.new_empty(threads * library.scratch(ctypes.byref(call)))
     library.backward(ctypes.byref(call), ctypes.c_void_p(memory.data_ptr()))
     return grads
 
