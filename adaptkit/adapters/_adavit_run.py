@@ -81,7 +81,8 @@ def dense(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> T
     x = x + block.scale1(block.attn(h))
     if not (onednn.usable(x) and _gains(block, way)):
         return x + block.scale2(block.mlp(block.norm2(x)))  # as the host does it, bit for bit
-    for tile in x.view(-1, x.shape[2]).split(TILE):  # in place: x is a new one
+    x = x.contiguous()  # and a new one, which may be changed
+    for tile in x.view(-1, x.shape[2]).split(TILE):
         mlp = partial(_ffn, block, way) if len(tile) == TILE else block.mlp
         tile += block.scale2(mlp(block.norm2(tile[None])))[0]
     return x
