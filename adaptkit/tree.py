@@ -1,0 +1,80 @@
+"""The tree of modules of a backbone, looked at without touching it.
+
+A tool may have put a wrapper around a part of the tree: ``torch.compile`` an ``OptimizedModule``, activation
+checkpointing a ``CheckpointWrapper``. A wrapper holds one module and runs it; what it holds is what the tree means. So
+the *plain* path of a layer is the one without wrappers, and stays the same whatever is wrapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import nn
+
+__all__ = ["locate", "named_modules", "plain_name", "skeleton", "unwrapped"]
+
+#: Under which name a wrapper holds its module: torch.compile, checkpoint_wrapper, FSDP 1.
+HELD = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module inside any number of wrappers; a module without one is returned as it is."""
+    while True:
+        held = next((name for name in HELD if module._modules.get(name) is not None), None)
+        if held is None:
+            return module
+        module = module._modules[held]  # type: ignore[assignment]
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a module, parameter or buffer without the wrappers on its way."""
+    return ".".join(part for part in name.split(".") if part not in HELD)
+
+
+def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Go through the tree by plain paths, each module under every name that it has; wrappers are left out."""
+    for name, module in root.named_modules(remove_duplicate=False):
+        if unwrapped(module) is module:
+            yield plain_name(name), module
+
+
+def locate(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Return the module that holds the one at a plain path, and the name under which it holds it.
+
+    Raises ``AttributeError`` where the tree has no such path.
+    """
+    *parents, name = path.split(".")
+    module = unwrapped(root)
+    for part in parents:
+        child = module._modules.get(part)
+        if child is None:
+            raise AttributeError(f"{type(root).__name__} has no module {path!r}")
+        module = unwrapped(child)
+    if module._modules.get(name) is None:
+        raise AttributeError(f"{type(root).__name__} has no module {path!r}")
+    return module, name
+
+
+def skeleton(root: nn.Module, own: Callable[[nn.Module], nn.Module] = unwrapped) -> nn.Module:
+    """Return a copy of the tree that shares every tensor with it.
+
+    Each module is a new object of the same class with the same attributes, so that modes, options and children can be
+    changed there, and the user's own modules know nothing of it. Parameters and buffers are the very same.
+
+    Args:
+        root: of the tree.
+        own: returns the module that is meant by one of the tree, in place of a wrapper for instance.
+    """
+    made: dict[int, nn.Module] = {}
+
+    def copied(module: nn.Module) -> nn.Module:
+        module = own(module)
+        if id(module) not in made:
+            new = made[id(module)] = module.__class__.__new__(module.__class__)
+            new.__dict__.update(vars(module))
+            new.__dict__["_compiled_call_impl"] = None  # nn.Module.compile() bound it to the original
+            new.__dict__["_parameters"], new.__dict__["_buffers"] = dict(module._parameters), dict(module._buffers)
+            new.__dict__["_modules"] = {n: None if m is None else copied(m) for n, m in module._modules.items()}
+        return made[id(module)]
+
+    return copied(root)
