@@ -134,7 +134,7 @@ def _chosen(host: nn.Module, parts: Sequence[str]) -> dict[str, nn.Parameter]:
     return {name: p for name, p in every.items() if any(_matches(name, part) for part in parts)}
 
 
-def _parameters(host: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def parameters(host: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The backbone's own parameters by plain name, tied ones under each of their names."""
     for name, parameter in host.named_parameters(remove_duplicate=False):
         yield plain_name(name), parameter
