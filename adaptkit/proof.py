@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -87,68 +87,91 @@ def _prove_forward(view: View) -> None:
     sizes = view.sizes()
     if not sizes:
         return
-    seen = _Copy(view)
-    run: list[tuple[int, float]] = []
-    ends: list[Tensor] = []
-    for index, module in enumerate(seen.blocks(sizes[0])):
-        _stand_in(module, index, run, ends)
-    seen.own(seen.view.host)
+    seen, run = _Copy(view), _Run()
+    blocks = seen.blocks(sizes[0])
+    seen.own(seen.view.host, but=blocks)
+    for index, module in enumerate(blocks):
+        _stand_in(module, index, run)
     for size in sizes:
         where = f"an image of {size[0]}x{size[1]} pixels"
         image = seen.randn(1, seen.channels, *size)
-        run.clear(), ends.clear()
+        run.taken()
         said = _tried(view, where, partial(seen.view.reference, image))
         if said is None:
             return
-        of_host, run[:], first, ends[:] = run[:], [], ends[:1], []
-        answer = tree_leaves(_tried(view, where, partial(seen.view.host, image))) if seen.view.answers(said) else []
-        run.clear(), ends.clear()
-        features = seen.view.features(image)
-        tokens = torch.cat([features.prefix, features.tokens], dim=1)
-        _refuse_other(seen, where, tokens, said, (of_host, run), (first, ends[:1]))
-        allowed = seen.view.answers(said)
-        tensors = [x for x in answer if isinstance(x, Tensor)]
-        if allowed and not any(seen.agree(a, b) for a in tensors for b in allowed if a.shape == b.shape):
-            off = min((_distance(a, b) for a in tensors for b in allowed if a.shape == b.shape), default=float("inf"))
-            raise _other(view, f"what its forward returns for {where} is no function of the tokens that are seen", off)
+        theirs = run.taken()
+        features = _tried(view, where, partial(seen.view.features, image))
+        _compare_tokens(seen, where, torch.cat([features.prefix, features.tokens], dim=1), said, run.taken(), theirs)
+        _compare_answer(seen, where, image, said)
 
 
-def _refuse_other(
-    seen: _Copy, where: str, tokens: Tensor, said: Tensor, runs: tuple[Any, Any], firsts: tuple[Any, Any]
-) -> None:
+class _Run:
+    """What the stand-ins of the blocks saw: index and arguments of each, and the tokens before the first."""
+
+    def __init__(self) -> None:
+        self.blocks: list[tuple[int, float]] = []
+        self.first: Tensor | None = None
+
+    def taken(self) -> _Run:
+        """Return it, and start anew."""
+        taken = _Run()
+        taken.blocks, taken.first = self.blocks, self.first
+        self.blocks, self.first = [], None
+        return taken
+
+
+def _compare_tokens(seen: _Copy, where: str, tokens: Tensor, said: Tensor, ours: _Run, theirs: _Run) -> None:
     """Raise where the tokens differ, and say from which step on."""
-    if said.shape[-1:] == tokens.shape[-1:] and said.shape[1] <= tokens.shape[1]:
-        off = _distance(tokens[:, tokens.shape[1] - said.shape[1] :], said)
-        if off <= seen.tolerance:
-            return
+    if said.ndim != 3 or said.shape[2] != tokens.shape[2] or said.shape[1] > tokens.shape[1]:
+        shapes = f"{tuple(said.shape)}, and {tuple(tokens.shape)} by the view: they"
+        raise _other(seen.original, f"the tokens for {where} have shape {shapes}", float("inf"))
+    off = _distance(tokens[:, tokens.shape[1] - said.shape[1] :], said)
+    if off <= seen.tolerance:
+        return
+    indices = [[index for index, _ in run.blocks] for run in (ours, theirs)]
+    if ours.first is not None and theirs.first is not None and not seen.agree(ours.first, theirs.first):
+        what = "the tokens before block 0 (patches, prefix, positions and the norm after them)"
+    elif indices[0] != indices[1]:
+        what = f"the blocks that run ({_listed(indices[1])}; by the view {_listed(indices[0])})"
     else:
-        shapes = f"tokens of shape {tuple(said.shape)} and not {tuple(tokens.shape)}"
-        raise _other(seen.original, f"{where} becomes {shapes}", float("inf"))
-    theirs, ours = ([index for index, _ in run] for run in runs)
-    if firsts[0] and firsts[1] and not seen.agree(firsts[0][0], firsts[1][0]):
-        what = "the tokens before block 0 (patches, prefix, positions, the norm after them)"
-    elif theirs != ours:
-        what = f"the blocks that run, {_listed(theirs)} and not {_listed(ours)},"
-    else:
-        digests = zip(*([digest for _, digest in run] for run in runs))
-        other = next((i for i, (a, b) in enumerate(digests) if abs(a - b) > 1e-3 * max(1.0, abs(b))), None)
-        what = "the final norm" if other is None else f"the arguments of block {ours[other]}"
+        pairs = zip(indices[0], (d for _, d in ours.blocks), (d for _, d in theirs.blocks))
+        other = next((i for i, a, b in pairs if abs(a - b) > seen.tolerance * max(1.0, abs(b))), None)
+        what = (
+            "the tokens after the last block (the final norm)" if other is None else f"the arguments of block {other}"
+        )
     raise _other(seen.original, f"{what} for {where}", off)
 
 
+def _compare_answer(seen: _Copy, where: str, image: Tensor, said: Tensor) -> None:
+    """Raise where what the host returns is not made from these tokens."""
+    allowed = seen.view.answers(said)
+    if not allowed:
+        return
+    answer = tree_leaves(_tried(seen.original, where, partial(seen.view.host, image)))
+    pairs = [(a, b) for a in answer if isinstance(a, Tensor) for b in allowed if a.shape == b.shape]
+    off = min((_distance(a, b) for a, b in pairs), default=float("inf"))
+    if not off <= seen.tolerance:
+        raise _other(seen.original, f"what it returns for {where} and what its tokens give", off)
+
+
 def _listed(indices: list[int]) -> str:
-    return "none" if not indices else f"{len(indices)} of them ({', '.join(map(str, indices[:6]))}, ...)"
+    shown = ", ".join(map(str, indices[:8]))
+    return f"{shown}, ... {len(indices)} in all" if len(indices) > 8 else shown or "none"
 
 
-def _stand_in(module: nn.Module, index: int, run: list[tuple[int, float]], ends: list[Tensor]) -> None:
-    """Make a block of the copy a cheap function, of its place among the blocks and of the arguments it gets."""
+def _stand_in(module: nn.Module, index: int, run: _Run) -> None:
+    """Make a block of the copy a cheap function, of its place among the blocks and of the arguments it gets.
+
+    The function is not linear, so that no norm takes out what it does; tame, so that rounding does not grow; and every
+    token tells on all the others, as attention lets it.
+    """
 
     def forward(self: nn.Module, x: Tensor, *args: Any, **given: Any) -> Tensor:
         digest = _digest((args, given))
-        run.append((index, digest))
-        if not ends:
-            ends.append(x)
-        return x * 0.5 + torch.sin(x + index + digest)
+        run.blocks.append((index, digest))
+        run.first = x if run.first is None else run.first
+        mean = x.mean(dim=tuple(range(1, x.ndim - 1)), keepdim=True)
+        return x * 0.5 + torch.sin(x + index + digest) + torch.cos(mean + index)
 
     module.__dict__.pop("forward", None)
     module.__class__ = type(module.__class__.__name__, (module.__class__,), {"forward": forward})
@@ -173,47 +196,50 @@ def _prove_blocks(view: View) -> None:
     seen = _Copy(view)
     grid = GRID if isinstance(view, ViT) else STAGED_GRID
     seen.view.accept(grid)
+    modules = [module for module, _, _ in seen.bound(grid)]
     first: dict[Any, int] = {}  # of each kind of block
-    for index, (module, _, _) in enumerate(seen.bound(grid)):
-        if module is None or first.setdefault(_kind(module), index) == index:
-            first.setdefault(index, index)
-            seen.own(module if module is not None else seen.view.host, blocks=True)
+    for index, module in enumerate(modules):
+        first.setdefault(index if module is None else _kind(module), index)
     tried = set(first.values())
+    seen.own(seen.view.host, but=[m for i, m in enumerate(modules) if i not in tried])
     splits = True
     for index, (_, block, width) in enumerate(seen.bound(grid)):
-        if index not in tried:
-            continue
-        prefix = view.spec.prefix
-        x = seen.randn(1, prefix + grid[0] * grid[1], width)
-        where = f"block {index}"
-        y = _tried(view, where, partial(block.run, x))
-        try:
-            z = block.equation(x)
-        except FAILURES as error:
-            if isinstance(view, StagedViT) and isinstance(error, TypeError):
-                continue  # it says itself that it has no parts
-            raise TypeError(
-                f"{_name(view.host)}: {where} cannot be run from its parts: {error}; {_remedy(view)}"
-            ) from error
-        if y.shape != x.shape or not seen.agree(y - x, z - x):
-            off = _distance(y - x, z - x) if y.shape == z.shape else float("inf")
-            raise _other(
-                view, f"{where} ({_name_of_run(block)}) and x + attn(norm(x)), x + mlp(norm(x)) of its parts", off
-            )
-        if isinstance(view, ViT) and view.splits:
-            splits &= _comes_apart(seen, block, x, prefix, grid)
-    if isinstance(view, ViT) and view.splits and not splits:
-        if view.rebuilds:
-            raise TypeError(
-                f"{_name(view.host)}: the attention is not softmax(q k^T + bias) v of its own projections, and on other "
-                f"grids this view computes it so; {_remedy(view)}"
-            )
-        view.splits = False
+        if index in tried:
+            x = seen.randn(1, view.spec.prefix + grid[0] * grid[1], width)
+            _compare_block(seen, f"block {index}", block, x)
+            splits = splits and _comes_apart(seen, block, x, grid)
+    if not isinstance(view, ViT) or splits or not view.splits:
+        return
+    if view.rebuilds:
+        raise TypeError(
+            f"{_name(view.host)}: the attention is not softmax(q k^T + bias) v of its own projections, and on other "
+            f"grids this view computes it so; {_remedy(view)}"
+        )
+    view.splits = False
 
 
-def _comes_apart(seen: _Copy, block: Block, x: Tensor, prefix: int, grid: tuple[int, int]) -> bool:
+def _compare_block(seen: _Copy, where: str, block: Block, x: Tensor) -> None:
+    """Raise where what a block adds to its tokens is not what its parts add."""
+    view = seen.original
+    y = _tried(view, where, partial(block.run, x.clone()))
+    try:
+        z = block.equation(x)
+    except FAILURES as error:
+        if isinstance(view, StagedViT) and isinstance(error, TypeError):
+            return  # it says itself that it has no parts
+        raise TypeError(f"{_name(view.host)}: {where} does not run from its parts: {error}; {_remedy(view)}") from error
+    off = _distance(y - x, z - x) if isinstance(y, Tensor) and y.shape == z.shape == x.shape else float("inf")
+    if not off <= seen.tolerance:
+        kind = type(_module(block.run) or block.run).__name__
+        raise _other(view, f"{where} ({kind}) and x + attn(norm(x)), x + mlp(norm(x)) of its parts", off)
+
+
+def _comes_apart(seen: _Copy, block: Block, x: Tensor, grid: tuple[int, int]) -> bool:
     """Whether the inside of an attention, and of an FFN, is what the block says of it."""
-    h = block.norm1(x)
+    if not (isinstance(seen.original, ViT) and seen.original.splits):
+        return False
+    h, count = block.norm1(x), grid[0] * grid[1]
+    prefix = x.shape[1] - count
     try:
         pairs = [(block.attention(h), block.attn(h))]
         pairs += _by_head(block, h)
@@ -222,20 +248,16 @@ def _comes_apart(seen: _Copy, block: Block, x: Tensor, prefix: int, grid: tuple[
             g = block.norm2(x)
             pairs.append((perceptron.fc2(perceptron.act(perceptron.fc1(g))), block.mlp(g)))
         if block.qkv_at is not None:
-            count = grid[0] * grid[1]
             places = torch.cat([x.new_full((prefix,), -1).long(), torch.arange(count, device=x.device)])
             pairs += list(zip(block.qkv_at(h, places), block.qkv(h)))
     except FAILURES:
         return False
     if block.rotate is not None and block.qkv_at is not None:
-        count = grid[0] * grid[1]
         cells = torch.stack([torch.arange(count) // grid[1], torch.arange(count) % grid[1]], dim=-1).to(x)
         still = block.qkv_at(h[:, prefix:], torch.full((count,), -1, device=x.device))
-        try:
+        with suppress(TypeError):  # a kind of rotation that says itself that it has no rule between cells
             pairs.append((block.rotate(still[0], cells), block.qkv(h)[0][:, :, prefix:]))
-        except TypeError:
-            pass  # a kind of rotation that says itself that it has no rule between cells
-    return all(a.shape == b.shape and seen.agree(a, b) for a, b in pairs)
+    return all(seen.agree(a, b) for a, b in pairs)
 
 
 def _by_head(block: Block, h: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -313,7 +335,7 @@ class _Copy:
 
     def agree(self, a: Tensor, b: Tensor) -> bool:
         """Whether two tensors (..., D) are the same but for rounding."""
-        return _distance(a, b) <= self.tolerance
+        return a.shape == b.shape and _distance(a, b) <= self.tolerance
 
     def randn(self, *shape: int) -> Tensor:
         """Random numbers that touch no state of others."""
@@ -343,9 +365,12 @@ class _Copy:
         distinct = {id(m) for m in found if m is not None}
         return [m for m in found if m is not None] if len(distinct) == len(found) else []
 
-    def own(self, root: nn.Module, blocks: bool = False) -> None:
-        """Give modules of the copy parameters of their own: in float32 where they were in half, the small ones stirred."""
+    def own(self, root: nn.Module, but: Iterable[nn.Module | None] = ()) -> None:
+        """Give the copy parameters of its own: in float32 where they were in half, the small ones stirred."""
+        left = {id(m) for kept in but if kept is not None for m in kept.modules()}
         for module in root.modules():
+            if id(module) in left:
+                continue
             for name, p in module._parameters.items():
                 if p is not None and _is_plain(p):
                     module._parameters[name] = self._owned(p)
@@ -399,25 +424,17 @@ def _tried(view: View, where: str, run: Callable[[], Any]) -> Any:
 
 
 def _other(view: View, what: str, off: float) -> TypeError:
-    by = "in shape" if off == float("inf") else f"by {off:.1%}"
-    return TypeError(
-        f"{_name(view.host)} is not what {type(view).__name__} sees of it: {what} differ {by}; {_remedy(view)}"
-    )
+    seen_by, by = type(view).__name__, "in shape" if off == float("inf") else f"by {off:.1%}"
+    return TypeError(f"{_name(view.host)} is not what {seen_by} sees of it: {what} differ {by}; {_remedy(view)}")
 
 
 def _remedy(view: View) -> str:
-    cls = type(view.host)
+    cls, base = type(view.host), "staged.StagedViT" if isinstance(view, StagedViT) else "vit.ViT"
     return (
         "hand over a plain model of the class that it derives from, or register a family of its own: subclass "
-        f"adaptkit.vit.{'StagedViT' if isinstance(view, StagedViT) else 'ViT'} and decorate it with "
-        f"@adaptkit.register_family('{cls.__module__}.{cls.__qualname__}')"
-    ).replace("adaptkit.vit.StagedViT", "adaptkit.staged.StagedViT")
+        f"adaptkit.{base} and decorate it with @adaptkit.register_family('{cls.__module__}.{cls.__qualname__}')"
+    )
 
 
 def _name(host: nn.Module) -> str:
     return f"{type(host).__module__}.{type(host).__qualname__}"
-
-
-def _name_of_run(block: Block) -> str:
-    module = _module(block.run)
-    return "its run" if module is None else type(module).__name__

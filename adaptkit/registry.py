@@ -127,8 +127,8 @@ def heads() -> dict[str, Entry]:
 def view(model: nn.Module) -> Any:
     """See ``model`` as a :class:`~adaptkit.vit.ViT`, or as a :class:`~adaptkit.staged.StagedViT`.
 
-    Raises ``TypeError`` for an unknown class, naming the known ones and how to add a family, and for a backbone that was
-    compiled or wrapped as a whole, for its blocks run one by one.
+    Raises ``TypeError`` for an unknown class, naming the known ones and how to add a family, and for a backbone that
+    was compiled or wrapped as a whole.
     """
     if unwrapped(model) is not model or model._compiled_call_impl is not None:
         how = type(model).__name__ if unwrapped(model) is not model else f"{type(model).__name__}.compile()"

@@ -194,11 +194,11 @@ class View(ABC):
         """Return what the host knows of its origin."""
 
     def sizes(self) -> Sequence[tuple[int, int]]:
-        """Return sizes (H, W) in pixels that the host itself takes; its own first. None: :meth:`reference` is left out."""
+        """Return sizes (H, W) in pixels that the host itself takes, its own first; ``()``: there is no reference."""
         return ()
 
     def reference(self, image: Tensor) -> Tensor | None:
-        """Image (1, C, H, W) of such a size -> tokens (1, P+N, D), or (1, N, D), by the forward of the host's own class.
+        """Image (1, C, H, W) of such a size -> tokens (1, P+N, D), or (1, N, D), by the host's own forward.
 
         They are what :meth:`features` must give: after the final norm, all prefix tokens first.
         """
@@ -211,7 +211,7 @@ class View(ABC):
         """
         return ()
 
-    def accept(self, grid: tuple[int, int]) -> None:
+    def accept(self, grid: tuple[int, int]) -> None:  # noqa: B027
         """Make the host's blocks take this grid by their own forward, whatever grid they were built for."""
 
 

@@ -138,14 +138,14 @@ def block_list(blocks: Any) -> Sequence[Any]:
     """Return the blocks of a host one by one; ``TypeError`` where they were compiled or wrapped all in one."""
     if unwrapped(blocks) is not blocks:
         raise TypeError(
-            f"the blocks are inside one {type(blocks).__name__}, and adapters run them one by one: compile or wrap each "
-            "(`for i, block in enumerate(blocks): blocks[i] = torch.compile(block)`), or compile the adapted model"
+            f"the blocks are inside one {type(blocks).__name__}, and adapters run them one by one: compile or wrap "
+            "each (`for i, block in enumerate(blocks): blocks[i] = torch.compile(block)`), or the adapted model"
         )
     return blocks
 
 
 def head_count(host: Any) -> int:
-    """Return the heads of each block; ``TypeError`` where blocks have no attention of their own, or different counts."""
+    """Return the heads of each block; ``TypeError`` where blocks have no attention, or different counts."""
     attentions = [getattr(unwrapped(block), "attn", None) for block in block_list(host.blocks)]
     if not attentions or any(attn is None for attn in attentions):
         kinds = ", ".join(sorted({class_name(block) for block in host.blocks})) or "no block"
