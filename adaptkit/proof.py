@@ -277,11 +277,14 @@ def _by_head(block: Block, h: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _kind(module: nn.Module) -> Any:
-    """What decides how a block computes, but for the numbers in its parameters."""
-    return tuple(
-        (name, type(m), _facts({k: v for k, v in vars(m).items() if k not in _MODULE}), _shapes(m))
-        for name, m in module.named_modules()
-    )
+    """What decides how a block computes in eval mode, but for the numbers in its parameters."""
+    return tuple((name, type(m), _options(m), _shapes(m)) for name, m in module.named_modules())
+
+
+def _options(module: nn.Module) -> Any:
+    if type(module).__name__.endswith(("Dropout", "DropPath")):  # of another rate in each block
+        return ()
+    return _facts({name: value for name, value in vars(module).items() if name not in _MODULE})
 
 
 def _facts(value: Any) -> Any:

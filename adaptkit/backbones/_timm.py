@@ -27,10 +27,11 @@ def class_name(module: nn.Module) -> str:
 def is_bare(module: Any, cls: type[nn.Module]) -> bool:
     """Whether a module is of exactly this class and nothing else acts when it runs: no wrapper, hook or own forward.
 
-    Only then may its weights be read in place of running it.
+    Only then may its weights be read in place of running it, and only if they are plain numbers (torchao's are not).
     """
     acts = (module._forward_hooks, module._forward_pre_hooks, module._compiled_call_impl, vars(module).get("forward"))
-    return type(module) is cls and not any(acts)
+    plain = all(type(p) in (Tensor, nn.Parameter) for p in module.parameters(recurse=False))
+    return type(module) is cls and plain and not any(acts)
 
 
 def patch_side(host: Any) -> int:

@@ -117,22 +117,19 @@ def test_what_runs_is_the_wrapper(name):
     assert len(ran) == len(seen.spec.widths)
 
 
-COMPILED = "timm-vit timm-dinov3 timm-beit timm-sam hf-vit hf-dinov2-reg hf-dinov3 hf-clip hf-beit poolformer swin"
+COMPILED = "timm-vit timm-dinov3 timm-beit timm-sam hf-vit hf-dinov2-reg hf-dinov3 hf-clip hf-beit poolformer"
 
 
 @pytest.mark.parametrize("name", COMPILED.split())
 @torch.no_grad()
-def test_blocks_compiled_one_by_one_are_compiled_when_adapters_run_and_give_the_same(name):
+def test_blocks_compiled_one_by_one_run_compiled_and_give_the_same(name):
     torch._dynamo.reset()
     x = image(name)
-    adapter = "metaformer" if name in STAGED else "vit-adapter" if HOSTS[name].splits else "sfp"
-    expected = adaptkit.attach(EVERY[name](), "lora", target_modules="all-linear").eval()(x)
+    expected = adaptkit.attach(EVERY[name]()).eval()(x)
     host = wrap_blocks(name, compiled)
-    seen = view(host)
-    assert seen.spec.depth == len(blocks_of(seen.host, len(seen.spec.widths)))
     torch._dynamo.utils.counters.clear()
-    torch.testing.assert_close(seen.features(x).tokens, expected.tokens, atol=1e-5, rtol=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, adapter
+    torch.testing.assert_close(adaptkit.attach(host).eval()(x).tokens, expected.tokens, atol=1e-5, rtol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 @torch.no_grad()
