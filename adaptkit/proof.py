@@ -167,7 +167,7 @@ def _stand_in(module: nn.Module, index: int, run: _Run) -> None:
     """
 
     def forward(self: nn.Module, x: Tensor, *args: Any, **given: Any) -> Tensor:
-        digest = _digest((args, given))
+        digest = _digest((args, {k: v for k, v in given.items() if not k.startswith("output_")}))
         run.blocks.append((index, digest))
         run.first = x if run.first is None else run.first
         mean = x.mean(dim=tuple(range(1, x.ndim - 1)), keepdim=True)
@@ -178,7 +178,10 @@ def _stand_in(module: nn.Module, index: int, run: _Run) -> None:
 
 
 def _digest(arguments: Any) -> float:
-    """Return one number that tells arguments apart; those that say nothing (None, False) count as not given."""
+    """Return one number that tells arguments apart; those that say nothing (None, False) count as not given.
+
+    What asks for more outputs (``output_hidden_states`` of transformers) is left out before.
+    """
     total = 0.0
     for leaf in tree_leaves(arguments):
         if isinstance(leaf, Tensor):

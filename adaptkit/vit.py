@@ -277,4 +277,5 @@ class ViT(View):
         """Return the host's own logits (B, classes); None without a classifier or where the prefix was dropped."""
         if features.prefix.shape[1] != self.spec.prefix:
             return None
-        return self.classify(torch.cat([features.prefix, features.tokens], dim=1))
+        tokens = features.tokens  # as they lie in memory, where there is no prefix: a mean over them rounds by that
+        return self.classify(torch.cat([features.prefix, tokens], dim=1) if self.spec.prefix else tokens)

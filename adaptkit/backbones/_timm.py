@@ -77,11 +77,13 @@ def add_prefix_and_positions(host: Any, x: Tensor, grid: tuple[int, int]) -> Ten
     """(B, h*w, D) -> (B, P + h*w, D), positions added before or after the prefix joins, as the host does."""
     prefix = [t.expand(x.shape[0], -1, -1) for t in prefix_tokens(host)]
     no_embed_class = getattr(host, "no_embed_class", False)
-    if host.pos_embed is None:
-        return torch.cat([*prefix, x], dim=1)
-    if no_embed_class:
-        return torch.cat([*prefix, x + resampled_positions(host, grid, 0)], dim=1)
-    return torch.cat([*prefix, x], dim=1) + resampled_positions(host, grid, host.num_prefix_tokens)
+    if host.pos_embed is not None and no_embed_class:
+        x = x + resampled_positions(host, grid, 0)
+    if prefix:  # with none, a copy would lay the tokens out otherwise than the host has them, and sums round otherwise
+        x = torch.cat([*prefix, x], dim=1)
+    if host.pos_embed is not None and not no_embed_class:
+        x = x + resampled_positions(host, grid, host.num_prefix_tokens)
+    return x
 
 
 def split_qkv(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
