@@ -37,8 +37,9 @@ class HfViT(ViT):
     def _say(self, image: Tensor, **options: Any) -> Tensor:
         """Run the host and return the tokens that it gives; of a Backbone class its last map."""
         host: Any = self.host
-        for module in host.modules():  # a copy has no hooks: those that record hidden states are installed anew
-            vars(module).pop("_output_capturing_hooks_installed", None)
+        if not any(module._forward_hooks for module in host.modules()):
+            for module in host.modules():  # a copy comes without hooks: those that record hidden states are made anew
+                vars(module).pop("_output_capturing_hooks_installed", None)
         said = host(image, **options)
         tokens = getattr(said, "last_hidden_state", None)
         if tokens is not None:

@@ -113,6 +113,8 @@ def _block(outer: Any, rope: Tensor | None) -> Block:
     """``outer``: the block as it runs, maybe compiled or wrapped; its parts are those of what is inside."""
     blk: Any = unwrapped(outer)
     kinds = {cls.__name__ for cls in type(blk).__mro__}
+    if not kinds & {"EvaBlock", "EvaBlockPostNorm"}:
+        raise TypeError(f"timm's {class_name(blk)} is not of the form x + attn(norm(x)), x + mlp(norm(x)); {REMEDY}")
     attn = unwrapped(blk.attn)
     parts = {
         "run": partial(outer, rope=rope),
@@ -123,14 +125,12 @@ def _block(outer: Any, rope: Tensor | None) -> Block:
         "qkv_at": None if rope is None else partial(_qkv_at, attn, rope),
         "out": partial(_out, attn),
     }
-    if "EvaBlock" in kinds:
-        scale1 = joined(layer_scale(blk.gamma_1), blk.drop_path1)
-        scale2 = joined(layer_scale(blk.gamma_2), blk.drop_path2)
-        return Block(norm1=blk.norm1, scale1=scale1, norm2=blk.norm2, scale2=scale2, **parts)
     if "EvaBlockPostNorm" in kinds:  # x + norm(attn(x)): the norm stands where LayerScale does
         scale1, scale2 = joined(blk.norm1, blk.drop_path1), joined(blk.norm2, blk.drop_path2)
         return Block(norm1=identity, scale1=scale1, norm2=identity, scale2=scale2, **parts)
-    raise TypeError(f"timm's {class_name(blk)} is not of the form x + attn(norm(x)), x + mlp(norm(x)); {REMEDY}")
+    scale1 = joined(layer_scale(blk.gamma_1), blk.drop_path1)
+    scale2 = joined(layer_scale(blk.gamma_2), blk.drop_path2)
+    return Block(norm1=blk.norm1, scale1=scale1, norm2=blk.norm2, scale2=scale2, **parts)
 
 
 def _qkv_at(attn: Any, rope: Tensor, h: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
