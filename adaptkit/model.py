@@ -19,6 +19,7 @@ from adaptkit.file import describe_backbone, write_folder
 from adaptkit.hub import Commit, push
 from adaptkit.owner import Owner, check_free
 from adaptkit.parts import AdapterSet
+from adaptkit.proof import prove
 from adaptkit.recorded import Recorded
 from adaptkit.replay import Replay, Stored, replay
 from adaptkit.sets import NamedSets, build_set, checked_name
@@ -75,6 +76,7 @@ def attach(
     checked_name(name)
     vit = registry.view(model)
     check_free(model, vit.host)
+    prove(vit)
     existing = existing_layers(vit.host)
     own = () if existing is None else (existing.config,)
     built, loaded = build_set((*own, *adapters), head, vit, strict, train_backbone)
