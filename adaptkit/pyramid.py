@@ -121,13 +121,13 @@ class Pyramid(nn.Module):
         info = [{"num_chs": c, "reduction": s, "module": n} for c, s, n in zip(self.channels, strides, labels)]
         self.feature_info = FeatureInfo(info, tuple(range(len(info))))
         if out == "smp":
-            self.out_channels: Any = [3, 0, *self.channels]
+            self.out_channels: Any = [model.spec.channels, 0, *self.channels]
         elif len(set(self.channels)) == 1:
             self.out_channels = self.channels[0]
         self.train(model.training)
 
     def maps(self, image: Tensor) -> list[Tensor]:
-        """Image (B, 3, H, W) of any size -> the maps (B, channels[i], H / strides[i], W / strides[i]), rounded up."""
+        """Image (B, C, H, W) of any size -> the maps (B, channels[i], H / strides[i], W / strides[i]), rounded up."""
         made = self.model(image).maps
         if len(made) <= self._levels[-1]:
             raise RuntimeError(
@@ -142,7 +142,7 @@ class Pyramid(nn.Module):
         return taken
 
     def forward(self, image: Tensor) -> Any:
-        """Image (B, 3, H, W), normalised as the backbone wants it -> its maps, in the form that ``out`` named."""
+        """Image (B, C, H, W), normalised as the backbone wants it -> its maps, in the form that ``out`` named."""
         return _FORMS[self.out](self, image)
 
     def forward_with_filtered_kwargs(self, pixel_values: Tensor, **_: Any) -> Any:

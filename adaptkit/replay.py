@@ -21,7 +21,7 @@ __all__ = ["Replay", "ReplayStages", "Stored", "replay"]
 
 
 def replay(vit: View, image: Tensor) -> View:
-    """Run the backbone on (B, 3, H, W) and return a view of that run, good for this image alone."""
+    """Run the backbone on (B, C, H, W) and return a view of that run, good for this image alone."""
     with torch.no_grad():
         if isinstance(vit, StagedViT):
             return ReplayStages(vit, vit.features(image))

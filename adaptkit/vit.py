@@ -49,6 +49,7 @@ class Spec(NamedTuple):
     heads: int  #: attention heads per block
     patch: int  #: side of a square patch, in pixels
     prefix: int  #: class and register tokens P before the patch tokens
+    channels: int = 3  #: of the image; a file that does not say has 3
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -174,14 +175,23 @@ class View(ABC):
         self.host = host
         self.sharded: Sequence[nn.Module] = ()  #: the host's blocks, where their parameters lie on several devices
         self.fingerprint: dict[str, list[float]] | None = None  #: of the weights, from before they were sharded
+        self.origin: Source | None = None  #: what a module around the host knows better than the host
 
     @abstractmethod
     def features(self, image: Tensor) -> Features:
-        """Image (B, 3, H, W) of any size -> features of the plain forward, no adapter."""
+        """Image (B, C, H, W) of any size -> features of the plain forward, no adapter."""
 
     @abstractmethod
     def logits(self, features: Features) -> Tensor | None:
         """Return the host's own logits (B, classes), or None."""
+
+    def check_image(self, image: Tensor) -> None:
+        """Raise ``ValueError`` for an image (B, C, H, W) of another number of channels than the host takes."""
+        if image.shape[1] != self.spec.channels:
+            raise ValueError(
+                f"image has shape {tuple(image.shape)}, so {image.shape[1]} channels; {type(self.host).__name__} takes "
+                f"{self.spec.channels}: give (batch, {self.spec.channels}, height, width)"
+            )
 
     @abstractmethod
     def fingerprint_tensors(self) -> dict[str, Tensor]:
@@ -205,7 +215,7 @@ class ViT(View):
 
     @abstractmethod
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Image (B, 3, h*patch, w*patch) -> tokens (B, P+N, D) as they enter the first block."""
+        """Image (B, C, h*patch, w*patch) -> tokens (B, P+N, D) as they enter the first block."""
 
     @abstractmethod
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
@@ -224,10 +234,11 @@ class ViT(View):
         return cells(image.shape[-2], self.spec.patch), cells(image.shape[-1], self.spec.patch)
 
     def begin(self, image: Tensor) -> tuple[Tensor, Sequence[Block]]:
-        """Image (B, 3, H, W) of any size -> tokens (B, P+N, D) before the first block, and the blocks.
+        """Image (B, C, H, W) of any size -> tokens (B, P+N, D) before the first block, and the blocks.
 
         A size that is no multiple of the patch is padded with zeros at the right and the bottom.
         """
+        self.check_image(image)
         grid = self.grid(image)
         image = pad_to_multiple(image.to(next(self.host.parameters()).dtype), self.spec.patch)
         return self.embed(image, grid), self.blocks(image, grid)

@@ -71,7 +71,7 @@ class SideAdapter(Adapter):
 
     @abstractmethod
     def forward(self, vit: ViT, image: Tensor, trace: Trace) -> Features:
-        """Image (B, 3, H, W) -> features, as ``vit.finish`` closes them."""
+        """Image (B, C, H, W) -> features, as ``vit.finish`` closes them."""
 
 
 class WeightAdapter(Adapter):

@@ -22,7 +22,8 @@ class HfBeit(HfViT):
     prefix_optional = False  # the bias has a row for the class token
 
     def __init__(self, host: Any) -> None:
-        super().__init__(host, hf_spec("hf-beit", host.config, host.layers, 1))
+        kernel = host.embeddings.patch_embeddings.projection.weight
+        super().__init__(host, hf_spec("hf-beit", host.config, host.layers, 1, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``host.embeddings``, which takes any size."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptkit.backbones._hf import HfViT, clip_block, hf_spec, is_native
+from adaptkit.backbones._hf import HfViT, clip_block, hf_spec, is_native, tower
 from adaptkit.registry import register_family
 from adaptkit.vit import Block, ViT
 
@@ -23,7 +23,8 @@ class HfCLIP(HfViT):
     positions = "bicubic"
 
     def __init__(self, host: Any) -> None:
-        super().__init__(host, hf_spec("hf-clip", host.config, host.encoder.layers, 1))
+        kernel = host.embeddings.patch_embedding.weight
+        super().__init__(host, hf_spec("hf-clip", host.config, host.encoder.layers, 1, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``host.embeddings`` and the norm before the first block."""
@@ -53,4 +54,4 @@ class HfCLIP(HfViT):
 )
 def clip_vision_tower(model: Any) -> ViT:
     """See the vision model inside; text model and projection stay beside it, unused."""
-    return HfCLIP(model.vision_model)
+    return tower(HfCLIP(model.vision_model), model)

@@ -24,7 +24,8 @@ class HfDinov2(HfViT):
     def __init__(self, host: Any) -> None:
         registers = getattr(host.embeddings, "register_tokens", None)
         prefix = 1 if registers is None else 1 + registers.shape[1]
-        super().__init__(host, hf_spec("hf-dinov2", host.config, host.encoder.layer, prefix))
+        kernel = host.embeddings.patch_embeddings.projection.weight
+        super().__init__(host, hf_spec("hf-dinov2", host.config, host.encoder.layer, prefix, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``host.embeddings``, which takes any size."""

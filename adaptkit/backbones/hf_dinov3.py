@@ -28,7 +28,8 @@ class HfDINOv3(HfViT):
 
     def __init__(self, host: Any) -> None:
         prefix = 1 + host.embeddings.register_tokens.shape[1]
-        super().__init__(host, hf_spec("hf-dinov3", host.config, host.model.layer, prefix))
+        kernel = host.embeddings.patch_embeddings.weight
+        super().__init__(host, hf_spec("hf-dinov3", host.config, host.model.layer, prefix, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``host.embeddings``, which has no positions."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptkit.backbones._hf import HfViT, clip_block, hf_spec, is_native
+from adaptkit.backbones._hf import HfViT, clip_block, hf_spec, is_native, tower
 from adaptkit.registry import register_family
 from adaptkit.vit import Block, ViT
 
@@ -19,7 +19,8 @@ class HfSiglip(HfViT):
     positions = "bicubic"
 
     def __init__(self, host: Any) -> None:
-        super().__init__(host, hf_spec("hf-siglip", host.config, host.encoder.layers, 0))
+        kernel = host.embeddings.patch_embedding.weight
+        super().__init__(host, hf_spec("hf-siglip", host.config, host.encoder.layers, 0, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``host.embeddings``, with its own interpolation at another size."""
@@ -45,4 +46,4 @@ class HfSiglip(HfViT):
 @register_family("transformers.models.siglip.modeling_siglip.SiglipModel")  # type: ignore[type-var]
 def siglip_vision_tower(model: Any) -> ViT:
     """See the vision model inside; the text model stays beside it, unused."""
-    return HfSiglip(model.vision_model)
+    return tower(HfSiglip(model.vision_model), model)

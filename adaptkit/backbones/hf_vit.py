@@ -26,7 +26,8 @@ class HfPlainViT(HfViT):
     def __init__(self, host: Any) -> None:
         embeddings = host.embeddings
         prefix = embeddings.position_embeddings.shape[1] - embeddings.patch_embeddings.num_patches
-        super().__init__(host, hf_spec("hf-vit", host.config, host.layers, prefix))
+        kernel = embeddings.patch_embeddings.projection.weight
+        super().__init__(host, hf_spec("hf-vit", host.config, host.layers, prefix, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``host.embeddings``, with its own interpolation at another size."""

@@ -20,7 +20,8 @@ class HfViTMAE(HfViT):
     positions = "bicubic"
 
     def __init__(self, host: Any) -> None:
-        super().__init__(host, hf_spec("hf-vit-mae", host.config, host.layers, 1))
+        kernel = host.embeddings.patch_embeddings.projection.weight
+        super().__init__(host, hf_spec("hf-vit-mae", host.config, host.layers, 1, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """The sum that ``host.embeddings`` forms before it masks."""

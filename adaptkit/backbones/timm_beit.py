@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adaptkit.backbones._timm import (
     add_prefix_and_positions,
+    channels,
     classifier_logits,
     fused_qkv,
     joined,
@@ -39,7 +40,8 @@ class TimmBeit(ViT):
 
     def __init__(self, host: Any) -> None:
         heads = host.blocks[0].attn.num_heads
-        spec = Spec("timm-beit", host.embed_dim, len(host.blocks), heads, patch_side(host), host.num_prefix_tokens)
+        sizes = (host.embed_dim, len(host.blocks), heads, patch_side(host), host.num_prefix_tokens)
+        spec = Spec("timm-beit", *sizes, channels(host))
         super().__init__(host, spec)
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -69,7 +71,7 @@ class TimmBeit(ViT):
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
-        return timm_source(self.host)
+        return timm_source(self)
 
 
 def _other_index(host: Any, grid: tuple[int, int]) -> Tensor | None:

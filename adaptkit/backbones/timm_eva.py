@@ -13,6 +13,7 @@ from torch import Tensor
 from adaptkit.backbones._rotary import rotary_of_timm
 from adaptkit.backbones._timm import (
     add_prefix_and_positions,
+    channels,
     class_name,
     classifier_logits,
     fused_qkv,
@@ -36,7 +37,8 @@ class TimmEva(ViT):
 
     def __init__(self, host: Any) -> None:
         heads = host.blocks[0].attn.num_heads
-        spec = Spec("timm-eva", host.embed_dim, len(host.blocks), heads, patch_side(host), host.num_prefix_tokens)
+        sizes = (host.embed_dim, len(host.blocks), heads, patch_side(host), host.num_prefix_tokens)
+        spec = Spec("timm-eva", *sizes, channels(host))
         super().__init__(host, spec)
         self.splits = all(getattr(blk.attn, "gate", None) is None for blk in host.blocks)
 
@@ -71,7 +73,7 @@ class TimmEva(ViT):
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
-        return timm_source(self.host)
+        return timm_source(self)
 
 
 def _rope(host: Any, grid: tuple[int, int]) -> Tensor | None:

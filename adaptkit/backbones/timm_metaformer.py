@@ -31,7 +31,8 @@ class TimmMetaFormer(StagedViT):
             strides.append(strides[-1] * (1 if same else stage.downsample.conv.stride[0]))
         dims = tuple(info["num_chs"] for info in host.feature_info)
         depths = tuple(len(stage.blocks) for stage in host.stages)
-        super().__init__(host, StagedSpec("timm-metaformer", dims, depths, tuple(strides)))
+        channels = host.stem.conv.weight.shape[1]
+        super().__init__(host, StagedSpec("timm-metaformer", dims, depths, tuple(strides), channels))
 
     def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """``host.stem``."""
@@ -64,7 +65,7 @@ class TimmMetaFormer(StagedViT):
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
-        return timm_source(self.host)
+        return timm_source(self)
 
 
 def _tokens(x: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptkit.backbones._timm import joined, patch_side, patchify, timm_source
+from adaptkit.backbones._timm import channels, joined, patch_side, patchify, timm_source
 from adaptkit.registry import register_family
 from adaptkit.vit import Block, Source, Spec, ViT
 
@@ -27,7 +27,7 @@ class TimmSam(ViT):
 
     def __init__(self, host: Any) -> None:
         heads = host.blocks[0].attn.num_heads
-        spec = Spec("timm-sam", host.embed_dim, len(host.blocks), heads, patch_side(host), 0)
+        spec = Spec("timm-sam", host.embed_dim, len(host.blocks), heads, patch_side(host), 0, channels(host))
         super().__init__(host, spec)
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -60,7 +60,7 @@ class TimmSam(ViT):
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
-        return timm_source(self.host)
+        return timm_source(self)
 
 
 def _block(blk: Any, grid: tuple[int, int]) -> Block:

@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptkit.backbones._timm import timm_source
+from adaptkit.backbones._timm import channels, timm_source
 from adaptkit.registry import register_family
 from adaptkit.staged import StagedSpec, StagedViT
 from adaptkit.vit import Block, Fn, Source
@@ -30,7 +30,7 @@ class TimmSwin(StagedViT):
         dims = tuple(info["num_chs"] for info in host.feature_info)
         strides = tuple(patch * 2**i for i in range(len(host.layers)))
         depths = tuple(len(layer.blocks) for layer in host.layers)
-        super().__init__(host, StagedSpec("timm-swin", dims, depths, strides))
+        super().__init__(host, StagedSpec("timm-swin", dims, depths, strides, channels(host)))
 
     def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """timm's PatchEmbed without its fixed-size assertions."""
@@ -63,7 +63,7 @@ class TimmSwin(StagedViT):
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
-        return timm_source(self.host)
+        return timm_source(self)
 
 
 def _tokens(x: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from adaptkit.backbones._timm import (
     add_prefix_and_positions,
     by_head,
+    channels,
     class_name,
     classifier_logits,
     joined,
@@ -37,7 +38,8 @@ class TimmViT(ViT):
         heads = {blk.attn.num_heads for blk in host.blocks}
         if len(heads) != 1:
             raise TypeError(f"blocks with different head counts {sorted(heads)} have no single Spec.heads")
-        spec = Spec("timm-vit", host.embed_dim, len(host.blocks), heads.pop(), patch_side(host), host.num_prefix_tokens)
+        sizes = (host.embed_dim, len(host.blocks), heads.pop(), patch_side(host), host.num_prefix_tokens)
+        spec = Spec("timm-vit", *sizes, channels(host))
         super().__init__(host, spec)
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -65,7 +67,7 @@ class TimmViT(ViT):
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
-        return timm_source(self.host)
+        return timm_source(self)
 
 
 def _block(blk: Any) -> Block:
