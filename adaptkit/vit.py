@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptkit.checkpointing import OFF, Checkpointing
 from adaptkit.ops.frozen import frozen_block
 from adaptkit.ops.grid import cells, pad_to_multiple
 
@@ -175,6 +176,7 @@ class View(ABC):
         self.host = host
         self.sharded: Sequence[nn.Module] = ()  #: the host's blocks, where their parameters lie on several devices
         self.fingerprint: dict[str, list[float]] | None = None  #: of the weights, from before they were sharded
+        self.checkpointing: Checkpointing | None = None  #: what the model was told; None: as the host says
         self.origin: Source | None = None  #: what a module around the host knows better than the host
 
     @abstractmethod
@@ -184,6 +186,16 @@ class View(ABC):
     @abstractmethod
     def logits(self, features: Features) -> Tensor | None:
         """Return the host's own logits (B, classes), or None."""
+
+    def is_checkpointing(self) -> bool:
+        """Whether the host was told to run its blocks a second time in the backward pass."""
+        return False
+
+    def how_checkpointing(self) -> Checkpointing:
+        """Return which blocks run a second time: what the model was told goes before what the host was."""
+        if self.checkpointing is not None:
+            return self.checkpointing
+        return Checkpointing() if self.is_checkpointing() else OFF
 
     def check_image(self, image: Tensor) -> None:
         """Raise ``ValueError`` for an image (B, C, H, W) of another number of channels than the host takes."""

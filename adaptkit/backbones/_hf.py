@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,14 @@ class HfViT(ViT):
     def __init__(self, host: Any, spec: Spec) -> None:
         super().__init__(host, spec)
         self.origin = hf_source(host, spec.channels)
+
+    @abstractmethod
+    def layers(self) -> Any:
+        """Return the host's list of layers."""
+
+    def is_checkpointing(self) -> bool:
+        """As ``gradient_checkpointing_enable`` left it, layer by layer; the layers heed it in training mode alone."""
+        return any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers())
 
     def classify(self, x: Tensor) -> Tensor | None:
         """None."""

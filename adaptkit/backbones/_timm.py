@@ -121,6 +121,11 @@ def classifier_logits(host: Any, x: Tensor) -> Tensor | None:
     return host.forward_head(x) if host.num_classes > 0 else None
 
 
+def is_checkpointing(host: Any) -> bool:
+    """Whether ``set_grad_checkpointing`` was called on a host whose blocks are one list."""
+    return bool(getattr(host, "grad_checkpointing", False))
+
+
 def timm_source(view: View) -> Source:
     """Read where the host of a view comes from."""
     host: Any = view.host

@@ -29,11 +29,15 @@ class HfBeit(HfViT):
         """``host.embeddings``, which takes any size."""
         return self.host.embeddings(image)
 
+    def layers(self) -> Any:
+        """``host.layers``."""
+        return self.host.layers
+
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The host's layers, given the shared bias and the size of the image."""
         host: Any = self.host
         shared = None if host.shared_position_bias is None else host.shared_position_bias(grid)
-        return [_block(layer, shared, grid, tuple(image.shape[-2:])) for layer in host.layers]
+        return [_block(layer, shared, grid, tuple(image.shape[-2:])) for layer in self.layers()]
 
     def norm(self, x: Tensor) -> Tensor:
         """``host.layernorm``; the identity where the host norms after pooling."""

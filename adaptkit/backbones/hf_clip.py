@@ -32,9 +32,13 @@ class HfCLIP(HfViT):
         interpolate = not is_native(image, host.embeddings.image_size)
         return host.pre_layrnorm(host.embeddings(image, interpolate_pos_encoding=interpolate))
 
+    def layers(self) -> Any:
+        """``host.encoder.layers``."""
+        return self.host.encoder.layers
+
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The host's layers."""
-        return [clip_block(layer) for layer in self.host.encoder.layers]
+        return [clip_block(layer) for layer in self.layers()]
 
     def norm(self, x: Tensor) -> Tensor:
         """``host.post_layernorm``, over all tokens."""

@@ -31,9 +31,13 @@ class HfDinov2(HfViT):
         """``host.embeddings``, which takes any size."""
         return self.host.embeddings(image)
 
+    def layers(self) -> Any:
+        """``host.encoder.layer``."""
+        return self.host.encoder.layer
+
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The host's layers."""
-        return [dino_block(layer) for layer in self.host.encoder.layer]
+        return [dino_block(layer) for layer in self.layers()]
 
     def norm(self, x: Tensor) -> Tensor:
         """``host.layernorm``."""

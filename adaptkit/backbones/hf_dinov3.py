@@ -35,11 +35,15 @@ class HfDINOv3(HfViT):
         """``host.embeddings``, which has no positions."""
         return self.host.embeddings(image)
 
+    def layers(self) -> Any:
+        """``host.model.layer``."""
+        return self.host.model.layer
+
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The host's layers, given the rotary angles of this grid."""
         host: Any = self.host
         rope = host.rope_embeddings(image)
-        blocks = [dino_block(layer, position_embeddings=rope) for layer in host.model.layer]
+        blocks = [dino_block(layer, position_embeddings=rope) for layer in self.layers()]
         return [
             replace(
                 block,
@@ -48,7 +52,7 @@ class HfDINOv3(HfViT):
                 rotate=partial(_turn, host.rope_embeddings, grid),
                 projections=no_projections,
             )
-            for block, layer in zip(blocks, host.model.layer)
+            for block, layer in zip(blocks, self.layers())
         ]
 
     def norm(self, x: Tensor) -> Tensor:

@@ -27,9 +27,13 @@ class HfSiglip(HfViT):
         embeddings: Any = self.host.embeddings
         return embeddings(image, interpolate_pos_encoding=not is_native(image, embeddings.image_size))
 
+    def layers(self) -> Any:
+        """``host.encoder.layers``."""
+        return self.host.encoder.layers
+
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The host's layers."""
-        return [clip_block(layer) for layer in self.host.encoder.layers]
+        return [clip_block(layer) for layer in self.layers()]
 
     def norm(self, x: Tensor) -> Tensor:
         """``host.post_layernorm``."""

@@ -34,9 +34,13 @@ class HfPlainViT(HfViT):
         embeddings: Any = self.host.embeddings
         return embeddings(image, interpolate_pos_encoding=not is_native(image, embeddings.image_size))
 
+    def layers(self) -> Any:
+        """``host.layers``."""
+        return self.host.layers
+
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The host's layers."""
-        return [vit_block(layer) for layer in self.host.layers]
+        return [vit_block(layer) for layer in self.layers()]
 
     def norm(self, x: Tensor) -> Tensor:
         """``host.layernorm``."""

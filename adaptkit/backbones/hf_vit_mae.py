@@ -33,9 +33,13 @@ class HfViTMAE(HfViT):
         cls = embeddings.cls_token + positions[:, :1]
         return torch.cat([cls.expand(x.shape[0], -1, -1), x + positions[:, 1:]], dim=1)
 
+    def layers(self) -> Any:
+        """``host.layers``."""
+        return self.host.layers
+
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The host's layers."""
-        return [vit_block(layer) for layer in self.host.layers]
+        return [vit_block(layer) for layer in self.layers()]
 
     def norm(self, x: Tensor) -> Tensor:
         """``host.layernorm``."""

@@ -15,6 +15,7 @@ from adaptkit.backbones._timm import (
     channels,
     classifier_logits,
     fused_qkv,
+    is_checkpointing,
     joined,
     layer_scale,
     patch_side,
@@ -62,6 +63,10 @@ class TimmBeit(ViT):
     def classify(self, x: Tensor) -> Tensor | None:
         """``host.forward_head`` where it has classes."""
         return classifier_logits(self.host, x)
+
+    def is_checkpointing(self) -> bool:
+        """As ``set_grad_checkpointing`` left it."""
+        return is_checkpointing(self.host)
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""

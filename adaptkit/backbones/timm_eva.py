@@ -17,6 +17,7 @@ from adaptkit.backbones._timm import (
     class_name,
     classifier_logits,
     fused_qkv,
+    is_checkpointing,
     joined,
     layer_scale,
     patch_side,
@@ -64,6 +65,10 @@ class TimmEva(ViT):
     def classify(self, x: Tensor) -> Tensor | None:
         """``host.forward_head`` where it has classes."""
         return classifier_logits(self.host, x)
+
+    def is_checkpointing(self) -> bool:
+        """As ``set_grad_checkpointing`` left it."""
+        return is_checkpointing(self.host)
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""

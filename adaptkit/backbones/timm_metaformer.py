@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adaptkit.backbones._timm import joined, timm_source
+from adaptkit.backbones._timm import is_checkpointing, joined, timm_source
 from adaptkit.ops.grid import map_to_tokens, tokens_to_map
 from adaptkit.registry import register_family
 from adaptkit.staged import StagedSpec, StagedViT
@@ -56,6 +56,10 @@ class TimmMetaFormer(StagedViT):
     def classify(self, x: Tensor, grid: tuple[int, int]) -> Tensor | None:
         """``host.forward_head`` where it has classes."""
         return self.host.forward_head(tokens_to_map(x, grid)) if self.host.num_classes > 0 else None
+
+    def is_checkpointing(self) -> bool:
+        """As ``set_grad_checkpointing`` left it, stage by stage."""
+        return any(is_checkpointing(stage) for stage in self.host.stages)
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Stem kernel, and an MLP's weights in the first and the last block."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptkit.backbones._timm import channels, joined, patch_side, patchify, timm_source
+from adaptkit.backbones._timm import channels, is_checkpointing, joined, patch_side, patchify, timm_source
 from adaptkit.registry import register_family
 from adaptkit.vit import Block, Source, Spec, ViT
 
@@ -51,6 +51,10 @@ class TimmSam(ViT):
     def classify(self, x: Tensor) -> Tensor | None:
         """None: the host classifies what leaves its neck."""
         return None
+
+    def is_checkpointing(self) -> bool:
+        """As ``set_grad_checkpointing`` left it."""
+        return is_checkpointing(self.host)
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""

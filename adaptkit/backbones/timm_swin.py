@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptkit.backbones._timm import channels, timm_source
+from adaptkit.backbones._timm import channels, is_checkpointing, timm_source
 from adaptkit.registry import register_family
 from adaptkit.staged import StagedSpec, StagedViT
 from adaptkit.vit import Block, Fn, Source
@@ -54,6 +54,10 @@ class TimmSwin(StagedViT):
     def classify(self, x: Tensor, grid: tuple[int, int]) -> Tensor | None:
         """``host.forward_head`` where it has classes."""
         return self.host.forward_head(x.unflatten(1, grid)) if self.host.num_classes > 0 else None
+
+    def is_checkpointing(self) -> bool:
+        """As ``set_grad_checkpointing`` left it, stage by stage."""
+        return any(is_checkpointing(stage) for stage in self.host.layers)
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""

@@ -14,6 +14,7 @@ from adaptkit.backbones._timm import (
     channels,
     class_name,
     classifier_logits,
+    is_checkpointing,
     joined,
     patch_side,
     patchify,
@@ -58,6 +59,10 @@ class TimmViT(ViT):
     def classify(self, x: Tensor) -> Tensor | None:
         """``host.forward_head`` where it has classes."""
         return classifier_logits(self.host, x)
+
+    def is_checkpointing(self) -> bool:
+        """As ``set_grad_checkpointing`` left it."""
+        return is_checkpointing(self.host)
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
