@@ -1,9 +1,9 @@
 """Gradient checkpointing: a block keeps its input alone for the backward pass, which runs it a second time.
 
 Memory falls from what every block keeps to what one keeps, for one more forward pass of the blocks. Values and
-gradients are those without it, bit for bit, dropout and sampling included. The backbone stays in eval mode, in which
-the layers of transformers ignore their own switch, and its blocks are wrapped by adapters: so the view does it, around
-the wrapped block, and only where something in the pass is trained.
+gradients are those without it, bit for bit where the kernels are deterministic, dropout and sampling included. The
+backbone stays in eval mode, in which the layers of transformers ignore their own switch, and its blocks are wrapped by
+adapters: so the view does it, around the wrapped block, and only where something in the pass is trained.
 """
 
 from __future__ import annotations
