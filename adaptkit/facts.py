@@ -23,8 +23,12 @@ class HandedOn(nn.Module):
 
     @property
     def pretrained_cfg(self) -> Any:
-        """timm's record of the weights: name, size and normalisation of the images. Read-only."""
-        return _told(self, "pretrained_cfg")
+        """timm's record of the weights: name, size and normalisation of the images. Read-only.
+
+        A timm model inside transformers has it in the wrapper's config.
+        """
+        in_config = getattr(getattr(self, "config", None), "pretrained_cfg", None)
+        return _told(self, "pretrained_cfg") if in_config is None else in_config
 
     @property
     def default_cfg(self) -> Any:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from adaptkit.adapters.base import SideAdapter
 from adaptkit.card import model_card
+from adaptkit.facts import HandedOn
 from adaptkit.file import check_fits, write_folder
 from adaptkit.hub import load
 from adaptkit.model import AdaptedModel
@@ -84,7 +85,7 @@ def _made(model: AdaptedModel) -> dict[int, int]:
     return {s: spec.dim for a in model.adapters.values() if isinstance(a, SideAdapter) for s in a.strides}
 
 
-class Pyramid(nn.Module):
+class Pyramid(HandedOn):
     """An adapted model that returns its maps; :func:`as_pyramid` makes it.
 
     Attributes, in the words of the libraries that read them:
@@ -95,6 +96,8 @@ class Pyramid(nn.Module):
             ``torchvision.ops.FeaturePyramidNetwork(pyramid.channels, width)`` behind it. With ``out="smp"`` a list.
         output_stride: the coarsest stride.
     """
+
+    holds = "model"
 
     def __init__(self, model: AdaptedModel, strides: tuple[int, ...], names: Sequence[str] | None, out: str) -> None:
         super().__init__()

@@ -112,13 +112,17 @@ def test_so_on_a_peft_model():
 def enable(host):
     with warnings.catch_warnings():  # the name that transformers had before 5
         warnings.simplefilter("ignore", FutureWarning)
-        (host.gradient_checkpointing_enable if "transformers" in type(host).__module__ else host.set_grad_checkpointing)()
+        (
+            host.gradient_checkpointing_enable
+            if "transformers" in type(host).__module__
+            else host.set_grad_checkpointing
+        )()
 
 
 HOSTS_THAT_SWITCH = {
     **{name: HOSTS[name].build for name in ("timm-vit", "timm-dinov3", "timm-beit", "timm-sam")},
-    **{name: HOSTS[name].build for name in HOSTS if name.startswith("hf-") and name != "hf-vit-msn"},
-    "MetaFormer": lambda: list(hierarchical())[0],
+    **{name: HOSTS[name].build for name in HOSTS if name.startswith("hf-")},
+    "MetaFormer": lambda: next(hierarchical()),
     "Swin": lambda: list(hierarchical())[1],
 }
 

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from families import HOSTS
 
 import adaptkit
 from adaptkit.backbones._processor import normalisation
 from adaptkit.registry import view
+
+transformers = pytest.importorskip("transformers")
 
 HALF = (0.5, 0.5, 0.5)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
