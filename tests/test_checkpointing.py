@@ -84,6 +84,17 @@ def test_values_and_gradients_are_the_same_bit_for_bit_and_less_is_kept(method, 
     assert less < 0.9 * whole if "vit-adapter" in method else less < 0.4 * whole
 
 
+@pytest.mark.parametrize("method", ["adavit", "lora"])
+def test_so_under_autocast(method):
+    model, x = stirred(HOSTS["timm-vit"].build(), METHODS[method]), image(32)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, outputs, grads = step(model, x)
+        model.gradient_checkpointing_enable()
+        _, outputs_again, grads_again = step(model, x)
+    assert_same(outputs, outputs_again)
+    assert_same(grads, grads_again)
+
+
 @pytest.mark.parametrize("method", ["metaformer", "lora"])
 @pytest.mark.parametrize("index", [0, 1], ids=["MetaFormer", "Swin"])
 def test_so_on_a_host_of_several_stages(method, index):

@@ -52,7 +52,10 @@ class BlockAdapter(Adapter):
 
     @abstractmethod
     def wrap(self, block: Block, index: int, trace: Trace) -> Fn:
-        """Return what runs in place of block ``index``: (B, P+N, D) -> (B, P+N, D)."""
+        """Return what runs in place of block ``index``: (B, P+N, D) -> (B, P+N, D).
+
+        Called once more, with a trace of its own, where a checkpointed block runs again in the backward pass.
+        """
 
 
 class SideAdapter(Adapter):
