@@ -244,8 +244,8 @@ def _build_backbone(vit: View, given: Sequence[str], files: Sequence[AdapterFile
     if strange:
         raise ValueError(
             f"{saved[0].path} holds trained tensors of a {saved[0].header['backbone']['class']}, this backbone is a "
-            f"{type(vit.host).__name__}, which calls them otherwise ({', '.join(strange[:3])}): attach it to a backbone "
-            "of the library it was trained in"
+            f"{type(vit.host).__name__}, which calls them otherwise ({', '.join(strange[:3])}): attach it to a "
+            "backbone of the library it was trained in"
         )
     built = TrainedBackbone(vit.spec, vit.host, parts)
     check_tensors(built.copies.state_dict(), tensors, f"{saved[0].path}, backbone")

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptkit.checkpointing import OFF, Checkpointing
 from adaptkit.ops.frozen import frozen_block
 from adaptkit.ops.grid import cells, pad_to_multiple
 
@@ -49,6 +50,7 @@ class Spec(NamedTuple):
     heads: int  #: attention heads per block
     patch: int  #: side of a square patch, in pixels
     prefix: int  #: class and register tokens P before the patch tokens
+    channels: int = 3  #: of the image; a file that does not say has 3
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -176,14 +178,34 @@ class View(ABC):
         self.host = host
         self.sharded: Sequence[nn.Module] = ()  #: the host's blocks, where their parameters lie on several devices
         self.fingerprint: dict[str, list[float]] | None = None  #: of the weights, from before they were sharded
+        self.checkpointing: Checkpointing | None = None  #: what the model was told; None: as the host says
+        self.origin: Source | None = None  #: what a module around the host knows better than the host
 
     @abstractmethod
     def features(self, image: Tensor) -> Features:
-        """Image (B, 3, H, W) of any size -> features of the plain forward, no adapter."""
+        """Image (B, C, H, W) of any size -> features of the plain forward, no adapter."""
 
     @abstractmethod
     def logits(self, features: Features) -> Tensor | None:
         """Return the host's own logits (B, classes), or None."""
+
+    def is_checkpointing(self) -> bool:
+        """Whether the host was told to run its blocks a second time in the backward pass."""
+        return False
+
+    def how_checkpointing(self) -> Checkpointing:
+        """Return which blocks run a second time: what the model was told goes before what the host was."""
+        if self.checkpointing is not None:
+            return self.checkpointing
+        return Checkpointing() if self.is_checkpointing() else OFF
+
+    def check_image(self, image: Tensor) -> None:
+        """Raise ``ValueError`` for an image (B, C, H, W) of another number of channels than the host takes."""
+        if image.shape[1] != self.spec.channels:
+            raise ValueError(
+                f"image has shape {tuple(image.shape)}, so {image.shape[1]} channels; {type(self.host).__name__} takes "
+                f"{self.spec.channels}: give (batch, {self.spec.channels}, height, width)"
+            )
 
     @abstractmethod
     def fingerprint_tensors(self) -> dict[str, Tensor]:
@@ -229,7 +251,7 @@ class ViT(View):
 
     @abstractmethod
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Image (B, 3, h*patch, w*patch) -> tokens (B, P+N, D) as they enter the first block."""
+        """Image (B, C, h*patch, w*patch) -> tokens (B, P+N, D) as they enter the first block."""
 
     @abstractmethod
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
@@ -248,10 +270,11 @@ class ViT(View):
         return cells(image.shape[-2], self.spec.patch), cells(image.shape[-1], self.spec.patch)
 
     def begin(self, image: Tensor) -> tuple[Tensor, Sequence[Block]]:
-        """Image (B, 3, H, W) of any size -> tokens (B, P+N, D) before the first block, and the blocks.
+        """Image (B, C, H, W) of any size -> tokens (B, P+N, D) before the first block, and the blocks.
 
         A size that is no multiple of the patch is padded with zeros at the right and the bottom.
         """
+        self.check_image(image)
         grid = self.grid(image)
         image = pad_to_multiple(image.to(next(self.host.parameters()).dtype), self.spec.patch)
         return self.embed(image, grid), self.blocks(image, grid)

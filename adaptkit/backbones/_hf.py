@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from adaptkit.backbones._processor import normalisation
 from adaptkit.backbones._timm import class_name, is_bare, joined
 from adaptkit.tree import unwrapped
 from adaptkit.vit import Block, Perceptron, Projections, Source, Spec, ViT, identity
 
+#: Attribute of a model whose files lie in a cache of the Hub that is not the default one: the folder.
+HUB_CACHE = "_adaptkit_hub_cache"
+
 
 class HfViT(ViT):
     """A transformers base model. It has no classifier (a pooler is none) and its config knows its Hub id."""
+
+    def __init__(self, host: Any, spec: Spec) -> None:
+        super().__init__(host, spec)
+        self.origin = hf_source(host, spec.channels)
+
+    @abstractmethod
+    def layers(self) -> Any:
+        """Return the host's list of layers."""
+
+    def is_checkpointing(self) -> bool:
+        """As ``gradient_checkpointing_enable`` left it, layer by layer; the layers heed it in training mode alone."""
+        return any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers())
 
     def classify(self, x: Tensor) -> Tensor | None:
         """None."""
         return None
 
     def source(self) -> Source:
-        """From the config; the normalisation is kept elsewhere, by the image processor."""
-        config: Any = self.host.config
-        return Source(id=config._name_or_path or "", revision=getattr(config, "_commit_hash", None) or "")
+        """From the config, and the normalisation from the image processor beside the weights, read once."""
+        return self.origin or Source()
 
     def sizes(self) -> Sequence[tuple[int, int]]:
         """The host's own, and another."""
@@ -53,9 +69,27 @@ class HfViT(ViT):
         return {} if is_native(image, self.host.config.image_size) else {"interpolate_pos_encoding": True}
 
 
-def hf_spec(family: str, config: Any, layers: nn.ModuleList, prefix: int) -> Spec:
-    """Read a Spec from a transformers config."""
-    return Spec(family, config.hidden_size, len(layers), config.num_attention_heads, patch_side(config), prefix)
+def hf_source(model: Any, channels: int) -> Source:
+    """Read where a model that transformers loaded comes from, and what its image processor says.
+
+    Raises ``ValueError`` where the image processor's file is damaged.
+    """
+    name, commit = model.config._name_or_path or "", getattr(model.config, "_commit_hash", None) or ""
+    mean, std = normalisation(name, commit, channels, getattr(model, HUB_CACHE, None))
+    return Source(id=name, revision=commit, mean=mean, std=std)
+
+
+def tower(seen: HfViT, model: Any) -> HfViT:
+    """Return the view of a part of ``model``, with what the whole knows of its origin where the part knows nothing."""
+    if not seen.source().id:
+        seen.origin = hf_source(model, seen.spec.channels)
+    return seen
+
+
+def hf_spec(family: str, config: Any, layers: nn.ModuleList, prefix: int, kernel: Tensor) -> Spec:
+    """Read a Spec from a transformers config, and the channels of the image from the kernel (D, C, p, p) on it."""
+    sizes = (config.hidden_size, len(layers), config.num_attention_heads, patch_side(config), prefix)
+    return Spec(family, *sizes, kernel.shape[1])
 
 
 def patch_side(config: Any) -> int:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.tree import unwrapped
-from adaptkit.vit import Fn, Perceptron, Projections, Source, identity
+from adaptkit.vit import Fn, Perceptron, Projections, Source, View, identity
 
 REMEDY = (
     "use a backbone without it, or register a family of its own: subclass adaptkit.vit.ViT and decorate it with "
@@ -48,8 +48,13 @@ def patch_side(host: Any) -> int:
     return int(height)
 
 
+def channels(host: Any) -> int:
+    """Return how many channels the image has, by the kernel (D, C, p, p) that reads it."""
+    return int(host.patch_embed.proj.weight.shape[1])
+
+
 def patchify(host: Any, image: Tensor) -> Tensor:
-    """(B, 3, h*p, w*p) -> (B, h*w, D): timm's PatchEmbed without its fixed-size assertions."""
+    """(B, C, h*p, w*p) -> (B, h*w, D): timm's PatchEmbed without its fixed-size assertions."""
     embed = host.patch_embed
     return embed.norm(embed.proj(image).flatten(2).transpose(1, 2))
 
@@ -179,15 +184,31 @@ def classifier_logits(host: Any, x: Tensor) -> Tensor | None:
     return host.forward_head(x) if host.num_classes > 0 else None
 
 
-def timm_source(host: Any) -> Source:
-    """Read timm's ``pretrained_cfg``; the revision stands behind the Hub id where one was asked for."""
-    cfg = getattr(host, "pretrained_cfg", None) or {}
+def is_checkpointing(host: Any) -> bool:
+    """Whether ``set_grad_checkpointing`` was called on a host whose blocks are one list."""
+    return bool(getattr(host, "grad_checkpointing", False))
+
+
+def timm_source(view: View) -> Source:
+    """Read where the host of a view comes from."""
+    host: Any = view.host
+    return view.origin or cfg_source(getattr(host, "pretrained_cfg", None), host.num_classes, view.spec.channels)
+
+
+def cfg_source(cfg: dict[str, Any] | None, classes: int, channels: int) -> Source:
+    """Read timm's ``pretrained_cfg``; the revision stands behind the Hub id where one was asked for.
+
+    A host that was built for another number of ``channels`` keeps the normalisation of the first ones: it says nothing.
+    """
+    cfg = cfg or {}
     name, tag = cfg.get("architecture", ""), cfg.get("tag", "")
     hub_id, _, revision = (cfg.get("hf_hub_id") or "").partition("@")
+    mean, std = tuple(cfg.get("mean") or ()), tuple(cfg.get("std") or ())
+    known = len(mean) == len(std) == channels
     return Source(
         id=hub_id or (f"{name}.{tag}" if name and tag else name),
         revision=revision,
-        mean=tuple(cfg.get("mean", ())),
-        std=tuple(cfg.get("std", ())),
-        classes=host.num_classes,
+        mean=mean if known else (),
+        std=std if known else (),
+        classes=classes,
     )

@@ -23,17 +23,22 @@ class HfBeit(HfViT):
     prefix_optional = False  # the bias has a row for the class token
 
     def __init__(self, host: Any) -> None:
-        super().__init__(host, hf_spec("hf-beit", host.config, host.layers, 1))
+        kernel = host.embeddings.patch_embeddings.projection.weight
+        super().__init__(host, hf_spec("hf-beit", host.config, host.layers, 1, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``host.embeddings``, which takes any size."""
         return self.host.embeddings(image)
 
+    def layers(self) -> Any:
+        """``host.layers``."""
+        return self.host.layers
+
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The host's layers, given the shared bias and the size of the image."""
         host: Any = self.host
         shared = None if host.shared_position_bias is None else host.shared_position_bias(grid)
-        return [_block(layer, shared, grid, tuple(image.shape[-2:])) for layer in block_list(host.layers)]
+        return [_block(layer, shared, grid, tuple(image.shape[-2:])) for layer in block_list(self.layers())]
 
     def norm(self, x: Tensor) -> Tensor:
         """``host.layernorm``; the identity where the host norms after pooling."""

@@ -30,16 +30,21 @@ class HfDINOv3(HfViT):
 
     def __init__(self, host: Any) -> None:
         prefix = 1 + host.embeddings.register_tokens.shape[1]
-        super().__init__(host, hf_spec("hf-dinov3", host.config, host.model.layer, prefix))
+        kernel = host.embeddings.patch_embeddings.weight
+        super().__init__(host, hf_spec("hf-dinov3", host.config, host.model.layer, prefix, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``host.embeddings``, which has no positions."""
         return self.host.embeddings(image)
 
+    def layers(self) -> Any:
+        """``host.model.layer``."""
+        return self.host.model.layer
+
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The host's layers, given the rotary angles of this grid."""
         host: Any = self.host
-        layers, rope = block_list(host.model.layer), host.rope_embeddings(image)
+        layers, rope = block_list(self.layers()), host.rope_embeddings(image)
         blocks = [dino_block(layer, position_embeddings=rope) for layer in layers]
         return [
             replace(

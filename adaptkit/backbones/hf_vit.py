@@ -28,16 +28,21 @@ class HfPlainViT(HfViT):
     def __init__(self, host: Any) -> None:
         embeddings = host.embeddings
         prefix = embeddings.position_embeddings.shape[1] - embeddings.patch_embeddings.num_patches
-        super().__init__(host, hf_spec("hf-vit", host.config, host.layers, prefix))
+        kernel = embeddings.patch_embeddings.projection.weight
+        super().__init__(host, hf_spec("hf-vit", host.config, host.layers, prefix, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``host.embeddings``, with its own interpolation at another size."""
         embeddings: Any = self.host.embeddings
         return embeddings(image, interpolate_pos_encoding=not is_native(image, embeddings.image_size))
 
+    def layers(self) -> Any:
+        """``host.layers``."""
+        return self.host.layers
+
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The host's layers."""
-        return [vit_block(layer) for layer in block_list(self.host.layers)]
+        return [vit_block(layer) for layer in block_list(self.layers())]
 
     def norm(self, x: Tensor) -> Tensor:
         """``host.layernorm``."""

@@ -23,7 +23,8 @@ class HfViTMAE(HfViT):
     positions = "bicubic"
 
     def __init__(self, host: Any) -> None:
-        super().__init__(host, hf_spec("hf-vit-mae", host.config, host.layers, 1))
+        kernel = host.embeddings.patch_embeddings.projection.weight
+        super().__init__(host, hf_spec("hf-vit-mae", host.config, host.layers, 1, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """The sum that ``host.embeddings`` forms before it masks."""
@@ -35,9 +36,13 @@ class HfViTMAE(HfViT):
         cls = embeddings.cls_token + positions[:, :1]
         return torch.cat([cls.expand(x.shape[0], -1, -1), x + positions[:, 1:]], dim=1)
 
+    def layers(self) -> Any:
+        """``host.layers``."""
+        return self.host.layers
+
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The host's layers."""
-        return [vit_block(layer) for layer in block_list(self.host.layers)]
+        return [vit_block(layer) for layer in block_list(self.layers())]
 
     def norm(self, x: Tensor) -> Tensor:
         """``host.layernorm``."""

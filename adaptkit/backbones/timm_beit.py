@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from adaptkit.backbones._timm import (
     add_prefix_and_positions,
     block_list,
+    channels,
     classifier_logits,
     fused_qkv,
     head_count,
+    is_checkpointing,
     joined,
     layer_scale,
     patch_side,
@@ -45,8 +47,8 @@ class TimmBeit(ViT):
     rebuilds = True
 
     def __init__(self, host: Any) -> None:
-        patch, heads = patch_side(host), head_count(host)
-        spec = Spec("timm-beit", host.embed_dim, len(host.blocks), heads, patch, host.num_prefix_tokens)
+        sizes = (host.embed_dim, len(host.blocks), head_count(host), patch_side(host), host.num_prefix_tokens)
+        spec = Spec("timm-beit", *sizes, channels(host))
         super().__init__(host, spec)
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -68,6 +70,10 @@ class TimmBeit(ViT):
         """``host.forward_head`` where it has classes."""
         return classifier_logits(self.host, x)
 
+    def is_checkpointing(self) -> bool:
+        """As ``set_grad_checkpointing`` left it."""
+        return is_checkpointing(self.host)
+
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
         host: Any = self.host
@@ -76,7 +82,7 @@ class TimmBeit(ViT):
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
-        return timm_source(self.host)
+        return timm_source(self)
 
     def sizes(self) -> Sequence[tuple[int, int]]:
         """The host's own, and another where it takes any."""

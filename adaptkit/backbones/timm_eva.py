@@ -15,10 +15,12 @@ from adaptkit.backbones._timm import (
     REMEDY,
     add_prefix_and_positions,
     block_list,
+    channels,
     class_name,
     classifier_logits,
     fused_qkv,
     head_count,
+    is_checkpointing,
     joined,
     layer_scale,
     patch_side,
@@ -41,8 +43,8 @@ class TimmEva(ViT):
     prefix_optional = False  # timm leaves the first P tokens unrotated, whatever they are
 
     def __init__(self, host: Any) -> None:
-        patch, heads = patch_side(host), head_count(host)
-        spec = Spec("timm-eva", host.embed_dim, len(host.blocks), heads, patch, host.num_prefix_tokens)
+        sizes = (host.embed_dim, len(host.blocks), head_count(host), patch_side(host), host.num_prefix_tokens)
+        spec = Spec("timm-eva", *sizes, channels(host))
         super().__init__(host, spec)
         self.splits = all(getattr(unwrapped(unwrapped(blk).attn), "gate", None) is None for blk in host.blocks)
 
@@ -69,6 +71,10 @@ class TimmEva(ViT):
         """``host.forward_head`` where it has classes."""
         return classifier_logits(self.host, x)
 
+    def is_checkpointing(self) -> bool:
+        """As ``set_grad_checkpointing`` left it."""
+        return is_checkpointing(self.host)
+
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
         host: Any = self.host
@@ -77,7 +83,7 @@ class TimmEva(ViT):
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
-        return timm_source(self.host)
+        return timm_source(self)
 
     def sizes(self) -> Sequence[tuple[int, int]]:
         """The host's own, and another where it takes any."""

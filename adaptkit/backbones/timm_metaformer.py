@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adaptkit.backbones._timm import block_list, joined, timm_source
+from adaptkit.backbones._timm import block_list, is_checkpointing, joined, timm_source
 from adaptkit.ops.grid import map_to_tokens, tokens_to_map
 from adaptkit.registry import register_family
 from adaptkit.staged import StagedSpec, StagedViT
@@ -32,7 +32,8 @@ class TimmMetaFormer(StagedViT):
             strides.append(strides[-1] * (1 if same else stage.downsample.conv.stride[0]))
         dims = tuple(info["num_chs"] for info in host.feature_info)
         depths = tuple(len(stage.blocks) for stage in host.stages)
-        super().__init__(host, StagedSpec("timm-metaformer", dims, depths, tuple(strides)))
+        channels = host.stem.conv.weight.shape[1]
+        super().__init__(host, StagedSpec("timm-metaformer", dims, depths, tuple(strides), channels))
 
     def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """``host.stem``."""
@@ -59,6 +60,10 @@ class TimmMetaFormer(StagedViT):
         """``host.forward_head`` where it has classes."""
         return self.host.forward_head(tokens_to_map(x, grid)) if self.host.num_classes > 0 else None
 
+    def is_checkpointing(self) -> bool:
+        """As ``set_grad_checkpointing`` left it, stage by stage."""
+        return any(is_checkpointing(stage) for stage in self.host.stages)
+
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Stem kernel, and an MLP's weights in the first and the last block."""
         host: Any = self.host
@@ -67,7 +72,7 @@ class TimmMetaFormer(StagedViT):
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
-        return timm_source(self.host)
+        return timm_source(self)
 
     def sizes(self) -> Sequence[tuple[int, int]]:
         """Any."""

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from adaptkit.backbones._timm import (
     block_list,
+    channels,
     head_count,
+    is_checkpointing,
     joined,
     patch_side,
     patchify,
@@ -36,7 +38,7 @@ class TimmSam(ViT):
 
     def __init__(self, host: Any) -> None:
         heads = head_count(host)
-        spec = Spec("timm-sam", host.embed_dim, len(host.blocks), heads, patch_side(host), 0)
+        spec = Spec("timm-sam", host.embed_dim, len(host.blocks), heads, patch_side(host), 0, channels(host))
         super().__init__(host, spec)
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -61,6 +63,10 @@ class TimmSam(ViT):
         """None: the host classifies what leaves its neck."""
         return None
 
+    def is_checkpointing(self) -> bool:
+        """As ``set_grad_checkpointing`` left it."""
+        return is_checkpointing(self.host)
+
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
         host: Any = self.host
@@ -69,7 +75,7 @@ class TimmSam(ViT):
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
-        return timm_source(self.host)
+        return timm_source(self)
 
     def sizes(self) -> Sequence[tuple[int, int]]:
         """The host's own, and another."""

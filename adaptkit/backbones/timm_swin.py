@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptkit.backbones._timm import block_list, timm_source
+from adaptkit.backbones._timm import block_list, channels, is_checkpointing, timm_source
 from adaptkit.registry import register_family
 from adaptkit.staged import StagedSpec, StagedViT
 from adaptkit.tree import unwrapped
@@ -31,7 +31,7 @@ class TimmSwin(StagedViT):
         dims = tuple(info["num_chs"] for info in host.feature_info)
         strides = tuple(patch * 2**i for i in range(len(host.layers)))
         depths = tuple(len(layer.blocks) for layer in host.layers)
-        super().__init__(host, StagedSpec("timm-swin", dims, depths, strides))
+        super().__init__(host, StagedSpec("timm-swin", dims, depths, strides, channels(host)))
 
     def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """timm's PatchEmbed without its fixed-size assertions."""
@@ -56,6 +56,10 @@ class TimmSwin(StagedViT):
         """``host.forward_head`` where it has classes."""
         return self.host.forward_head(x.unflatten(1, grid)) if self.host.num_classes > 0 else None
 
+    def is_checkpointing(self) -> bool:
+        """As ``set_grad_checkpointing`` left it, stage by stage."""
+        return any(is_checkpointing(stage) for stage in self.host.layers)
+
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
         host: Any = self.host
@@ -64,7 +68,7 @@ class TimmSwin(StagedViT):
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
-        return timm_source(self.host)
+        return timm_source(self)
 
     def sizes(self) -> Sequence[tuple[int, int]]:
         """The host's own."""

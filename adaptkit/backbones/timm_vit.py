@@ -13,10 +13,12 @@ from adaptkit.backbones._timm import (
     add_prefix_and_positions,
     block_list,
     by_head,
+    channels,
     class_name,
     classifier_logits,
     head_count,
     is_bare,
+    is_checkpointing,
     joined,
     patch_side,
     patchify,
@@ -41,8 +43,8 @@ class TimmViT(ViT):
     positions = "bicubic antialias"
 
     def __init__(self, host: Any) -> None:
-        patch, heads = patch_side(host), head_count(host)
-        spec = Spec("timm-vit", host.embed_dim, len(host.blocks), heads, patch, host.num_prefix_tokens)
+        sizes = (host.embed_dim, len(host.blocks), head_count(host), patch_side(host), host.num_prefix_tokens)
+        spec = Spec("timm-vit", *sizes, channels(host))
         super().__init__(host, spec)
         self.splits = all(getattr(unwrapped(unwrapped(blk).attn), "gate", None) is None for blk in host.blocks)
 
@@ -63,6 +65,10 @@ class TimmViT(ViT):
         """``host.forward_head`` where it has classes."""
         return classifier_logits(self.host, x)
 
+    def is_checkpointing(self) -> bool:
+        """As ``set_grad_checkpointing`` left it."""
+        return is_checkpointing(self.host)
+
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
         host: Any = self.host
@@ -71,7 +77,7 @@ class TimmViT(ViT):
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
-        return timm_source(self.host)
+        return timm_source(self)
 
     def sizes(self) -> Sequence[tuple[int, int]]:
         """The host's own, and another where it takes any."""
