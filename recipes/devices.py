@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
 
 
 def together(kind: type[Accelerator] | type[PartialState], **options: Any) -> Any:
@@ -25,8 +26,8 @@ def together(kind: type[Accelerator] | type[PartialState], **options: Any) -> An
 
 
 def on_cpu() -> bool:
-    """Is there nothing but the CPU? Several processes cannot share a Mac's GPU, so there they take the CPU too."""
-    if not torch.accelerator.is_available():
+    """Say whether the CPU is to be used. Several processes cannot share a Mac's GPU: there they take the CPU too."""
+    if not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
         return True
     device = torch.accelerator.current_accelerator()
     return device is not None and device.type == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1

@@ -31,6 +31,8 @@ class Rows(Dataset, ABC):
 
     def read(self, row: dict[str, Any], index: int, pixels: bool = True) -> dict[str, Any]:
         """Read the pictures of the row, or their sizes alone; an error names the set, the row and the column."""
+        if not isinstance(row, dict):
+            return row
         return read_row(row, f"{self.name}: row {index}" if self.name else f"row {index}", pixels)
 
     def sample(self, row: dict[str, Any], epoch: int, index: int) -> Any:

@@ -60,6 +60,7 @@ def read(stored: Any, name: str = "", pixels: bool = True) -> Picture:
     Raises ``ValueError`` where it cannot be read.
     """
     if isinstance(stored, Image.Image):
+        stored.load()  # a TIFF is upright when it is loaded, and says so
         return Picture(stored, name, _orientation(stored))
     stored = {"bytes": None, "path": str(stored)} if isinstance(stored, str | Path) else stored
     path, data = stored["path"], stored["bytes"]
