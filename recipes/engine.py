@@ -46,7 +46,7 @@ from .devices import together
 from .log import Log, said, shown
 from .normalisation import to_record
 from .options import precision
-from .order import Rows, Steps, Stream, shuffled
+from .order import Rows, Steps, Stream, plain_errors, shuffled
 from .windows import Windowed, Windows
 
 # ---------------------------------------------------------------------------------------------------------- task
@@ -348,6 +348,7 @@ def start(task: Task, args: argparse.Namespace) -> tuple[Path, Accelerator]:
     return out, made
 
 
+@plain_errors()
 def run(task: Task, args: argparse.Namespace, last: bool = True) -> dict[str, Any]:
     """Train, save, attach what was saved to a fresh backbone, and see that the score is the same.
 

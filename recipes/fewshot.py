@@ -28,11 +28,11 @@ import adaptkit
 from adaptkit.file import check_writable, write_atomic
 from adaptkit.hosts import create_backbone
 
+from . import normalisation
 from .devices import together
 from .labelled import LabelledData, open_images
-from .normalisation import options as normalisation
-from .normalisation import recorded, source_of
 from .options import PRECISION_HELP, command, precision, validation
+from .order import plain_errors
 
 BIAS = 100.0  # the constant feature: so large that the ridge leaves the intercept alone
 
@@ -45,7 +45,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--label-column")
     p.add_argument("--backbone", default="demo", help="demo, a timm name, hf-hub:..., org/repo, or a local folder")
     p.add_argument("--random-backbone", action=argparse.BooleanOptionalAction, default=False, help="for comparison")
-    normalisation(p)
+    normalisation.options(p)
     p.add_argument("--adapter", metavar="FOLDER", help="a saved adapter, attached before the features are read")
     p.add_argument("--pool", choices=["avg", "token", "both"], help="default: token, avg where there is none")
     p.add_argument("--size", type=int, default=224)
@@ -164,6 +164,7 @@ def table(rows: list[dict]) -> str:
 # ----------------------------------------------------------------------------------------------------------- main
 
 
+@plain_errors()
 def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(argv)
     out = check_writable(args.out)
@@ -171,7 +172,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     torch.manual_seed(0)  # a random backbone is the same random one on every rank
     backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
     saved = adaptkit.load(args.adapter) if args.adapter else None
-    source = source_of(adaptkit.view(backbone), args, recorded(saved))
+    source = normalisation.source_of(adaptkit.view(backbone), args, normalisation.recorded(saved))
     model: Any = adaptkit.attach(backbone, *([saved] if saved else [])).to(accelerator.device).eval()
     prefix = getattr(model.spec, "prefix", 0)
     pool = args.pool or ("token" if prefix else "avg")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import count
@@ -120,6 +121,18 @@ class Stream(IterableDataset):
                 yield self.rows.sample({k: v[0] for k, v in rows.items()}, epoch, index * nodes + node)
             if index < 0 and self.endless:
                 raise ValueError(f"the stream has no row for reader {node} of {nodes}; use fewer processes or workers")
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Say what a worker of a ``DataLoader`` could not read as the main process says it: without its traceback."""
+    try:
+        yield
+    except ValueError as error:
+        wrapped, _, message = str(error).rpartition("\nValueError: ")
+        if "DataLoader worker" not in wrapped:
+            raise
+        raise ValueError(message.strip()) from error
 
 
 def undecoded(data: Any) -> Any:

@@ -236,3 +236,16 @@ def test_a_run_goes_on_through_batches_that_are_ignored(tmp_path):
     with pytest.warns(UserWarning, match="2 of 3 masks"):
         result = segment.main(argv)
     assert np.isfinite(result["miou"])
+
+
+def test_a_torn_image_that_a_worker_meets_ends_the_run_with_one_line(tmp_path):
+    path = write(tmp_path / "set", [filled(0, 1)] * 3)
+    file = path / "images" / "1.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 48, 3), dtype=np.uint8)).save(file)
+    file.write_bytes(file.read_bytes()[:2000])
+    argv = [f"--train={path}", f"--val={path}", *SMALL, "--adapter", "none", "--num-classes", "2", "--workers", "1",
+            "--out", str(tmp_path / "run")]  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"^\S*images/1.png is not an image that can be read whole: .*or take it out of the set$"
+    ):
+        segment.main(argv)

@@ -109,6 +109,11 @@ def test_torchrun_starts_one_run(data, tmp_path):
     assert done.stdout.count("attached to a fresh backbone") == 1
 
 
+def test_no_recipe_is_left_out():
+    found = {path.stem for path in (ROOT / "recipes").glob("*.py") if "\ndef main(" in path.read_text()}
+    assert found == {*TEN, "shapes"}  # which draws, and trains nothing
+
+
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ValueError, match="4 processes were started, and this one knows of 1: they would race"):
