@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from adaptkit.staged import StagedViT
-from adaptkit.tree import skeleton
+from adaptkit.tree import at_rest, skeleton
 from adaptkit.vit import Block, View, ViT
 
 __all__ = ["prove"]
@@ -36,7 +36,6 @@ __all__ = ["prove"]
 GRID = (2, 3)  #: of the tokens that the blocks of a plain ViT are tried on; not square, so that h and w are told apart
 STAGED_GRID = (9, 10)  #: several windows of 7 or 8, so that a shift acts
 STIRRED = 2**22  #: elements of a parameter that is not too large to be stirred
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, IndexError, KeyError)
 _MODULE = set(vars(nn.Module()))
 
@@ -312,15 +311,7 @@ class _Copy:
     def __init__(self, view: View) -> None:
         self.original, self.view = view, copy.copy(view)
         self.view.host = host = skeleton(view.host)
-        for module in host.modules():
-            module.__dict__["training"] = False
-            module.__dict__.update({name: type(vars(module)[name])() for name in HOOKS if name in vars(module)})
-            for flag in (
-                "grad_checkpointing",
-                "gradient_checkpointing",
-            ):  # of timm and transformers; nothing is trained
-                if flag in vars(module):
-                    module.__dict__[flag] = False
+        at_rest(host)
         parameters = list(view.host.parameters())
         self.quantised = any(not _is_plain(p) for p in parameters)
         floating = [p for p in parameters if p.is_floating_point()] or parameters

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adaptkit import registry
 from adaptkit.adapters._proxy import own_layer
 from adaptkit.parts import AdapterSet
-from adaptkit.tree import skeleton
+from adaptkit.tree import at_rest, skeleton
 from adaptkit.vit import Features, View
 
 __all__ = ["check_trained"]
@@ -66,7 +66,7 @@ def check_trained(vit: View, built: AdapterSet, run: Callable[[View, AdapterSet,
 
 @contextmanager
 def _small_run(vit: View, built: AdapterSet, run: Callable[[View, AdapterSet, Tensor], Features]) -> Iterator[Features]:
-    host = skeleton(vit.host, own_layer).eval()
+    host = at_rest(skeleton(vit.host, own_layer))
     view, side = registry.view(host), 4 * vit.spec.patch
     first = next(vit.host.parameters())
     devices = [first.device] if first.device.type == "cuda" else []

@@ -15,8 +15,10 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["locate", "named_modules", "plain_name", "skeleton", "unwrapped"]
+__all__ = ["at_rest", "locate", "named_modules", "plain_name", "skeleton", "unwrapped"]
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")  # of timm and transformers
 #: Under which name a wrapper holds its module: torch.compile, checkpoint_wrapper, FSDP 1.
 HELD = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
@@ -88,6 +90,16 @@ def skeleton(root: nn.Module, own: Callable[[nn.Module], nn.Module] = unwrapped)
             if name not in ("_parameters", "_buffers", "_modules"):
                 module.__dict__[name] = _said_of(made, value)
     return top
+
+
+def at_rest(copy: nn.Module) -> nn.Module:
+    """Put a skeleton in eval mode, without hooks and without gradient checkpointing; returns it."""
+    for module in copy.modules():
+        own = module.__dict__
+        own["training"] = False
+        own.update({name: type(own[name])() for name in _HOOKS if name in own})
+        own.update({name: False for name in _CHECKPOINTING if name in own})
+    return copy
 
 
 def _said_of(made: dict[int, nn.Module], value: Any) -> Any:

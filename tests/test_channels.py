@@ -117,7 +117,7 @@ def test_every_adapter_trains_saves_and_loads(adapter, name, channels, tmp_path)
 def test_every_adapter_is_exported(adapter, name, tmp_path):
     light = {"interaction_indexes": ((0, 1),), "with_cffn": False, "extra_extractors": 0, "strides": (16,)}
     options = {"vit-adapter": light, "dat": {"blocks": (1,)}}
-    model = adaptkit.attach(small(name), (adapter, options.get(adapter, OPTIONS.get(adapter, {}))))
+    model = adaptkit.attach(small(name), (adapter, options.get(adapter, OPTIONS.get(adapter, {})))).eval()
     path = export.to_exported_program(model, tmp_path / "model.pt2", (32, 32), dynamic_batch=False)
     again = torch.export.load(path).module()(image(4))
     with torch.no_grad():

@@ -29,7 +29,9 @@ def moved(model, seed=3):
 
 
 def same_state(module, state):
-    return list(module.state_dict()) == list(state) and all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
+    return list(module.state_dict()) == list(state) and all(
+        torch.equal(v, state[k]) for k, v in module.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("name", ["timm-vit", "hf-dinov2", "timm-dinov3"])
@@ -64,7 +66,9 @@ def test_the_parts_get_the_gradient_that_plain_training_gives_and_count_as_train
     model = adaptkit.attach(host(), train_backbone=("blocks.2", "norm.bias", "blocks.*.attn.proj"))
     model(x).tokens.square().sum().backward()
     trained = {n.removeprefix("backbone."): p for n, p in model.named_parameters() if p.requires_grad}
-    wanted = {n for n, _ in plain.named_parameters() if n.startswith("blocks.2.") or ".attn.proj." in n or n == "norm.bias"}
+    wanted = {
+        n for n, _ in plain.named_parameters() if n.startswith("blocks.2.") or ".attn.proj." in n or n == "norm.bias"
+    }
     assert {n.removeprefix("sets.default.backbone.copies.") for n in trained} == wanted
     theirs = dict(plain.named_parameters())
     for name, parameter in trained.items():
