@@ -222,7 +222,8 @@ class View(ABC):
     def reference(self, image: Tensor) -> Tensor | None:
         """Image (1, C, H, W) of such a size -> tokens (1, P+N, D), or (1, N, D), by the host's own forward.
 
-        They are what :meth:`features` must give: after the final norm, all prefix tokens first.
+        They are what :meth:`features` must give: after the final norm, all prefix tokens first. In the copy, cheap
+        functions stand in for the blocks.
         """
         return None
 

@@ -134,6 +134,19 @@ def test_a_host_of_fake_tensors_is_passed_over():
     prove(view(host))
 
 
+@pytest.mark.parametrize("name", ["hf-vit", "hf-vit-mae", "hf-siglip", "hf-clip", "hf-dinov2", "hf-beit"])
+def test_a_size_that_is_no_multiple_of_the_patch_is_tried_on_what_the_host_keeps_of_it(name):
+    """SigLIP so400m: 384 pixels by patches of 14."""
+    config = HOSTS[name].build().config
+    config.image_size += config.patch_size // 2
+    prove(view(randomise(type(HOSTS[name].build())(config))))
+
+
+def test_a_size_that_is_no_multiple_of_the_patch_is_tried_in_timm_too():
+    prove(view(vit(img_size=38)))
+    prove(view(vit(img_size=38, dynamic_img_size=True)))
+
+
 def test_gradient_checkpointing_is_no_difference():
     host = vit().train()
     host.set_grad_checkpointing(True)

@@ -169,9 +169,12 @@ def head_count(host: Any) -> int:
 
 def timm_sizes(host: Any) -> Sequence[tuple[int, int]]:
     """Return the size that the host was built for, and another where it takes any."""
-    size, patch = host.patch_embed.img_size, host.patch_embed.patch_size
-    sizes = [] if size is None else [(size[0], size[1])]
-    return sizes if getattr(host.patch_embed, "strict_img_size", True) else [*sizes, (3 * patch[0], 5 * patch[1])]
+    embed: Any = host.patch_embed
+    size, (height, width) = embed.img_size, embed.patch_size
+    if getattr(embed, "strict_img_size", True):
+        return [] if size is None else [(size[0], size[1])]
+    native = [] if size is None else [(size[0] // height * height, size[1] // width * width)]
+    return [*native, (3 * height, 5 * width)]
 
 
 def timm_answers(host: Any, tokens: Tensor) -> Sequence[Tensor]:

@@ -53,8 +53,8 @@ class HfViTMAE(HfViT):
         embeddings: Any = self.host.embeddings
         embeddings.config = copy.copy(embeddings.config)
         embeddings.config.mask_ratio = 0.0
-        cells = self.grid(image)
-        noise = torch.arange(cells[0] * cells[1], device=image.device)[None]
+        cells = (image.shape[-2] // self.spec.patch) * (image.shape[-1] // self.spec.patch)
+        noise = torch.arange(cells, device=image.device)[None]
         return self._say(image, noise=noise, **self.interpolating(image))
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
