@@ -13,11 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
 
 from adaptkit.adapters.base import RUN_WHOLE
 from adaptkit.file import fingerprint
 from adaptkit.model import AdaptedModel
+from adaptkit.tree import blocks_of
 
 __all__ = ["blocks_of", "shard"]
 
@@ -56,20 +56,3 @@ def shard(model: Any, **options: Any) -> Any:
 
 def _call(function: Any, *args: Any) -> Any:
     return function(*args)
-
-
-def blocks_of(host: nn.Module, depth: int) -> list[nn.Module]:
-    """Return the host's ``depth`` blocks: the elements of one list of that length, or of one list for each stage.
-
-    Raises ``TypeError`` for a host whose blocks are not found.
-    """
-    lists = [m for m in host.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m)]
-    alike = [m for m in lists if len({type(block) for block in m}) == 1 and any(True for _ in m[0].children())]
-    for kept in alike:
-        if len(kept) == depth:
-            return list(kept)
-    for cls in {type(m[0]) for m in alike}:
-        found = [block for m in alike if type(m[0]) is cls for block in m]
-        if len(found) == depth:
-            return found
-    raise TypeError(f"{type(host).__name__}: no list of its {depth} blocks was found, to shard them one by one")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
-__all__ = ["locate", "named_modules", "plain_name", "skeleton", "unwrapped"]
+__all__ = ["blocks_of", "locate", "named_modules", "plain_name", "skeleton", "unwrapped"]
 
 #: Under which name a wrapper holds its module: torch.compile, checkpoint_wrapper, FSDP 1.
 HELD = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -78,3 +78,20 @@ def skeleton(root: nn.Module, own: Callable[[nn.Module], nn.Module] = unwrapped)
         return made[id(module)]
 
     return copied(root)
+
+
+def blocks_of(host: nn.Module, depth: int) -> list[nn.Module]:
+    """Return the host's ``depth`` blocks: the elements of one list of that length, or of one list for each stage.
+
+    Raises ``TypeError`` for a host whose blocks are not found.
+    """
+    lists = [m for m in host.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m)]
+    alike = [m for m in lists if len({type(unwrapped(b)) for b in m}) == 1 and any(True for _ in m[0].children())]
+    for kept in alike:
+        if len(kept) == depth:
+            return list(kept)
+    for cls in {type(unwrapped(m[0])) for m in alike}:
+        found = [block for m in alike if type(unwrapped(m[0])) is cls for block in m]
+        if len(found) == depth:
+            return found
+    raise TypeError(f"{type(host).__name__}: no list of its {depth} blocks was found")
