@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ def _parametrised(listed: ParametrizationList, name: str) -> Iterator[tuple[str,
 def _layers(names: Sequence[str]) -> dict[str, str]:
     """Name of a tensor -> its layer: to the first number (``blocks.0``), or the part below what all names share."""
     paths = [name.split(".") for name in names]
-    shared = len(os.path.commonprefix([path[:-1] for path in paths])) if len(paths) > 1 else 0
+    shared = sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*(path[:-1] for path in paths))))
     layers = {}
     for name, path in zip(names, paths):
         number = next((i for i, part in enumerate(path) if part.isdigit()), len(path))

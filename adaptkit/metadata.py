@@ -76,8 +76,8 @@ def _converted(value: Any, where: str, convert: Convert) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
         return [convert(v, f"{where}[{i}]") for i, v in enumerate(value)]
     raise ValueError(
-        f"metadata {where} is a {type(value).__module__}.{type(value).__qualname__}, which JSON cannot say: {value!r:.80}. "
-        "Give a number, a text, a list or a dict, or leave it out"
+        f"metadata {where} is a {type(value).__module__}.{type(value).__qualname__}, which JSON cannot say: "
+        f"{value!r:.80}. Give a number, a text, a list or a dict, or leave it out"
     )
 
 

@@ -13,9 +13,10 @@ from adaptkit import registry
 from adaptkit.adapters._peft import lodgers
 from adaptkit.adapters.adavit import AdaViT
 from adaptkit.adapters.base import BlockAdapter, Trace, wrapped
-from adaptkit.card import model_card
+from adaptkit.card import card_beside
 from adaptkit.file import describe_backbone, write_folder
 from adaptkit.hub import Commit, push
+from adaptkit.metadata import plain
 from adaptkit.parts import AdapterSet
 from adaptkit.recorded import Recorded
 from adaptkit.replay import Replay, Stored, replay
@@ -166,13 +167,15 @@ class AdaptedModel(NamedSets):
     def save(self, folder: str | os.PathLike[str], *, name: str | None = None, **metadata: Any) -> Path:
         """Write a set of adapters and their head, the active one or ``name``, to ``folder``: weights, config and card.
 
-        Each file is written atomically. ``metadata`` (JSON values, e.g. ``task="segmentation"``, ``classes=[...]``) is
-        kept in the header. Of several processes one should call this. Raises ``OSError`` where the folder cannot be
-        written.
+        All is serialised before anything is written, and all is written or nothing. ``metadata`` (e.g.
+        ``task="segmentation"``, ``classes=[...]``; see :func:`adaptkit.metadata.plain`) is kept in the header, beside
+        what the file that was loaded says. A README.md in the folder that adaptkit did not write stays as it is. Of
+        several processes one should call this. Raises ``ValueError`` for metadata that JSON cannot say, and ``OSError``
+        where the folder cannot be written.
         """
         chosen = self._acting if name is None else self.set_of(name)
-        header = {**self.header(name), "metadata": metadata}
-        return write_folder(folder, header, chosen.tensors(), model_card(header))
+        header = {**self.header(name), "metadata": plain({**chosen.metadata, **metadata})}
+        return write_folder(folder, header, chosen.tensors(), card_beside(folder, header))
 
     def push(self, repo_id: str, **options: Any) -> Commit:
         """Upload what ``save`` writes to a model repository on the Hub; see :func:`adaptkit.hub.push`."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from adaptkit.adapters._peft import Lodgers
-from adaptkit.file import check_fits
+from adaptkit.file import check_fits, metadata_of
 from adaptkit.parts import AdapterSet, as_file, differences, head_of, parts_of
 from adaptkit.vit import View
 
@@ -21,7 +21,9 @@ def build_set(adapters: tuple[Any, ...], head: Any, vit: View, strict: bool) -> 
     """Build a set of adapters for this host, and tell whether a file was loaded; arguments as ``attach`` takes them."""
     parts, files = parts_of(adapters, vit, strict)
     chosen, head_file = head_of(head, files)
-    return AdapterSet(vit, parts, chosen, head_file), bool(files)
+    built = AdapterSet(vit, parts, chosen, head_file)
+    built.metadata = metadata_of(files)
+    return built, bool(files)
 
 
 class NamedSets(nn.Module):
@@ -175,6 +177,7 @@ class NamedSets(nn.Module):
                 "set with add_adapter(file, name=...)"
             )
         chosen.load(file.tensors)
+        chosen.metadata = metadata_of([file])
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return how many parameters are trained, and how many there are."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from adaptkit.adapters.base import RUN_WHOLE
-from adaptkit.file import fingerprint
+from adaptkit.file import digest_of, fingerprint, sums_of
 from adaptkit.model import AdaptedModel
 from adaptkit.tree import blocks_of
 
@@ -42,7 +42,8 @@ def shard(model: Any, **options: Any) -> Any:
     adapted = next(m for m in model.modules() if isinstance(m, AdaptedModel))
     vit = adapted.vit
     blocks = blocks_of(vit.host, len(vit.spec.widths))
-    vit.fingerprint = fingerprint(vit)  # while every process can read the weights
+    # While every process can read the weights:
+    vit.fingerprint, vit.digest, vit.sums = fingerprint(vit), digest_of(vit), sums_of(vit)
     for block in blocks:
         fully_shard(block, **options)
         setattr(block, RUN_WHOLE, _call)

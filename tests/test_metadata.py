@@ -4,7 +4,7 @@ import dataclasses
 import enum
 import json
 from collections import OrderedDict, namedtuple
-from datetime import date, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -54,7 +54,7 @@ CONVERTED = [
     ({3, 1, 2}, [1, 2, 3]),
     (frozenset({"b", "a"}), ["a", "b"]),
     (namedtuple("Pair", "a b")(1, 2), [1, 2]),
-    (datetime(2024, 5, 1, 12, tzinfo=timezone.utc), "2024-05-01T12:00:00+00:00"),
+    (datetime(2024, 5, 1, 12, tzinfo=UTC), "2024-05-01T12:00:00+00:00"),
     (date(2024, 5, 1), "2024-05-01"),
     (timedelta(minutes=2), 120.0),
     (Level.LOW, "low"),

@@ -38,6 +38,10 @@ class TimmEva(ViT):
         heads = host.blocks[0].attn.num_heads
         spec = Spec("timm-eva", host.embed_dim, len(host.blocks), heads, patch_side(host), host.num_prefix_tokens)
         super().__init__(host, spec)
+        if host.pos_embed is None:
+            self.positions = "none" if host.rope is None else "rope"
+        elif host.rope is None:
+            self.positions = "bicubic antialias"
         self.splits = all(getattr(blk.attn, "gate", None) is None for blk in host.blocks)
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
