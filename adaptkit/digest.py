@@ -194,7 +194,7 @@ def _row_sums(tensor: Tensor, odd: dict[torch.device, Tensor]) -> Iterator[Tenso
     if device not in odd:
         odd[device] = _odd_numbers().to(device)
     row = ROW * 4 // flat.element_size()
-    rows = 1 if device.type == "cpu" else ROWS
+    rows = _rows_at_once(device)
     products = torch.empty(ROW, dtype=torch.int64, device=device)
     for part in flat.split(row * rows):
         words = _words(part)
@@ -206,6 +206,10 @@ def _row_sums(tensor: Tensor, odd: dict[torch.device, Tensor]) -> Iterator[Tenso
         if whole < len(words):
             rest = words[whole:]
             yield (rest.long() * odd[device][: len(rest)]).sum()[None]
+
+
+def _rows_at_once(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else ROWS
 
 
 def _words(flat: Tensor) -> Tensor:
@@ -283,7 +287,7 @@ def _close(then: Sequence[float], now: Sequence[float]) -> bool:
 def _sums(tensor: Tensor) -> Tensor:
     """Add up one tensor in float64, a row at a time."""
     total = torch.zeros(4, dtype=torch.float64, device=tensor.device)
-    for part in tensor.detach().reshape(-1).split(ROW if tensor.device.type == "cpu" else ROW * ROWS):
+    for part in tensor.detach().reshape(-1).split(ROW * _rows_at_once(tensor.device)):
         w = part.double()
         size = w.abs().sum()
         total += torch.stack([w.sum(), size, (w * w).sum(), size if tensor.ndim == 1 else torch.zeros_like(size)])
