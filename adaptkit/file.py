@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptkit.digest import block_sums, digest, other_blocks, other_layers
 from adaptkit.peft_folder import from_peft_layout, peft_config_of
@@ -36,6 +36,7 @@ __all__ = [
     "check_writable",
     "describe_backbone",
     "load",
+    "load_into",
     "metadata_of",
     "serialised",
     "write_atomic",
@@ -280,20 +281,32 @@ def serialised(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes
     for key, tensor in sorted(tensors.items()):
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{key} is a {type(tensor).__name__}, and a safetensors file holds tensors only")
-        try:
-            copies[key] = tensor.detach().to("cpu", copy=True).contiguous()
-        except (NotImplementedError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{key} ({type(tensor).__name__} on {tensor.device}) cannot be saved: {error}") from error
-        if type(copies[key]) is not Tensor or copies[key].layout != torch.strided:
+        own = tensor.detach()
+        if type(own) is not Tensor or own.layout != torch.strided or own.is_quantized or own.is_meta:
             raise ValueError(
-                f"{key} is a {type(tensor).__name__} of layout {tensor.layout}, and a safetensors file holds plain "
-                "tensors only: give the module plain parameters before it is saved"
+                f"{key} is a {type(own).__name__} of {own.dtype}, {own.layout}, on {own.device}, and a safetensors "
+                "file holds plain tensors only: give the module plain ones before it is saved"
             )
+        copies[key] = own.to("cpu", copy=True).contiguous()
     try:
         return to_bytes(copies, metadata)
     except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
         kinds = ", ".join(sorted({str(t.dtype) for t in copies.values()}))
         raise ValueError(f"safetensors cannot hold all of these tensors ({kinds}): {error}") from error
+
+
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], strict: bool = True) -> None:
+    """Copy tensors into a module, as ``load_state_dict`` does, also where one of its own is an expanded view.
+
+    Several elements of such a tensor lie in one place, which torch does not write to; it gets memory of its own.
+    Tensors that are shared between modules stay shared.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.layout == torch.strided and any(
+            stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)
+        ):
+            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+    module.load_state_dict(tensors, strict=strict)
 
 
 def write_together(folder: str | os.PathLike[str], data: Mapping[str, bytes]) -> Path:

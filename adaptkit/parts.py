@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adaptkit import registry
 from adaptkit.adapters.base import Adapter, BlockAdapter, SideAdapter, WeightAdapter
-from adaptkit.file import AdapterFile, check_fits
+from adaptkit.file import AdapterFile, check_fits, load_into
 from adaptkit.hub import is_hub_id, load
 from adaptkit.registry import configured
 from adaptkit.saved_head import head_of
@@ -146,7 +146,7 @@ class AdapterSet(nn.Module):
         check_tensors(self.tensors(), given, "the tensors given")
         for name, module in self.modules_by_name().items():
             prefix = name + "."
-            module.load_state_dict({k[len(prefix) :]: v for k, v in given.items() if k.startswith(prefix)})
+            load_into(module, {k[len(prefix) :]: v for k, v in given.items() if k.startswith(prefix)})
 
     def header(self) -> dict[str, Any]:
         """Return what the file says of adapters and head."""
@@ -201,7 +201,7 @@ def _build_head(
     if file is not None:
         tensors = file.tensors_of("head")
         check_tensors(module.state_dict(), tensors, f"{file.path}, head")
-        module.load_state_dict(tensors)
+        load_into(module, tensors)
     return module, entry
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from adaptkit.adapters.base import SideAdapter
 from adaptkit.card import card_beside
-from adaptkit.file import check_fits, metadata_of, write_folder
+from adaptkit.file import check_fits, load_into, metadata_of, write_folder
 from adaptkit.hub import load
 from adaptkit.metadata import plain
 from adaptkit.model import AdaptedModel
@@ -192,7 +192,7 @@ class Pyramid(nn.Module):
         check_tensors(own, head, f"{file.path}, beside the pyramid")
         self.model.load_adapter_state_dict({k: v for k, v in file.tensors.items() if not k.startswith("head.")})
         if network is not None:  # the pyramid's own keys are the ones left out
-            network.load_state_dict(head, strict=False)
+            load_into(network, head, strict=False)
         self._acting().metadata = metadata_of([file])
 
     def _acting(self) -> AdapterSet:

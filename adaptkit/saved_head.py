@@ -47,7 +47,7 @@ def head_of(arg: Any, files: list[AdapterFile]) -> tuple[Any, AdapterFile | None
         if file not in same:
             warnings.warn(
                 f"the trained head in {file.path} ({_said(file)}) is left out, for head= asks for another "
-                f"({_asked(chosen)}). Leave head= out to keep it",
+                f"({_asked(chosen)}). Give the same one to keep it",
                 UserWarning,
                 stacklevel=4,
             )
@@ -94,14 +94,14 @@ def _json(config: Any) -> Any:
 
 def _said(file: AdapterFile) -> str:
     head = file.header["head"]
-    return head["class"] if head["name"] is None else f"{head['name']!r}, {_options(head['config'])}"
+    return head["class"] if head["name"] is None else _method(head["name"], head["config"])
 
 
 def _asked(chosen: Any) -> str:
     if isinstance(chosen, nn.Module):
         return f"a {type(chosen).__module__}.{type(chosen).__qualname__}"
-    return f"{chosen[0].name!r}, {_options(dataclasses.asdict(chosen[1]))}"
+    return _method(chosen[0].name, dataclasses.asdict(chosen[1]))
 
 
-def _options(config: dict[str, Any]) -> str:
-    return ", ".join(f"{k}={v!r}" for k, v in config.items())
+def _method(name: str, config: dict[str, Any]) -> str:
+    return ", ".join([repr(name), *(f"{k}={v!r}" for k, v in config.items())])
