@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 FORMAT = 1
+NEWEST = 2  #: what is read: a file that holds trained parts of the backbone says 2
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
 
@@ -105,10 +106,10 @@ def load(path: str | os.PathLike[str]) -> AdapterFile:
         version = int(header["format"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} has a damaged adaptkit header: {error!r}. Copy or download it again") from error
-    if version > FORMAT:
+    if version > NEWEST:
         raise ValueError(
             f"{file} has format {version}, written by adaptkit {header.get('adaptkit')}; this is adaptkit "
-            f"{__version__}, which reads up to format {FORMAT}: upgrade adaptkit"
+            f"{__version__}, which reads up to format {NEWEST}: upgrade adaptkit"
         )
     return AdapterFile(file, header, tensors)
 

@@ -148,7 +148,6 @@ class Sparse(nn.Module):
     [
         (ExtraState(32, 3), {}, "head._extra_state is a dict, and a safetensors file holds tensors only"),
         (Sparse(), {}, "head.graph is a Tensor of torch.float32, torch.sparse_coo"),
-        (nn.Linear(32, 3, device="meta"), {}, "head.bias is a Tensor of torch.float32, torch.strided, on meta"),
         (
             ("linear", {"num_classes": 3}),
             {"recipe": {"model": object()}},
@@ -166,6 +165,12 @@ def test_what_cannot_be_written_is_named_before_the_folder_is_touched(tmp_path, 
         adaptkit.attach(host(), "sfp", head=head).save(folder, **metadata)
     assert content(folder) == before
     assert there or not folder.parent.exists()
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(2, device="meta"), torch.eye(2).to_sparse(), "text", None])
+def test_a_tensor_without_plain_values_is_named(tensor):
+    with pytest.raises(ValueError, match="^head.bias is a "):
+        files.serialised({"head.bias": tensor, "head.weight": torch.ones(2)}, {})
 
 
 # ----------------------------------------------------------------------------------------------------- shared memory
@@ -414,4 +419,15 @@ def test_an_attached_file_that_says_nothing_new_warns_of_nothing(tmp_path):
     model().save(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*does not read all that")
         adaptkit.attach(host(), tmp_path, strict=True).save(tmp_path)
+
+
+def test_what_is_merged_or_trained_in_the_backbone_is_not_taken_for_its_own_weights(tmp_path):
+    made = adaptkit.attach(host(), "lora", head=("linear", {"num_classes": 3}), train_backbone=("blocks.3",))
+    own = made.header()["backbone"]
+    randomise(made.sets)
+    made.eval().merge_adapter()
+    made.save(tmp_path)
+    assert made.header()["backbone"] == own
+    adaptkit.attach(host(), tmp_path, strict=True)
