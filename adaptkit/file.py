@@ -44,8 +44,7 @@ __all__ = [
     "write_together",
 ]
 
-FORMAT = 1
-NEWEST = 2  #: what is read: a file that holds trained parts of the backbone says 2
+FORMAT = 2  #: the newest that is read; 2 may hold trained parts of the backbone, and is written where it does
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
 
@@ -106,10 +105,10 @@ def load(path: str | os.PathLike[str]) -> AdapterFile:
         version = int(header["format"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} has a damaged adaptkit header: {error!r}. Copy or download it again") from error
-    if version > NEWEST:
+    if version > FORMAT:
         raise ValueError(
             f"{file} has format {version}, written by adaptkit {header.get('adaptkit')}; this is adaptkit "
-            f"{__version__}, which reads up to format {NEWEST}: upgrade adaptkit"
+            f"{__version__}, which reads up to format {FORMAT}: upgrade adaptkit"
         )
     return AdapterFile(file, header, tensors)
 
@@ -264,7 +263,7 @@ def write_folder(
 
     Raises ``ValueError`` for what cannot be written, ``OSError`` where the folder cannot be, and leaves it as it was.
     """
-    header = {"format": FORMAT, "adaptkit": __version__, **header}
+    header = {"format": 1, "adaptkit": __version__, **header}
     data = {CONFIG: (json.dumps(header, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()}
     if card is not None:
         data[CARD] = card.encode()

@@ -164,7 +164,9 @@ class Block:
 class View(ABC):
     """How a frozen host is seen, plain or hierarchical. It holds no parameter: everything is read from ``host``.
 
-    A family implements the abstract methods; the others are final.
+    A family implements the abstract methods. Four more are what ``adaptkit.proof`` asks a copy of the host for, which
+    shares its weights and is in eval mode; a family that leaves them out is proven block by block only. The others are
+    final.
     """
 
     positions: str = "none"  #: the rule by which positions go to another grid, as the host does it
@@ -194,6 +196,27 @@ class View(ABC):
     def source(self) -> Source:
         """Return what the host knows of its origin."""
 
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """Return sizes (H, W) in pixels that the host itself takes, its own first; ``()``: there is no reference."""
+        return ()
+
+    def reference(self, image: Tensor) -> Tensor | None:
+        """Image (1, C, H, W) of such a size -> tokens (1, P+N, D), or (1, N, D), by the host's own forward.
+
+        They are what :meth:`features` must give: after the final norm, all prefix tokens first.
+        """
+        return None
+
+    def answers(self, tokens: Tensor) -> Sequence[Tensor]:
+        """Tokens as :meth:`reference` gives them -> what the host may return for that image: it must be one of these.
+
+        None: whatever else the host returns is not looked at.
+        """
+        return ()
+
+    def accept(self, grid: tuple[int, int]) -> None:  # noqa: B027
+        """Make the host's blocks take this grid by their own forward, whatever grid they were built for."""
+
 
 class ViT(View):
     """The view of a plain ViT: one width and one grid from the first block to the last."""
@@ -201,6 +224,7 @@ class ViT(View):
     spec: Spec
     prefix_optional: bool = True  #: whether the blocks also run without the prefix tokens
     splits: bool = True  #: whether the attention of the blocks comes apart into ``qkv``, ``bias`` and ``out``
+    rebuilds: bool = False  #: whether the view computes that attention from its parts itself, on some grids
 
     def __init__(self, host: nn.Module, spec: Spec) -> None:
         super().__init__(host)
@@ -256,4 +280,5 @@ class ViT(View):
         """Return the host's own logits (B, classes); None without a classifier or where the prefix was dropped."""
         if features.prefix.shape[1] != self.spec.prefix:
             return None
-        return self.classify(torch.cat([features.prefix, features.tokens], dim=1))
+        tokens = features.tokens  # as they lie in memory, where there is no prefix: a mean over them rounds by that
+        return self.classify(torch.cat([features.prefix, tokens], dim=1) if self.spec.prefix else tokens)

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from adaptkit.backbones._hf import HfViT, clip_block, hf_spec, is_native
+from adaptkit.backbones._timm import block_list
 from adaptkit.registry import register_family
+from adaptkit.tree import unwrapped
 from adaptkit.vit import Block, ViT
 
 
@@ -33,18 +35,26 @@ class HfCLIP(HfViT):
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The host's layers."""
-        return [clip_block(layer) for layer in self.host.encoder.layers]
+        return [clip_block(layer) for layer in block_list(self.host.encoder.layers)]
 
     def norm(self, x: Tensor) -> Tensor:
         """``host.post_layernorm``, over all tokens."""
         return self.host.post_layernorm(x)
+
+    def reference(self, image: Tensor) -> Tensor:
+        """``last_hidden_state``, normed."""
+        return self.norm(self._say(image, **self.interpolating(image)))
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
         host: Any = self.host
         layers = host.encoder.layers
         patch = host.embeddings.patch_embedding.weight
-        return {"patch": patch, "first": layers[0].layer_norm1.weight, "last": layers[-1].layer_norm2.weight}
+        return {
+            "patch": patch,
+            "first": unwrapped(layers[0]).layer_norm1.weight,
+            "last": unwrapped(layers[-1]).layer_norm2.weight,
+        }
 
 
 @register_family(  # type: ignore[type-var]

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from adaptkit.backbones._hf import HfViT, hf_spec, is_native, vit_block
+from adaptkit.backbones._timm import block_list
 from adaptkit.registry import register_family
+from adaptkit.tree import unwrapped
 from adaptkit.vit import Block
 
 
@@ -35,11 +37,15 @@ class HfPlainViT(HfViT):
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The host's layers."""
-        return [vit_block(layer) for layer in self.host.layers]
+        return [vit_block(layer) for layer in block_list(self.host.layers)]
 
     def norm(self, x: Tensor) -> Tensor:
         """``host.layernorm``."""
         return self.host.layernorm(x)
+
+    def reference(self, image: Tensor) -> Tensor:
+        """``last_hidden_state``."""
+        return self._say(image, **self.interpolating(image))
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
@@ -47,6 +53,6 @@ class HfPlainViT(HfViT):
         patch = host.embeddings.patch_embeddings.projection.weight
         return {
             "patch": patch,
-            "first": host.layers[0].layernorm_before.weight,
-            "last": host.layers[-1].layernorm_after.weight,
+            "first": unwrapped(host.layers[0]).layernorm_before.weight,
+            "last": unwrapped(host.layers[-1]).layernorm_after.weight,
         }

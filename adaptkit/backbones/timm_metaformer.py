@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adaptkit.backbones._timm import joined, timm_source
+from adaptkit.backbones._timm import block_list, joined, timm_source
 from adaptkit.ops.grid import map_to_tokens, tokens_to_map
 from adaptkit.registry import register_family
 from adaptkit.staged import StagedSpec, StagedViT
+from adaptkit.tree import unwrapped
 from adaptkit.vit import Block, Fn, Source
 
 
@@ -46,7 +47,9 @@ class TimmMetaFormer(StagedViT):
         """timm's own blocks; those on maps are given maps."""
         host: Any = self.host
         on_map = host.stages[stage].use_nchw
-        return [_block(blk, partial(_on_map, grid) if on_map else _as_is) for blk in host.stages[stage].blocks]
+        return [
+            _block(blk, partial(_on_map, grid) if on_map else _as_is) for blk in block_list(host.stages[stage].blocks)
+        ]
 
     def norm(self, x: Tensor) -> Tensor:
         """The identity: timm norms after pooling."""
@@ -59,12 +62,20 @@ class TimmMetaFormer(StagedViT):
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Stem kernel, and an MLP's weights in the first and the last block."""
         host: Any = self.host
-        first, last = host.stages[0].blocks[0], host.stages[-1].blocks[-1]
+        first, last = unwrapped(host.stages[0].blocks[0]), unwrapped(host.stages[-1].blocks[-1])
         return {"patch": host.stem.conv.weight, "first": first.mlp.fc1.weight, "last": last.mlp.fc2.weight}
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
         return timm_source(self.host)
+
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """Any."""
+        return [(2 * self.spec.patch, 3 * self.spec.patch)]
+
+    def reference(self, image: Tensor) -> Tensor:
+        """``host.forward_features``, its map as tokens."""
+        return map_to_tokens(self.host.forward_features(image))
 
 
 def _tokens(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -80,7 +91,9 @@ def _as_is(f: Fn, x: Tensor) -> Tensor:
     return f(x)
 
 
-def _block(blk: Any, on: Any) -> Block:
+def _block(outer: Any, on: Any) -> Block:
+    """``outer``: the block as it runs, maybe compiled or wrapped; its parts are those of what is inside."""
+    blk: Any = unwrapped(outer)
     parts: dict[str, Any] = {
         "norm1": blk.norm1,
         "attn": blk.token_mixer,
@@ -92,7 +105,7 @@ def _block(blk: Any, on: Any) -> Block:
     if not (isinstance(blk.res_scale1, nn.Identity) and isinstance(blk.res_scale2, nn.Identity)):
         parts = dict.fromkeys(parts, _no_equation)
     parts = {name: partial(on, f) for name, f in parts.items()}
-    return Block(run=partial(on, blk), qkv=_no_qkv, out=_no_qkv, **parts)
+    return Block(run=partial(on, outer), qkv=_no_qkv, out=_no_qkv, **parts)
 
 
 def _no_equation(x: Tensor) -> Any:
