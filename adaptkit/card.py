@@ -7,12 +7,14 @@ keeps every other line; of the front matter it replaces the keys that it knows a
 from __future__ import annotations
 
 import json
+import os
 import re
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_metadata", "is_hub_id", "merged", "model_card"]
+__all__ = ["card_beside", "check_metadata", "is_hub_id", "merged", "model_card", "renewed"]
 
 BEGIN = "<!-- adaptkit: written by push, and again by the next one. Your own words are kept above and below. -->"
 END = "<!-- adaptkit: end -->"
@@ -45,7 +47,7 @@ def is_hub_id(name: Any) -> bool:
 def check_metadata(metadata: dict[str, Any]) -> None:
     """Raise ``ValueError`` where a card could not say what the metadata says: before anything is uploaded."""
     task, metrics = metadata.get("task"), metadata.get("metrics")
-    if task is not None and task not in TASKS:
+    if task is not None and str(task) not in TASKS:
         raise ValueError(f"task={task!r} is none that the Hub knows; choose one of {', '.join(sorted(TASKS))}")
     if metadata.get("license") == "other" and not metadata.get("license_name"):
         raise ValueError("license='other' needs license_name=, and license_link= where its text is somewhere")
@@ -64,8 +66,9 @@ def model_card(header: dict[str, Any], repo_id: str = "") -> str:
     """Return the card: front matter that links adapter and backbone, and a snippet that runs.
 
     Args:
-        header: of the adapter file. Its ``metadata`` may hold ``task``, ``license`` (with ``license_name`` and
-            ``license_link``), ``dataset`` (a name or several) and ``metrics``; what the card cannot use is left out.
+        header: of the adapter file. Its ``metadata``, as :func:`adaptkit.metadata.plain` returns them, may hold
+            ``task``, ``license`` (with ``license_name`` and ``license_link``), ``dataset`` (a name or several) and
+            ``metrics``; what the card cannot use is left out.
         repo_id: where it will be found; empty for a folder.
     """
     import yaml
@@ -74,14 +77,53 @@ def model_card(header: dict[str, Any], repo_id: str = "") -> str:
     return f"---\n{front}---\n\n{BEGIN}\n{_text(header, repo_id)}\n{END}\n"
 
 
+def card_beside(folder: str | os.PathLike[str], header: dict[str, Any]) -> str | None:
+    """Return the card to write into ``folder``; None where the README.md that is there is to be kept as it is.
+
+    One without our marks is somebody else's. One with them keeps the words around them, as :func:`merged` says; where
+    that cannot be done, a warning says why, for no card is worth the trained weights.
+    """
+    card, path = model_card(header), Path(folder) / "README.md"
+    if not path.exists() and not path.is_symlink():
+        return card
+    try:
+        old = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    if BEGIN not in old:
+        return None
+    try:
+        return renewed(card, old, str(path), header.get("metadata", {}))
+    except ValueError as error:
+        warnings.warn(f"{path} is kept as it is: {error}, and save again", UserWarning, stacklevel=3)
+        return None
+
+
+def renewed(card: str, old: str, where: str, metadata: dict[str, Any]) -> str:
+    """Return :func:`merged`, with a warning where the old card reports results and the new one has none."""
+    if "model-index" in _split(old)[0] and not metadata.get("metrics"):
+        warnings.warn(
+            f"the card of {where} reports results of what was there before, and they stay: give metrics= to "
+            "replace them, or take them out there",
+            UserWarning,
+            stacklevel=4,
+        )
+    return merged(card, old)
+
+
 def merged(card: str, old: str) -> str:
     """Return ``card`` with what a person wrote into ``old``: other keys of the front matter, text around the marks.
 
-    ``ValueError`` where the old front matter is no YAML.
+    ``ValueError`` where the old front matter is no YAML, or the second mark is gone.
     """
     import yaml
 
     (new_front, new_text), (old_front, old_text) = _split(card), _split(old)
+    if BEGIN in old_text and END not in old_text.partition(BEGIN)[2]:
+        raise ValueError(
+            f"the README.md that is there has the mark {BEGIN!r} and not the one that ends it, {END!r}: put it back "
+            "where your own words begin again"
+        )
     tags = dict.fromkeys([*_listed(old_front.get("tags")), *_listed(new_front.get("tags"))])
     front = {**old_front, **new_front, "tags": list(tags)}
     before, begin, rest = old_text.partition(BEGIN)
@@ -96,6 +138,7 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
     """Return the front matter and the text after it."""
     import yaml
 
+    card = card.removeprefix("\ufeff")  # some editors write one, and YAML wants none before the dashes
     match = FRONT.match(card)
     if match is None:
         return {}, card
@@ -118,18 +161,24 @@ def _datasets(metadata: dict[str, Any]) -> list[str]:
 
 
 def _results(metadata: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Metrics by data set; {} where it is not said on which one they were measured."""
-    metrics = metadata.get("metrics") or {}
-    if metrics and all(isinstance(values, dict) for values in metrics.values()):
-        return metrics
-    datasets = _datasets(metadata)
-    return {datasets[0]: metrics} if metrics and len(datasets) == 1 else {}
+    """Metrics by data set, those that are numbers; {} where it is not said on which one they were measured."""
+    metrics, datasets = metadata.get("metrics"), _datasets(metadata)
+    if not isinstance(metrics, dict):
+        return {}
+    if not all(isinstance(values, dict) for values in metrics.values()):
+        metrics = {datasets[0]: metrics} if len(datasets) == 1 else {}
+    numbers = {d: {k: v for k, v in values.items() if _is_number(v)} for d, values in metrics.items()}
+    return {dataset: values for dataset, values in numbers.items() if values}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _front(header: dict[str, Any], repo_id: str) -> dict[str, Any]:
     metadata, names = header.get("metadata", {}), [a["name"] for a in header["adapters"]]
     base = header["backbone"]["source"]
-    task = TASKS.get(metadata.get("task", ""), "")
+    task = TASKS.get(str(metadata.get("task")), "")
     front: dict[str, Any] = {"library_name": "adaptkit"}
     tags = ["adaptkit", *names]
     if is_hub_id(base):

@@ -1,17 +1,20 @@
 """The adapter file: one safetensors file that is whole by itself.
 
 Its header (one JSON string under the metadata key ``adaptkit``) holds the format version, the adapters and their
-configs, the head, the backbone's spec, origin and fingerprint, and the image normalisation. Tensor keys are
+configs, the head, the backbone's spec, origin, fingerprint and digest, and the image normalisation. Tensor keys are
 ``<adapter>.<own key>`` and ``head.<own key>``: no module name of the backbone enters the file. Only safetensors is
-read, never pickle. Every write is atomic.
+read, never pickle. Every write is atomic, and what is saved is serialised before the first byte is written.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +22,27 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import Tensor
+from torch import Tensor, nn
 
+from adaptkit.digest import block_sums, digest, other_blocks, other_layers
 from adaptkit.peft_folder import from_peft_layout, peft_config_of
 from adaptkit.staged import StagedSpec
 from adaptkit.version import __version__
 from adaptkit.vit import Spec, View
 
-__all__ = ["AdapterFile", "check_fits", "check_writable", "describe_backbone", "load", "write_atomic", "write_folder"]
+__all__ = [
+    "AdapterFile",
+    "check_fits",
+    "check_writable",
+    "describe_backbone",
+    "load",
+    "load_into",
+    "metadata_of",
+    "serialised",
+    "write_atomic",
+    "write_folder",
+    "write_together",
+]
 
 FORMAT = 2  #: the newest that is read; 2 may hold trained parts of the backbone, and is written where it does
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
@@ -97,6 +113,11 @@ def load(path: str | os.PathLike[str]) -> AdapterFile:
     return AdapterFile(file, header, tensors)
 
 
+def metadata_of(files: Sequence[AdapterFile]) -> dict[str, Any]:
+    """Return what these files say beside tensors and configs, the later ones winning."""
+    return {key: value for file in files for key, value in (file.header.get("metadata") or {}).items()}
+
+
 def describe_backbone(vit: View) -> dict[str, Any]:
     """Return what the header says of the backbone."""
     source = vit.source()
@@ -110,6 +131,8 @@ def describe_backbone(vit: View) -> dict[str, Any]:
         "std": list(source.std),
         "classes": source.classes,
         "fingerprint": fingerprint(vit),
+        "digest": digest_of(vit),
+        "sums": sums_of(vit),
     }
 
 
@@ -119,17 +142,31 @@ def fingerprint(vit: View) -> dict[str, list[float]]:
         return vit.fingerprint
     marks = {}
     for name, tensor in vit.fingerprint_tensors().items():
+        if tensor.is_meta:  # no values yet
+            continue
         flat = tensor.detach().flatten()
         index = torch.linspace(0, flat.numel() - 1, 8).long().to(flat.device)
         marks[name] = [float(f"{v:.6g}") for v in flat[index].float().tolist()]
     return marks
 
 
+def digest_of(vit: View) -> dict[str, str]:
+    """Return the exact checksum of every layer; see :func:`adaptkit.digest.digest`."""
+    return digest(vit.host) if vit.digest is None else vit.digest
+
+
+def sums_of(vit: View) -> dict[str, list[float]]:
+    """Return the sums over each block, which rounding hardly moves; see :func:`adaptkit.digest.block_sums`."""
+    return block_sums(vit.host, len(vit.spec.widths)) if vit.sums is None else vit.sums
+
+
 def check_fits(file: AdapterFile, vit: View, strict: bool = False) -> None:
     """Compare a file with a backbone.
 
     Another structure is a ``ValueError``. Other weights of the same structure are a warning, or with ``strict`` a
-    ``ValueError`` too: the adapter runs, but was trained on other features.
+    ``ValueError`` too: the adapter runs, but was trained on other features. Every layer is compared: bit by bit where
+    both sides hold the same tensors, else block by block up to rounding. Other positions at other sizes, and another
+    normalisation, are warnings.
     """
     if file.header["backbone"] is None:  # a folder of peft knows the names of layers and nothing else
         return
@@ -149,17 +186,26 @@ def check_fits(file: AdapterFile, vit: View, strict: bool = False) -> None:
                 f"backbone has {name}={b} ({here}: {say_spec(now)}); attach it to "
                 f"a {_kind(then)} with {name}={a}"
             )
-    if not _same_marks(file.header["backbone"]["fingerprint"], fingerprint(vit)):
+    saved, source = file.header["backbone"], vit.source()
+    other = _other_weights(file, vit)
+    if other:
         message = (
-            f"{file.path} was trained on other weights of this structure (file: "
-            f"{file.header['backbone']['source'] or 'unnamed'}, backbone: {vit.source().id or 'unnamed'}): its "
-            "results will differ. Load the weights it was trained on"
+            f"{file.path} was trained on other weights of this structure (file: {saved['source'] or 'unnamed'}, "
+            f"backbone: {source.id or 'unnamed'}; they differ in {_listed(other)}): its results will differ. Load the "
+            "weights it was trained on"
         )
         if strict:
             raise ValueError(message)
         warnings.warn(message, UserWarning, stacklevel=3)
-    mean, std = file.header["backbone"]["mean"], file.header["backbone"]["std"]
-    source = vit.source()
+    if saved.get("positions", vit.positions) != vit.positions:
+        warnings.warn(
+            f"{file.path} was trained where positions go to another grid as {saved['positions']!r}, this backbone "
+            f"({type(vit.host).__name__}) does it as {vit.positions!r}: results agree at the native size only. For "
+            "other sizes take the library that it was trained in",
+            UserWarning,
+            stacklevel=3,
+        )
+    mean, std = saved["mean"], saved["std"]
     if mean and source.mean and (mean, std) != (list(source.mean), list(source.std)):
         warnings.warn(
             f"{file.path} was trained on images normalised by mean {mean}, std {std}; this backbone declares mean "
@@ -178,6 +224,25 @@ def _kind(spec: Spec | StagedSpec) -> str:
     return "ViT" if isinstance(spec, Spec) else "hierarchical host"
 
 
+def _other_weights(file: AdapterFile, vit: View) -> list[str]:
+    """Return the parts of the backbone whose weights are not those of the file."""
+    saved = file.header["backbone"]
+    then, now = saved.get("digest") or {}, digest_of(vit)
+    # The backbone's own classifier speaks where the adapter has no head.
+    other, complete = other_layers(then, now, classifier=file.header["head"] is None and saved.get("classes", 0) > 0)
+    if not complete:  # another library, another precision, or a file from before there were digests
+        if saved.get("sums"):
+            other += [f"block {i}" for i in other_blocks(saved["sums"], sums_of(vit))]
+        marks, mine = saved["fingerprint"], fingerprint(vit)
+        if not other and not _same_marks(marks, mine):
+            other = [f"{name!r}" for name in marks] or ["every layer"]
+    return other
+
+
+def _listed(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def _same_marks(then: dict[str, list[float]], now: dict[str, list[float]]) -> bool:
     """Equal up to the rounding of bf16 (8 bits), on every tensor that both sides name."""
     shared = then.keys() & now.keys()
@@ -188,17 +253,104 @@ def _same_marks(then: dict[str, list[float]], now: dict[str, list[float]]) -> bo
     )
 
 
-def write_folder(folder: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor], card: str) -> Path:
-    """Write weights, config and card; returns the folder. The weights come last: whoever sees them sees it all."""
-    path = check_writable(folder)
+def write_folder(
+    folder: str | os.PathLike[str], header: dict[str, Any], tensors: Mapping[str, Tensor], card: str | None
+) -> Path:
+    """Write weights, config and card, all of them or nothing; returns the folder.
+
+    Everything is serialised before the folder is touched. The weights come last: whoever sees them sees it all. Without
+    a ``card`` the README.md that is there stays.
+
+    Raises ``ValueError`` for what cannot be written, ``OSError`` where the folder cannot be, and leaves it as it was.
+    """
     header = {"format": 1, "adaptkit": __version__, **header}
-    text = json.dumps(header, indent=2, sort_keys=True)
-    contiguous = {k: v.detach().cpu().contiguous() for k, v in sorted(tensors.items())}
-    write_atomic(path / CONFIG, (text + "\n").encode())
-    write_atomic(path / CARD, card.encode())
+    data = {CONFIG: (json.dumps(header, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()}
+    if card is not None:
+        data[CARD] = card.encode()
     # One metadata key: with several, safetensors does not promise their order, and equal adapters are equal bytes.
-    write_atomic(path / WEIGHTS, to_bytes(contiguous, {"adaptkit": json.dumps(header, sort_keys=True)}))
+    data[WEIGHTS] = serialised(tensors, {"adaptkit": json.dumps(header, sort_keys=True, allow_nan=False)})
+    return write_together(folder, data)
+
+
+def serialised(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """Return a safetensors file of these tensors; those that share memory are written one by one.
+
+    Raises ``ValueError`` for what is no plain tensor with values, by its key.
+    """
+    copies = {}
+    for key, tensor in sorted(tensors.items()):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{key} is a {type(tensor).__name__}, and a safetensors file holds tensors only")
+        own = tensor.detach()
+        if type(own) is not Tensor or own.layout != torch.strided or own.is_quantized or own.is_meta:
+            raise ValueError(
+                f"{key} is a {type(own).__name__} of {own.dtype}, {own.layout}, on {own.device}, and a safetensors "
+                "file holds plain tensors only: give the module plain ones before it is saved"
+            )
+        copies[key] = own.to("cpu", copy=True).contiguous()
+    try:
+        return to_bytes(copies, metadata)
+    except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        kinds = ", ".join(sorted({str(t.dtype) for t in copies.values()}))
+        raise ValueError(f"safetensors cannot hold all of these tensors ({kinds}): {error}") from error
+
+
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], strict: bool = True) -> None:
+    """Copy tensors into a module, as ``load_state_dict`` does, also where one of its own is an expanded view.
+
+    Several elements of such a tensor lie in one place, which torch does not write to; it gets memory of its own.
+    Tensors that are shared between modules stay shared.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.layout == torch.strided and any(
+            stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)
+        ):
+            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+    module.load_state_dict(tensors, strict=strict)
+
+
+def write_together(folder: str | os.PathLike[str], data: Mapping[str, bytes]) -> Path:
+    """Write files into a folder, the last of ``data`` last; where one fails, the folder is as it was before."""
+    new = not Path(folder).exists()
+    path = check_writable(folder)
+    written: dict[Path, Path] = {}
+    former: dict[Path, Path] = {}
+    try:
+        for name, content in data.items():
+            written[path / name] = _temporary(path / name, content)
+        for target in list(written)[:-1]:  # the last one is there or not: nothing comes after it
+            if target.exists():
+                former[target] = _beside(target)
+                shutil.copy2(target, former[target], follow_symlinks=False)
+        done: list[Path] = []
+        try:
+            for target, temporary in written.items():
+                os.replace(temporary, target)
+                done.append(target)
+        except BaseException:
+            for target in done:
+                _put_back(target, former.get(target))
+            raise
+    except BaseException:
+        for left in (*written.values(), *former.values()):
+            left.unlink(missing_ok=True)
+        if new:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+    for left in former.values():
+        left.unlink(missing_ok=True)
     return path
+
+
+def _put_back(target: Path, former: Path | None) -> None:
+    if former is None:
+        target.unlink()
+        return
+    try:
+        os.replace(former, target)
+    except OSError:
+        shutil.copyfile(former, target)
 
 
 def check_writable(folder: str | os.PathLike[str]) -> Path:
@@ -215,17 +367,33 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file so that a crash leaves the old one or the new one, never half of one."""
-    target = Path(path)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    temporary = _temporary(Path(path), data)
     try:
-        with os.fdopen(handle, "wb") as f:
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _temporary(target: Path, data: bytes) -> Path:
+    """Write ``data`` to the disk beside ``target``, ready to be renamed."""
+    path = _beside(target)
+    try:
+        with path.open("wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp makes it private; a shared folder wants the usual mode
-        os.replace(name, target)
+        path.chmod(0o666 & ~umask)  # mkstemp makes it private; a shared folder wants the usual mode
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         raise
+    return path
+
+
+def _beside(target: Path) -> Path:
+    """Return a new, empty file beside ``target``."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    return Path(name)

@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from adaptkit import file as files
-from adaptkit.card import check_metadata, is_hub_id, merged, model_card
+from adaptkit.card import check_metadata, is_hub_id, model_card, renewed
 from adaptkit.file import CARD, CONFIG, WEIGHTS, AdapterFile
 from adaptkit.hub_errors import at, plainly
+from adaptkit.metadata import plain
 from adaptkit.version import __version__
 
 __all__ = ["Commit", "is_hub_id", "load", "push"]
@@ -100,7 +100,7 @@ def push(
 
     if not isinstance(repo_id, str) or repo_id.count("/") != 1:
         raise ValueError(f"repo_id={repo_id!r} is no repository; give 'user/name'")
-    check_metadata(metadata)
+    check_metadata(plain(metadata))
     api = HfApi(token=token, library_name="adaptkit", library_version=__version__)
     with tempfile.TemporaryDirectory() as temporary, plainly(repo_id, revision):
         folder = Path(temporary) / "adapter"
@@ -118,7 +118,7 @@ def push(
         card = model_card(header, repo_id)
         if CARD in {f.rfilename for f in info.siblings or []}:
             old = api.hf_hub_download(repo_id, CARD, revision=info.sha, cache_dir=temporary)
-            card = _kept(card, Path(old).read_text(encoding="utf-8"), repo_id, metadata)
+            card = renewed(card, Path(old).read_text(encoding="utf-8"), repo_id, header["metadata"])
         (folder / CARD).write_text(card, encoding="utf-8")
         names = " + ".join(a["name"] for a in header["adapters"]) or "head"
         said = commit_message or f"Upload {names} with adaptkit"
@@ -127,17 +127,6 @@ def push(
             repo_id=repo_id, folder_path=folder, revision=revision, commit_message=said, parent_commit=info.sha
         )
         return Commit(done.commit_url, done.oid)
-
-
-def _kept(card: str, old: str, repo_id: str, metadata: dict[str, Any]) -> str:
-    if "model-index" in old.partition("\n---")[0] and not metadata.get("metrics"):
-        warnings.warn(
-            f"the card of {repo_id} reports results of what was there before, and they stay: give metrics= to "
-            "replace them, or take them out on the Hub",
-            UserWarning,
-            stacklevel=4,
-        )
-    return merged(card, old)
 
 
 def _fetch(repo_id: str, revision: str | None, subfolder: str, local_files_only: bool, options: dict[str, Any]) -> Path:

@@ -14,10 +14,11 @@ from adaptkit import registry
 from adaptkit.adapters._peft import existing_layers
 from adaptkit.adapters.adavit import AdaViT
 from adaptkit.adapters.base import Trace, wrapped
-from adaptkit.card import model_card
+from adaptkit.card import card_beside
 from adaptkit.facts import Facts
 from adaptkit.file import describe_backbone, write_folder
 from adaptkit.hub import Commit, push
+from adaptkit.metadata import plain
 from adaptkit.owner import Owner, check_free
 from adaptkit.parts import AdapterSet
 from adaptkit.proof import prove
@@ -197,18 +198,21 @@ class AdaptedModel(Facts, NamedSets):
     def header(self, name: str | None = None) -> dict[str, Any]:
         """Return what the file of a set, by default the active one, says besides its tensors."""
         chosen = self._acting if name is None else self.set_of(name)
-        return {**chosen.header(), "backbone": describe_backbone(self.vit)}
+        with self.disable_adapter():  # its own weights: nothing merged, nothing trained in their place
+            return {**chosen.header(), "backbone": describe_backbone(self.vit)}
 
     def save(self, folder: str | os.PathLike[str], *, name: str | None = None, **metadata: Any) -> Path:
         """Write a set of adapters and their head, the active one or ``name``, to ``folder``: weights, config and card.
 
-        Each file is written atomically. ``metadata`` (JSON values, e.g. ``task="segmentation"``, ``classes=[...]``) is
-        kept in the header. Of several processes one should call this. Raises ``OSError`` where the folder cannot be
-        written.
+        All is serialised before anything is written, and all is written or nothing. ``metadata`` (e.g.
+        ``task="segmentation"``, ``classes=[...]``; see :func:`adaptkit.metadata.plain`) is kept in the header, beside
+        what the file that was loaded says. A README.md in the folder that adaptkit did not write stays as it is. Of
+        several processes one should call this. Raises ``ValueError`` for metadata that JSON cannot say, and ``OSError``
+        where the folder cannot be written.
         """
         chosen = self._acting if name is None else self.set_of(name)
-        header = {**self.header(name), "metadata": {**chosen.metadata, **metadata}}
-        return write_folder(folder, header, chosen.tensors(), model_card(header))
+        header = {**self.header(name), "metadata": plain({**chosen.metadata, **metadata})}
+        return write_folder(folder, header, chosen.tensors(), card_beside(folder, header))
 
     def push(self, repo_id: str, **options: Any) -> Commit:
         """Upload what ``save`` writes to a model repository on the Hub; see :func:`adaptkit.hub.push`."""

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from adaptkit import registry
 from adaptkit.adapters.base import Adapter, BlockAdapter, SideAdapter, WeightAdapter
-from adaptkit.file import AdapterFile, check_fits
+from adaptkit.file import AdapterFile, check_fits, load_into, metadata_of
 from adaptkit.hub import is_hub_id, load
+from adaptkit.registry import configured
+from adaptkit.saved_head import head_of
 from adaptkit.staged import StagedSpec, StagedViT
 from adaptkit.trained import TrainedBackbone, parameters
 from adaptkit.vit import View, ViT
@@ -49,64 +51,13 @@ def parts_of(args: Sequence[Any], vit: View, strict: bool) -> tuple[list[Part], 
     for arg in args:
         file = as_file(arg)
         if file is None:
-            parts.append(Part(*_configured(arg, registry.adapters(), "adapter"), None))
+            parts.append(Part(*configured(arg, registry.adapters(), "adapter"), None))
             continue
         check_fits(file, vit, strict)
         files.append(file)
         saved = [(a["name"], a["config"]) for a in file.header["adapters"]]
-        parts += [Part(*_configured(pair, registry.adapters(), "adapter"), file) for pair in saved]
+        parts += [Part(*configured(pair, registry.adapters(), "adapter"), file) for pair in saved]
     return parts, files
-
-
-def head_of(arg: Any, files: list[AdapterFile]) -> tuple[Any, AdapterFile | None]:
-    """Return the head to build (or the module given) and the file its tensors come from."""
-    saved = [f for f in files if f.header["head"] is not None]
-    if arg is None and len(saved) > 1:
-        raise ValueError(f"{saved[0].path} and {saved[1].path} both bring a head; say which with head=")
-    if arg is None and not saved:
-        return None, None
-    if saved and saved[0].header["head"].get("around") and (arg is None or isinstance(arg, nn.Module)):
-        raise ValueError(
-            f"{saved[0].path} holds a network around the adapter ({saved[0].header['head']['class']}): build it around "
-            "as_pyramid(adaptkit.attach(backbone, ...)), the adapters those of the file, and call pyramid.load(folder, "
-            "network); or give the adapters a head of their own by its name"
-        )
-    if arg is None and saved[0].header["head"]["name"] is None:
-        raise ValueError(
-            f"the head in {saved[0].path} is a custom module ({saved[0].header['head']['class']}); build it and pass "
-            "it as head="
-        )
-    if arg is None:
-        head = saved[0].header["head"]
-        return _configured((head["name"], head["config"]), registry.heads(), "head"), saved[0]
-    if isinstance(arg, nn.Module):
-        custom = [f for f in saved if f.header["head"]["name"] is None]
-        return arg, custom[0] if custom else None
-    return _configured(arg, registry.heads(), "head"), None
-
-
-def _configured(arg: Any, known: dict[str, registry.Entry], kind: str) -> tuple[registry.Entry, Any]:
-    """Return the entry and config of a name, a config or a (name, options) pair."""
-    for entry in known.values():
-        if dataclasses.is_dataclass(arg) and type(arg) is entry.config:
-            return entry, arg
-        if hasattr(entry.config, "converted") and entry.config.converted(arg) is not None:
-            return entry, entry.config.converted(arg)
-    name, options = arg if isinstance(arg, tuple) and len(arg) == 2 else (arg, {})
-    if not isinstance(name, str | os.PathLike) or not isinstance(options, dict):
-        raise TypeError(
-            f"{arg!r} is no {kind}: give a name ({', '.join(sorted(known))}), its config, a pair (name, options), or "
-            "a saved adapter"
-        )
-    if str(name) not in known:
-        raise ValueError(
-            f"no {kind} is named {str(name)!r} and no file is there; the {kind}s are {', '.join(sorted(known))}"
-        )
-    entry = known[str(name)]
-    try:
-        return entry, entry.configure(options)
-    except TypeError as error:  # a required option is missing
-        raise ValueError(f"{kind} {str(name)!r} needs more options: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------ what is built
@@ -151,7 +102,7 @@ class AdapterSet(nn.Module):
         self.adapters = nn.ModuleDict(built)
         self.head: nn.Module | None = module
         self.backbone = _build_backbone(vit, train_backbone, files)  #: parts of the backbone that are trained with it
-        self.metadata: dict[str, Any] = {k: v for f in files for k, v in f.header.get("metadata", {}).items()}
+        self.metadata = metadata_of(files)  #: what the files that were loaded say beside their tensors
         self.leaves_unread = False  #: whether the head leaves features unread that are trained
         #: while it is not the active set: which of its parameters are trained when it is, by name
         self.flags: dict[str, bool] | None = None
@@ -201,7 +152,7 @@ class AdapterSet(nn.Module):
         check_tensors(self.tensors(), given, "the tensors given")
         for name, module in self.modules_by_name().items():
             prefix = name + "."
-            module.load_state_dict({k[len(prefix) :]: v for k, v in given.items() if k.startswith(prefix)})
+            load_into(module, {k[len(prefix) :]: v for k, v in given.items() if k.startswith(prefix)})
 
     def header(self) -> dict[str, Any]:
         """Return what the file says of adapters and head."""
@@ -294,7 +245,7 @@ def _build_head(
     if file is not None:
         tensors = file.tensors_of("head")
         check_tensors(module.state_dict(), tensors, f"{file.path}, head")
-        module.load_state_dict(tensors)
+        load_into(module, tensors)
     return module, entry
 
 

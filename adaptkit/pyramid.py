@@ -21,13 +21,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from adaptkit.adapters.base import SideAdapter
-from adaptkit.card import model_card
+from adaptkit.card import card_beside
 from adaptkit.facts import HandedOn
-from adaptkit.file import check_fits, write_folder
+from adaptkit.file import check_fits, load_into, metadata_of, write_folder
 from adaptkit.hub import load
+from adaptkit.metadata import plain
 from adaptkit.model import AdaptedModel
 from adaptkit.ops.grid import cells
-from adaptkit.parts import check_tensors, differences
+from adaptkit.parts import AdapterSet, check_tensors, differences
 from adaptkit.staged import StagedSpec
 
 __all__ = ["Pyramid", "as_pyramid"]
@@ -164,17 +165,18 @@ class Pyramid(HandedOn):
         Args:
             folder: where to write. Its backbone is not in it.
             network: the detector or segmenter that this pyramid is in; without it ``pyramid.model.save`` is the same.
-            metadata: JSON values kept in the header; say here how to build ``network`` again.
+            metadata: kept in the header, as ``AdaptedModel.save`` does; say here how to build ``network`` again.
 
-        Raises ``ValueError`` where this pyramid is not in ``network``, ``OSError`` where the folder cannot be written.
+        Raises ``ValueError`` where this pyramid is not in ``network`` or JSON cannot say the metadata, ``OSError``
+        where the folder cannot be written; the folder is as it was then.
         """
-        header = {**self.model.header(), "metadata": metadata}
+        header = {**self.model.header(), "metadata": plain({**self._acting().metadata, **metadata})}
         tensors = self.model.adapter_state_dict()
         if network is not None:
             cls = f"{type(network).__module__}.{type(network).__qualname__}"
             header["head"] = {"name": None, "class": cls, "around": True}
             tensors.update({f"head.{k}": v for k, v in self.beside(network).items()})
-        return write_folder(folder, header, tensors, model_card(header))
+        return write_folder(folder, header, tensors, card_beside(folder, header))
 
     def load(self, folder: str | os.PathLike[str], network: nn.Module | None = None, strict: bool = False) -> None:
         """Put back what :meth:`save` wrote, into this adapter and ``network``, built as they were.
@@ -193,7 +195,13 @@ class Pyramid(HandedOn):
         check_tensors(own, head, f"{file.path}, beside the pyramid")
         self.model.load_adapter_state_dict({k: v for k, v in file.tensors.items() if not k.startswith("head.")})
         if network is not None:  # the pyramid's own keys are the ones left out
-            network.load_state_dict(head, strict=False)
+            load_into(network, head, strict=False)
+        self._acting().metadata = metadata_of([file])
+
+    def _acting(self) -> AdapterSet:
+        if self.model.active_adapter is None:
+            raise RuntimeError("every adapter of this pyramid's model was deleted; add_adapter() one")
+        return self.model.set_of(self.model.active_adapter)
 
     def beside(self, network: nn.Module) -> dict[str, Tensor]:
         """Return the tensors of ``network`` that are not in this pyramid, by the network's own keys."""

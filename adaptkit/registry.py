@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import os
 import pkgutil
 import warnings
 from collections.abc import Callable
@@ -24,7 +25,17 @@ from torch import nn
 from adaptkit.tree import unwrapped
 from adaptkit.vit import View
 
-__all__ = ["Entry", "adapters", "families", "heads", "register_adapter", "register_family", "register_head", "view"]
+__all__ = [
+    "Entry",
+    "adapters",
+    "configured",
+    "families",
+    "heads",
+    "register_adapter",
+    "register_family",
+    "register_head",
+    "view",
+]
 
 T = TypeVar("T", bound=type)
 
@@ -149,3 +160,30 @@ def view(model: nn.Module) -> Any:
         "needs a family: subclass adaptkit.vit.ViT and decorate it with "
         "@adaptkit.register_family('package.module.Class')"
     )
+
+
+def configured(arg: Any, known: dict[str, Entry], kind: str) -> tuple[Entry, Any]:
+    """Return the entry and config of a name, a config or a (name, options) pair; ``kind`` is "adapter" or "head".
+
+    Raises ``TypeError`` for anything else, ``ValueError`` for an unknown name or option.
+    """
+    for entry in known.values():
+        if dataclasses.is_dataclass(arg) and type(arg) is entry.config:
+            return entry, arg
+        if hasattr(entry.config, "converted") and entry.config.converted(arg) is not None:
+            return entry, entry.config.converted(arg)
+    name, options = arg if isinstance(arg, tuple) and len(arg) == 2 else (arg, {})
+    if not isinstance(name, str | os.PathLike) or not isinstance(options, dict):
+        raise TypeError(
+            f"{arg!r} is no {kind}: give a name ({', '.join(sorted(known))}), its config, a pair (name, options), or "
+            "a saved adapter"
+        )
+    if str(name) not in known:
+        raise ValueError(
+            f"no {kind} is named {str(name)!r} and no file is there; the {kind}s are {', '.join(sorted(known))}"
+        )
+    entry = known[str(name)]
+    try:
+        return entry, entry.configure(options)
+    except TypeError as error:  # a required option is missing
+        raise ValueError(f"{kind} {str(name)!r} needs more options: {error}") from error

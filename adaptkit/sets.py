@@ -9,7 +9,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from adaptkit.adapters._proxy import write
-from adaptkit.file import check_fits
+from adaptkit.file import check_fits, metadata_of
 from adaptkit.owner import Owner
 from adaptkit.parts import AdapterSet, as_file, differences, head_of, parts_of
 from adaptkit.vit import View
@@ -249,7 +249,7 @@ class NamedSets(nn.Module):
                 "set with add_adapter(file, name=...)"
             )
         self._load(chosen, file.tensors)
-        chosen.metadata = dict(file.header.get("metadata", {}))
+        chosen.metadata = metadata_of([file])
 
     def _load(self, chosen: AdapterSet, tensors: dict[str, Tensor]) -> None:
         """Load tensors into a set, also one that is merged; with an error it is as it was."""

@@ -13,12 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
 
 from adaptkit.adapters.base import RUN_WHOLE
-from adaptkit.file import fingerprint
+from adaptkit.file import digest_of, fingerprint, sums_of
 from adaptkit.model import AdaptedModel
-from adaptkit.tree import unwrapped
+from adaptkit.tree import blocks_of
 
 __all__ = ["blocks_of", "shard"]
 
@@ -43,7 +42,8 @@ def shard(model: Any, **options: Any) -> Any:
     adapted = next(m for m in model.modules() if isinstance(m, AdaptedModel))
     vit = adapted.vit
     blocks = blocks_of(vit.host, len(vit.spec.widths))
-    vit.fingerprint = fingerprint(vit)  # while every process can read the weights
+    # While every process can read the weights:
+    vit.fingerprint, vit.digest, vit.sums = fingerprint(vit), digest_of(vit), sums_of(vit)
     for block in blocks:
         fully_shard(block, **options)
         setattr(block, RUN_WHOLE, _call)
@@ -57,21 +57,3 @@ def shard(model: Any, **options: Any) -> Any:
 
 def _call(function: Any, *args: Any) -> Any:
     return function(*args)
-
-
-def blocks_of(host: nn.Module, depth: int) -> list[nn.Module]:
-    """Return the host's ``depth`` blocks: the elements of one list of that length, or of one list for each stage.
-
-    Raises ``TypeError`` for a host whose blocks are not found.
-    """
-    lists = [m for m in host.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m)]
-    plain = [[unwrapped(block) for block in m] for m in lists]  # a compiled or wrapped block is sharded inside
-    alike = [m for m in plain if len({type(block) for block in m}) == 1 and any(True for _ in m[0].children())]
-    for kept in alike:
-        if len(kept) == depth:
-            return kept
-    for cls in {type(m[0]) for m in alike}:
-        found = [block for m in alike if type(m[0]) is cls for block in m]
-        if len(found) == depth:
-            return found
-    raise TypeError(f"{type(host).__name__}: no list of its {depth} blocks was found, to shard them one by one")

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["at_rest", "locate", "named_modules", "plain_name", "skeleton", "unwrapped"]
+__all__ = ["at_rest", "blocks_of", "locate", "named_modules", "plain_name", "skeleton", "unwrapped"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")  # of timm and transformers
@@ -116,3 +116,21 @@ def _said_of(made: dict[int, nn.Module], value: Any) -> Any:
     if type(value) in (dict, OrderedDict):
         return type(value)((k, again(v)) for k, v in value.items())
     return value
+
+
+def blocks_of(host: nn.Module, depth: int) -> list[nn.Module]:
+    """Return the host's ``depth`` blocks: the elements of one list of that length, or of one list for each stage.
+
+    A block in a wrapper is the one inside. Raises ``TypeError`` for a host whose blocks are not found.
+    """
+    lists = [m for m in host.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m)]
+    plain = [[unwrapped(block) for block in m] for m in lists]
+    alike = [m for m in plain if len({type(block) for block in m}) == 1 and any(True for _ in m[0].children())]
+    for kept in alike:
+        if len(kept) == depth:
+            return kept
+    for cls in {type(m[0]) for m in alike}:
+        found = [block for m in alike if type(m[0]) is cls for block in m]
+        if len(found) == depth:
+            return found
+    raise TypeError(f"{type(host).__name__}: no list of its {depth} blocks was found")

@@ -177,7 +177,10 @@ class View(ABC):
     def __init__(self, host: nn.Module) -> None:
         self.host = host
         self.sharded: Sequence[nn.Module] = ()  #: the host's blocks, where their parameters lie on several devices
-        self.fingerprint: dict[str, list[float]] | None = None  #: of the weights, from before they were sharded
+        # Of the weights, from before they were sharded: see adaptkit.file and adaptkit.digest.
+        self.fingerprint: dict[str, list[float]] | None = None
+        self.digest: dict[str, str] | None = None
+        self.sums: dict[str, list[float]] | None = None
         self.checkpointing: Checkpointing | None = None  #: what the model was told; None: as the host says
         self.origin: Source | None = None  #: what a module around the host knows better than the host
 

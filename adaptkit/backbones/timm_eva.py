@@ -46,6 +46,10 @@ class TimmEva(ViT):
         sizes = (host.embed_dim, len(host.blocks), head_count(host), patch_side(host), host.num_prefix_tokens)
         spec = Spec("timm-eva", *sizes, channels(host))
         super().__init__(host, spec)
+        if host.pos_embed is None:
+            self.positions = "none" if host.rope is None else "rope"
+        elif host.rope is None:
+            self.positions = "bicubic antialias"
         self.splits = all(getattr(unwrapped(unwrapped(blk).attn), "gate", None) is None for blk in host.blocks)
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:

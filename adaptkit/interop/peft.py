@@ -6,10 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from safetensors.torch import save as to_bytes
-
 from adaptkit.adapters.lora import LoRA
-from adaptkit.file import check_writable, write_atomic
+from adaptkit.file import CONFIG, WEIGHTS, serialised, write_together
 from adaptkit.model import AdaptedModel
 from adaptkit.peft_folder import to_peft_layout
 
@@ -30,8 +28,5 @@ def to_peft(model: AdaptedModel, folder: str | os.PathLike[str]) -> Path:
     names = [name for name, module in model.backbone.named_modules() if module is model.vit.host]
     prefix = f"{names[0]}." if names and names[0] else ""
     config, tensors = to_peft_layout(lora, prefix, model.vit.source().id)
-    path = check_writable(folder)
-    contiguous = {k: v.detach().cpu().contiguous() for k, v in sorted(tensors.items())}
-    write_atomic(path / "adapter_config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
-    write_atomic(path / "adapter_model.safetensors", to_bytes(contiguous, {"format": "pt"}))
-    return path
+    said = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    return write_together(folder, {CONFIG: said, WEIGHTS: serialised(tensors, {"format": "pt"})})
