@@ -31,6 +31,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -189,9 +190,12 @@ class Verbs(RuleBasedStateMachine):
     @initialize()
     def a_host(self):
         self.host = build(self.host_name, self.form)
-        self.own = [m for n, m in self.host.named_modules() if "lora" not in n]
-        self.pristine = copy.deepcopy(self.host)
-        self.bare = build(self.host_name, "bare" if self.form == "peft" else self.form)
+        layers = [m for m in self.host.modules() if isinstance(m, BaseTunerLayer)]  # a PeftModel's, and what is in them
+        peft_own = {id(m) for layer in layers for n, m in layer.named_modules() if not n.startswith("base_layer")}
+        self.own = [m for m in self.host.modules() if id(m) not in peft_own]
+        # What it is compared with is built on copies without LoRA and compiled regions.
+        self.bare = build(self.host_name, self.form if self.form in NEEDS else "bare")
+        self.pristine = copy.deepcopy(self.host) if self.form == "peft" else self.bare
         self.plain = plain(copy.deepcopy(self.bare).eval(), self.x)
         self.before = State(self.host, "lora_")
         self.sets, self.active, self.merged, self.training = {}, None, False, False
@@ -288,7 +292,12 @@ class Verbs(RuleBasedStateMachine):
     def attach(self, method, head, name):
         if not self.methods_that_fit(method):
             method = "sfp"
-        model = adaptkit.attach(self.host, *METHODS[method], head=HEADS[head], name=name)
+        try:
+            model = adaptkit.attach(self.host, *METHODS[method], head=HEADS[head], name=name)
+        except (ValueError, TypeError):
+            assert self.form in NEEDS, "only a quantised host may refuse one of these"
+            assert self.before.changes() == []
+            return
         self.model, self.training, self.merged, self.active = model, True, False, name
         # Reset the books: tensors that the PeftModel brought are in the set, and stay there after detach.
         self.sets = {name: Book(method, head, model.adapter_state_dict(), "given")}
@@ -319,6 +328,16 @@ class Verbs(RuleBasedStateMachine):
     def add_one(self, method, head, from_file):
         name = next(n for n in NAMES if n not in self.sets)
         before = said(self.model, self.x)
+        refused = []
+        if self.form in NEEDS:  # a quantised host may refuse a method; what it takes it must take here too
+            try:
+                adaptkit.attach(copy.deepcopy(self.bare), *METHODS[method])
+            except (ValueError, TypeError) as error:
+                refused.append(type(error))
+        if refused:
+            with self.untouched(*refused):
+                self.model.add_adapter(*METHODS[method], name=name)
+            return
         if from_file:
             made = adaptkit.attach(copy.deepcopy(self.bare), *METHODS[method], head=HEADS[head])
             made.load_adapter_state_dict(stirred(made.adapter_state_dict(), self.next_seed()))
@@ -401,6 +420,7 @@ class Verbs(RuleBasedStateMachine):
             self.merged = self.holds_a_change()
 
     def add_disabled(self, method):
+        method = "sfp" if self.form in NEEDS else method
         name = next(n for n in NAMES if n not in self.sets)
         self.model.add_adapter(*METHODS[method], name=name)
         self.sets[name] = Book(method, "none", self.model.sets[name].tensors(), "bare")
@@ -593,7 +613,7 @@ class Verbs(RuleBasedStateMachine):
     @precondition(lambda self: self.model is not None)
     @rule(bad=st.sampled_from(["option", "target", "truncated", "foreign", "missing"]))
     def add_what_cannot_be(self, bad):
-        folder = self.a_file("lora")
+        folder = self.a_file("sfp")
         weights = folder / "adapter_model.safetensors"
         if bad == "truncated":
             weights.write_bytes(weights.read_bytes()[:-100])
