@@ -44,6 +44,12 @@ def trained(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def refused(error, word, before):
+    """A refusal names what it refuses, and leaves the backbone."""
+    assert word.lower() in str(error).lower()
+    assert before.changes() == []
+
+
 def merged_like_unmerged(model, images, double):
     """Merge, compare, unmerge: a merged weight is rounded once more; ``double`` says what float64 says."""
     alone = said(model, images)
@@ -373,7 +379,7 @@ def test_a_state_dict_is_not_loaded_into_merged_weights():
 @pytest.mark.parametrize("merge", [True, False])
 def test_train_while_merged_is_refused_and_no_dropout_of_the_host_acts(merge):
     backbone = host(proj_drop_rate=0.5, attn_drop_rate=0.5, drop_path_rate=0.5)
-    model = stir(adaptkit.attach(backbone, "lora", SMALL), 1).eval()
+    model = stir(adaptkit.attach(backbone, "lora", "sfp"), 1).eval()
     if merge:
         model.merge_adapter()
         modes, was = [m.training for m in model.modules()], said(model, x)
@@ -533,8 +539,7 @@ def test_every_trained_parameter_gets_a_gradient_from_the_logits_or_attach_refus
     try:
         model = adaptkit.attach(backbone, ADAPTERS[adapter], head=HEADS[head])
     except (ValueError, TypeError) as error:
-        assert head in str(error)
-        assert before.changes() == []
+        refused(error, head, before)
         return
     model.train()
     logits = model(x_of(name)).logits
@@ -553,8 +558,7 @@ def test_a_target_outside_the_blocks_is_adapted_or_refused_but_not_dropped():
     try:
         model = adaptkit.attach(backbone, "lora", target_modules=["qkv", "head"])
     except ValueError as error:
-        assert "head" in str(error)
-        assert before.changes() == []
+        refused(error, "head", before)
         return
     reached = {k.split(".lora_")[0].removeprefix("lora.layers.") for k in model.adapter_state_dict()}
     assert reached == {*(f"blocks.{i}.attn.qkv" for i in range(DEPTH)), "head"}
@@ -670,9 +674,8 @@ def test_a_method_reaches_its_layers_with_output_gradient_and_merge_or_is_refuse
     except ValueError as error:
         method = str(options.get("peft_type", "LORA"))
         words = {"dora": "DoRA", "lora-bias": "lora_bias"}.get(kind, method)
-        assert words.lower() in str(error).lower()
         assert kind not in ("lora", "rslora", "loha", "lokr"), "what is added to a weight fits everywhere"
-        assert before.changes() == []
+        refused(error, words, before)
         return
     assert equal(said(model.eval(), images), bare) or distance(said(model, images), bare) < 1e-5
     tensors = stirred(model.adapter_state_dict(), 1)
@@ -816,7 +819,7 @@ def test_blocks_that_the_host_recomputes_keep_less_and_give_the_same_gradients(n
     model.load_adapter_state_dict(tensors)
     much, expected = kept_and_gradients(plain_model, images)
     little, found = kept_and_gradients(model, images)
-    assert little < 0.8 * much
+    assert little < much * {"lora": 0.3, "metaformer": 0.6, "vit-adapter": 0.95}[adapter]  # it keeps much of its own
     assert expected.keys() == found.keys()
     for key in expected:
         torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5 * float(expected[key].abs().max()))
@@ -921,7 +924,8 @@ def test_a_layer_replaced_beside_adapters_that_are_not_in_it_acts(what):
     if what == "layer":
         model.backbone.blocks[0].attn.qkv = nn.Linear(32, 96)
     else:
-        model.backbone.blocks[0] = nn.Identity()
+        other = copy.deepcopy(host().blocks[1])
+        model.backbone.blocks[0] = other
     try:
         assert not equal(said(model, x), was)
     except (RuntimeError, TypeError, ValueError):
@@ -1023,7 +1027,7 @@ def test_the_last_block_is_trained_saved_attached_and_given_back(tmp_path):
     model = adaptkit.attach(backbone, "sfp", train_backbone=("blocks.3", "norm"))
     names = {n for n, p in model.backbone.named_parameters() if p.requires_grad}
     assert names == {n for n, _ in backbone.named_parameters() if n.startswith(("blocks.3.", "norm."))}
-    count, every = model.get_nb_trainable_parameters()
+    count, _ = model.get_nb_trainable_parameters()
     own = sum(p.numel() for n, p in backbone.named_parameters() if n in names)
     assert count == own + sum(p.numel() for p in model.sets["default"].adapters.parameters())
     optimiser = torch.optim.SGD(trained(model), lr=0.05)
