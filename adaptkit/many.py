@@ -19,6 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptkit.adapters._proxy import LayerProxy, Route, Routed, WeightProxy, put, routing
+from adaptkit.adapters.base import BlockAdapter
+from adaptkit.adapters.lora import LoRA
 from adaptkit.model import AdaptedModel, attach, run
 from adaptkit.parts import AdapterSet
 from adaptkit.replay import replay
@@ -39,31 +42,37 @@ def attach_many(
         heads: by name, as ``attach(head=...)``; a saved adapter brings its own.
         strict: as ``attach``.
 
-    Raises ``ValueError`` and ``TypeError`` as ``attach``, for the task that is named.
+    Raises ``ValueError`` and ``TypeError`` as ``attach``, for the task that is named, and ``ValueError`` for one that
+    trains parts of the backbone: there is one backbone for all.
     """
     if not tasks:
         raise ValueError("no tasks are given: pass {name: adapter, ...}")
+    unknown = sorted((heads or {}).keys() - tasks.keys())
+    if unknown:
+        raise ValueError(f"heads are given for {', '.join(unknown)}, the tasks are {', '.join(tasks)}")
     many = ManyTasks(attach(model))
     try:
         for name, adapters in tasks.items():
             many.add(name, adapters, (heads or {}).get(name), strict)
-        unknown = sorted((heads or {}).keys() - tasks.keys())
-        if unknown:
-            raise ValueError(f"heads are given for {', '.join(unknown)}, the tasks are {', '.join(tasks)}")
     except BaseException:
         many.detach()
         raise
-    return many
+    return many.train(any(one.training for one in many.model.sets.values()))
 
 
 class ManyTasks(nn.Module):
-    """A frozen backbone with several sets of adapters that all run; ``model(image)`` returns ``{name: Features}``."""
+    """A frozen backbone with several sets of adapters that all run; ``model(image)`` returns ``{name: Features}``.
+
+    A forward changes nothing, so that several threads may call the model at once, each for its own tasks.
+    """
 
     def __init__(self, model: AdaptedModel) -> None:
         super().__init__()
         model.delete_adapter("default")
+        model._together = True
         self.model = model
         self.active: tuple[str, ...] = ()
+        self.__dict__["_routed"] = {}  # path of a layer -> the proxy that runs the adapter of the task at hand
 
     @property
     def tasks(self) -> list[str]:
@@ -75,19 +84,41 @@ class ManyTasks(nn.Module):
         given = adapters if isinstance(adapters, list) else [adapters]
         try:
             self.model.add_adapter(*given, name=name, head=head, strict=strict)
+            self._route(name)
         except (ValueError, TypeError) as error:
+            if name in self.model.sets and name not in self.active:
+                self.model.delete_adapter(name)
             raise type(error)(f"task {name!r}: {error}") from error
-        self._set(name).trained_again()
         self.active = (*self.active, name)
         why = self._set(name).why_alone()
         if why:
             warnings.warn(f"task {name!r} has a pass of its own: {why}", UserWarning, stacklevel=3)
 
+    def _route(self, name: str) -> None:
+        """Have the layers that this task's LoRA changes run it whenever the task is at hand."""
+        chosen, routed = self._set(name), self.__dict__["_routed"]
+        if chosen.backbone is not None:
+            raise ValueError("it trains parts of the backbone, which all tasks share: attach() it alone")
+        new: dict[str, LayerProxy] = {}
+        for adapter in (a for a in chosen.weight_adapters if isinstance(a, LoRA)):
+            for path, proxy in adapter.proxies.items():
+                if path not in routed and path not in new:
+                    kind = WeightProxy if isinstance(proxy, WeightProxy) else LayerProxy
+                    new[path] = kind(Routed(proxy.layer), proxy.layer)
+        put(self.model.vit.host, new)
+        routed.update(new)
+        for adapter in (a for a in chosen.weight_adapters if isinstance(a, LoRA)):
+            for path, proxy in adapter.proxies.items():
+                proxy.bind(routed[path].layer)
+                vars(routed[path])["wrapper"].wrappers[name] = vars(proxy)["wrapper"]
+
     def remove(self, name: str) -> None:
         """Drop a task."""
         self._set(name)
-        self.model.delete_adapter(name)
         self.active = tuple(n for n in self.active if n != name)
+        for proxy in self.__dict__["_routed"].values():
+            vars(proxy)["wrapper"].wrappers.pop(name, None)
+        self.model.delete_adapter(name)
 
     def set_active(self, *names: str) -> None:
         """Run these tasks and no others, in this order."""
@@ -103,7 +134,8 @@ class ManyTasks(nn.Module):
     def forward(self, image: Tensor, tasks: Sequence[str] | None = None) -> dict[str, Features]:
         """Image (B, 3, H, W) -> features by task; with ``tasks``, a name for each image, of the images of that task.
 
-        Images of a task are in the order in which they were given.
+        Images of a task are in the order in which they were given. With ``tasks`` those that only read the backbone
+        and those that change its layers (LoRA) share one pass, each row with its own adapter.
         """
         if tasks is None:
             return self._run(image, dict.fromkeys(self.active))
@@ -114,25 +146,39 @@ class ManyTasks(nn.Module):
 
     def _run(self, image: Tensor, rows: Mapping[str, Tensor | None]) -> dict[str, Features]:
         """Run the tasks on their rows of the batch, on all of it where there are none."""
-        vit, out = self.model.vit, {}
-        shared = [name for name in rows if not self._set(name).why_alone()]
-        seen = replay(vit, _rows(image, [rows[n] for n in shared])) if shared else None
-        start = 0
-        for name, index in rows.items():
-            chosen, own = self._set(name), image if index is None else image[index]
-            if seen is not None and name in shared:
-                told = seen if index is None else seen.part(start, start + len(own))  # type: ignore[attr-defined]
-                start += len(own)
-                out[name] = run(told, chosen, own)
-                continue
-            for adapter in chosen.weight_adapters:
-                adapter.install()
-            try:
-                out[name] = run(vit, chosen, own)
-            finally:
-                for adapter in chosen.weight_adapters:
-                    adapter.remove()
-        return out
+        out: dict[str, Features] = {}
+        by_row = all(index is not None for index in rows.values())
+        shared = [name for name in rows if not self._set(name).why_alone() or (by_row and self._mixes(name))]
+        for name in (n for n in rows if n not in shared):
+            own = image if rows[name] is None else image[rows[name]]
+            with routing(Route(name, 0, len(own), len(own))):
+                out[name] = run(self.model.vit, self._set(name), own)
+        if shared:
+            out.update(self._run_shared(image, {name: rows[name] for name in shared}))
+        return {name: out[name] for name in rows}
+
+    def _run_shared(self, image: Tensor, rows: Mapping[str, Tensor | None]) -> dict[str, Features]:
+        """One pass for all of these: on the batch itself, or on the rows of each, one task after the other."""
+        vit, given = self.model.vit, {n: index for n, index in rows.items() if index is not None}
+        if not given:
+            seen: Any = replay(vit, image)
+            return {name: run(seen, self._set(name), image) for name in rows}
+        image = image[torch.cat(list(given.values()))]
+        routes: list[Route] = []
+        for name, index in given.items():
+            start = routes[-1].stop if routes else 0
+            routes.append(Route(name, start, start + len(index), len(image)))
+        lora = any(self._set(name).weight_adapters for name in given)
+        with routing(*routes):
+            seen = replay(vit, image, frozen=not lora)
+        return {r.task: run(seen.part(r.start, r.stop), self._set(r.task), image[r.start : r.stop]) for r in routes}
+
+    def _mixes(self, name: str) -> bool:
+        """Whether the set changes layers alone, so that rows of other tasks can run through them beside its own."""
+        one = self._set(name)
+        reads = one.side is None or not one.side.why_alone()
+        blocks = any(isinstance(adapter, BlockAdapter) for adapter in one)
+        return reads and not blocks and all(isinstance(a, LoRA) and a.mixes for a in one.weight_adapters)
 
     def save(self, name: str, folder: str | os.PathLike[str], **metadata: Any) -> Path:
         """Write one task's adapters and head, as ``AdaptedModel.save`` does."""
@@ -144,9 +190,3 @@ class ManyTasks(nn.Module):
 
     def _set(self, name: str) -> AdapterSet:
         return self.model.set_of(name)
-
-
-def _rows(image: Tensor, chosen: Sequence[Tensor | None]) -> Tensor:
-    """Rows of the tasks that share a pass, one task after the other; the batch itself where each has all of it."""
-    given = [index for index in chosen if index is not None]
-    return image[torch.cat(given)] if given else image

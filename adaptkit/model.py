@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +11,31 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit import registry
-from adaptkit.adapters._peft import lodgers
+from adaptkit.adapters._peft import existing_layers
 from adaptkit.adapters.adavit import AdaViT
 from adaptkit.adapters.base import BlockAdapter, Trace, wrapped
 from adaptkit.card import model_card
 from adaptkit.file import describe_backbone, write_folder
 from adaptkit.hub import Commit, push
+from adaptkit.owner import Owner, check_free
 from adaptkit.parts import AdapterSet
 from adaptkit.recorded import Recorded
 from adaptkit.replay import Replay, Stored, replay
-from adaptkit.sets import NamedSets, build_set
+from adaptkit.sets import NamedSets, build_set, checked_name
+from adaptkit.trainable import check_trained
 from adaptkit.vit import Features, View
 
 __all__ = ["AdaptedModel", "attach", "list_adapters", "list_heads"]
 
 
 def attach(
-    model: nn.Module, *adapters: Any, head: Any = None, name: str = "default", strict: bool = False, **options: Any
+    model: nn.Module,
+    *adapters: Any,
+    head: Any = None,
+    name: str = "default",
+    strict: bool = False,
+    train_backbone: Sequence[str] = (),
+    **options: Any,
 ) -> AdaptedModel:
     """Freeze ``model`` and attach adapters to it, and optionally a head.
 
@@ -40,12 +49,17 @@ def attach(
             own module, called with :class:`~adaptkit.vit.Features`. A saved adapter brings its own head.
         name: of these adapters together, for :meth:`AdaptedModel.set_adapter`.
         strict: make other backbone weights than those of the file an error instead of a warning.
+        train_backbone: parts of the backbone to train as well, by the names of its modules or parameters, or patterns
+            of them: ``("blocks.11", "norm")``, ``("*.bias",)``. They are saved in the file; ``detach()`` gives the
+            backbone back without them, ``detach(keep=True)`` with them.
         options: of the adapter, where it is the only one and given by name: ``attach(m, "vit-adapter", norm="group")``.
 
-    Returns the adapted model, in the training mode of ``model``; in eval mode where a saved adapter is attached.
+    Returns the adapted model on the backbone's device: in training mode, or in eval mode where a saved adapter is
+    attached. Nothing of ``model`` is changed before everything that can fail has been built and proved.
 
-    Raises ``TypeError`` for a host of an unknown class and ``ValueError`` for an unknown name or option, or for a
-    saved adapter that does not fit.
+    Raises ``TypeError`` for a host of an unknown class, or that computes something else than its class, and
+    ``ValueError`` for an unknown name or option, for a saved adapter that does not fit, for a backbone that another
+    adapted model has, and for adapters of which a part would never be trained.
     """
     if isinstance(model, AdaptedModel):
         raise TypeError(
@@ -58,18 +72,16 @@ def attach(
                 f"{', '.join(options)}: options go with one adapter given by name; otherwise use (name, {{...}})"
             )
         adapters = ((adapters[0], options),)
+    checked_name(name)
     vit = registry.view(model)
-    inside = lodgers(vit.host)
-    try:
-        own = () if inside is None else (inside.config,)
-        built, loaded = build_set((*own, *adapters), head, vit, strict)
-        if inside is not None:
-            inside.share(built.adapters["lora"])
-    except BaseException:
-        if inside is not None:
-            inside.put_back()
-        raise
-    return AdaptedModel(model, vit, built, name, inside).train(model.training and not loaded)
+    check_free(model, vit.host)
+    existing = existing_layers(vit.host)
+    own = () if existing is None else (existing.config,)
+    built, loaded = build_set((*own, *adapters), head, vit, strict, train_backbone)
+    if existing is not None:
+        existing.share(built.adapters["lora"])
+    check_trained(vit, built, run)
+    return AdaptedModel(model, vit, built, name, Owner(existing)).train(not loaded)
 
 
 def list_adapters() -> list[str]:
@@ -90,7 +102,18 @@ def run(vit: View, acting: AdapterSet, image: Tensor) -> Features:
     features = view.features(image) if acting.side is None else acting.side(view, image, trace)
     features = features._replace(aux={**features.aux, **trace})
     logits = vit.logits(features) if acting.head is None else acting.head(features)
+    if acting.leaves_unread and acting.training and torch.is_grad_enabled():
+        logits = _with_all(logits, features)
     return features._replace(logits=logits)
+
+
+def _with_all(logits: Any, features: Features) -> Any:
+    """DDP waits for a gradient of every trained parameter: where the head reads no feature of one, it is zero."""
+    if isinstance(logits, dict):
+        return {**logits, **dict(zip(logits, [_with_all(next(iter(logits.values())), features)]))}
+    if isinstance(logits, list | tuple):
+        return type(logits)([_with_all(logits[0], features), *logits[1:]])
+    return logits + sum(x[..., :0].sum() for x in (features.tokens, features.prefix, *features.maps)).to(logits.dtype)
 
 
 class AdaptedModel(NamedSets):
@@ -112,10 +135,21 @@ class AdaptedModel(NamedSets):
         if image.ndim != 4:
             raise ValueError(f"image has shape {tuple(image.shape)}; expected (batch, channels, height, width)")
         vit = self.vit
+        if not torch.compiler.is_compiling():
+            self._owner.check(vit.host)
         if self._disabled or self._active is None:
             features = vit.features(image)
             return features._replace(logits=vit.logits(features))
         return run(vit, self._acting, image)
+
+    def _check_built(self, built: AdapterSet) -> None:
+        check_trained(self.vit, built, run)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError(
+            "nn.DataParallel copies modules piece by piece and would run the adapters on the first device's backbone: "
+            "use DistributedDataParallel, one process for each GPU"
+        )
 
     @torch.no_grad()
     def record(self, image: Tensor) -> Recorded:
@@ -171,7 +205,7 @@ class AdaptedModel(NamedSets):
         written.
         """
         chosen = self._acting if name is None else self.set_of(name)
-        header = {**self.header(name), "metadata": metadata}
+        header = {**self.header(name), "metadata": {**chosen.metadata, **metadata}}
         return write_folder(folder, header, chosen.tensors(), model_card(header))
 
     def push(self, repo_id: str, **options: Any) -> Commit:

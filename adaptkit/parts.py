@@ -16,6 +16,7 @@ from adaptkit.adapters.base import Adapter, BlockAdapter, SideAdapter, WeightAda
 from adaptkit.file import AdapterFile, check_fits
 from adaptkit.hub import is_hub_id, load
 from adaptkit.staged import StagedSpec, StagedViT
+from adaptkit.trained import TrainedBackbone
 from adaptkit.vit import View, ViT
 
 __all__ = ["AdapterSet", "Part", "as_file", "check_tensors", "differences", "head_of", "parts_of"]
@@ -112,9 +113,26 @@ def _configured(arg: Any, known: dict[str, registry.Entry], kind: str) -> tuple[
 
 
 class AdapterSet(nn.Module):
-    """Adapters that act together, and their head: what one file holds. Building it leaves the host as it was."""
+    """Adapters that act together, and their head: what one file holds. Building it leaves the host as it was.
 
-    def __init__(self, vit: View, parts: list[Part], head: Any = None, head_file: AdapterFile | None = None) -> None:
+    Args:
+        vit: the view of the backbone.
+        parts: the adapters to build.
+        head: an entry and its config, or a module.
+        head_file: whose tensors the head gets.
+        train_backbone: names of parts of the backbone that are trained with it.
+        files: those that were loaded: their metadata are kept, and the trained parts of the backbone that they hold.
+    """
+
+    def __init__(
+        self,
+        vit: View,
+        parts: list[Part],
+        head: Any = None,
+        head_file: AdapterFile | None = None,
+        train_backbone: Sequence[str] = (),
+        files: Sequence[AdapterFile] = (),
+    ) -> None:
         super().__init__()
         names = [p.entry.name for p in parts]
         if len(set(names)) != len(names):
@@ -128,11 +146,16 @@ class AdapterSet(nn.Module):
             raise ValueError(f"{both} each own the loop over the blocks; attach one of them")
         spec = vit.spec
         self.strides = spec.strides if isinstance(spec, StagedSpec) else sides[0].strides if sides else ()
+        self.owns_head = isinstance(head, nn.Module)  #: whether the head is the user's module
         module, self.head_entry = _build_head(head, head_file, spec, self.strides)
         self.adapters = nn.ModuleDict(built)
         self.head: nn.Module | None = module
-        #: while it is not the active set: its parameters, and whether they are trained when it is
-        self.away: list[tuple[nn.Parameter, bool]] = []
+        self.backbone = _build_backbone(vit, train_backbone, files)  #: parts of the backbone that are trained with it
+        self.metadata: dict[str, Any] = {k: v for f in files for k, v in f.header.get("metadata", {}).items()}
+        self.leaves_unread = False  #: whether the head leaves features unread that are trained
+        #: while it is not the active set: which of its parameters are trained when it is, by name
+        self.flags: dict[str, bool] | None = None
+        _follow(vit.host, self)
 
     def __iter__(self) -> Iterator[Adapter]:
         """Go through the adapters in the order in which they act."""
@@ -140,8 +163,9 @@ class AdapterSet(nn.Module):
 
     @property
     def weight_adapters(self) -> list[WeightAdapter]:
-        """Those that act inside the host's layers."""
-        return [a for a in self if isinstance(a, WeightAdapter)]
+        """Those that act inside the host's layers, trained parts of the backbone first."""
+        own = [] if self.backbone is None else [self.backbone]
+        return [*own, *(a for a in self if isinstance(a, WeightAdapter))]
 
     @property
     def side(self) -> SideAdapter | None:
@@ -150,38 +174,21 @@ class AdapterSet(nn.Module):
 
     def why_alone(self) -> str:
         """Say why this set cannot read a pass of the backbone that others read too; empty where it can."""
+        if self.backbone is not None:
+            return f"it trains parts of the backbone ({', '.join(self.backbone.config)})"
         inside = [n for n, a in zip(self.adapters, self) if isinstance(a, WeightAdapter | BlockAdapter)]
         if inside:
             return f"{', '.join(inside)} changes what the blocks compute"
         return "" if self.side is None else self.side.why_alone()
 
-    def trained_again(self) -> None:
-        """Train it as it was before it was removed."""
-        for parameter, flag in self.away:
-            parameter.requires_grad_(flag)
-        self.away = []
-
-    def install(self) -> None:
-        """Make this the active set: in place in the host, and trained again as it was."""
-        for adapter in self.weight_adapters:
-            adapter.install()
-        self.trained_again()
-
-    def remove(self) -> None:
-        """Leave the host; while away nothing of it is trained, so that no optimiser or DDP waits for it."""
-        for adapter in self.weight_adapters:
-            adapter.remove()
-        if not self.away:
-            self.away = [(p, p.requires_grad) for p in self.parameters()]
-            self.requires_grad_(False)
-
     def modules_by_name(self) -> dict[str, nn.Module]:
-        """Adapters by name, and ``head``."""
+        """Adapters by name, ``head``, and ``backbone``, the trained parts of it."""
         own = dict(self.adapters.items())
-        return own if self.head is None else {**own, "head": self.head}
+        own |= {} if self.head is None else {"head": self.head}
+        return own if self.backbone is None else {**own, "backbone": self.backbone.copies}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what the file holds: ``<adapter>.<own key>`` and ``head.<own key>``."""
+        """Return what the file holds: ``<adapter>.<own key>``, ``head.<own key>``, ``backbone.<name there>``."""
         return {f"{n}.{k}": v for n, m in self.modules_by_name().items() for k, v in m.state_dict().items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -205,7 +212,45 @@ class AdapterSet(nn.Module):
             cls = f"{type(self.head).__module__}.{type(self.head).__qualname__}"
             config: Any = getattr(self.head, "config", None)
             head = {"name": entry.name, "config": dataclasses.asdict(config)} if entry else {"name": None, "class": cls}
-        return {"adapters": adapters, "head": head}
+        said: dict[str, Any] = {"adapters": adapters, "head": head}
+        # Only a reader that knows of trained parts may open such a file.
+        return said if self.backbone is None else {**said, "train_backbone": list(self.backbone.config), "format": 2}
+
+
+def _follow(host: nn.Module, built: AdapterSet) -> None:
+    """Move adapters and head to the backbone's device; peft's layers are each on their layer's device already."""
+    device = next(host.parameters()).device
+    for module in built.modules_by_name().values():
+        if not isinstance(module, WeightAdapter) and module is not getattr(built.backbone, "copies", None):
+            module.to(device)
+
+
+def _build_backbone(vit: View, given: Sequence[str], files: Sequence[AdapterFile]) -> TrainedBackbone | None:
+    saved = [f for f in files if f.header.get("train_backbone")]
+    given = (given,) if isinstance(given, str) else tuple(given)
+    parts = tuple(saved[0].header["train_backbone"]) if saved else given
+    if len(saved) > 1 or (saved and given and given != parts):
+        other = f"{saved[1].path}, too" if len(saved) > 1 else f"you give train_backbone={list(given)}"
+        raise ValueError(f"{saved[0].path} holds trained parts of the backbone ({', '.join(parts)}), and {other}: "
+                         "there is one backbone, so give one of them")  # fmt: skip
+    if not parts:
+        return None
+    if vit.sharded:
+        raise ValueError("the backbone is sharded: train parts of it before shard(), or train it whole elsewhere")
+    built = TrainedBackbone(vit.spec, vit.host, parts)
+    if saved:
+        tensors = saved[0].tensors_of("backbone")
+        own = built.copies.state_dict()
+        strange = sorted(own.keys() ^ tensors.keys())
+        if strange:
+            raise ValueError(
+                f"{saved[0].path} holds trained tensors of a {saved[0].header['backbone']['class']}, this backbone is "
+                f"a {type(vit.host).__name__}, which calls them otherwise ({', '.join(strange[:3])}): attach it to a "
+                "backbone of the library it was trained in"
+            )
+        check_tensors(own, tensors, f"{saved[0].path}, backbone")
+        built.copies.load_state_dict(tensors)
+    return built
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -7,6 +7,7 @@ what it saw: an extractor-only adapter, a pyramid or a head cannot tell the diff
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,9 +21,12 @@ from adaptkit.vit import Features, Source, View, ViT
 __all__ = ["Replay", "ReplayStages", "Stored", "replay"]
 
 
-def replay(vit: View, image: Tensor) -> View:
-    """Run the backbone on (B, 3, H, W) and return a view of that run, good for this image alone."""
-    with torch.no_grad():
+def replay(vit: View, image: Tensor, frozen: bool = True) -> View:
+    """Run the backbone on (B, 3, H, W) and return a view of that run, good for this image alone.
+
+    ``frozen``: nothing in it is trained, so that no gradient is kept.
+    """
+    with torch.no_grad() if frozen else nullcontext():
         if isinstance(vit, StagedViT):
             return ReplayStages(vit, vit.features(image))
         if isinstance(vit, ViT):
@@ -30,7 +34,7 @@ def replay(vit: View, image: Tensor) -> View:
             states = [x]
             for block in blocks:
                 states.append(block(states[-1]))
-            return Replay(vit, states)
+            return Replay(vit, states, frozen)
     raise TypeError(f"{type(vit).__name__} is neither a ViT nor a StagedViT; subclass one of them")
 
 
@@ -51,15 +55,15 @@ class _Told(View):
 class Replay(_Told, ViT):
     """A plain ViT's run: tokens (B, P+N, D) before the first block and after each, normed when somebody asks."""
 
-    def __init__(self, vit: ViT, states: Sequence[Tensor]) -> None:
+    def __init__(self, vit: ViT, states: Sequence[Tensor], frozen: bool = True) -> None:
         ViT.__init__(self, vit.host, vit.spec)
-        self.vit, self.states = vit, states
+        self.vit, self.states, self.frozen = vit, states, frozen
         self.normed: dict[int, Tensor] = {}  # by the index of the state: several tasks read the same ones
         self.positions, self.prefix_optional, self.splits = vit.positions, vit.prefix_optional, False
 
     def part(self, start: int, stop: int) -> Replay:
         """Return the run of some images of the batch."""
-        return Replay(self.vit, [x[start:stop] for x in self.states])
+        return Replay(self.vit, [x[start:stop] for x in self.states], self.frozen)
 
     def begin(self, image: Tensor) -> tuple[Tensor, Sequence[Any]]:
         """Tokens before the first block, and for each block a function that tells what it gave."""
@@ -79,7 +83,7 @@ class Replay(_Told, ViT):
         if index is None:
             return self.vit.norm(x)
         if index not in self.normed:
-            with torch.no_grad():
+            with torch.no_grad() if self.frozen else nullcontext():
                 self.normed[index] = self.vit.norm(x)
         return self.normed[index]
 

@@ -108,10 +108,11 @@ def test_no_adapter_at_all_is_the_frozen_backbone_with_a_head():
     assert model(x).maps == ()
 
 
-def test_the_training_mode_is_the_hosts_and_a_loaded_adapter_is_in_eval_mode(tmp_path):
+def test_a_fresh_adapter_is_in_training_mode_whatever_the_hosts_was_and_a_loaded_one_in_eval_mode(tmp_path):
     assert adaptkit.attach(host().train(), "sfp").training
     model = adaptkit.attach(host().eval(), "sfp")
-    assert not model.training
+    assert model.training
+    assert not any(m.training for m in model.backbone.modules())
     model.save(tmp_path)
     assert not adaptkit.attach(host().train(), tmp_path).training
 

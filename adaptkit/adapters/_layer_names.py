@@ -7,7 +7,10 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["default_targets", "meaning", "resolve_targets"]
+from adaptkit.adapters._proxy import own_layer
+from adaptkit.tree import named_modules
+
+__all__ = ["default_targets", "meaning", "resolve_targets", "resolved"]
 
 #: One layer, as different hosts and versions of transformers call it.
 ALIASES = (
@@ -23,10 +26,67 @@ QKV = ("q_proj", "k_proj", "v_proj")
 DEFAULTS = (("qkv",), ("q_proj", "v_proj"), ("query", "value"), ("fc1", "fc2"))
 
 
+def resolved(host: nn.Module, peft_type: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return peft's options with the names of layers as this host has them.
+
+    ``layers_to_transform`` (with ``layers_pattern``) becomes the full paths of these layers. Raises ``ValueError`` as
+    :func:`resolve_targets`, and where a layer of that number is not there.
+    """
+    options = dict(options)
+    targets = options.get("target_modules")
+    found = default_targets(host) if targets is None else resolve_targets(host, targets)
+    numbers, pattern = options.pop("layers_to_transform", None), options.pop("layers_pattern", None)
+    if numbers is not None:
+        found = _of_layers(host, found, [numbers] if isinstance(numbers, int) else numbers, pattern)
+    options["target_modules"] = found
+    if peft_type == "IA3":  # which of them take their change at the input
+        last = [name for name in found if name.rpartition(".")[2] in ("fc2", "down_proj")]
+        options.setdefault("feedforward_modules", last)
+    return options
+
+
+def _of_layers(host: nn.Module, targets: str | list[str], numbers: Sequence[int], pattern: Any) -> list[str]:
+    """Full paths of the targets in the blocks of these numbers; ``pattern`` names the list that holds the blocks."""
+    if isinstance(targets, str):
+        raise ValueError(
+            f"target_modules={targets!r} is a regular expression and layers_to_transform={list(numbers)} numbers of "
+            "layers: say both in the expression, or name the layers in a list"
+        )
+    lists = [pattern] if isinstance(pattern, str) else list(pattern or ())
+    found: dict[int, list[str]] = {}
+    for path in _matches(host, targets):
+        parts = path.split(".")
+        at = [i for i, part in enumerate(parts) if part.isdigit() and (not lists or parts[i - 1] in lists)]
+        if at:
+            found.setdefault(int(parts[at[0]]), []).append(path)
+    missing = [n for n in numbers if n not in found]
+    if missing or not numbers:
+        raise ValueError(
+            f"layers_to_transform={list(numbers)}: {', '.join(targets)} stand in the layers "
+            f"{', '.join(map(str, sorted(found))) or 'none'} of {type(host).__name__}, not in "
+            f"{', '.join(map(str, missing)) or 'an empty list'}"
+        )
+    return sorted(path for n in numbers for path in found[n])
+
+
+def _modules(host: nn.Module) -> dict[str, nn.Module]:
+    """The host's own layers by plain path: without what adapters have put around them."""
+    found: dict[str, nn.Module] = {}
+    inside: list[str] = []
+    for path, module in named_modules(host):
+        if any(path.startswith(outer) for outer in inside[-1:]):
+            continue
+        own = own_layer(module)
+        if own is not module:
+            inside.append(path + ".")
+        found[path] = own
+    return found
+
+
 def _leaves(host: nn.Module) -> dict[str, list[str]]:
     """Linear layers and convolutions of the blocks by their last name: those below a number, not the stem or head."""
     leaves: dict[str, list[str]] = {}
-    for path, module in host.named_modules():
+    for path, module in _modules(host).items():
         parts = path.split(".")
         if _is_matrix(module) and not parts[-1].isdigit() and any(map(str.isdigit, parts)):
             leaves.setdefault(parts[-1], []).append(path)
@@ -56,17 +116,22 @@ def resolve_targets(host: nn.Module, targets: str | Sequence[str]) -> str | list
     A name that the host has is kept, so is a regular expression (a string); ``"all-linear"`` is every layer of the
     blocks. Raises ``ValueError`` for a name that nothing in the host answers to.
     """
-    leaves = _leaves(host)
+    leaves, modules = _leaves(host), _modules(host)
     if targets == "all-linear":
         return _only_blocks(host, sorted(leaves), leaves)
     if isinstance(targets, str):
         return targets
-    paths = [path for path, _ in host.named_modules()]
     found: list[str] = []
     for target in targets:
-        if any(path == target or path.endswith(f".{target}") for path in paths):
+        named = [path for path in modules if _names(path, target)]
+        if any(_is_matrix(modules[path]) for path in named):
             found.append(target)
             continue
+        if named:
+            raise ValueError(
+                f"{target!r} names {type(modules[named[0]]).__name__} layers of {type(host).__name__}, which have no "
+                f"matrix to change; its blocks have {', '.join(sorted(leaves))}"
+            )
         own = [name for name in _aliases(target) if name in leaves]
         if not own:
             raise ValueError(
@@ -94,12 +159,23 @@ def meaning(path: str) -> tuple[str, ...]:
     return (*filter(str.isdigit, parents), group)
 
 
-def _only_blocks(host: nn.Module, names: list[str], leaves: dict[str, list[str]]) -> Any:
-    """Names as they are if peft finds only blocks by them; else full paths, for `proj` is also in the stem."""
-    inside = [path for name in names for path in leaves.get(name, [])]
-    matched = [
-        path
-        for path, module in host.named_modules()
-        if _is_matrix(module) and any(path == n or path.endswith(f".{n}") for n in names)
-    ]
-    return names if not inside or len(matched) == len(inside) else sorted(inside)
+def _names(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _matches(host: nn.Module, names: Sequence[str]) -> list[str]:
+    return [p for p, m in _modules(host).items() if _is_matrix(m) and any(_names(p, n) for n in names)]
+
+
+def _only_blocks(host: nn.Module, names: list[str], leaves: dict[str, list[str]]) -> list[str]:
+    """Names as they are if peft finds by each of them the blocks' layers only; else full paths.
+
+    ``proj`` is also in the stem, and means the blocks' own. A name that the blocks do not have (``head``, or a full
+    path) means just the layer that it names.
+    """
+    wanted = []
+    for name in names:
+        everywhere = _matches(host, [name])
+        in_blocks = [path for path in everywhere if path in leaves.get(path.rpartition(".")[2], ())]
+        wanted += in_blocks or everywhere
+    return names if len(set(wanted)) == len(_matches(host, names)) else sorted(set(wanted))

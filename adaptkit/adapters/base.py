@@ -78,22 +78,23 @@ class WeightAdapter(Adapter):
     """Acts inside layers of the host. It is built for one host, and in place between ``install`` and ``remove``."""
 
     staged = True
+    merges: ClassVar[bool] = True  #: whether its change can become part of the weights
 
     def __init__(self, spec: Any, config: Any) -> None:
         """A subclass also takes the host: ``cls(spec, config, host)``."""
         super().__init__(spec, config)
 
     @abstractmethod
-    def install(self) -> None:
-        """Put the change into the host's layers."""
+    def install(self, host: nn.Module) -> None:
+        """Put the change into the host's layers: into all of them or, with an error, into none."""
 
     @abstractmethod
-    def remove(self) -> None:
+    def remove(self, host: nn.Module) -> None:
         """Take it out: the host is as it was, bit for bit."""
 
     @abstractmethod
     def merge(self) -> None:
-        """Add the change to the host's weights, so that it costs nothing."""
+        """Add the change to the host's weights, so that it costs nothing; to all of them or, with an error, to none."""
 
     @abstractmethod
     def unmerge(self) -> None:
@@ -103,6 +104,13 @@ class WeightAdapter(Adapter):
     @abstractmethod
     def merged(self) -> bool:
         """Whether the host's weights hold the change."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor]:
+        """Return a copy of the tensors of the host that it changes, by plain name, as they are now."""
+
+    def check(self, host: nn.Module) -> None:
+        """Raise ``RuntimeError`` where, installed, it is no longer in place: somebody has replaced a layer."""
 
     def translated(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of a file by the names of this host."""

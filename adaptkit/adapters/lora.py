@@ -12,17 +12,18 @@ fit the three layers of transformers. It needs the host to be built, and nothing
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adaptkit.adapters._layer_names import default_targets, meaning, resolve_targets
-from adaptkit.adapters._peft import ADAPTER, Site, stand_in, wrap
+from adaptkit.adapters._layer_names import meaning, resolved
+from adaptkit.adapters._peft import ADAPTER, Kept, wrap
+from adaptkit.adapters._proxy import LayerProxy, WeightProxy, edges, in_place, missing, put, restore
 from adaptkit.adapters.base import WeightAdapter
 from adaptkit.registry import register_adapter
+from adaptkit.tree import locate
 
 __all__ = ["LoRA", "LoRAConfig"]
 
@@ -30,6 +31,10 @@ __all__ = ["LoRA", "LoRAConfig"]
 TYPES = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "HRA", "IA3")
 #: How the names of their tensors begin.
 PARAMETER = re.compile(r"\.(lora_|hada_|lokr_|oft_|boft_|hra_|ia3_)")
+#: Those whose change is added to the weight.
+ADDITIVE = ("LORA", "LOHA", "LOKR")
+#: Options of these that act beside the weight.
+BESIDE_THE_WEIGHT = ("lora_bias", "lora_dropout", "rank_dropout", "module_dropout")
 #: Options that would train or rewrite the backbone itself, and what to do instead.
 REFUSED = {
     "modules_to_save": "it trains a copy of the host's own layers; a head is given by head=",
@@ -126,76 +131,118 @@ class LoRA(WeightAdapter):
     """Low-rank and other small changes of the host's linear layers (peft: LoRA, DoRA, LoHa, LoKr, OFT, IA3, ...)."""
 
     def __init__(self, spec: Any, config: LoRAConfig, host: nn.Module) -> None:
-        asked = config.to_peft()
-        targets = getattr(asked, "target_modules", None)
-        found = default_targets(host) if targets is None else resolve_targets(host, _plain(targets))
         # What the names were resolved to is kept, so that the file says exactly which layers it changes.
-        options = {**config.options, "target_modules": found}
-        if config.peft_type == "IA3":  # which of them take their change at the input
-            last = [name for name in found if name.rpartition(".")[2] in ("fc2", "down_proj")]
-            options.setdefault("feedforward_modules", last)
-        config = LoRAConfig(config.peft_type, options)
+        config = LoRAConfig(config.peft_type, resolved(host, config.peft_type, config.options))
         super().__init__(spec, config)
-        self._place(wrap(host, config.to_peft()))
+        self._place(host, wrap(host, config.to_peft()))
 
-    def _place(self, sites: list[Site]) -> None:
+    def _place(self, host: nn.Module, wrappers: dict[str, nn.Module]) -> None:
         self.layers = nn.Module()  # the wrappers by their path in the host: layers.blocks.0.attn.qkv.lora_A...
-        for site in sites:
-            _put(self.layers, site.path, site.wrapper)
-        # Unregistered: parents and bases belong to the host.
-        self._sites = tuple(sites)
-        self._stand_ins = tuple(stand_in(site) for site in sites)
-        self._kept: dict[str, Tensor] = {}
+        for path, wrapper in wrappers.items():
+            _put(self.layers, path, wrapper)
+        #: what takes the place of each layer, by its plain path; unregistered, for the layers belong to the host
+        self.__dict__["proxies"] = {p: self._proxy(host, p, w) for p, w in wrappers.items()}
+        self._kept: dict[str, Kept] = {}
         for parameter in self.parameters():  # a half-precision host gets its change trained in float32
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()
 
-    def sites(self) -> Iterator[Site]:
-        """Where the wrappers go."""
-        return iter(self._sites)
+    def _proxy(self, host: nn.Module, path: str, wrapper: Any) -> LayerProxy:
+        """Return what takes the place of the layer; ``ValueError`` where nothing can."""
+        parent, name = locate(host, path)
+        if name != "qkv" or getattr(parent, "q_bias", None) is None:
+            return LayerProxy(wrapper, wrapper.base_layer)
+        reads = f"{type(parent).__name__} reads the weight of {path} and does not call it, so that"
+        if self.config.peft_type not in ADDITIVE or self.config.options.get("use_dora"):
+            raise ValueError(
+                f"{reads} only a change that is added to the weight reaches it ({', '.join(ADDITIVE)}, without DoRA), "
+                f"not {self.config.peft_type}; choose one of these, or leave qkv out of target_modules"
+            )
+        for option in BESIDE_THE_WEIGHT:
+            if self.config.options.get(option):
+                raise ValueError(f"{reads} {option} would not act there: leave it out, or qkv out of target_modules")
+        return WeightProxy(wrapper, wrapper.base_layer)
 
-    def install(self) -> None:
-        """Put the wrappers into the host's places."""
-        for site, module in zip(self._sites, self._stand_ins):
-            site.parent.__dict__[site.name] = module
+    @property
+    def mixes(self) -> bool:
+        """Whether each row of a batch can have its own: not where the host reads a weight, which all rows share."""
+        return not any(isinstance(proxy, WeightProxy) for proxy in self.proxies.values())
 
-    def remove(self) -> None:
+    @property
+    def proxies(self) -> dict[str, LayerProxy]:
+        """What takes the place of each layer, by the plain path of the layer."""
+        return self.__dict__["proxies"]
+
+    def install(self, host: nn.Module) -> None:
+        """Put the proxies into the host, all of them or none."""
+        put(host, self.proxies)
+        self.__dict__["_edges"] = edges(host, self.proxies.values())
+
+    def check(self, host: nn.Module) -> None:
+        """Raise ``RuntimeError`` where a layer that LoRA is in was replaced; wrapped it may be."""
+        if in_place(self.__dict__["_edges"]):
+            return
+        gone = missing(host, self.proxies)
+        if gone:
+            raise RuntimeError(
+                f"{', '.join(gone[:3])}: somebody has replaced these layers, or what they are in, while LoRA was in "
+                "them, and it would be ignored: detach(), replace, and attach again"
+            )
+        self.__dict__["_edges"] = edges(host, self.proxies.values())
+
+    def remove(self, host: nn.Module) -> None:
         """Take them out: the host is as it was, bit for bit."""
         self.unmerge()
-        for site in self._sites:
-            vars(site.parent).pop(site.name, None)
+        restore(host, self.proxies)
 
     @property
     def merged(self) -> bool:
         """Whether the host's weights hold the change."""
         return bool(self._kept)
 
+    def check_merges(self) -> None:
+        """Raise ``TypeError`` where a weight is quantised: what is merged into it would be rounded."""
+        for path, proxy in self.proxies.items():
+            for name, tensor in proxy.layer._parameters.items():
+                if tensor is not None and not _is_plain(tensor):
+                    raise TypeError(
+                        f"{path}.{name} is a quantised {type(tensor).__name__} of {tensor.dtype}, and what is merged "
+                        "into it would be rounded: keep the adapter beside it, or merge it in full precision"
+                    )
+
     @torch.no_grad()
     def merge(self) -> None:
-        """Add the change to the host's weights; the weights as they were are kept for :meth:`unmerge`."""
+        """Add the change to the host's weights, to all layers or none; the weights are kept for :meth:`unmerge`.
+
+        Raises ``ValueError`` where a merged weight would not be finite, and as :meth:`check_merges`.
+        """
         if self.merged:
             return
-        kept = {site.path: site.base.weight.detach().clone() for site in self._sites}
-        for site in self._sites:
-            wrapper: Any = site.wrapper
-            wrapper.merge(safe_merge=True, adapter_names=[ADAPTER])
-        self._kept = kept
+        self.check_merges()
+        self._kept = {path: Kept.of(proxy.layer) for path, proxy in self.proxies.items()}
+        try:
+            for path, proxy in self.proxies.items():
+                wrapper: Any = vars(proxy)["wrapper"]
+                try:
+                    wrapper.merge(safe_merge=True, adapter_names=[ADAPTER])
+                except ValueError as error:
+                    raise ValueError(f"{path} cannot be merged: {error}") from error
+        except BaseException:
+            self.unmerge()
+            raise
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the kept weights back: exactly, where a subtraction would leave rounding."""
-        for site in self._sites if self.merged else ():
-            wrapper: Any = site.wrapper
+        for path, kept in self._kept.items():
+            wrapper: Any = vars(self.proxies[path])["wrapper"]
             wrapper.merged_adapters.clear()
-            site.base.weight.data.copy_(self._kept[site.path])
+            kept.put_back(self.proxies[path].layer)
         self._kept = {}
 
-    def train(self, mode: bool = True) -> LoRA:
-        """Dropout of the change; while merged there is nothing to train."""
-        if mode and self.merged:
-            raise RuntimeError("LoRA is merged into the weights: unmerge_adapter() before training")
-        super().train(mode)
-        return self
+    def weights(self) -> dict[str, Tensor]:
+        """Return a copy of every tensor of the layers that it is in, by name, as they are now."""
+        return {f"{path}.{name}": t for path, p in self.proxies.items() for name, t in Kept.of(p.layer).tensors.items()}
 
     def translated(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of a file by this host's paths: layers that another version of a library calls otherwise.
@@ -206,7 +253,7 @@ class LoRA(WeightAdapter):
         own = set(self.state_dict())
         if set(tensors) <= own:
             return tensors
-        places = {meaning(path): path for path in (site.path for site in self._sites)}
+        places = {meaning(path): path for path in self.proxies}
         renamed, strange = {}, []
         for key, tensor in tensors.items():
             path, parameter = _split(key)
@@ -214,13 +261,19 @@ class LoRA(WeightAdapter):
             renamed[f"layers.{target}.{parameter}"] = tensor
             strange += [] if f"layers.{target}.{parameter}" in own else [path]
         if strange:
-            mine = sorted({re.sub(r"\d+", "N", site.path) for site in self._sites})
+            mine = sorted({re.sub(r"\d+", "N", path) for path in self.proxies})
             theirs = sorted({re.sub(r"\d+", "N", path) for path in strange})
             raise ValueError(
                 f"this LoRA changes {', '.join(theirs)}, this backbone has {', '.join(mine)}: LoRA is bound to the "
                 "layers of the library it was trained in; build the backbone there, or train it again here"
             )
         return renamed
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether this is a weight as torch makes it: neither of integers, nor of a class that packs them."""
+    inner = tensor.data if type(tensor) is nn.Parameter else tensor
+    return tensor.is_floating_point() and (type(inner) is Tensor or hasattr(tensor, "full_tensor"))
 
 
 def _put(root: nn.Module, path: str, module: nn.Module) -> None:

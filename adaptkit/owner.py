@@ -1,0 +1,130 @@
+"""The backbone belongs to the user. What adaptkit changes in it is changed, and put back, here and nowhere else.
+
+An :class:`Owner` keeps flags and modes by name, so that copies, ``load_state_dict(assign=True)``, ``to_empty`` and
+moves between devices leave the record right, and knows which weight adapters are in the backbone and whether they are
+merged. Going from one set of adapters to another is a transaction: all of it happens, or nothing.
+
+The backbone holds its owner (an attribute of the module that is seen, gone after release), so that a second ``attach``
+finds it taken.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from adaptkit.adapters._peft import Existing
+from adaptkit.adapters._proxy import restore
+from adaptkit.adapters.base import WeightAdapter
+from adaptkit.tree import plain_name
+
+__all__ = ["Owner", "check_free"]
+
+MARK = "_adaptkit_owner"
+
+
+def check_free(backbone: nn.Module, host: nn.Module) -> None:
+    """Raise ``ValueError`` where an adapted model has this backbone; what a forgotten one left is put back."""
+    owner: Owner | None = vars(host).get(MARK)
+    if owner is None:
+        return
+    if owner.model is not None:
+        raise ValueError(
+            f"this {type(backbone).__name__} has adapters already, those of another adapted model: add_adapter() there "
+            "adds a set beside them, attach_many() runs several at once, and detach() gives the backbone back"
+        )
+    owner.release(backbone, host)
+
+
+class Owner:
+    """What one adapted model has changed in one backbone.
+
+    Args:
+        existing: the layers of peft that it came with, as :func:`existing_layers` found them.
+    """
+
+    def __init__(self, existing: Existing | None = None) -> None:
+        self.existing = existing
+        self.installed: list[WeightAdapter] = []  #: adapters that are in the backbone now
+        self.merged = False  #: whether its weights hold their change
+        self._model: weakref.ref[nn.Module] | None = None
+        self._modes: dict[str, bool] = {}
+        self._flags: dict[str, bool] = {}
+
+    @property
+    def model(self) -> Any:
+        """The adapted model; None where it is gone."""
+        return None if self._model is None else self._model()
+
+    def belongs_to(self, model: nn.Module) -> None:
+        """Say which model this is of: after a copy it is another one."""
+        self._model = weakref.ref(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}
+
+    # --------------------------------------------------------------------------------------- taking and giving back
+
+    def take(self, backbone: nn.Module, host: nn.Module, model: nn.Module) -> None:
+        """Freeze the backbone. ``host`` is the part of it that is seen."""
+        self._modes = {n: m.training for n, m in backbone.named_modules(remove_duplicate=False)}
+        self._flags = {n: p.requires_grad for n, p in backbone.named_parameters(remove_duplicate=False)}
+        vars(host)[MARK] = self
+        self.belongs_to(model)
+        if self.existing is not None:
+            self.existing.take_out(host)
+        backbone.requires_grad_(False)
+
+    def release(self, backbone: nn.Module, host: nn.Module) -> None:
+        """Leave the backbone as it was taken: layers, weights, flags and modes."""
+        self._remove(host)
+        restore(host)
+        if self.existing is not None:
+            self.existing.put_back(host)
+        vars(host).pop(MARK, None)
+        modes, flags = _by_plain_name(self._modes), _by_plain_name(self._flags)
+        for name, module in backbone.named_modules(remove_duplicate=False):
+            module.training = self._modes.get(name, modes.get(plain_name(name), module.training))
+        for name, parameter in backbone.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(self._flags.get(name, flags.get(plain_name(name), parameter.requires_grad)))
+
+    # ------------------------------------------------------------------------------------------------ what is in it
+
+    def install(self, host: nn.Module, adapters: Sequence[WeightAdapter], merged: bool = False) -> None:
+        """Have these adapters in the backbone and no others, merged or not. Raises what they raise; all or nothing."""
+        before = list(self.installed), self.merged
+        try:
+            self._go(host, list(adapters), merged)
+        except BaseException:
+            self._go(host, *before)
+            raise
+
+    def _go(self, host: nn.Module, adapters: list[WeightAdapter], merged: bool) -> None:
+        if [id(a) for a in adapters] != [id(a) for a in self.installed]:
+            self._remove(host)
+            for adapter in adapters:
+                self.installed.append(adapter)
+                adapter.install(host)
+        for adapter in self.installed:
+            if merged and adapter.merges:
+                adapter.merge()
+            else:
+                adapter.unmerge()
+        self.merged = merged
+
+    def _remove(self, host: nn.Module) -> None:
+        for adapter in reversed(self.installed):
+            adapter.remove(host)
+        self.installed, self.merged = [], False
+
+    def check(self, host: nn.Module) -> None:
+        """Raise ``RuntimeError`` where somebody has replaced a layer that an adapter is in: it would be ignored."""
+        for adapter in self.installed:
+            adapter.check(host)
+
+
+def _by_plain_name(record: dict[str, bool]) -> dict[str, bool]:
+    return {plain_name(name): value for name, value in record.items()}
