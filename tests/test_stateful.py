@@ -121,7 +121,7 @@ def build(name, form):
     modules = list(host.modules())
     modules[-1].eval()
     modules[len(modules) // 2].eval()
-    floating = [p for p in host.parameters() if p.is_floating_point()]
+    floating = [p for n, p in host.named_parameters() if p.is_floating_point() and "lora_" not in n]
     floating[0].requires_grad_(False)
     floating[len(floating) // 2].requires_grad_(False)
     return host
@@ -131,9 +131,9 @@ def build(name, form):
 
 #: Norms without running statistics: a forward in training mode then changes nothing.
 METHODS = {
-    "lora": [("lora", {"r": 4, "lora_alpha": 8, "lora_dropout": 0.3})],
+    "lora": [("lora", {"r": 4, "lora_alpha": 8})],
     "dora": [("lora", {"r": 2, "use_dora": True, "target_modules": ["fc1"]})],
-    "lora-bias": [("lora", {"r": 2, "lora_bias": True, "target_modules": ["fc1", "fc2"]})],
+    "lora-bias": [("lora", {"r": 2, "lora_bias": True, "lora_dropout": 0.3, "target_modules": ["fc1", "fc2"]})],
     "loha": [("lora", {"r": 2, "peft_type": "LOHA"})],
     "ia3": [("lora", {"peft_type": "IA3", "target_modules": ["fc1", "fc2"]})],
     "vit-adapter": [("vit-adapter", {"conv_inplane": 8, "norm": "group"})],
