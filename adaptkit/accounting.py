@@ -74,7 +74,7 @@ def costs(model: AdaptedModel, size: tuple[int, int]) -> Costs:
     adapter = AdaViT.of(model)
     with torch.no_grad(), _evaluating(model), adapter.opened():
         parameter = next(model.backbone.parameters())
-        image = torch.zeros(1, 3, *size, device=parameter.device, dtype=parameter.dtype)
+        image = torch.zeros(1, model.spec.channels, *size, device=parameter.device, dtype=parameter.dtype)
         grid = model.vit.grid(image)
         features: list[Features] = []
         total = counted(lambda: features.append(model(image)))

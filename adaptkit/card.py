@@ -199,10 +199,12 @@ def _snippet(header: dict[str, Any], where: str) -> str:
         lines.append(f"backbone = ...  # the {backbone['class']} that it was trained on, built by you")
         lines.append(f'model = adaptkit.attach(backbone, "{where}"{given})')
     side = 16 * backbone["spec"]["patch"] if "patch" in backbone["spec"] else 224
-    lines.append(f"image = torch.rand(1, 3, {side}, {side})  # RGB between 0 and 1, any size")
+    channels = backbone["spec"].get("channels", 3)
+    kind = "RGB" if channels == 3 else f"{channels} channels"
+    lines.append(f"image = torch.rand(1, {channels}, {side}, {side})  # {kind} between 0 and 1, any size")
     if backbone["mean"]:
         lines.append(f"mean, std = torch.tensor({backbone['mean']}), torch.tensor({backbone['std']})")
-        lines.append("image = (image - mean.view(3, 1, 1)) / std.view(3, 1, 1)")
+        lines.append("image = (image - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)")
     else:
         lines[-1] += ", normalised as for the backbone"
     lines.append(

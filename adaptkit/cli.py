@@ -222,13 +222,14 @@ def _doctor(args: argparse.Namespace) -> None:
             f"{spec.patch} pixels; an image of 240x320 is a grid of {-(-240 // spec.patch)}x{-(-320 // spec.patch)}",
         ),
         ("prefix tokens", str(spec.prefix)),
+        ("channels of the image", str(spec.channels)),
         ("positions", f"{vit.positions} to another grid"),
         (
             "normalisation",
             f"mean {list(source.mean)}, std {list(source.std)}" if source.mean else "not recorded by the model",
         ),
     ]
-    image = torch.zeros(1, 3, 5 * spec.patch + 3, 7 * spec.patch)
+    image = torch.zeros(1, spec.channels, 5 * spec.patch + 3, 7 * spec.patch)
     for name in sorted(registry.adapters()):
         rows.append((f"attach {name!r}", _try(attach, model, name, image)))
     _table(args.model, rows)
@@ -250,7 +251,11 @@ def _export(args: argparse.Namespace) -> None:
         raise ValueError(str(error)) from error
     rows = [
         ("file", f"{path} ({path.stat().st_size / 1e6:.2f} MB), agrees with the model"),
-        ("input", f"image, {'2' if args.fixed_batch else 'any'} x 3 x {args.size[0]} x {args.size[1]}, float32"),
+        (
+            "input",
+            f"image, {'2' if args.fixed_batch else 'any'} x {model.spec.channels} x {args.size[0]} x {args.size[1]}, "
+            "float32",
+        ),
         ("outputs", ", ".join(export.output_names(model, tuple(args.size)))),
     ]
     _table("exported", rows)

@@ -28,7 +28,7 @@ from adaptkit.vit import Spec, View
 
 __all__ = ["AdapterFile", "check_fits", "check_writable", "describe_backbone", "load", "write_atomic", "write_folder"]
 
-FORMAT = 1
+FORMAT = 2  #: the newest that is read; 2 may hold trained parts of the backbone, and is written where it does
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
 
@@ -191,7 +191,7 @@ def _same_marks(then: dict[str, list[float]], now: dict[str, list[float]]) -> bo
 def write_folder(folder: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor], card: str) -> Path:
     """Write weights, config and card; returns the folder. The weights come last: whoever sees them sees it all."""
     path = check_writable(folder)
-    header = {"format": FORMAT, "adaptkit": __version__, **header}
+    header = {"format": 1, "adaptkit": __version__, **header}
     text = json.dumps(header, indent=2, sort_keys=True)
     contiguous = {k: v.detach().cpu().contiguous() for k, v in sorted(tensors.items())}
     write_atomic(path / CONFIG, (text + "\n").encode())

@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from adaptkit.backbones._hf import HUB_CACHE
+from adaptkit.backbones._processor import FILES
+
 __all__ = ["create_backbone"]
 
 
@@ -86,7 +89,23 @@ def _transformers(name: str, pretrained: bool, cls: Any, download: dict[str, Any
     if commit:  # transformers 4 keeps it there, 5 does not keep it
         model.config._commit_hash = commit
     model.config._name_or_path = model.config._name_or_path or name
+    if pretrained and not Path(name).is_dir():
+        _fetch_processor(name, {**download, "revision": commit})
+        if download.get("cache_dir"):
+            setattr(model, HUB_CACHE, str(download["cache_dir"]))
     return model
+
+
+def _fetch_processor(name: str, download: dict[str, Any]) -> None:
+    """Bring what the image processor says into the cache, where the view of the model reads it; not all have one."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    for file in FILES:
+        try:
+            hf_hub_download(name, file, **download)
+        except (EntryNotFoundError, LocalEntryNotFoundError):  # the repository has none; the cache has none
+            continue
 
 
 def _commit(name: str, download: dict[str, Any]) -> str | None:

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from adaptkit import registry
 from adaptkit.adapters._peft import existing_layers
 from adaptkit.adapters.adavit import AdaViT
-from adaptkit.adapters.base import BlockAdapter, Trace, wrapped
+from adaptkit.adapters.base import Trace, wrapped
 from adaptkit.card import model_card
+from adaptkit.facts import Facts
 from adaptkit.file import describe_backbone, write_folder
 from adaptkit.hub import Commit, push
 from adaptkit.owner import Owner, check_free
 from adaptkit.parts import AdapterSet
+from adaptkit.proof import prove
 from adaptkit.recorded import Recorded
 from adaptkit.replay import Replay, Stored, replay
 from adaptkit.sets import NamedSets, build_set, checked_name
@@ -75,6 +77,7 @@ def attach(
     checked_name(name)
     vit = registry.view(model)
     check_free(model, vit.host)
+    prove(vit)
     existing = existing_layers(vit.host)
     own = () if existing is None else (existing.config,)
     built, loaded = build_set((*own, *adapters), head, vit, strict, train_backbone)
@@ -97,8 +100,7 @@ def list_heads() -> list[str]:
 def run(vit: View, acting: AdapterSet, image: Tensor) -> Features:
     """Run a backbone with these adapters and their head: image (B, 3, H, W) -> features."""
     trace: Trace = {}
-    wrappers = [a for a in acting if isinstance(a, BlockAdapter)]
-    view: Any = wrapped(vit, wrappers, trace) if wrappers else vit
+    view: Any = wrapped(vit, acting, trace)
     features = view.features(image) if acting.side is None else acting.side(view, image, trace)
     features = features._replace(aux={**features.aux, **trace})
     logits = vit.logits(features) if acting.head is None else acting.head(features)
@@ -116,7 +118,7 @@ def _with_all(logits: Any, features: Features) -> Any:
     return logits + sum(x[..., :0].sum() for x in (features.tokens, features.prefix, *features.maps)).to(logits.dtype)
 
 
-class AdaptedModel(NamedSets):
+class AdaptedModel(Facts, NamedSets):
     """A frozen backbone with adapters, as :func:`attach` builds it; ``model(image)`` returns ``Features``.
 
     The backbone is never trained: no parameter of it requires a gradient and it stays in eval mode whatever

@@ -16,7 +16,7 @@ from adaptkit.adapters.base import Adapter, BlockAdapter, SideAdapter, WeightAda
 from adaptkit.file import AdapterFile, check_fits
 from adaptkit.hub import is_hub_id, load
 from adaptkit.staged import StagedSpec, StagedViT
-from adaptkit.trained import TrainedBackbone
+from adaptkit.trained import TrainedBackbone, parameters
 from adaptkit.vit import View, ViT
 
 __all__ = ["AdapterSet", "Part", "as_file", "check_tensors", "differences", "head_of", "parts_of"]
@@ -237,19 +237,19 @@ def _build_backbone(vit: View, given: Sequence[str], files: Sequence[AdapterFile
         return None
     if vit.sharded:
         raise ValueError("the backbone is sharded: train parts of it before shard(), or train it whole elsewhere")
+    if not saved:
+        return TrainedBackbone(vit.spec, vit.host, parts)
+    tensors = saved[0].tensors_of("backbone")
+    strange = sorted(set(tensors) - {name for name, _ in parameters(vit.host)})
+    if strange:
+        raise ValueError(
+            f"{saved[0].path} holds trained tensors of a {saved[0].header['backbone']['class']}, this backbone is a "
+            f"{type(vit.host).__name__}, which calls them otherwise ({', '.join(strange[:3])}): attach it to a "
+            "backbone of the library it was trained in"
+        )
     built = TrainedBackbone(vit.spec, vit.host, parts)
-    if saved:
-        tensors = saved[0].tensors_of("backbone")
-        own = built.copies.state_dict()
-        strange = sorted(own.keys() ^ tensors.keys())
-        if strange:
-            raise ValueError(
-                f"{saved[0].path} holds trained tensors of a {saved[0].header['backbone']['class']}, this backbone is "
-                f"a {type(vit.host).__name__}, which calls them otherwise ({', '.join(strange[:3])}): attach it to a "
-                "backbone of the library it was trained in"
-            )
-        check_tensors(own, tensors, f"{saved[0].path}, backbone")
-        built.copies.load_state_dict(tensors)
+    check_tensors(built.copies.state_dict(), tensors, f"{saved[0].path}, backbone")
+    built.copies.load_state_dict(tensors)
     return built
 
 

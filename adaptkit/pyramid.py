@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from adaptkit.adapters.base import SideAdapter
 from adaptkit.card import model_card
+from adaptkit.facts import HandedOn
 from adaptkit.file import check_fits, write_folder
 from adaptkit.hub import load
 from adaptkit.model import AdaptedModel
@@ -84,7 +85,7 @@ def _made(model: AdaptedModel) -> dict[int, int]:
     return {s: spec.dim for a in model.adapters.values() if isinstance(a, SideAdapter) for s in a.strides}
 
 
-class Pyramid(nn.Module):
+class Pyramid(HandedOn):
     """An adapted model that returns its maps; :func:`as_pyramid` makes it.
 
     Attributes, in the words of the libraries that read them:
@@ -95,6 +96,8 @@ class Pyramid(nn.Module):
             ``torchvision.ops.FeaturePyramidNetwork(pyramid.channels, width)`` behind it. With ``out="smp"`` a list.
         output_stride: the coarsest stride.
     """
+
+    holds = "model"
 
     def __init__(self, model: AdaptedModel, strides: tuple[int, ...], names: Sequence[str] | None, out: str) -> None:
         super().__init__()
@@ -121,13 +124,13 @@ class Pyramid(nn.Module):
         info = [{"num_chs": c, "reduction": s, "module": n} for c, s, n in zip(self.channels, strides, labels)]
         self.feature_info = FeatureInfo(info, tuple(range(len(info))))
         if out == "smp":
-            self.out_channels: Any = [3, 0, *self.channels]
+            self.out_channels: Any = [model.spec.channels, 0, *self.channels]
         elif len(set(self.channels)) == 1:
             self.out_channels = self.channels[0]
         self.train(model.training)
 
     def maps(self, image: Tensor) -> list[Tensor]:
-        """Image (B, 3, H, W) of any size -> the maps (B, channels[i], H / strides[i], W / strides[i]), rounded up."""
+        """Image (B, C, H, W) of any size -> the maps (B, channels[i], H / strides[i], W / strides[i]), rounded up."""
         made = self.model(image).maps
         if len(made) <= self._levels[-1]:
             raise RuntimeError(
@@ -142,7 +145,7 @@ class Pyramid(nn.Module):
         return taken
 
     def forward(self, image: Tensor) -> Any:
-        """Image (B, 3, H, W), normalised as the backbone wants it -> its maps, in the form that ``out`` named."""
+        """Image (B, C, H, W), normalised as the backbone wants it -> its maps, in the form that ``out`` named."""
         return _FORMS[self.out](self, image)
 
     def forward_with_filtered_kwargs(self, pixel_values: Tensor, **_: Any) -> Any:

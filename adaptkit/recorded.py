@@ -32,7 +32,7 @@ class Recorded(NamedTuple):
     after: tuple[int, ...]  #: indices of these blocks; the last block is always among them
     size: tuple[int, int]  #: (H, W) of the images, in pixels
     patch: int  #: side of a patch, in pixels
-    image: Tensor | None = None  #: (B, 3, H, W), for an adapter that reads it too
+    image: Tensor | None = None  #: (B, C, H, W), for an adapter that reads it too
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -40,9 +40,9 @@ class Recorded(NamedTuple):
         return cells(self.size[0], self.patch), cells(self.size[1], self.patch)
 
     def image_or_shape(self) -> Tensor:
-        """The images, or zeros of their shape that take no memory."""
+        """The images, or (B, 0, H, W) where nobody reads them: their size without a channel."""
         x = self.states[0]
-        return x.new_zeros(()).expand(len(x), 3, *self.size) if self.image is None else self.image
+        return x.new_zeros(len(x), 0, *self.size) if self.image is None else self.image
 
     def crop(self, top: int, left: int, height: int, width: int) -> Recorded:
         """Return a window of all images, given in pixels; its edges lie between patches, or on the image's border.

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
+from adaptkit.tree import unwrapped
 from adaptkit.vit import View
 
 __all__ = ["Entry", "adapters", "families", "heads", "register_adapter", "register_family", "register_head", "view"]
@@ -126,8 +127,16 @@ def heads() -> dict[str, Entry]:
 def view(model: nn.Module) -> Any:
     """See ``model`` as a :class:`~adaptkit.vit.ViT`, or as a :class:`~adaptkit.staged.StagedViT`.
 
-    Raises ``TypeError`` for an unknown class, naming the known ones and how to add a family.
+    Raises ``TypeError`` for an unknown class, naming the known ones and how to add a family, and for a backbone that
+    was compiled or wrapped as a whole.
     """
+    if unwrapped(model) is not model or model._compiled_call_impl is not None:
+        how = type(model).__name__ if unwrapped(model) is not model else f"{type(model).__name__}.compile()"
+        raise TypeError(
+            f"this backbone was compiled or wrapped as a whole ({how}), and adapters run its blocks one by one, past "
+            f"that; hand over the plain {type(unwrapped(model)).__name__} and compile the adapted model "
+            "(`torch.compile(adaptkit.attach(backbone, ...))`), or compile or wrap its blocks"
+        )
     known = families()
     for cls in type(model).__mro__:
         family = known.get(f"{cls.__module__}.{cls.__qualname__}")

@@ -22,7 +22,7 @@ __all__ = ["Replay", "ReplayStages", "Stored", "replay"]
 
 
 def replay(vit: View, image: Tensor, frozen: bool = True) -> View:
-    """Run the backbone on (B, 3, H, W) and return a view of that run, good for this image alone.
+    """Run the backbone on (B, C, H, W) and return a view of that run, good for this image alone.
 
     ``frozen``: nothing in it is trained, so that no gradient is kept.
     """

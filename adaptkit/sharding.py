@@ -18,6 +18,7 @@ from torch import nn
 from adaptkit.adapters.base import RUN_WHOLE
 from adaptkit.file import fingerprint
 from adaptkit.model import AdaptedModel
+from adaptkit.tree import unwrapped
 
 __all__ = ["blocks_of", "shard"]
 
@@ -64,10 +65,11 @@ def blocks_of(host: nn.Module, depth: int) -> list[nn.Module]:
     Raises ``TypeError`` for a host whose blocks are not found.
     """
     lists = [m for m in host.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m)]
-    alike = [m for m in lists if len({type(block) for block in m}) == 1 and any(True for _ in m[0].children())]
+    plain = [[unwrapped(block) for block in m] for m in lists]  # a compiled or wrapped block is sharded inside
+    alike = [m for m in plain if len({type(block) for block in m}) == 1 and any(True for _ in m[0].children())]
     for kept in alike:
         if len(kept) == depth:
-            return list(kept)
+            return kept
     for cls in {type(m[0]) for m in alike}:
         found = [block for m in alike if type(m[0]) is cls for block in m]
         if len(found) == depth:

@@ -33,6 +33,7 @@ class StagedSpec(NamedTuple):
     dims: tuple[int, ...]  #: width D of each stage
     depths: tuple[int, ...]  #: blocks of each stage
     strides: tuple[int, ...]  #: side of a token of each stage, in pixels
+    channels: int = 3  #: of the image; a file that does not say has 3
 
     @property
     def depth(self) -> int:
@@ -71,7 +72,7 @@ class StagedViT(View):
 
     @abstractmethod
     def embed(self, image: Tensor) -> tuple[Tensor, Grid]:
-        """Image (B, 3, H, W), sides multiples of the first stride -> tokens (B, h*w, D_0) and their grid."""
+        """Image (B, C, H, W), sides multiples of the first stride -> tokens (B, h*w, D_0) and their grid."""
 
     @abstractmethod
     def enter(self, stage: int, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
@@ -90,10 +91,11 @@ class StagedViT(View):
         """Normed tokens of the last stage -> the host's own logits (B, classes), or None without a classifier."""
 
     def features(self, image: Tensor) -> Features:
-        """Image (B, 3, H, W) of any size -> features; the maps are what the stages give, before the final norm.
+        """Image (B, C, H, W) of any size -> features; the maps are what the stages give, before the final norm.
 
         A size that is no multiple of the first stride is padded with zeros at the right and the bottom.
         """
+        self.check_image(image)
         size = (image.shape[-2], image.shape[-1])
         image = pad_to_multiple(image.to(next(self.host.parameters()).dtype), self.spec.strides[0])
         x, grid = self.embed(image)

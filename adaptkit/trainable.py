@@ -76,7 +76,7 @@ def _small_run(vit: View, built: AdapterSet, run: Callable[[View, AdapterSet, Te
         try:
             for adapter in inside:
                 adapter.install(host)
-            yield run(view, built, torch.randn(2, 3, side, side, device=first.device))
+            yield run(view, built, torch.randn(2, vit.spec.channels, side, side, device=first.device))
         finally:
             for adapter in reversed(inside):
                 adapter.remove(host)

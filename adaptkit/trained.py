@@ -16,7 +16,7 @@ from adaptkit.adapters._proxy import edges, in_place, missing, own_layer, parame
 from adaptkit.adapters.base import WeightAdapter
 from adaptkit.tree import locate, named_modules, plain_name
 
-__all__ = ["TrainedBackbone"]
+__all__ = ["TrainedBackbone", "parameters"]
 
 
 class TrainedBackbone(WeightAdapter):
@@ -123,7 +123,7 @@ class TrainedBackbone(WeightAdapter):
 
 
 def _chosen(host: nn.Module, parts: Sequence[str]) -> dict[str, nn.Parameter]:
-    every = dict(_parameters(host))
+    every = dict(parameters(host))
     for part in parts:
         if not any(_matches(name, part) for name in every):
             tops = dict.fromkeys(".".join(name.split(".")[:2]).removesuffix(".weight").removesuffix(".bias")
@@ -134,7 +134,7 @@ def _chosen(host: nn.Module, parts: Sequence[str]) -> dict[str, nn.Parameter]:
     return {name: p for name, p in every.items() if any(_matches(name, part) for part in parts)}
 
 
-def _parameters(host: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def parameters(host: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The backbone's own parameters by plain name, tied ones under each of their names."""
     for name, parameter in host.named_parameters(remove_duplicate=False):
         yield plain_name(name), parameter

@@ -7,7 +7,11 @@ the *plain* path of a layer is the one without wrappers, and stays the same what
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import partial
+from types import MethodType
+from typing import Any
 
 from torch import nn
 
@@ -58,8 +62,9 @@ def locate(root: nn.Module, path: str) -> tuple[nn.Module, str]:
 def skeleton(root: nn.Module, own: Callable[[nn.Module], nn.Module] = unwrapped) -> nn.Module:
     """Return a copy of the tree that shares every tensor with it.
 
-    Each module is a new object of the same class with the same attributes, so that modes, options and children can be
-    changed there, and the user's own modules know nothing of it. Parameters and buffers are the very same.
+    Each module is a new object of the same class with the same attributes, so that modes, options, hooks and children
+    can be changed there, and the user's own modules know nothing of it. Parameters and buffers are the very same. What
+    an attribute says of a module of the tree, it says of the copy: a method that was put on one object, for instance.
 
     Args:
         root: of the tree.
@@ -77,4 +82,25 @@ def skeleton(root: nn.Module, own: Callable[[nn.Module], nn.Module] = unwrapped)
             new.__dict__["_modules"] = {n: None if m is None else copied(m) for n, m in module._modules.items()}
         return made[id(module)]
 
-    return copied(root)
+    top = copied(root)
+    for module in made.values():
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                module.__dict__[name] = _said_of(made, value)
+    return top
+
+
+def _said_of(made: dict[int, nn.Module], value: Any) -> Any:
+    """Return an attribute of the copy: containers are its own, and modules and their methods are those of the copy."""
+    again = partial(_said_of, made)
+    if isinstance(value, nn.Module):
+        return made.get(id(value), value)
+    if isinstance(value, MethodType):
+        return MethodType(value.__func__, again(value.__self__))
+    if isinstance(value, partial):
+        return partial(again(value.func), *map(again, value.args), **{k: again(v) for k, v in value.keywords.items()})
+    if type(value) in (list, tuple):
+        return type(value)(map(again, value))
+    if type(value) in (dict, OrderedDict):
+        return type(value)((k, again(v)) for k, v in value.items())
+    return value

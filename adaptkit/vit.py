@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptkit.checkpointing import OFF, Checkpointing
 from adaptkit.ops.frozen import frozen_block
 from adaptkit.ops.grid import cells, pad_to_multiple
 
@@ -49,6 +50,7 @@ class Spec(NamedTuple):
     heads: int  #: attention heads per block
     patch: int  #: side of a square patch, in pixels
     prefix: int  #: class and register tokens P before the patch tokens
+    channels: int = 3  #: of the image; a file that does not say has 3
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -164,7 +166,9 @@ class Block:
 class View(ABC):
     """How a frozen host is seen, plain or hierarchical. It holds no parameter: everything is read from ``host``.
 
-    A family implements the abstract methods; the others are final.
+    A family implements the abstract methods. Four more are what ``adaptkit.proof`` asks a copy of the host for, which
+    shares its weights and is in eval mode; a family that leaves them out is proven block by block only. The others are
+    final.
     """
 
     positions: str = "none"  #: the rule by which positions go to another grid, as the host does it
@@ -174,14 +178,34 @@ class View(ABC):
         self.host = host
         self.sharded: Sequence[nn.Module] = ()  #: the host's blocks, where their parameters lie on several devices
         self.fingerprint: dict[str, list[float]] | None = None  #: of the weights, from before they were sharded
+        self.checkpointing: Checkpointing | None = None  #: what the model was told; None: as the host says
+        self.origin: Source | None = None  #: what a module around the host knows better than the host
 
     @abstractmethod
     def features(self, image: Tensor) -> Features:
-        """Image (B, 3, H, W) of any size -> features of the plain forward, no adapter."""
+        """Image (B, C, H, W) of any size -> features of the plain forward, no adapter."""
 
     @abstractmethod
     def logits(self, features: Features) -> Tensor | None:
         """Return the host's own logits (B, classes), or None."""
+
+    def is_checkpointing(self) -> bool:
+        """Whether the host was told to run its blocks a second time in the backward pass."""
+        return False
+
+    def how_checkpointing(self) -> Checkpointing:
+        """Return which blocks run a second time: what the model was told goes before what the host was."""
+        if self.checkpointing is not None:
+            return self.checkpointing
+        return Checkpointing() if self.is_checkpointing() else OFF
+
+    def check_image(self, image: Tensor) -> None:
+        """Raise ``ValueError`` for an image (B, C, H, W) of another number of channels than the host takes."""
+        if image.shape[1] != self.spec.channels:
+            raise ValueError(
+                f"image has shape {tuple(image.shape)}, so {image.shape[1]} channels; {type(self.host).__name__} takes "
+                f"{self.spec.channels}: give (batch, {self.spec.channels}, height, width)"
+            )
 
     @abstractmethod
     def fingerprint_tensors(self) -> dict[str, Tensor]:
@@ -191,6 +215,27 @@ class View(ABC):
     def source(self) -> Source:
         """Return what the host knows of its origin."""
 
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """Return sizes (H, W) in pixels that the host itself takes, its own first; ``()``: there is no reference."""
+        return ()
+
+    def reference(self, image: Tensor) -> Tensor | None:
+        """Image (1, C, H, W) of such a size -> tokens (1, P+N, D), or (1, N, D), by the host's own forward.
+
+        They are what :meth:`features` must give: after the final norm, all prefix tokens first.
+        """
+        return None
+
+    def answers(self, tokens: Tensor) -> Sequence[Tensor]:
+        """Tokens as :meth:`reference` gives them -> what the host may return for that image: it must be one of these.
+
+        None: whatever else the host returns is not looked at.
+        """
+        return ()
+
+    def accept(self, grid: tuple[int, int]) -> None:  # noqa: B027
+        """Make the host's blocks take this grid by their own forward, whatever grid they were built for."""
+
 
 class ViT(View):
     """The view of a plain ViT: one width and one grid from the first block to the last."""
@@ -198,6 +243,7 @@ class ViT(View):
     spec: Spec
     prefix_optional: bool = True  #: whether the blocks also run without the prefix tokens
     splits: bool = True  #: whether the attention of the blocks comes apart into ``qkv``, ``bias`` and ``out``
+    rebuilds: bool = False  #: whether the view computes that attention from its parts itself, on some grids
 
     def __init__(self, host: nn.Module, spec: Spec) -> None:
         super().__init__(host)
@@ -205,7 +251,7 @@ class ViT(View):
 
     @abstractmethod
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Image (B, 3, h*patch, w*patch) -> tokens (B, P+N, D) as they enter the first block."""
+        """Image (B, C, h*patch, w*patch) -> tokens (B, P+N, D) as they enter the first block."""
 
     @abstractmethod
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
@@ -224,10 +270,11 @@ class ViT(View):
         return cells(image.shape[-2], self.spec.patch), cells(image.shape[-1], self.spec.patch)
 
     def begin(self, image: Tensor) -> tuple[Tensor, Sequence[Block]]:
-        """Image (B, 3, H, W) of any size -> tokens (B, P+N, D) before the first block, and the blocks.
+        """Image (B, C, H, W) of any size -> tokens (B, P+N, D) before the first block, and the blocks.
 
         A size that is no multiple of the patch is padded with zeros at the right and the bottom.
         """
+        self.check_image(image)
         grid = self.grid(image)
         image = pad_to_multiple(image.to(next(self.host.parameters()).dtype), self.spec.patch)
         return self.embed(image, grid), self.blocks(image, grid)
@@ -253,4 +300,5 @@ class ViT(View):
         """Return the host's own logits (B, classes); None without a classifier or where the prefix was dropped."""
         if features.prefix.shape[1] != self.spec.prefix:
             return None
-        return self.classify(torch.cat([features.prefix, features.tokens], dim=1))
+        tokens = features.tokens  # as they lie in memory, where there is no prefix: a mean over them rounds by that
+        return self.classify(torch.cat([features.prefix, tokens], dim=1) if self.spec.prefix else tokens)

@@ -36,9 +36,12 @@ from adaptkit.hosts import create_backbone
 from adaptkit.inspect import kept_patches, usage_by_depth
 from adaptkit.losses import agreement_loss, annealed_budget, check_budget, macs_loss, usage
 
+from . import normalisation
+from .devices import together
 from .engine import cosine
 from .labelled import Labelled, open_labelled
-from .options import PRECISION_HELP, precision
+from .normalisation import source_of
+from .options import PRECISION_HELP, command, precision
 
 # ---------------------------------------------------------------------------------------------------- arguments
 
@@ -48,6 +51,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--data", default="digits", help="digits, crops:FILE, a Parquet file, a folder, or a Hub id")
     p.add_argument("--val", help="the same for validation; default: the split 'validation' of --data")
     p.add_argument("--backbone", default="demo", help="demo, a timm name, hf-hub:..., org/repo, or a local folder")
+    normalisation.options(p)
     p.add_argument("--size", type=int, default=64, help="side of the images in pixels")
     p.add_argument("--budget", type=float, default=0.5, help="MACs to spend, as a share of the dense model's")
     p.add_argument("--options", type=json.loads, default={"bottleneck": 4}, help="of the adapter, JSON")
@@ -76,7 +80,7 @@ def classifier(backbone: nn.Module, data: Labelled, args: argparse.Namespace, de
     head: Any = model.head
     with torch.no_grad():
         order = torch.arange(len(data.labels))
-        pooled = [head.pool(model(x)).float() for x, _ in data.batches(order, 128, model.vit.source(), device)]
+        pooled = [head.pool(model(x)).float() for x, _ in data.batches(order, 128, source_of(model.vit, args), device)]
     features, labels = torch.cat(pooled), data.labels.to(device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=1e-2)
     for step in range(args.head_steps):
@@ -108,7 +112,7 @@ def build(data: Labelled, args: argparse.Namespace, device: torch.device) -> Any
 def train(model: nn.Module, data: Labelled, accelerator: Accelerator, args: argparse.Namespace) -> None:
     """Train what requires a gradient: the gates, and the bottlenecks where there are any."""
     adapted: Any = model
-    gates, source = AdaViT.of(model), adapted.vit.source()
+    gates, source = AdaViT.of(model), source_of(adapted.vit, args)
     costs = accounting.costs(adapted, (args.size, args.size))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -214,7 +218,7 @@ def evaluate(model: Any, data: Labelled, order: Tensor, args: argparse.Namespace
     model.eval()
     costs = accounting.costs(model, (args.size, args.size))
     hits, spent, kept = [], [], []
-    for image, label in data.batches(order, args.batch_size, model.vit.source(), device):
+    for image, label in data.batches(order, args.batch_size, source_of(model.vit, args), device):
         features = model(image)
         hits.append(features.logits.argmax(1) == label)
         if features.aux:
@@ -244,7 +248,7 @@ def random_at(model: Any, share: float, rates: dict[str, float], score: Callable
 def images_per_second(model: Any, data: Labelled, args: argparse.Namespace, device: torch.device) -> Iterator[float]:
     """Yield the rates of the dense backbone with its head and of the adaptive model: medians, taking turns."""
     order = torch.arange(min(len(data.labels), 4 * args.batch_size))
-    batches = [x for x, _ in data.batches(order, args.batch_size, model.vit.source(), device)]
+    batches = [x for x, _ in data.batches(order, args.batch_size, source_of(model.vit, args), device)]
     gates, seconds = AdaViT.of(model), {True: [], False: []}
     for _ in range(5):
         for dense in (True, False):
@@ -263,14 +267,16 @@ def images_per_second(model: Any, data: Labelled, args: argparse.Namespace, devi
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     out = check_writable(args.out)
-    accelerator = Accelerator(mixed_precision=precision(args.mixed_precision))
+    accelerator = together(Accelerator, mixed_precision=precision(args.mixed_precision))
     set_seed(args.seed)
     device = accelerator.device
     data = open_labelled(args.data, "train", args.size)
     held = open_labelled(args.val or args.data, "validation", args.size)
     model = build(data, args, device)
     train(model, data, accelerator, args)
-    if not accelerator.is_main_process:
+    main_process = accelerator.is_main_process
+    accelerator.end_training()  # what follows is one process's work
+    if not main_process:
         return
     shift = calibrate(model, data, args, device)
     everything = torch.arange(len(held.labels))
@@ -283,11 +289,13 @@ def main(argv: list[str] | None = None) -> None:
         dense = score(everything)
     adaptive = score(everything)
     random = random_at(model, adaptive.macs.mean, adaptive.usage, score, len(everything))
-    off = model.verify(next(held.batches(everything, args.batch_size, model.vit.source(), device))[0])
+    source = source_of(model.vit, args)
+    off = model.verify(next(held.batches(everything, args.batch_size, source, device))[0])
     rates = list(images_per_second(model, held, args, device))
     costs = accounting.costs(model, (args.size, args.size))
-    folder = model.save(out / "adapter", task="image-classification", budget=args.budget, accuracy=adaptive.accuracy)
-    image = next(held.batches(everything[:1], 1, model.vit.source(), device))[0]
+    scores = {"budget": args.budget, "accuracy": adaptive.accuracy}
+    folder = model.save(out / "adapter", task="image-classification", **normalisation.to_record(args), **scores)
+    image = next(held.batches(everything[:1], 1, source, device))[0]
     kept_patches(model, image, out / "kept_patches.png")
     usage_by_depth(adaptive.aux, gates.first).save(out / "usage.png")
 
@@ -311,7 +319,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, TypeError, OSError) as error:  # the user's to mend: the message says how
-        raise SystemExit(f"adavit: {error}") from error
+    command("adavit", main)

@@ -25,8 +25,10 @@ from adaptkit.file import check_writable
 from adaptkit.hosts import create_backbone
 from adaptkit.losses import check_budget, usage, usage_loss
 
+from .data import warn_unseen
 from .engine import Task, run
 from .labelled import LabelledData, open_images
+from .normalisation import source_of
 from .options import adapters, command, makes_pyramid, parser, read, validation
 
 
@@ -65,6 +67,7 @@ def check(args: argparse.Namespace) -> None:
 
 def build(args: argparse.Namespace) -> adaptkit.AdaptedModel:
     backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
+    source_of(adaptkit.view(backbone), args)  # known, or an error, before anything is built
     pool = args.pool or ("both" if getattr(adaptkit.view(backbone).spec, "prefix", 0) else "avg")
     head = adaptkit.ClassifierHeadConfig(args.num_classes, pool)
     model = adaptkit.attach(backbone, *adapters(args), head=head).train()
@@ -110,10 +113,16 @@ def task(args: argparse.Namespace) -> Task:
     most = max([max(d["label"]) for d in (train, val) if not args.streaming], default=0)
     if most >= args.num_classes:
         raise ValueError(f"a label is {most}, and --num-classes {args.num_classes} allows 0..{args.num_classes - 1}")
+    if not args.streaming:
+        unseen = sorted(set(range(args.num_classes)) - set(train["label"]))
+        called = [names[k] if k < len(names) else str(k) for k in unseen]
+        warn_unseen(called, args.num_classes, "--train", f"{len(train)} images", "check --num-classes and --train")
 
     def data(args: argparse.Namespace, model: Any, training: bool) -> LabelledData:
         rows = train if training else val
-        return LabelledData(rows, args.size, model.vit.source(), args.seed, args.augment, training, args.least_crop)
+        known = {"classes": args.num_classes, "name": "--train" if training else "--val"}
+        source = source_of(model.vit, args)
+        return LabelledData(rows, args.size, source, args.seed, args.augment, training, args.least_crop, **known)
 
     return Task("classify", "image-classification", "top1", ("top1", "top5"), build, data, loss, predict, metric)
 

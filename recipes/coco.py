@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from .order import Rows
+from .pictures import check_frame, framed, read
 
 MOST = 2000  # files that are opened and masks that are drawn before training; the rest is checked by its JSON alone
 
@@ -65,16 +65,7 @@ def check_images(rows: list[dict[str, Any]], flag: str) -> None:
     if lost:
         raise ValueError(f"{flag}: {len(lost)} of {len(rows)} images are missing, e.g. {lost[0]}")
     for row in rows[:MOST]:
-        try:
-            with Image.open(row["path"]) as image:
-                size = (image.height, image.width)
-        except OSError as error:
-            raise ValueError(f"{flag}: {row['path']} is not an image ({error})") from error
-        if size != (row["height"], row["width"]):
-            raise ValueError(
-                f"{flag}: {row['path']} is {size[0]} x {size[1]} pixels (height x width), its entry says "
-                f"{row['height']} x {row['width']}: the annotations belong to another size"
-            )
+        check_frame(read(row["path"], pixels=False), (row["height"], row["width"]))
 
 
 @functools.lru_cache(maxsize=4)  # a run asks for each split several times
@@ -189,17 +180,14 @@ class Detection(Rows):
         super().__init__(data.rows, seed)
         self.masks = masks
         steps: list[Any] = [v2.RandomHorizontalFlip(), v2.ColorJitter(0.3, 0.3, 0.2, 0.05)] if train else []
-        self.transform = v2.Compose(
-            [v2.ToImage(), *steps, v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
-        )
+        self.transform = v2.Compose([*steps, v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)])
 
     def make(self, row: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Row -> sample."""
         from faster_coco_eval import mask
 
-        with Image.open(row["path"]) as file:
-            image = file.convert("RGB")
         size, found = (row["height"], row["width"]), row["instances"]
+        image = framed(read(row["path"]), size)
         boxes = torch.tensor([i["box"] for i in found], dtype=torch.float32).view(-1, 4)
         target: dict[str, Any] = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,12 @@ from torchvision.transforms import v2
 
 from adaptkit.vit import Source
 
-from .order import Rows, decoded, undecoded
+from .normalisation import normalise
+from .order import Rows, undecoded
+from .pictures import Picture, check_pair, class_ids, pair
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+LABELS = 65536  # that a mask can hold, in 16 bits
+BLACK_AND_WHITE = '{"0": 0, "255": 1}'
 MASK_NAMES = ("label", "mask", "annotation", "semantic_segmentation", "segmentation", "labels", "segmentation_mask")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -146,6 +151,17 @@ class SegmentationData(Rows):
 
     Training samples are asked for as ``(epoch, index)`` and cropped, flipped and coloured by a random state of their
     own, so that they do not depend on workers, ranks or a resumed run. Others are resized only.
+
+    Args:
+        data: rows with ``image`` and ``mask``.
+        size: (H, W) of the samples.
+        source: of the backbone, for the normalisation.
+        seed: of the augmentation.
+        train: whether to augment.
+        labels: what each label of a file becomes (:func:`label_table`).
+        classes: labels of 0..classes - 1 and ``ignore`` are all there may be; None: any.
+        ignore: the label that counts nowhere.
+        name: of the set, for errors.
     """
 
     def __init__(
@@ -156,12 +172,14 @@ class SegmentationData(Rows):
         seed: int = 0,
         train: bool = False,
         labels: Tensor | None = None,
+        classes: int | None = None,
+        ignore: int = 255,
+        name: str = "",
     ) -> None:
-        super().__init__(data, seed)
-        self.labels = labels
-        mean, std = (source.mean, source.std) if source.mean else IMAGENET
+        super().__init__(data, seed, name)
+        self.labels, self.classes, self.ignore = labels, classes, ignore
         aspect = size[1] / size[0]
-        steps = [v2.ToImage(), v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
+        steps: list[Any] = [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
         if train:
             steps += [
                 v2.RandomResizedCrop(size, scale=(0.4, 1.0), ratio=(0.8 * aspect, 1.25 * aspect), antialias=True),
@@ -170,31 +188,46 @@ class SegmentationData(Rows):
             ]
         else:
             steps += [v2.Resize(size, antialias=True)]
-        self.transform = v2.Compose([*steps, v2.Normalize(list(mean), list(std))])
+        self.transform = v2.Compose([*steps, normalise(source)])
 
     def make(self, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Row with PIL image and mask -> (image (3, H, W) float, mask (H, W) int64)."""
-        image, mask = self.transform(row["image"].convert("RGB"), tv_tensors.Mask(self.mask(row)))
+        """Row with image and mask -> (image (3, H, W) float, mask (H, W) int64)."""
+        ids = self.ids(row["mask"])
+        if self.classes is not None:
+            check_range(ids, self.classes, self.ignore, row["mask"].name)
+        image, mask = pair(row["image"], row["mask"], ids, "a mask")
+        image, mask = self.transform(image, tv_tensors.Mask(mask))
         return image.as_subclass(Tensor), mask.as_subclass(Tensor)
 
-    def mask(self, row: dict[str, Any]) -> Tensor:
-        """Row -> class ids (H, W), by the table of labels if there is one."""
-        ids = mask_array(row["mask"])
-        return ids if self.labels is None else self.labels[ids.clamp(0, len(self.labels) - 1)]
+    def ids(self, mask: Picture) -> np.ndarray:
+        """Mask -> class ids (H, W), by the table of labels if there is one."""
+        ids = class_ids(mask)
+        if self.labels is None:
+            return ids
+        if ids.min() < 0 or ids.max() >= len(self.labels):
+            raise ValueError(f"{mask.name}: the mask holds labels {ids.min()}..{ids.max()}; give 0..{LABELS - 1}")
+        return self.labels.numpy()[ids]
+
+
+# ---------------------------------------------------------------------------------------------------------- labels
 
 
 def label_table(mapping: dict[str, int], reduce_zero: bool, ignore_index: int) -> Tensor | None:
-    """Return what each label of a file becomes, (256,), or None where it stays.
+    """Return what each label of a file becomes, (65536,), or None where it stays.
 
     Args:
         mapping: ``{"7": 0, "8": 1}``; labels that are not in it are ignored.
         reduce_zero: label 0 is ignored and the others come down by one, as ADE20K's 150 classes are meant.
         ignore_index: what an ignored label becomes.
+
+    Raises ``ValueError`` for a label that no mask can hold.
     """
     if not mapping and not reduce_zero:
         return None
-    table = torch.full((256,), ignore_index) if mapping else torch.arange(256)
+    table = torch.full((LABELS,), ignore_index) if mapping else torch.arange(LABELS)
     for label, target in mapping.items():
+        if not str(label).isdigit() or int(label) >= LABELS:
+            raise ValueError(f"--label-map: {label!r} is no label of a mask; give 0..{LABELS - 1}")
         table[int(label)] = target
     if reduce_zero:
         moved = torch.where((table == 0) | (table == ignore_index), ignore_index, table - 1)
@@ -202,28 +235,71 @@ def label_table(mapping: dict[str, int], reduce_zero: bool, ignore_index: int) -
     return table
 
 
-def mask_array(mask: Any) -> Tensor:
-    """PIL mask -> class ids (H, W) int64. A colour image holds no class ids and is a ``ValueError``."""
-    ids = np.asarray(mask)
-    if ids.ndim != 2:
-        raise ValueError(
-            f"a mask has {ids.shape[-1]} channels (mode {mask.mode}); store one class id per pixel (mode L or P)"
-        )
-    return torch.from_numpy(ids.astype(np.int64))
+def check_range(ids: np.ndarray, num_classes: int, ignore_index: int, name: str, file: str = "") -> None:
+    """``ValueError`` where a mask holds labels that are neither classes nor ignored."""
+    outside = np.unique(ids[((ids < 0) | (ids >= num_classes)) & (ids != ignore_index)])
+    if len(outside) == 0:
+        return
+    wrong = outside.tolist()
+    black_and_white = f", or --label-map '{BLACK_AND_WHITE}' if white is a class" if wrong == [255] else ""
+    raise ValueError(
+        f"{name}: the mask holds labels {wrong[:5]}, outside 0..{num_classes - 1} and not the ignore index "
+        f"{ignore_index}{f', in {file}' if file else ''}; pass --num-classes {max(wrong) + 1} or --ignore-index "
+        f"{wrong[-1]}{black_and_white}"
+    )
 
 
-def check_labels(data: SegmentationData, num_classes: int, ignore_index: int, name: str, most: int = 2000) -> None:
-    """Look at the masks (the first ``most``, a tenth of a stream's) before training: labels out of range are an error.
+def check_labels(
+    data: SegmentationData, num_classes: int, ignore_index: int, name: str, most: int = 2000, train: bool = False
+) -> None:
+    """Look at ``most`` masks, evenly chosen (of a stream at the first tenth of it), before anything is trained.
 
-    Raises ``ValueError``.
+    Raises ``ValueError`` for labels out of range and masks of another size than their image. What will teach nothing is
+    a warning: masks that are ignored as a whole, white that is ignored, and, of training data, classes without a pixel.
     """
-    mapped = hasattr(data.data, "__len__")
-    rows = (data.data[i] for i in range(min(len(data), most))) if mapped else data.data.take(most // 10)
-    for index, row in enumerate(rows):
-        labels = torch.unique(data.mask(decoded(row)))
-        wrong = [int(v) for v in labels if v != ignore_index and not 0 <= v < num_classes]
-        if wrong:
-            raise ValueError(
-                f"{name}, row {index}: the mask holds labels {wrong[:5]}, outside 0..{num_classes - 1} and not the "
-                f"ignore index {ignore_index}; pass --num-classes {max(wrong) + 1} or --ignore-index {wrong[-1]}"
-            )
+    looked, ignored, pixels, stored = 0, 0, np.zeros(num_classes, np.int64), set()
+    for index, row in some(data.data, most):
+        mask = data.read({"mask": row["mask"]}, index)["mask"]
+        check_pair(data.read({"image": row["image"]}, index, pixels=False)["image"], mask, "a mask")
+        ids = data.ids(mask)
+        check_range(ids, num_classes, ignore_index, f"{name}, row {index}", mask.name)
+        counts = np.bincount(ids[ids != ignore_index], minlength=num_classes)
+        looked, ignored, pixels = looked + 1, ignored + (not counts.any()), pixels + counts
+        if len(stored) < 3:
+            stored |= set(np.unique(class_ids(mask)).tolist())
+    if stored <= {0, 255} and 255 in stored and data.labels is None and ignore_index == 255:
+        warnings.warn(
+            f"{name}: the {looked} masks that were looked at hold 0 and 255 alone, and 255 is ignored: if they are "
+            f"black and white, and white is a class, pass --label-map '{BLACK_AND_WHITE}'",
+            stacklevel=2,
+        )
+    elif ignored:
+        warnings.warn(
+            f"{name}: {ignored} of {looked} masks that were looked at are ignored as a whole (label {ignore_index}) "
+            "and teach nothing; check --ignore-index, --label-map and --reduce-zero-label",
+            stacklevel=2,
+        )
+    if train:
+        advice = "check --num-classes, --label-map and --reduce-zero-label"
+        unseen = [str(k) for k in np.flatnonzero(pixels == 0) if k != ignore_index]
+        warn_unseen(unseen, num_classes, name, f"{looked} masks", advice)
+
+
+def warn_unseen(unseen: list[str], classes: int, name: str, where: str, advice: str) -> None:
+    """Warn of classes that never occur in what is trained on: nothing teaches them."""
+    if unseen:
+        shown = ", ".join(unseen[:10]) + (", ..." if len(unseen) > 10 else "")
+        warnings.warn(
+            f"{name}: {len(unseen)} of {classes} classes occur in none of the {where} that were looked at ({shown}), "
+            f"and nothing teaches them; {advice}",
+            stacklevel=3,
+        )
+
+
+def some(data: Any, most: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (number, row) of ``most`` rows, evenly chosen; of a stream of the first, a tenth as many."""
+    if hasattr(data, "__len__"):
+        for index in np.linspace(0, len(data) - 1, min(len(data), most)).round().astype(int).tolist():
+            yield index, data[index]
+    else:
+        yield from enumerate(data.take(most // 10))

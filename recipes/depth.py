@@ -23,11 +23,13 @@ import adaptkit
 from adaptkit.hosts import create_backbone
 from adaptkit.losses import silog_loss
 
-from .data import IMAGENET, open_dataset
+from .data import open_dataset, some
 from .drawn import rooms
 from .engine import Task, run
+from .normalisation import normalise, source_of
 from .options import adapters, command, parser, read, validation
 from .order import Rows
+from .pictures import Picture, check_pair, numbers, pair
 
 DEPTH_NAMES = ("depth", "depths", "depth_map", "disparity", "label", "mask")
 
@@ -56,34 +58,33 @@ class DepthData(Rows):
     """
 
     def __init__(self, data: Any, source: Any, args: argparse.Namespace, train: bool) -> None:
-        super().__init__(data, args.seed)
+        super().__init__(data, args.seed, "--train" if train else "--val")
         self.scale, self.range = args.depth_scale, (args.min_depth, args.max_depth)
-        mean, std = (source.mean, source.std) if source.mean else IMAGENET
         size = tuple(args.size)
         steps: list[Any] = [v2.Resize(size, antialias=True)]
         if train:
             larger = [round(side * 9 / 8) for side in size]
             steps = [v2.Resize(larger, antialias=True), v2.RandomCrop(size), v2.RandomHorizontalFlip()]
             steps += [v2.ColorJitter(0.3, 0.3, 0.2, 0.05)]
-        to_float = [v2.ToImage(), v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
-        self.transform = v2.Compose([*to_float, *steps, v2.Normalize(list(mean), list(std))])
+        to_float = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
+        self.transform = v2.Compose([to_float, *steps, normalise(source)])
 
     def make(self, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Row with PIL image and 16-bit depth map -> (image, depth)."""
-        image, depth = self.transform(row["image"].convert("RGB"), tv_tensors.Mask(self.metres(row["mask"])[None]))
+        """Row with image and depth map -> (image, depth)."""
+        image, depth = pair(row["image"], row["mask"], self.metres(row["mask"]), "a depth map")
+        image, depth = self.transform(image, tv_tensors.Mask(depth[None]))
         return image.as_subclass(Tensor), depth.as_subclass(Tensor)
 
-    def metres(self, picture: Any) -> Tensor:
-        """PIL depth map -> (H, W) metres; 0 where nothing was measured. A colour image is a ``ValueError``."""
-        values = np.asarray(picture)
-        if values.ndim != 2:
-            raise ValueError(
-                f"a depth map has {values.shape[-1]} channels (mode {picture.mode}); store one 16-bit value per pixel "
-                "(a PNG of mode I;16)"
-            )
-        depth = torch.from_numpy(values.astype(np.float32)) / self.scale
+    def metres(self, picture: Picture) -> np.ndarray:
+        """Depth map -> (H, W) metres; 0 where nothing was measured. A colour image is a ``ValueError``."""
+        depth = stored_depth(picture).astype(np.float32) / np.float32(self.scale)
         low, high = self.range
-        return torch.where((depth >= low) & (depth <= high), depth, 0.0)
+        return np.where((depth >= low) & (depth <= high), depth, np.float32(0))
+
+
+def stored_depth(picture: Picture) -> np.ndarray:
+    """Depth map -> its values (H, W)."""
+    return numbers(picture, "a depth map", "store one 16-bit value per pixel (a PNG of mode I;16)", palette=False)
 
 
 def build(args: argparse.Namespace) -> adaptkit.AdaptedModel:
@@ -99,20 +100,27 @@ def data(args: argparse.Namespace, model: Any, train: bool) -> DepthData:
     else:
         columns = (args.image_column, args.depth_column)
         opened = open_dataset(name, split, columns, args.streaming, names=DEPTH_NAMES)
-    rows = DepthData(opened, model.vit.source(), args, train)
+    rows = DepthData(opened, source_of(model.vit, args), args, train)
     if not args.streaming:
         check_depth(rows, option, args)
     return rows
 
 
 def check_depth(rows: DepthData, name: str, args: argparse.Namespace, most: int = 20) -> None:
-    """Look at some depth maps before training: ``ValueError`` where none has a depth in the range."""
-    found = [np.asarray(rows.data[i]["mask"]) for i in range(min(len(rows), most))]
-    if not any((rows.metres(rows.data[i]["mask"]) > 0).any() for i in range(len(found))):
-        values = [int(v) for v in (min(f.min() for f in found), max(f.max() for f in found))]
+    """Look at some depth maps before training.
+
+    Raises ``ValueError`` where none has a depth in the range, and for a map of another size than its image.
+    """
+    for index, row in some(rows.data, 100 * most):
+        sizes = rows.read(row, index, pixels=False)
+        check_pair(sizes["image"], sizes["mask"], "a depth map")
+    found = [rows.read({"mask": rows.data[i]["mask"]}, i)["mask"] for i in range(min(len(rows), most))]
+    if not any((rows.metres(picture) > 0).any() for picture in found):
+        values = [stored_depth(picture) for picture in found]
+        low, high = (float(v) for v in (min(np.nanmin(v) for v in values), max(np.nanmax(v) for v in values)))
         raise ValueError(
             f"{name}: no pixel of the first {len(found)} depth maps lies in {args.min_depth}..{args.max_depth} metres: "
-            f"their values are {values[0]}..{values[1]}, at --depth-scale {args.depth_scale:g} values per metre"
+            f"their values are {low:g}..{high:g}, at --depth-scale {args.depth_scale:g} values per metre"
         )
 
 

@@ -20,7 +20,9 @@ from adaptkit.hosts import create_backbone
 
 from . import network
 from .coco import Detection, Instances, as_lists, as_results, average_precision, locate, read_instances
+from .data import warn_unseen
 from .engine import Task, run
+from .normalisation import source_of
 from .options import adapters, command, parser, read
 
 MODELS = ("mask-rcnn", "faster-rcnn", "retinanet", "fcos")
@@ -63,17 +65,23 @@ def instances(args: argparse.Namespace, train: bool) -> Instances:
 
 
 def build(args: argparse.Namespace) -> network.Network:
-    categories = instances(args, True).categories  # the data is checked before anything is built
+    rows, categories, _ = instances(args, True)  # the data is checked before anything is built
+    seen = {i["label"] for row in rows for i in row["instances"]}
+    unseen = [str(c.get("name", c["id"])) for i, c in enumerate(categories, 1) if i not in seen]
+    warn_unseen(unseen, len(categories), "--train", f"{len(rows)} images", "check the categories of the JSON file")
     found = instances(args, False).categories
     if [c["id"] for c in found] != [c["id"] for c in categories]:
         raise ValueError(f"--val has categories {names(found)}, --train has {names(categories)}: they must be the same")
     backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
+    source = source_of(adaptkit.view(backbone), args)
     recipe = {
         "network": args.model,
         "categories": [{"id": c["id"], "name": c.get("name", str(c["id"]))} for c in categories],
         "size": list(args.size),
         "width": args.width,
         "anchor": args.anchor,
+        "mean": list(source.mean),
+        "std": list(source.std),
     }
     return network.build(adaptkit.attach(backbone, *adapters(args)), recipe).train()
 

@@ -42,9 +42,11 @@ from adaptkit.hosts import create_backbone
 
 from .average import Average
 from .cached import Views, cached
+from .devices import together
 from .log import Log, said, shown
+from .normalisation import to_record
 from .options import precision
-from .order import Rows, Steps, Stream, shuffled
+from .order import Rows, Steps, Stream, plain_errors, shuffled
 from .windows import Windowed, Windows
 
 # ---------------------------------------------------------------------------------------------------------- task
@@ -326,25 +328,27 @@ def peak_memory() -> float:
 def start(task: Task, args: argparse.Namespace) -> tuple[Path, Accelerator]:
     """Return the folder, which can be written to, and the accelerator."""
     out = check_writable(args.out)
-    accelerator = Accelerator(
+    made = together(
+        Accelerator,
         mixed_precision=precision(args.mixed_precision),
         gradient_accumulation_steps=args.accumulate,
         log_with=args.tracker,
         project_dir=str(out),
     )
-    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    if made.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(
             f"this loop runs on one device or under DDP, and Accelerate is configured for "
-            f"{accelerator.distributed_type.value}, whose checkpoints hold the frozen backbone; choose MULTI_GPU, "
+            f"{made.distributed_type.value}, whose checkpoints hold the frozen backbone; choose MULTI_GPU, "
             "and --shard where the backbone does not fit one device"
         )
-    if args.shard and accelerator.num_processes == 1:
+    if args.shard and made.num_processes == 1:
         raise ValueError("--shard puts the backbone in parts on several processes and this is one; start with torchrun")
     if args.tracker:
-        accelerator.init_trackers(f"adaptkit-{task.name}", config={k: str(v) for k, v in vars(args).items()})
-    return out, accelerator
+        made.init_trackers(f"adaptkit-{task.name}", config={k: str(v) for k, v in vars(args).items()})
+    return out, made
 
 
+@plain_errors()
 def run(task: Task, args: argparse.Namespace, last: bool = True) -> dict[str, Any]:
     """Train, save, attach what was saved to a fresh backbone, and see that the score is the same.
 
@@ -371,7 +375,7 @@ def run(task: Task, args: argparse.Namespace, last: bool = True) -> dict[str, An
     memory, folder = peak_memory(), out / "adapter"
     if accelerator.is_main_process:
         size = args.size if isinstance(args.size, int) else list(args.size)
-        task.save(model, folder, task=task.kind, size=size, **metrics)
+        task.save(model, folder, task=task.kind, size=size, **to_record(args), **metrics)
     accelerator.wait_for_everyone()
     set_seed(args.seed)  # a random backbone is the same random one
     again = placed(task.again(args, folder), accelerator, args)

@@ -28,8 +28,11 @@ import adaptkit
 from adaptkit.file import check_writable, write_atomic
 from adaptkit.hosts import create_backbone
 
+from . import normalisation
+from .devices import together
 from .labelled import LabelledData, open_images
 from .options import PRECISION_HELP, command, precision, validation
+from .order import plain_errors
 
 BIAS = 100.0  # the constant feature: so large that the ridge leaves the intercept alone
 
@@ -42,6 +45,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--label-column")
     p.add_argument("--backbone", default="demo", help="demo, a timm name, hf-hub:..., org/repo, or a local folder")
     p.add_argument("--random-backbone", action=argparse.BooleanOptionalAction, default=False, help="for comparison")
+    normalisation.options(p)
     p.add_argument("--adapter", metavar="FOLDER", help="a saved adapter, attached before the features are read")
     p.add_argument("--pool", choices=["avg", "token", "both"], help="default: token, avg where there is none")
     p.add_argument("--size", type=int, default=224)
@@ -160,13 +164,16 @@ def table(rows: list[dict]) -> str:
 # ----------------------------------------------------------------------------------------------------------- main
 
 
+@plain_errors()
 def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(argv)
     out = check_writable(args.out)
-    accelerator = Accelerator(mixed_precision=precision(args.mixed_precision))
+    accelerator = together(Accelerator, mixed_precision=precision(args.mixed_precision))
     torch.manual_seed(0)  # a random backbone is the same random one on every rank
     backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
-    model: Any = adaptkit.attach(backbone, *([args.adapter] if args.adapter else [])).to(accelerator.device).eval()
+    saved = adaptkit.load(args.adapter) if args.adapter else None
+    source = normalisation.source_of(adaptkit.view(backbone), args, normalisation.recorded(saved))
+    model: Any = adaptkit.attach(backbone, *([saved] if saved else [])).to(accelerator.device).eval()
     prefix = getattr(model.spec, "prefix", 0)
     pool = args.pool or ("token" if prefix else "avg")
     if pool != "avg" and not prefix:
@@ -174,7 +181,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     found = []
     for name, split in ((args.train, "train"), (validation(args), "validation")):
         data = open_images(name, split, (args.image_column, args.label_column))[0]
-        rows = LabelledData(data, args.size, model.vit.source(), 0, args.augment, train=False)
+        rows = LabelledData(data, args.size, source, 0, args.augment, train=False, name=name)
         loader = accelerator.prepare(DataLoader(rows, args.batch_size, num_workers=args.workers))
         found.append(features(model, loader, pool, accelerator))
     results = accuracies(found[0], found[1], args)

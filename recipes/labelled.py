@@ -14,8 +14,10 @@ from torchvision.transforms import v2
 
 from adaptkit.vit import Source
 
-from .data import IMAGENET, filled, open_dataset, open_rows, renamed
-from .order import Rows
+from .data import filled, open_dataset, open_rows, renamed
+from .normalisation import normalise
+from .order import Rows, undecoded
+from .pictures import class_ids, colours, pair, read_row
 
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
 KNOWN = "a folder with one folder per class, or a .txt list of images"
@@ -25,21 +27,23 @@ PURE = 0.6  # least share of a crop that its class must cover
 class Labelled(NamedTuple):
     """A whole set in memory, which suits the small sets that a frozen backbone is adapted to."""
 
-    images: Tensor  # (K, 3, H, W) uint8
+    images: Tensor  # (K, 3, H, W) uint8, or float32 in 0..1 where an image has more than eight bits
     labels: Tensor  # (K,) int64
     classes: list[str]
 
     def batches(self, order: Tensor, size: int, source: Source, device: torch.device) -> Any:
         """Yield (images (B, 3, H, W) normalised as the backbone wants them, labels (B,))."""
-        mean, std = source_statistics(source, device)
+        mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (source.mean, source.std))
+        white = 255 if self.images.dtype == torch.uint8 else 1
         for chosen in order.split(size):
-            yield (self.images[chosen].to(device) / 255 - mean) / std, self.labels[chosen].to(device)
+            yield (self.images[chosen].to(device) / white - mean) / std, self.labels[chosen].to(device)
 
 
-def source_statistics(source: Source, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation (3, 1, 1) of the images that the backbone was trained on."""
-    mean, std = (source.mean, source.std) if source.mean else IMAGENET
-    return torch.tensor(mean, device=device)[:, None, None], torch.tensor(std, device=device)[:, None, None]
+def in_memory(images: list[Tensor]) -> Tensor:
+    """Images (3, H, W) of one size -> (K, 3, H, W): uint8, or float32 in 0..1 where one of them is."""
+    if any(image.dtype != torch.uint8 for image in images):
+        images = [v2.functional.to_dtype(image, torch.float32, scale=True) for image in images]
+    return torch.stack(images).as_subclass(Tensor)
 
 
 def open_labelled(name: str, split: str, size: int) -> Labelled:
@@ -58,8 +62,9 @@ def open_labelled(name: str, split: str, size: int) -> Labelled:
     if name.startswith("crops:"):
         return _crops(name.removeprefix("crops:"), size)
     data, classes = open_images(name, split)
-    resize = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
-    images = torch.stack([resize(row["image"].convert("RGB")) for row in data])
+    resize = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+    rows = (read_row(row, f"{name}: row {i}") for i, row in enumerate(undecoded(data)))
+    images = in_memory([resize(colours(row["image"])) for row in rows])
     return Labelled(images, torch.tensor(data["label"][:]), classes)
 
 
@@ -96,9 +101,19 @@ def open_images(
     image, label = _columns(data, columns, name)
     data = renamed(data, {image: "image", label: "label"})
     names = getattr(data.features["label"], "names", None) or []
+    if not streaming:
+        check_classes(data["label"][:], f"{name} ({split})")
     if not names and not streaming:
         names = [str(i) for i in range(max(data["label"]) + 1)]
     return data, list(names)
+
+
+def check_classes(labels: list[Any], name: str) -> None:
+    """``ValueError`` where a label is no class number from 0 on, naming the first."""
+    for row, label in enumerate(labels):
+        if not isinstance(label, int) or label < 0:
+            unlabelled = ": so sets mark rows whose class is kept secret; choose another split" if label == -1 else ""
+            raise ValueError(f"{name}: row {row} has the label {label!r}, and classes are numbered from 0{unlabelled}")
 
 
 def _listed(path: Path) -> Any:
@@ -131,13 +146,25 @@ class LabelledData(Rows):
         augment: ``"crop"`` (a random part of at least ``least`` of the image), ``"flip"`` (mirrored at random too), or
             ``"none"``, the whole image squeezed to a square.
         train: whether to augment; else the centre of the image, 7/8 of it, or the whole with ``augment="none"``.
+        least: share of the image in a crop.
+        classes: labels are in 0..classes - 1; None: any.
+        name: of the set, for errors.
     """
 
     def __init__(
-        self, data: Any, size: int, source: Source, seed: int, augment: str, train: bool, least: float = 0.08
+        self,
+        data: Any,
+        size: int,
+        source: Source,
+        seed: int,
+        augment: str,
+        train: bool,
+        least: float = 0.08,
+        classes: int | None = None,
+        name: str = "",
     ) -> None:
-        super().__init__(data, seed)
-        mean, std = (source.mean, source.std) if source.mean else IMAGENET
+        super().__init__(data, seed, name)
+        self.classes = classes
         if augment == "none":
             steps = [v2.Resize((size, size), antialias=True)]
         elif train:
@@ -145,12 +172,17 @@ class LabelledData(Rows):
             steps += [v2.RandomHorizontalFlip()] if augment == "flip" else []
         else:
             steps = [v2.Resize(round(size * 8 / 7), antialias=True), v2.CenterCrop(size)]
-        to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-        self.transform = v2.Compose([*to_tensor, *steps, v2.Normalize(list(mean), list(std))])
+        self.transform = v2.Compose([v2.ToDtype(torch.float32, scale=True), *steps, normalise(source)])
 
     def make(self, row: dict[str, Any]) -> tuple[Tensor, int]:
-        """Row with PIL image and label -> (image (3, H, W) float, label)."""
-        return self.transform(row["image"].convert("RGB")).as_subclass(Tensor), int(row["label"])
+        """Row with image and label -> (image (3, H, W) float, label)."""
+        label = int(row["label"])
+        if self.classes is not None and not 0 <= label < self.classes:
+            raise ValueError(
+                f"{row['image'].name} has the label {label}, outside 0..{self.classes - 1}; check --num-classes and "
+                "the labels"
+            )
+        return self.transform(colours(row["image"])).as_subclass(Tensor), label
 
 
 def _digits_of(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -177,20 +209,21 @@ def _crops(name: str, size: int) -> Labelled:
     """Square crops side by side, of which one class covers most."""
     data = open_dataset(name, "train")
     images, labels = [], []
-    for row in data:
-        image, mask = np.asarray(row["image"].convert("RGB")), np.asarray(row["mask"])
+    for number, row in enumerate(undecoded(data)):
+        pictures = read_row(row, f"{name}: row {number}")
+        image, ids = pair(pictures["image"], pictures["mask"], class_ids(pictures["mask"]), "a mask")
+        mask = ids.numpy()
         for top in range(0, mask.shape[0] - size + 1, size):
             for left in range(0, mask.shape[1] - size + 1, size):
                 counts = np.bincount(mask[top : top + size, left : left + size].ravel(), minlength=256)[:255]
                 if counts.max() >= PURE * size * size:
-                    images.append(image[top : top + size, left : left + size])
+                    images.append(image[:, top : top + size, left : left + size])
                     labels.append(int(counts.argmax()))
     if not images:
         raise ValueError(
             f"{name} has no crop of {size} pixels that one class covers by {PURE:.0%}; try a smaller --size"
         )
-    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    return Labelled(stacked, torch.tensor(labels), [str(i) for i in range(max(labels) + 1)])
+    return Labelled(in_memory(images), torch.tensor(labels), [str(i) for i in range(max(labels) + 1)])
 
 
 def _columns(data: Any, columns: tuple[str | None, str | None], name: str) -> tuple[str, str]:

@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -36,8 +38,12 @@ from adaptkit.hosts import create_backbone
 from adaptkit.mixers import list_mixers
 from adaptkit.vit import Source, Spec
 
+from . import normalisation
 from .data import SegmentationData, check_labels, open_dataset
+from .devices import together
 from .engine import cosine, parameter_groups
+from .normalisation import source_of
+from .options import command
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "no residual": {"residual": False},
@@ -56,6 +62,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--num-classes", type=int, required=True)
     p.add_argument("--ignore-index", type=int, default=255)
     p.add_argument("--backbone", default="demo", help="as in recipes.segment")
+    normalisation.options(p)
     p.add_argument("--mixers", nargs="+", default=list_mixers(), choices=list_mixers(), metavar="MIXER")
     p.add_argument("--ablate", default="pool", choices=list_mixers(), metavar="MIXER", help="the block taken apart")
     p.add_argument("--width", type=int, default=32, help="of the bottleneck at equal width")
@@ -113,8 +120,9 @@ def rows(args: argparse.Namespace, spec: Spec) -> list[dict[str, Any]]:
 
 def load(name: str, split: str, source: Source, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """Images (K, 3, H, W) as the backbone wants them and masks (K, H, W), all in memory: they are small."""
-    data = SegmentationData(open_dataset(name, split), args.size, source)
-    check_labels(data, args.num_classes, args.ignore_index, name)
+    may_be = {"classes": args.num_classes, "ignore": args.ignore_index}
+    data = SegmentationData(open_dataset(name, split), args.size, source, **may_be, name=name)
+    check_labels(data, args.num_classes, args.ignore_index, name, train=split == "train")
     images, masks = zip(*(data[i] for i in range(len(data))))
     return torch.stack(images), torch.stack(masks)
 
@@ -136,7 +144,8 @@ def train(row: dict[str, Any], seed: int, data: tuple[Tensor, Tensor], args: arg
         image, mask = data[0][chosen], data[1][chosen]
         if torch.rand((), generator=order) < 0.5:
             image, mask = image.flip(-1), mask.flip(-1)
-        F.cross_entropy(model(image).logits, mask, ignore_index=args.ignore_index).backward()
+        loss = F.cross_entropy(model(image).logits, mask, ignore_index=args.ignore_index, reduction="sum")
+        (loss / (mask != args.ignore_index).sum().clamp(min=1)).backward()  # zero where no pixel has a label
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -226,36 +235,55 @@ def chart(results: list[dict[str, Any]], path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- main
 
 
+def key_of(row: dict[str, Any]) -> str:
+    """Rows of one key are trained once."""
+    return json.dumps(row["options"], sort_keys=True)
+
+
+def write(out: Path, args: argparse.Namespace, results: list[dict[str, Any]], done: dict[str, dict[str, Any]]) -> None:
+    """Write what is known so far."""
+    for row in results:
+        row.update(done.get(key_of(row), {}))
+    (out / "results.json").write_text(json.dumps({"arguments": vars(args), "rows": results}, indent=2) + "\n")
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     out = check_writable(args.out)
+    process = together(PartialState)
     vit = adaptkit.view(create_backbone(args.backbone))
-    train_data = load(args.train, "train", vit.source(), args)
-    val_data = load(args.val, "validation", vit.source(), args)
+    source = source_of(vit, args)
+    train_data, val_data = load(args.train, "train", source, args), load(args.val, "validation", source, args)
     results = rows(args, vit.spec)
-    done: dict[str, dict[str, Any]] = {}  # a mixer that is the target has one width in both tables: train it once
-    started = time.time()
-    for i, row in enumerate(results):
-        key = json.dumps(row["options"], sort_keys=True)
-        if key not in done:
-            scores, clock = [], 0.0
-            for seed in args.seeds:
-                began = time.time()
-                model = train(row, seed, train_data, args)
-                clock += time.time() - began
-                scores.append(miou(model, val_data, args))
-            done[key] = {
-                "scores": [round(s, 3) for s in scores],
-                "mean": statistics.mean(scores),
-                "spread": statistics.stdev(scores) if len(scores) > 1 else 0.0,
-                "seconds_per_step": clock / args.steps / len(args.seeds),
-            }
-        row.update(done[key])
-        print(
-            f"[{i + 1}/{len(results)}, {time.time() - started:.0f} s] {row['table']}: {row['name']} {row['mean']:.2f}",
-            flush=True,
-        )
-        (out / "results.json").write_text(json.dumps({"arguments": vars(args), "rows": results}, indent=2) + "\n")
+    # A mixer that is the target has one width in both tables: it is trained once. Several processes share the work.
+    planned: dict[str, dict[str, Any]] = {}
+    for row in results:
+        planned.setdefault(key_of(row), row)
+    mine, started = list(planned.items())[process.process_index :: process.num_processes], time.time()
+    done: dict[str, dict[str, Any]] = {}
+    for i, (key, row) in enumerate(mine):
+        scores, clock = [], 0.0
+        for seed in args.seeds:
+            began = time.time()
+            model = train(row, seed, train_data, args)
+            clock += time.time() - began
+            scores.append(miou(model, val_data, args))
+        done[key] = {
+            "scores": [round(s, 3) for s in scores],
+            "mean": statistics.mean(scores),
+            "spread": statistics.stdev(scores) if len(scores) > 1 else 0.0,
+            "seconds_per_step": clock / args.steps / len(args.seeds),
+        }
+        progress = f"[{i + 1}/{len(mine)}, {time.time() - started:.0f} s]"
+        print(f"{progress} {row['table']}: {row['name']} {done[key]['mean']:.2f}", flush=True)
+        if process.is_main_process:
+            write(out, args, results, done)
+    done = {key: score for part in gather_object([done]) for key, score in part.items()}
+    main_process = process.is_main_process
+    process.destroy_process_group()
+    if not main_process:
+        return
+    write(out, args, results, done)
     text = table(results)
     (out / "table.md").write_text(text)
     chart(results, out / "chart.png")
@@ -263,7 +291,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, TypeError, OSError) as error:  # the user's to mend: the message says how
-        raise SystemExit(f"mixers: {error}") from error
+    command("mixers", main)

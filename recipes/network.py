@@ -24,8 +24,6 @@ import adaptkit
 from adaptkit.hosts import create_backbone
 from adaptkit.pyramid import Pyramid
 
-from .data import IMAGENET
-
 
 class Network(nn.Module):
     """A network of another library around a pyramid, and how to build it again. Called like that network."""
@@ -61,7 +59,9 @@ def build(model: adaptkit.AdaptedModel, recipe: dict[str, Any]) -> Network:
     return Network(BUILDERS[recipe["network"]](model, labels=len(recipe["categories"]), **options), recipe)
 
 
-def rcnn(model: adaptkit.AdaptedModel, *, masks: bool, labels: int, size: list[int], width: int, anchor: float) -> Any:
+def rcnn(
+    model: adaptkit.AdaptedModel, *, masks: bool, labels: int, width: int, anchor: float, **images: Any
+) -> nn.Module:
     """Mask R-CNN, or Faster R-CNN without masks: FPN of the maps and one level more, anchors of one size per level."""
     from torchvision.models.detection import FasterRCNN, MaskRCNN
     from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -71,12 +71,12 @@ def rcnn(model: adaptkit.AdaptedModel, *, masks: bool, labels: int, size: list[i
     strides = [*pyramid.strides, 2 * pyramid.strides[-1]]
     anchors = AnchorGenerator(tuple((int(anchor * s),) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
     network = MaskRCNN if masks else FasterRCNN
-    options = {"rpn_anchor_generator": anchors, **resizing(model, size)}
+    options = {"rpn_anchor_generator": anchors, **resizing(model, **images)}
     return network(with_fpn(pyramid, width, LastLevelMaxPool()), labels + 1, **options)
 
 
 def dense(
-    model: adaptkit.AdaptedModel, *, name: str, labels: int, size: list[int], width: int, anchor: float
+    model: adaptkit.AdaptedModel, *, name: str, labels: int, width: int, anchor: float, **images: Any
 ) -> nn.Module:
     """RetinaNet or FCOS: FPN of the maps from stride 8 on and two levels more."""
     from torchvision.models.detection import FCOS, RetinaNet
@@ -89,10 +89,10 @@ def dense(
     backbone = with_fpn(pyramid, width, LastLevelP6P7(width, width))
     if name == "fcos":  # its anchors are points: the size only scales the distances
         anchors = AnchorGenerator(tuple((s,) for s in strides), ((1.0,),) * len(strides))
-        return FCOS(backbone, labels + 1, anchor_generator=anchors, **resizing(model, size))
+        return FCOS(backbone, labels + 1, anchor_generator=anchors, **resizing(model, **images))
     sizes = tuple(tuple(int(anchor / 2 * s * 2 ** (i / 3)) for i in range(3)) for s in strides)
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(strides))
-    return RetinaNet(backbone, labels + 1, anchor_generator=anchors, **resizing(model, size))
+    return RetinaNet(backbone, labels + 1, anchor_generator=anchors, **resizing(model, **images))
 
 
 def with_fpn(pyramid: Pyramid, width: int, extra: nn.Module) -> nn.Module:
@@ -105,11 +105,21 @@ def with_fpn(pyramid: Pyramid, width: int, extra: nn.Module) -> nn.Module:
     return backbone
 
 
-def resizing(model: adaptkit.AdaptedModel, size: list[int]) -> dict[str, Any]:
-    """Normalise as the backbone wants it; shorter side to ``size[0]``, the longer one at most ``size[1]`` pixels."""
+def resizing(
+    model: adaptkit.AdaptedModel, *, size: list[int], mean: list[float] | None = None, std: list[float] | None = None
+) -> dict[str, Any]:
+    """Shorter side to ``size[0]``, the longer one at most ``size[1]`` pixels; normalised by ``mean`` and ``std``.
+
+    Files of earlier versions do not hold them: then they are the backbone's own. ``ValueError`` where it has none.
+    """
     source = model.vit.source()
-    mean, std = (source.mean, source.std) if source.mean else IMAGENET
-    return {"min_size": size[0], "max_size": size[1], "image_mean": list(mean), "image_std": list(std)}
+    mean, std = mean or list(source.mean), std or list(source.std)
+    if not mean or not std:
+        raise ValueError(
+            f"neither the file nor the backbone {source.id or 'of this model'} says how images are normalised; give "
+            "the recipe its mean and std"
+        )
+    return {"min_size": size[0], "max_size": size[1], "image_mean": mean, "image_std": std}
 
 
 def upernet(model: adaptkit.AdaptedModel, *, labels: int, width: int, ignore: int = 255) -> nn.Module:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from . import normalisation
+
 CONFIGS = Path(__file__).parent / "configs"
 OPTIONS_HELP = """e.g. '{"injector": false}'; with several adapters '{"lora": {...}, "vit-adapter": {...}}'"""
 
@@ -57,6 +59,7 @@ def parser(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentPars
     p.add_argument("--shuffle-buffer", type=int, default=1000, help="rows to draw from when streaming; 0: as they come")
     p.add_argument("--backbone", default="demo", help="demo, a timm name, hf-hub:..., org/repo, or a local folder")
     p.add_argument("--random-backbone", action=argparse.BooleanOptionalAction, default=False, help="for comparison")
+    normalisation.options(p)
     p.add_argument("--adapter", nargs="+", default=["none"], metavar="NAME", help="one or several, see `adaptkit list`")
     p.add_argument("--adapter-options", type=json.loads, default={}, metavar="JSON", help=OPTIONS_HELP)
     p.add_argument("--steps", type=int, default=400, help="optimiser steps")
@@ -106,6 +109,10 @@ def read(p: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.
     if (getattr(args, "crop_features", None) or getattr(args, "flip_features", False)) and args.streaming:
         p.error("--crop-features and --flip-features know an image by its number, and a stream has none: give "
                 "--no-streaming, or leave them out")  # fmt: skip
+    try:
+        normalisation.given(args)
+    except ValueError as error:
+        p.error(str(error))
     return args
 
 

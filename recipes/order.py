@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import count
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
+from .pictures import read_row
+
 
 class Rows(Dataset, ABC):
     """Rows of a ``datasets.Dataset`` or ``IterableDataset``, made into samples.
@@ -17,15 +20,25 @@ class Rows(Dataset, ABC):
     What is random in a sample depends on seed, epoch and index: not on workers, ranks or the steps of this run.
     """
 
-    def __init__(self, data: Any, seed: int = 0) -> None:
-        self.data, self.seed = data, seed
+    def __init__(self, data: Any, seed: int = 0, name: str = "") -> None:
+        self.data, self.seed, self.name = undecoded(data), seed, name
 
     @abstractmethod
     def make(self, row: dict[str, Any]) -> Any:
-        """Row, images decoded -> sample, e.g. (image (3, H, W), target). Random numbers come from torch's state."""
+        """Row, pictures read (``pictures.Picture``) -> sample, e.g. (image (3, H, W), target).
+
+        Random numbers come from torch's state.
+        """
+
+    def read(self, row: dict[str, Any], index: int, pixels: bool = True) -> dict[str, Any]:
+        """Read the pictures of the row, or their sizes alone; an error names the set, the row and the column."""
+        if not isinstance(row, dict):
+            return row
+        return read_row(row, f"{self.name}: row {index}" if self.name else f"row {index}", pixels)
 
     def sample(self, row: dict[str, Any], epoch: int, index: int) -> Any:
         """Make the sample that is at this index in this epoch."""
+        row = self.read(row, index)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + index)
             return self.make(row)
@@ -105,28 +118,34 @@ class Stream(IterableDataset):
                 if skip > 0:
                     skip -= 1
                     continue
-                row = decoded({k: v[0] for k, v in rows.items()})
-                yield self.rows.sample(row, epoch, index * nodes + node)
+                yield self.rows.sample({k: v[0] for k, v in rows.items()}, epoch, index * nodes + node)
             if index < 0 and self.endless:
                 raise ValueError(f"the stream has no row for reader {node} of {nodes}; use fewer processes or workers")
 
 
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Say what a worker of a ``DataLoader`` could not read as the main process says it: without its traceback."""
+    try:
+        yield
+    except ValueError as error:
+        wrapped, _, message = str(error).rpartition("\nValueError: ")
+        if "DataLoader worker" not in wrapped:
+            raise
+        raise ValueError(message.strip()) from error
+
+
 def undecoded(data: Any) -> Any:
-    """Return the stream with its images as they are stored, so that skipping and renaming cost no decoding."""
+    """Return the data with their images as they are stored.
+
+    ``pictures`` reads them, for ``datasets`` does not say which row was torn; and skipping and renaming cost nothing.
+    """
     import datasets
 
-    for column, feature in data.features.items():
+    for column, feature in (getattr(data, "features", None) or {}).items():
         if isinstance(feature, datasets.Image):
             data = data.cast_column(column, datasets.Image(decode=False))
     return data
-
-
-def decoded(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the row with its stored images opened."""
-    import datasets
-
-    stored = {k for k, v in row.items() if isinstance(v, dict) and v.keys() == {"bytes", "path"}}
-    return {k: datasets.Image().decode_example(v) if k in stored else v for k, v in row.items()}
 
 
 def shuffled(data: Any, seed: int, buffer: int) -> Any:

@@ -21,7 +21,9 @@ import adaptkit
 from adaptkit.hosts import create_backbone
 
 from . import network
+from .data import warn_unseen
 from .engine import Task, run
+from .normalisation import source_of
 from .options import adapters, command, parser, read
 from .panoptic_data import PanopticData, Segments, locate, read_segments, stacked
 
@@ -52,7 +54,10 @@ def segments(args: argparse.Namespace, train: bool) -> Segments:
 
 
 def build(args: argparse.Namespace) -> network.Network:
-    categories = segments(args, True).categories  # the data is checked before anything is built
+    rows, categories = segments(args, True)  # the data is checked before anything is built
+    seen = {label for row in rows for label, crowd in row["segments"].values() if not crowd}
+    unseen = [str(c.get("name", c["id"])) for i, c in enumerate(categories) if i not in seen]
+    warn_unseen(unseen, len(categories), "--train", f"{len(rows)} images", "check the categories of the JSON file")
     found = segments(args, False).categories
     if [(c["id"], c["isthing"]) for c in found] != [(c["id"], c["isthing"]) for c in categories]:
         raise ValueError("--val and --train do not have the same categories (id and isthing of each)")
@@ -64,13 +69,14 @@ def build(args: argparse.Namespace) -> network.Network:
 
 
 def data(args: argparse.Namespace, model: Any, train: bool) -> PanopticData:
-    return PanopticData(segments(args, train), args.size, model.vit.source(), args.seed, train)
+    return PanopticData(segments(args, train), args.size, source_of(model.vit, args), args.seed, train)
 
 
 def loss(model: nn.Module, batch: Any, args: argparse.Namespace) -> Tensor:
     image, targets = batch
     found = model(image, mask_labels=[t["masks"] for t in targets], class_labels=[t["labels"] for t in targets])
-    return found.loss.sum()  # transformers gives it a dimension of one
+    labelled = any(len(t["labels"]) for t in targets)  # where none of a batch is, there is nothing to be right about
+    return found.loss.sum() * labelled  # transformers gives it a dimension of one
 
 
 # ------------------------------------------------------------------------------------------------------ predict

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -16,8 +15,9 @@ from torchvision.transforms import v2
 from adaptkit.vit import Source
 
 from .coco import MOST, check_images, image_row, read_json
-from .data import IMAGENET
+from .normalisation import normalise
 from .order import Rows
+from .pictures import framed, read, turned
 
 
 class Segments(NamedTuple):
@@ -79,12 +79,7 @@ def check_maps(rows: list[dict[str, Any]], flag: str) -> None:
     if lost:
         raise ValueError(f"{flag}: {len(lost)} of {len(rows)} panoptic PNG files are missing, e.g. {lost[0]}")
     for row in rows[:MOST]:
-        ids = segment_ids(row["map"])
-        if ids.shape != (row["height"], row["width"]):
-            raise ValueError(
-                f"{flag}: {row['map']} is {ids.shape[0]} x {ids.shape[1]} pixels, its image "
-                f"{row['height']} x {row['width']}"
-            )
+        ids = segment_ids(row["map"], (row["height"], row["width"]))
         shown, listed = {int(v) for v in np.unique(ids)} - {0}, set(row["segments"])
         if shown != listed:
             more = f"shows {sorted(shown - listed)[:3]} that the JSON does not list" if shown - listed else ""
@@ -92,13 +87,23 @@ def check_maps(rows: list[dict[str, Any]], flag: str) -> None:
             raise ValueError(f"{flag}: {row['map']} {' and '.join(s for s in (more, less) if s)}")
 
 
-def segment_ids(path: Path) -> np.ndarray:
-    """Read a panoptic PNG file: (H, W) int64 ids, red + 256 green + 65536 blue; 0 is unlabelled."""
-    try:
-        with Image.open(path) as file:
-            colours = np.asarray(file.convert("RGB")).astype(np.int64)
-    except OSError as error:
-        raise ValueError(f"{path} is not an image ({error})") from error
+def segment_ids(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Read a panoptic PNG file: (H, W) int64 ids, red + 256 green + 65536 blue; 0 is unlabelled.
+
+    Raises ``ValueError`` where it is no picture of eight bits a colour, or of another ``size`` (H, W) than its image.
+    """
+    picture = read(path)
+    if picture.wide is not None or picture.image.mode not in ("RGB", "RGBA", "P"):
+        raise ValueError(
+            f"{picture.name} has the mode {picture.image.mode}{' in 16 bits' if picture.wide else ''}: a panoptic map "
+            "has colours of 8 bits (red + 256 green + 65536 blue is the id of a segment); is it a mask of classes?"
+        )
+    colours = turned(np.asarray(picture.image.convert("RGB")), picture.turn).astype(np.int64)
+    if size is not None and colours.shape[:2] != size:
+        raise ValueError(
+            f"{picture.name} is {colours.shape[0]} x {colours.shape[1]} pixels, its image {size[0]} x {size[1]}; "
+            "pair it with its own image"
+        )
     return colours @ np.array([1, 256, 65536])
 
 
@@ -114,9 +119,8 @@ class PanopticData(Rows):
         self, data: Segments, size: tuple[int, int], source: Source, seed: int = 0, train: bool = False
     ) -> None:
         super().__init__(data.rows, seed)
-        mean, std = (source.mean, source.std) if source.mean else IMAGENET
         self.train, aspect = train, size[1] / size[0]
-        steps: list[Any] = [v2.ToImage(), v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
+        steps: list[Any] = [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
         if train:
             steps += [
                 v2.RandomResizedCrop(size, scale=(0.4, 1.0), ratio=(0.8 * aspect, 1.25 * aspect), antialias=True),
@@ -125,13 +129,12 @@ class PanopticData(Rows):
             ]
         else:
             steps += [v2.Resize(size, antialias=True)]
-        self.transform = v2.Compose([*steps, v2.Normalize(list(mean), list(std))])
+        self.transform = v2.Compose([*steps, normalise(source)])
 
     def make(self, row: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Row -> sample."""
-        with Image.open(row["path"]) as file:
-            image = file.convert("RGB")
-        ids = torch.from_numpy(segment_ids(row["map"]))
+        image = framed(read(row["path"]), (row["height"], row["width"]))
+        ids = torch.from_numpy(segment_ids(row["map"], (row["height"], row["width"])))
         counted = {k: label for k, (label, crowd) in row["segments"].items() if not crowd}
         if not self.train:
             labels = torch.full_like(ids, -1)

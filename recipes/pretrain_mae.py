@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from adaptkit.demo.canvas import Canvas
 from adaptkit.demo.formula import FAMILIES, boundaries, crops, draw
 
+from .devices import together
 from .muon import Muon
 
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -349,8 +350,7 @@ def main() -> None:
     if args.image_size % 16:
         raise ValueError(f"--image-size is {args.image_size}, patches are 16 pixels wide; give a multiple of 16")
     waiting = DistributedDataParallelKwargs(find_unused_parameters=True)  # blocks that are not in use yet
-    here = not torch.accelerator.is_available()  # said aloud, or two CPU processes would not know of each other
-    accelerator = Accelerator(cpu=here, mixed_precision=args.precision, kwargs_handlers=[waiting])
+    accelerator = together(Accelerator, mixed_precision=args.precision, kwargs_handlers=[waiting])
     model = build(args)
     args.out.mkdir(parents=True, exist_ok=True)
     run = train(args, accelerator, model)

@@ -24,6 +24,7 @@ from adaptkit.hosts import create_backbone
 from . import network, semantic
 from .data import SegmentationData, check_labels, label_table, open_dataset
 from .engine import Task, run
+from .normalisation import source_of
 from .options import adapters, command, makes_pyramid, parser, read, validation
 
 
@@ -60,14 +61,17 @@ def data(args: argparse.Namespace, model: Any, train: bool) -> SegmentationData:
     name, split, option = (args.train, "train", "--train") if train else (validation(args), "validation", "--val")
     opened = open_dataset(name, split, (args.image_column, args.mask_column), args.streaming)
     labels = label_table(args.label_map, args.reduce_zero_label, args.ignore_index)
-    rows = SegmentationData(opened, args.size, model.vit.source(), args.seed, train, labels)
-    check_labels(rows, args.num_classes, args.ignore_index, option)
+    may_be = {"labels": labels, "classes": args.num_classes, "ignore": args.ignore_index}
+    rows = SegmentationData(opened, args.size, source_of(model.vit, args), args.seed, train, **may_be, name=option)
+    check_labels(rows, args.num_classes, args.ignore_index, option, train=train)
     return rows
 
 
 def loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> Tensor:
+    """Cross entropy, the mean over the pixels with a label; zero where a batch has none."""
     image, mask = batch
-    return F.cross_entropy(model(image).logits.float(), mask, ignore_index=args.ignore_index)
+    total = F.cross_entropy(model(image).logits.float(), mask, ignore_index=args.ignore_index, reduction="sum")
+    return total / (mask != args.ignore_index).sum().clamp(min=1)
 
 
 def predict(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:

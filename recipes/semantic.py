@@ -33,9 +33,10 @@ def build(args: argparse.Namespace) -> network.Network:
 
 
 def pixel_loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> Tensor:
-    """Cross entropy of each pixel, and 0.4 times that of the auxiliary head."""
+    """Cross entropy of each pixel, and 0.4 times that of the auxiliary head; zero where no pixel has a label."""
     image, mask = batch
-    return model(image, labels=mask).loss
+    known = (mask != args.ignore_index).any()
+    return model(image, labels=torch.where(known, mask, 0)).loss * known  # a mean over no pixel would be NaN
 
 
 def pixels(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -44,7 +45,7 @@ def pixels(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def set_loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> Tensor:
-    """Mask2Former's: each class in an image is one mask, matched with one query."""
+    """Mask2Former's: each class in an image is one mask, matched with one query; zero where no pixel has a label."""
     image, mask = batch
     present = [[int(v) for v in torch.unique(m) if v != args.ignore_index] for m in mask]
     masks = [
@@ -52,7 +53,7 @@ def set_loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) ->
         for m, p in zip(mask, present)
     ]
     labels = [torch.tensor(p, dtype=torch.int64, device=mask.device) for p in present]
-    return model(image, mask_labels=masks, class_labels=labels).loss.sum()
+    return model(image, mask_labels=masks, class_labels=labels).loss.sum() * any(present)
 
 
 def classes_of_queries(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from accelerate import PartialState
 from adaptkit.file import check_writable, write_atomic
 
 from . import classify
+from .devices import together
 from .engine import lasting
 from .options import command, parser, read
 
@@ -81,14 +82,14 @@ def run_task(task: str, found: Found, args: argparse.Namespace) -> dict[str, Any
     own.train, own.val, own.out = found.train, found.val, str(Path(args.out) / task)
     own.image_column = own.label_column = None
     own.num_classes, own.streaming = TASKS[task], False
-    done, asked = Path(own.out) / "done.json", lasting(own, PartialState().num_processes)
+    done, asked = Path(own.out) / "done.json", lasting(own, together(PartialState).num_processes)
     asked.pop("tasks")
     if args.resume and done.is_file():
         finished = json.loads(done.read_text())
         if finished["arguments"] == asked:
             return finished["result"]
     result = classify.fit(own, last=False)
-    if PartialState().is_main_process:
+    if together(PartialState).is_main_process:
         write_atomic(done, json.dumps({"arguments": asked, "result": result}).encode())
     return result
 
@@ -131,7 +132,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             f"{args.tasks[0]}/train.parquet with test.parquet"
         )
     results = {}
-    main_process = PartialState().is_main_process
+    main_process = together(PartialState).is_main_process
     for task, found in where.items():
         if found is None:
             if main_process:
@@ -144,7 +145,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         write_atomic(out / "result.json", (json.dumps(report, indent=2) + "\n").encode())
         write_atomic(out / "table.md", (table(scores) + "\n").encode())
         print("\n" + table(scores))
-    PartialState().destroy_process_group()
+    together(PartialState).destroy_process_group()
     return report
 
 

@@ -1,5 +1,6 @@
 """Push, load and from_pretrained, through the real client against a Hub on loopback."""
 
+import json
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ from hub_server import Hub, Repo
 import adaptkit
 from adaptkit.file import CARD, CONFIG, WEIGHTS
 from adaptkit.hosts import create_backbone
+from adaptkit.registry import view
 
 hf = pytest.importorskip("huggingface_hub")
 pytest.importorskip("transformers")
@@ -320,6 +322,19 @@ def test_from_pretrained_builds_the_recorded_backbone_at_the_recorded_revision(h
     assert same(again(x), model(x))
     assert list((tmp_path / "another cache").glob(f"models--meta--tiny-dinov2/snapshots/{sha}/model.safetensors"))
     assert hf.ModelCard(hub.files("acme/roads")[CARD].decode()).data.base_model == "meta/tiny-dinov2"
+
+
+def test_the_backbone_comes_with_the_normalisation_of_its_image_processor(hub, backbone_files, tmp_path):
+    said = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    hub.put("meta/tiny-dinov2", {**backbone_files, "preprocessor_config.json": json.dumps(said).encode()})
+    for download in ({}, {"cache_dir": tmp_path / "another cache"}):
+        source = view(create_backbone("meta/tiny-dinov2", **download)).source()
+        assert (source.mean, source.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def test_a_backbone_without_an_image_processor_says_nothing_of_normalisation(hub, backbone_files):
+    hub.put("meta/tiny-dinov2", backbone_files)
+    assert view(create_backbone("meta/tiny-dinov2")).source().mean == ()
 
 
 @torch.no_grad()

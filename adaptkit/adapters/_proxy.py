@@ -167,7 +167,7 @@ def in_place(edges: Sequence[tuple[nn.Module, str, nn.Module]]) -> bool:
 
 def missing(host: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
     """Return the paths whose modules are nowhere in the tree any more: somebody has replaced them."""
-    there = {id(module) for module in host.modules()}
+    there = {i for module in host.modules() for i in (id(module), id(own_layer(module)))}
     return [path for path, module in modules.items() if id(module) not in there]
 
 
@@ -180,7 +180,7 @@ def edges(host: nn.Module, modules: Iterable[nn.Module]) -> list[tuple[nn.Module
         if id(module) not in leads:
             leads[id(module)] = False
             below = [visit(child) for child in module._modules.values() if child is not None]
-            leads[id(module)] = id(module) in wanted or any(below)
+            leads[id(module)] = bool({id(module), id(own_layer(module))} & wanted) or any(below)
         return leads[id(module)]
 
     visit(host)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from adaptkit.checkpointing import Checkpointed
+
 __all__ = ["recompute"]
 
 _KEPT = [
@@ -25,8 +27,11 @@ _KEPT = [
 
 
 def recompute(active: bool, run: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Return ``run(*args)``; if ``active`` and gradients are wanted, keep the arguments alone for the backward pass."""
-    if not active or not torch.is_grad_enabled():
+    """Return ``run(*args)``; if ``active`` and gradients are wanted, keep the arguments alone for the backward pass.
+
+    A block that is checkpointed keeps less than that already.
+    """
+    if not active or isinstance(run, Checkpointed) or not torch.is_grad_enabled():
         return run(*args)
     contexts = partial(create_selective_checkpoint_contexts, _KEPT)
     return checkpoint(run, *args, use_reentrant=False, context_fn=contexts)

@@ -156,14 +156,14 @@ class Interaction(nn.Module):
 class SpatialPrior(nn.Module):
     """A small ResNet-like stem (paper, section 3.2): maps at strides 4, 8, 16 and 32, channels-last."""
 
-    def __init__(self, dim: int, inplane: int, norm: Norm, finest: bool = True) -> None:
-        """``finest=False`` leaves out what the map at stride 4 is projected by."""
+    def __init__(self, dim: int, inplane: int, norm: Norm, finest: bool = True, channels: int = 3) -> None:
+        """``finest=False`` leaves out what the map at stride 4 is projected by; ``channels`` are those of the image."""
         super().__init__()
 
         def conv(cin: int, cout: int, stride: int) -> list[nn.Module]:
             return [nn.Conv2d(cin, cout, 3, stride, 1, bias=False), norm2d(norm, cout), nn.ReLU(inplace=True)]
 
-        *stem, relu = [*conv(3, inplane, 2), *conv(inplane, inplane, 1), *conv(inplane, inplane, 1)]
+        *stem, relu = [*conv(channels, inplane, 2), *conv(inplane, inplane, 1), *conv(inplane, inplane, 1)]
         # The largest of what is positive is what is positive of the largest, on a quarter of the pixels.
         self.stem = nn.Sequential(*stem, nn.MaxPool2d(3, stride=2, padding=1), relu)
         self.conv2 = nn.Sequential(*conv(inplane, 2 * inplane, 2))
@@ -175,7 +175,7 @@ class SpatialPrior(nn.Module):
         self.fc4 = nn.Conv2d(4 * inplane, dim, 1)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(B, 3, H, W), sides multiples of 32 -> (B, inplane, H/4, W/4), which ``fc1`` is for, and three of width D."""
+        """(B, C, H, W), sides multiples of 32 -> (B, inplane, H/4, W/4), which ``fc1`` is for, and three of width D."""
         image = image.contiguous(memory_format=torch.channels_last)
         c1 = self._by_strips(image) if self._is_local(image) else self._stem(image)
         c2 = _narrower(self.conv2, c1)

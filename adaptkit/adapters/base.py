@@ -8,13 +8,15 @@ wrapped blocks. Nothing is written to ``self`` in a forward: what it gathers goe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from adaptkit.checkpointing import OFF, Checkpointed, Checkpointing, Trace
 from adaptkit.staged import StagedViT
 from adaptkit.vit import Block, Features, Fn, Source, View, ViT
 
@@ -22,7 +24,6 @@ __all__ = ["Adapter", "BlockAdapter", "SideAdapter", "Trace", "WeightAdapter", "
 
 #: A method of each sharded block: runs a function of its parts while its parameters are whole.
 RUN_WHOLE = "run_whole"
-Trace = dict[str, Tensor]  #: made by each forward, returned as ``Features.aux``
 
 
 class Adapter(nn.Module, ABC):
@@ -51,7 +52,10 @@ class BlockAdapter(Adapter):
 
     @abstractmethod
     def wrap(self, block: Block, index: int, trace: Trace) -> Fn:
-        """Return what runs in place of block ``index``: (B, P+N, D) -> (B, P+N, D)."""
+        """Return what runs in place of block ``index``: (B, P+N, D) -> (B, P+N, D).
+
+        Called once more, with a trace of its own, where a checkpointed block runs again in the backward pass.
+        """
 
 
 class SideAdapter(Adapter):
@@ -71,7 +75,7 @@ class SideAdapter(Adapter):
 
     @abstractmethod
     def forward(self, vit: ViT, image: Tensor, trace: Trace) -> Features:
-        """Image (B, 3, H, W) -> features, as ``vit.finish`` closes them."""
+        """Image (B, C, H, W) -> features, as ``vit.finish`` closes them."""
 
 
 class WeightAdapter(Adapter):
@@ -117,12 +121,21 @@ class WeightAdapter(Adapter):
         return tensors
 
 
-def wrapped(vit: View, adapters: Sequence[BlockAdapter], trace: Trace) -> View:
-    """Return ``vit`` with its blocks wrapped, for one forward."""
+def wrapped(vit: View, acting: Iterable[Adapter], trace: Trace) -> View:
+    """Return ``vit`` as these adapters see it in one forward: its blocks wrapped, and checkpointed where it is asked.
+
+    ``trace`` is made by each forward and returned as ``Features.aux``.
+    """
+    adapters = [adapter for adapter in acting if not isinstance(adapter, SideAdapter)]
+    wrappers = [adapter for adapter in adapters if isinstance(adapter, BlockAdapter)]
+    how = vit.how_checkpointing() if torch.is_grad_enabled() else OFF
+    if not wrappers and not how.every:
+        return vit
+    trained = how.every > 0 and any(p.requires_grad for m in (vit.host, *adapters) for p in m.parameters())
     if isinstance(vit, StagedViT):
-        return WrappedStages(vit, adapters, trace)
+        return WrappedStages(vit, wrappers, trace, how, trained)
     if isinstance(vit, ViT):
-        return WrappedViT(vit, adapters, trace)
+        return WrappedViT(vit, wrappers, trace, how, trained)
     raise TypeError(f"{type(vit).__name__} is neither a ViT nor a StagedViT; subclass one of them")
 
 
@@ -134,20 +147,37 @@ def _wrap(block: Block, index: int, adapters: Sequence[BlockAdapter], trace: Tra
 
 
 def _wrap_all(view: Any, blocks: Sequence[Block], first: int, grid: tuple[int, int]) -> list[Fn]:
-    """Wrap these blocks, the first of which has index ``first``."""
-    runs = [_wrap(replace(b, grid=grid), i, view.adapters, view.trace) for i, b in enumerate(blocks, first)]
-    sharded = view.vit.sharded
+    """Wrap these blocks, the first of which has index ``first``; checkpoint those that are."""
+    builds = [partial(_build, view, replace(b, grid=grid), i) for i, b in enumerate(blocks, first)]
+    how: Checkpointing = view.how
+    return [
+        Checkpointed(build, view.trace, view.trained, how.options) if how.of(i) else build(view.trace)
+        for i, build in enumerate(builds, first)
+    ]
+
+
+def _build(view: Any, block: Block, index: int, trace: Trace) -> Fn:
+    """Return a wrapped block that reports to this trace."""
+    run, sharded = _wrap(block, index, view.adapters, trace), view.vit.sharded
     if not sharded or not any(adapter.inside for adapter in view.adapters):
-        return runs
-    return [partial(getattr(sharded[i], RUN_WHOLE), run) for i, run in enumerate(runs, first)]
+        return run
+    return partial(getattr(sharded[index], RUN_WHOLE), run)
 
 
 class WrappedViT(ViT):
     """A view whose blocks are wrapped by block adapters, for one forward."""
 
-    def __init__(self, vit: ViT, adapters: Sequence[BlockAdapter], trace: Trace) -> None:
+    def __init__(
+        self,
+        vit: ViT,
+        adapters: Sequence[BlockAdapter],
+        trace: Trace,
+        how: Checkpointing = OFF,
+        trained: bool = True,
+    ) -> None:
+        """``trained``: whether a checkpointed block has something to train."""
         super().__init__(vit.host, vit.spec)
-        self.vit, self.adapters, self.trace = vit, adapters, trace
+        self.vit, self.adapters, self.trace, self.how, self.trained = vit, adapters, trace, how, trained
         self.positions, self.prefix_optional, self.splits = vit.positions, vit.prefix_optional, vit.splits
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -178,9 +208,18 @@ class WrappedViT(ViT):
 class WrappedStages(StagedViT):
     """A hierarchical view whose blocks are wrapped by block adapters, for one forward."""
 
-    def __init__(self, vit: StagedViT, adapters: Sequence[BlockAdapter], trace: Trace) -> None:
+    def __init__(
+        self,
+        vit: StagedViT,
+        adapters: Sequence[BlockAdapter],
+        trace: Trace,
+        how: Checkpointing = OFF,
+        trained: bool = True,
+    ) -> None:
+        """``trained``: whether a checkpointed block has something to train."""
         super().__init__(vit.host, vit.spec)
-        self.vit, self.adapters, self.trace, self.positions = vit, adapters, trace, vit.positions
+        self.vit, self.adapters, self.trace, self.how, self.trained = vit, adapters, trace, how, trained
+        self.positions = vit.positions
 
     def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """As the inner view."""

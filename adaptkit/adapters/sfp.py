@@ -79,7 +79,7 @@ class SimpleFeaturePyramid(SideAdapter):
         return ""
 
     def forward(self, vit: ViT, image: Tensor, trace: Trace) -> Features:
-        """Image (B, 3, H, W) -> features with maps (B, D, H/s, W/s), s of ``strides``, rounded up."""
+        """Image (B, C, H, W) -> features with maps (B, D, H/s, W/s), s of ``strides``, rounded up."""
         features = vit.features(image)
         x = tokens_to_map(features.tokens, features.grid).to(parameter_dtype(self.outputs))
         patch, (height, width) = vit.spec.patch, features.size

@@ -143,7 +143,7 @@ class ViTAdapter(SideAdapter):
         dim, groups = spec.dim, config.interaction_indexes or ()
         self.strides = config.strides
         self.level_embed = nn.Parameter(torch.zeros(3, dim))
-        self.spm = SpatialPrior(dim, config.conv_inplane, config.norm, finest=4 in config.strides)
+        self.spm = SpatialPrior(dim, config.conv_inplane, config.norm, 4 in config.strides, spec.channels)
         extra = [0] * (len(groups) - 1) + [config.extra_extractors]
         self.interactions = nn.ModuleList(Interaction(dim, config, n) for n in extra)
         self.up = nn.ConvTranspose2d(dim, dim, 2, 2) if 4 in config.strides else None
@@ -171,7 +171,7 @@ class ViTAdapter(SideAdapter):
         return "prefix='drop' runs the blocks without prefix tokens" if self.config.prefix == "drop" else ""
 
     def forward(self, vit: ViT, image: Tensor, trace: Trace) -> Features:
-        """Image (B, 3, H, W) -> features with maps (B, D, H/s, W/s), s of ``strides``, rounded up."""
+        """Image (B, C, H, W) -> features with maps (B, D, H/s, W/s), s of ``strides``, rounded up."""
         x, blocks = vit.begin(image)
         if self.config.prefix == "drop":
             x = x[:, self._droppable(vit) :]

@@ -2,31 +2,94 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from adaptkit.backbones._timm import class_name, joined
+from adaptkit.backbones._processor import normalisation
+from adaptkit.backbones._timm import class_name, is_bare, joined
+from adaptkit.tree import unwrapped
 from adaptkit.vit import Block, Perceptron, Projections, Source, Spec, ViT, identity
+
+#: Attribute of a model whose files lie in a cache of the Hub that is not the default one: the folder.
+HUB_CACHE = "_adaptkit_hub_cache"
 
 
 class HfViT(ViT):
     """A transformers base model. It has no classifier (a pooler is none) and its config knows its Hub id."""
+
+    def __init__(self, host: Any, spec: Spec) -> None:
+        super().__init__(host, spec)
+        self.origin = hf_source(host, spec.channels)
+
+    @abstractmethod
+    def layers(self) -> Any:
+        """Return the host's list of layers."""
+
+    def is_checkpointing(self) -> bool:
+        """As ``gradient_checkpointing_enable`` left it, layer by layer; the layers heed it in training mode alone."""
+        return any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers())
 
     def classify(self, x: Tensor) -> Tensor | None:
         """None."""
         return None
 
     def source(self) -> Source:
-        """From the config; the normalisation is kept elsewhere, by the image processor."""
+        """From the config, and the normalisation from the image processor beside the weights, read once."""
+        return self.origin or Source()
+
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """The host's own, and another."""
         config: Any = self.host.config
-        return Source(id=config._name_or_path or "", revision=getattr(config, "_commit_hash", None) or "")
+        return _pair(config.image_size), (3 * self.spec.patch, 5 * self.spec.patch)
+
+    def reference(self, image: Tensor) -> Tensor:
+        """``last_hidden_state``."""
+        return self._say(image)
+
+    def _say(self, image: Tensor, **options: Any) -> Tensor:
+        """Run the host and return the tokens that it gives; of a Backbone class its last map."""
+        host: Any = self.host
+        if not any(module._forward_hooks for module in host.modules()):
+            for module in host.modules():  # a copy comes without hooks: those that record hidden states are made anew
+                vars(module).pop("_output_capturing_hooks_installed", None)
+        said = host(image, **options)
+        tokens = getattr(said, "last_hidden_state", None)
+        if tokens is not None:
+            return tokens
+        if getattr(said, "feature_maps", None):
+            return said.feature_maps[-1].flatten(2).transpose(1, 2)
+        raise TypeError(f"its forward returns {type(said).__name__}, which has no last_hidden_state")
+
+    def interpolating(self, image: Tensor) -> dict[str, bool]:
+        """Return the option by which a host is told that its positions must be resampled."""
+        return {} if is_native(image, self.host.config.image_size) else {"interpolate_pos_encoding": True}
 
 
-def hf_spec(family: str, config: Any, layers: nn.ModuleList, prefix: int) -> Spec:
-    """Read a Spec from a transformers config."""
-    return Spec(family, config.hidden_size, len(layers), config.num_attention_heads, patch_side(config), prefix)
+def hf_source(model: Any, channels: int) -> Source:
+    """Read where a model that transformers loaded comes from, and what its image processor says.
+
+    Raises ``ValueError`` where the image processor's file is damaged.
+    """
+    name, commit = model.config._name_or_path or "", getattr(model.config, "_commit_hash", None) or ""
+    mean, std = normalisation(name, commit, channels, getattr(model, HUB_CACHE, None))
+    return Source(id=name, revision=commit, mean=mean, std=std)
+
+
+def tower(seen: HfViT, model: Any) -> HfViT:
+    """Return the view of a part of ``model``, with what the whole knows of its origin where the part knows nothing."""
+    if not seen.source().id:
+        seen.origin = hf_source(model, seen.spec.channels)
+    return seen
+
+
+def hf_spec(family: str, config: Any, layers: nn.ModuleList, prefix: int, kernel: Tensor) -> Spec:
+    """Read a Spec from a transformers config, and the channels of the image from the kernel (D, C, p, p) on it."""
+    sizes = (config.hidden_size, len(layers), config.num_attention_heads, patch_side(config), prefix)
+    return Spec(family, *sizes, kernel.shape[1])
 
 
 def patch_side(config: Any) -> int:
@@ -46,63 +109,72 @@ def _pair(x: Any) -> tuple[int, int]:
     return (x, x) if isinstance(x, int) else tuple(x)
 
 
-def vit_block(layer: Any) -> Block:
-    """A layer as in ViT, DeiT, MSN, MAE and I-JEPA."""
+def vit_block(outer: Any) -> Block:
+    """A layer as in ViT, DeiT, MSN, MAE and I-JEPA, maybe compiled or wrapped."""
+    layer: Any = unwrapped(outer)
     return Block(
-        run=layer,
+        run=outer,
         norm1=layer.layernorm_before,
         scale1=layer.dropout,
         norm2=layer.layernorm_after,
         mlp=layer.mlp,
         perceptron=partial(perceptron, layer.mlp),
         scale2=layer.dropout,
-        **attention_parts(layer.attention, layer.attention.o_proj, layer.attention.scaling),
+        **attention_parts(layer.attention, "o_proj", "scaling"),
     )
 
 
-def dino_block(layer: Any, **given: Any) -> Block:
-    """A layer as in DINOv2 and DINOv3, called with these keywords."""
+def dino_block(outer: Any, **given: Any) -> Block:
+    """A layer as in DINOv2 and DINOv3, maybe compiled or wrapped, called with these keywords."""
+    layer: Any = unwrapped(outer)
     return Block(
-        run=partial(layer, **given),
+        run=partial(outer, **given),
         norm1=layer.norm1,
         scale1=joined(layer.layer_scale1, layer.drop_path),
         norm2=layer.norm2,
         mlp=layer.mlp,
         perceptron=partial(perceptron, layer.mlp),
         scale2=joined(layer.layer_scale2, layer.drop_path),
-        **attention_parts(layer.attention, layer.attention.o_proj, layer.attention.scaling, **given),
+        **attention_parts(layer.attention, "o_proj", "scaling", **given),
     )
 
 
-def clip_block(layer: Any) -> Block:
-    """A layer as in CLIP and SigLIP, whose mask is no optional argument."""
+def clip_block(outer: Any) -> Block:
+    """A layer as in CLIP and SigLIP, maybe compiled or wrapped, whose mask is no optional argument."""
+    layer: Any = unwrapped(outer)
     return Block(
-        run=partial(layer, attention_mask=None),
+        run=partial(outer, attention_mask=None),
         norm1=layer.layer_norm1,
         scale1=identity,
         norm2=layer.layer_norm2,
         mlp=layer.mlp,
         perceptron=partial(perceptron, layer.mlp),
         scale2=identity,
-        **attention_parts(layer.self_attn, layer.self_attn.out_proj, layer.self_attn.scale),
+        **attention_parts(layer.self_attn, "out_proj", "scale"),
     )
 
 
-def attention_parts(attn: Any, proj: nn.Module, scale: float, **given: Any) -> dict[str, Any]:
-    """``attn``, ``qkv``, ``out`` and ``scale`` of a Block; ``given`` are the keywords the attention is called with."""
+def attention_parts(outer: Any, proj: str, scale: str, **given: Any) -> dict[str, Any]:
+    """``attn``, ``qkv``, ``out`` and ``scale`` of a Block; ``given`` are the keywords the attention is called with.
+
+    ``outer``: the attention as it runs, maybe compiled or wrapped. ``proj``, ``scale``: how it calls these.
+    """
+    attn: Any = unwrapped(outer)
     return {
-        "attn": partial(_attend, attn, given),
+        "attn": partial(_attend, outer, given),
         "qkv": partial(project_qkv, attn),
-        "out": partial(_out, proj),
-        "scale": scale,
-        "projections": partial(_projections, attn, proj),
+        "out": partial(_out, getattr(attn, proj)),
+        "scale": getattr(attn, scale),
+        "projections": partial(_projections, outer, getattr(attn, proj)),
     }
 
 
 def _projections(attn: Any, proj: nn.Module) -> Projections | None:
     """Return the weights by head; None where a layer is no plain linear one, LoRA for instance."""
+    if not is_bare(attn, type(unwrapped(attn))):
+        return None
     layers = (attn.q_proj, attn.k_proj, attn.v_proj)
-    if any(type(layer) is not nn.Linear for layer in (*layers, proj)):
+    if not all(is_bare(layer, nn.Linear) for layer in (*layers, proj)):
         return None
     out: Any = proj
     heads = layers[0].out_features // attn.head_dim
@@ -115,8 +187,8 @@ def perceptron(mlp: Any) -> Perceptron | None:
     """See an MLP of transformers layer by layer; None for one with a gate, or layers that are replaced (LoRA)."""
     if not class_name(mlp).endswith("MLP") or not all(hasattr(mlp, name) for name in ("fc1", "activation_fn", "fc2")):
         return None
-    plain = type(mlp.fc1) is type(mlp.fc2) is nn.Linear
-    return Perceptron(mlp.fc1, mlp.activation_fn, mlp.fc2) if plain else None
+    bare = is_bare(mlp, type(unwrapped(mlp))) and is_bare(mlp.fc1, nn.Linear) and is_bare(mlp.fc2, nn.Linear)
+    return Perceptron(mlp.fc1, mlp.activation_fn, mlp.fc2) if bare else None
 
 
 def project_qkv(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,27 +10,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.vit import Fn, Perceptron, Projections, Source, identity
+from adaptkit.tree import unwrapped
+from adaptkit.vit import Fn, Perceptron, Projections, Source, View, identity
+
+REMEDY = (
+    "use a backbone without it, or register a family of its own: subclass adaptkit.vit.ViT and decorate it with "
+    "@adaptkit.register_family('package.module.Class')"
+)
 
 
 def class_name(module: nn.Module) -> str:
     """Return the name of a module's class; of a sharded one (FSDP2 derives a class) of what it was."""
-    return next(c.__name__ for c in type(module).__mro__ if not c.__name__.startswith("FSDP"))
+    return next(c.__name__ for c in type(unwrapped(module)).__mro__ if not c.__name__.startswith("FSDP"))
+
+
+def is_bare(module: Any, cls: type[nn.Module]) -> bool:
+    """Whether a module is of exactly this class and nothing else acts when it runs: no wrapper, hook or own forward.
+
+    Only then may its weights be read in place of running it, and only if they are plain numbers (torchao's are not).
+    """
+    acts = (module._forward_hooks, module._forward_pre_hooks, module._compiled_call_impl, vars(module).get("forward"))
+    plain = all(type(p) in (Tensor, nn.Parameter) for p in module.parameters(recurse=False))
+    return type(module) is cls and plain and not any(acts)
 
 
 def patch_side(host: Any) -> int:
     """Return the side of the square patch; ``TypeError`` for another patch embedding or oblong patches."""
     embed = host.patch_embed
-    if type(embed).__name__ not in ("PatchEmbed", "PatchEmbedWithSize"):
-        raise TypeError(f"patch embedding {type(embed).__name__} is no plain strided convolution (PatchEmbed)")
+    if not any(c.__name__ in ("PatchEmbed", "PatchEmbedWithSize") for c in type(embed).__mro__):
+        raise TypeError(
+            f"patch embedding {type(embed).__name__} is no plain strided convolution (PatchEmbed), which the adapters' "
+            f"grid and the resizing of positions rest on; {REMEDY}"
+        )
     height, width = embed.patch_size
     if height != width:
         raise TypeError(f"patches of {height}x{width} pixels are not square; an adapter needs one patch side")
     return int(height)
 
 
+def channels(host: Any) -> int:
+    """Return how many channels the image has, by the kernel (D, C, p, p) that reads it."""
+    return int(host.patch_embed.proj.weight.shape[1])
+
+
 def patchify(host: Any, image: Tensor) -> Tensor:
-    """(B, 3, h*p, w*p) -> (B, h*w, D): timm's PatchEmbed without its fixed-size assertions."""
+    """(B, C, h*p, w*p) -> (B, h*w, D): timm's PatchEmbed without its fixed-size assertions."""
     embed = host.patch_embed
     return embed.norm(embed.proj(image).flatten(2).transpose(1, 2))
 
@@ -57,11 +82,13 @@ def add_prefix_and_positions(host: Any, x: Tensor, grid: tuple[int, int]) -> Ten
     """(B, h*w, D) -> (B, P + h*w, D), positions added before or after the prefix joins, as the host does."""
     prefix = [t.expand(x.shape[0], -1, -1) for t in prefix_tokens(host)]
     no_embed_class = getattr(host, "no_embed_class", False)
-    if host.pos_embed is None:
-        return torch.cat([*prefix, x], dim=1)
-    if no_embed_class:
-        return torch.cat([*prefix, x + resampled_positions(host, grid, 0)], dim=1)
-    return torch.cat([*prefix, x], dim=1) + resampled_positions(host, grid, host.num_prefix_tokens)
+    if host.pos_embed is not None and no_embed_class:
+        x = x + resampled_positions(host, grid, 0)
+    if prefix:  # with none, a copy would lay the tokens out otherwise than the host has them, and sums round otherwise
+        x = torch.cat([*prefix, x], dim=1)
+    if host.pos_embed is not None and not no_embed_class:
+        x = x + resampled_positions(host, grid, host.num_prefix_tokens)
+    return x
 
 
 def split_qkv(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,8 +115,12 @@ def by_head(qkv: nn.Linear, proj: nn.Linear, heads: int, norms: tuple[Fn, Fn]) -
 
 def perceptron(mlp: Any) -> Perceptron | None:
     """See timm's Mlp layer by layer; None for another class, a norm inside, or layers that are replaced (LoRA)."""
-    plain = class_name(mlp) == "Mlp" and type(mlp.fc1) is type(mlp.fc2) is nn.Linear
-    return Perceptron(mlp.fc1, mlp.act, mlp.fc2) if plain and type(mlp.norm) is nn.Identity else None
+    from timm.layers import Mlp
+
+    if not (is_bare(mlp, Mlp) and type(mlp.norm) is nn.Identity):
+        return None
+    bare = is_bare(mlp.fc1, nn.Linear) and is_bare(mlp.fc2, nn.Linear)
+    return Perceptron(mlp.fc1, mlp.act, mlp.fc2) if bare else None
 
 
 def layer_scale(gamma: Tensor | None) -> Fn:
@@ -111,20 +142,73 @@ def _chain(parts: list[Fn], x: Tensor) -> Tensor:
     return x
 
 
+def block_list(blocks: Any) -> Sequence[Any]:
+    """Return the blocks of a host one by one; ``TypeError`` where they were compiled or wrapped all in one."""
+    if unwrapped(blocks) is not blocks:
+        raise TypeError(
+            f"the blocks are inside one {type(blocks).__name__}, and adapters run them one by one: compile or wrap "
+            "each (`for i, block in enumerate(blocks): blocks[i] = torch.compile(block)`), or the adapted model"
+        )
+    return blocks
+
+
+def head_count(host: Any) -> int:
+    """Return the heads of each block; ``TypeError`` where blocks have no attention, or different counts."""
+    attentions = [getattr(unwrapped(block), "attn", None) for block in block_list(host.blocks)]
+    if not attentions or any(attn is None for attn in attentions):
+        kinds = ", ".join(sorted({class_name(block) for block in host.blocks})) or "no block"
+        raise TypeError(
+            f"{kinds} is not of the form x + attn(norm(x)), x + mlp(norm(x)) (attention and FFN side by side, for "
+            f"instance); {REMEDY}"
+        )
+    counts = {unwrapped(attn).num_heads for attn in attentions}
+    if len(counts) != 1:
+        raise TypeError(f"blocks with different head counts {sorted(counts)} have no single Spec.heads; {REMEDY}")
+    return counts.pop()
+
+
+def timm_sizes(host: Any) -> Sequence[tuple[int, int]]:
+    """Return the size that the host was built for, and another where it takes any."""
+    size, patch = host.patch_embed.img_size, host.patch_embed.patch_size
+    sizes = [] if size is None else [(size[0], size[1])]
+    return sizes if getattr(host.patch_embed, "strict_img_size", True) else [*sizes, (3 * patch[0], 5 * patch[1])]
+
+
+def timm_answers(host: Any, tokens: Tensor) -> Sequence[Tensor]:
+    """Return what may come out of a host: logits or pooled features, or the tokens."""
+    return host.forward_head(tokens), tokens
+
+
 def classifier_logits(host: Any, x: Tensor) -> Tensor | None:
     """Normed tokens -> logits, or None for a host built with ``num_classes=0``."""
     return host.forward_head(x) if host.num_classes > 0 else None
 
 
-def timm_source(host: Any) -> Source:
-    """Read timm's ``pretrained_cfg``; the revision stands behind the Hub id where one was asked for."""
-    cfg = getattr(host, "pretrained_cfg", None) or {}
+def is_checkpointing(host: Any) -> bool:
+    """Whether ``set_grad_checkpointing`` was called on a host whose blocks are one list."""
+    return bool(getattr(host, "grad_checkpointing", False))
+
+
+def timm_source(view: View) -> Source:
+    """Read where the host of a view comes from."""
+    host: Any = view.host
+    return view.origin or cfg_source(getattr(host, "pretrained_cfg", None), host.num_classes, view.spec.channels)
+
+
+def cfg_source(cfg: dict[str, Any] | None, classes: int, channels: int) -> Source:
+    """Read timm's ``pretrained_cfg``; the revision stands behind the Hub id where one was asked for.
+
+    A host that was built for another number of ``channels`` keeps the normalisation of the first ones: it says nothing.
+    """
+    cfg = cfg or {}
     name, tag = cfg.get("architecture", ""), cfg.get("tag", "")
     hub_id, _, revision = (cfg.get("hf_hub_id") or "").partition("@")
+    mean, std = tuple(cfg.get("mean") or ()), tuple(cfg.get("std") or ())
+    known = len(mean) == len(std) == channels
     return Source(
         id=hub_id or (f"{name}.{tag}" if name and tag else name),
         revision=revision,
-        mean=tuple(cfg.get("mean", ())),
-        std=tuple(cfg.get("std", ())),
-        classes=host.num_classes,
+        mean=mean if known else (),
+        std=std if known else (),
+        classes=classes,
     )

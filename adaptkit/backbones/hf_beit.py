@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from adaptkit.backbones._hf import HfViT, attention_parts, hf_spec, perceptron
-from adaptkit.backbones._timm import joined, layer_scale
+from adaptkit.backbones._timm import block_list, joined, layer_scale
 from adaptkit.registry import register_family
+from adaptkit.tree import unwrapped
 from adaptkit.vit import Block
 
 
@@ -22,17 +23,22 @@ class HfBeit(HfViT):
     prefix_optional = False  # the bias has a row for the class token
 
     def __init__(self, host: Any) -> None:
-        super().__init__(host, hf_spec("hf-beit", host.config, host.layers, 1))
+        kernel = host.embeddings.patch_embeddings.projection.weight
+        super().__init__(host, hf_spec("hf-beit", host.config, host.layers, 1, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``host.embeddings``, which takes any size."""
         return self.host.embeddings(image)
 
+    def layers(self) -> Any:
+        """``host.layers``."""
+        return self.host.layers
+
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The host's layers, given the shared bias and the size of the image."""
         host: Any = self.host
         shared = None if host.shared_position_bias is None else host.shared_position_bias(grid)
-        return [_block(layer, shared, grid, tuple(image.shape[-2:])) for layer in host.layers]
+        return [_block(layer, shared, grid, tuple(image.shape[-2:])) for layer in block_list(self.layers())]
 
     def norm(self, x: Tensor) -> Tensor:
         """``host.layernorm``; the identity where the host norms after pooling."""
@@ -44,19 +50,20 @@ class HfBeit(HfViT):
         patch = host.embeddings.patch_embeddings.projection.weight
         return {
             "patch": patch,
-            "first": host.layers[0].layernorm_before.weight,
-            "last": host.layers[-1].layernorm_after.weight,
+            "first": unwrapped(host.layers[0]).layernorm_before.weight,
+            "last": unwrapped(host.layers[-1]).layernorm_after.weight,
         }
 
 
-def _block(layer: Any, shared: Tensor | None, grid: tuple[int, int], resolution: tuple[int, ...]) -> Block:
+def _block(outer: Any, shared: Tensor | None, grid: tuple[int, int], resolution: tuple[int, ...]) -> Block:
+    """``outer``: the layer as it runs, maybe compiled or wrapped; its parts are those of what is inside."""
+    layer: Any = unwrapped(outer)
     bias = shared
     if layer.relative_position_bias is not None:
         bias = layer.relative_position_bias(grid)
         bias = bias if shared is None else bias + shared
-    attn = layer.attention
     return Block(
-        run=partial(layer, attention_mask=shared, resolution=resolution),
+        run=partial(outer, attention_mask=shared, resolution=resolution),
         norm1=layer.layernorm_before,
         scale1=joined(layer.dropout, _scale(layer.lambda_1), layer.drop_path),
         norm2=layer.layernorm_after,
@@ -64,7 +71,7 @@ def _block(layer: Any, shared: Tensor | None, grid: tuple[int, int], resolution:
         perceptron=partial(perceptron, layer.mlp),
         scale2=joined(layer.dropout, _scale(layer.lambda_2), layer.drop_path),
         bias=bias,
-        **attention_parts(attn, attn.o_proj, attn.scaling, attention_mask=bias),
+        **attention_parts(layer.attention, "o_proj", "scaling", attention_mask=bias),
     )
 
 

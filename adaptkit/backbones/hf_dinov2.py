@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from adaptkit.backbones._hf import HfViT, dino_block, hf_spec
+from adaptkit.backbones._timm import block_list
 from adaptkit.registry import register_family
+from adaptkit.tree import unwrapped
 from adaptkit.vit import Block
 
 
@@ -24,15 +26,20 @@ class HfDinov2(HfViT):
     def __init__(self, host: Any) -> None:
         registers = getattr(host.embeddings, "register_tokens", None)
         prefix = 1 if registers is None else 1 + registers.shape[1]
-        super().__init__(host, hf_spec("hf-dinov2", host.config, host.encoder.layer, prefix))
+        kernel = host.embeddings.patch_embeddings.projection.weight
+        super().__init__(host, hf_spec("hf-dinov2", host.config, host.encoder.layer, prefix, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``host.embeddings``, which takes any size."""
         return self.host.embeddings(image)
 
+    def layers(self) -> Any:
+        """``host.encoder.layer``."""
+        return self.host.encoder.layer
+
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The host's layers."""
-        return [dino_block(layer) for layer in self.host.encoder.layer]
+        return [dino_block(layer) for layer in block_list(self.layers())]
 
     def norm(self, x: Tensor) -> Tensor:
         """``host.layernorm``."""
@@ -43,7 +50,7 @@ class HfDinov2(HfViT):
         host: Any = self.host
         layers = host.encoder.layer
         patch = host.embeddings.patch_embeddings.projection.weight
-        return {"patch": patch, "first": layers[0].norm1.weight, "last": layers[-1].norm2.weight}
+        return {"patch": patch, "first": unwrapped(layers[0]).norm1.weight, "last": unwrapped(layers[-1]).norm2.weight}
 
 
 @register_family(

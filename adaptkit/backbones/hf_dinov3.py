@@ -13,7 +13,9 @@ from torch import Tensor
 
 from adaptkit.backbones._hf import HfViT, dino_block, hf_spec, project_qkv
 from adaptkit.backbones._rotary import axial
+from adaptkit.backbones._timm import block_list
 from adaptkit.registry import register_family
+from adaptkit.tree import unwrapped
 from adaptkit.vit import Block, no_projections
 
 
@@ -28,26 +30,31 @@ class HfDINOv3(HfViT):
 
     def __init__(self, host: Any) -> None:
         prefix = 1 + host.embeddings.register_tokens.shape[1]
-        super().__init__(host, hf_spec("hf-dinov3", host.config, host.model.layer, prefix))
+        kernel = host.embeddings.patch_embeddings.weight
+        super().__init__(host, hf_spec("hf-dinov3", host.config, host.model.layer, prefix, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``host.embeddings``, which has no positions."""
         return self.host.embeddings(image)
 
+    def layers(self) -> Any:
+        """``host.model.layer``."""
+        return self.host.model.layer
+
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The host's layers, given the rotary angles of this grid."""
         host: Any = self.host
-        rope = host.rope_embeddings(image)
-        blocks = [dino_block(layer, position_embeddings=rope) for layer in host.model.layer]
+        layers, rope = block_list(self.layers()), host.rope_embeddings(image)
+        blocks = [dino_block(layer, position_embeddings=rope) for layer in layers]
         return [
             replace(
                 block,
-                qkv=partial(_qkv, layer.attention, rope),
-                qkv_at=partial(_qkv_at, layer.attention, rope),
+                qkv=partial(_qkv, unwrapped(unwrapped(layer).attention), rope),
+                qkv_at=partial(_qkv_at, unwrapped(unwrapped(layer).attention), rope),
                 rotate=partial(_turn, host.rope_embeddings, grid),
                 projections=no_projections,
             )
-            for block, layer in zip(blocks, host.model.layer)
+            for block, layer in zip(blocks, layers)
         ]
 
     def norm(self, x: Tensor) -> Tensor:
@@ -59,7 +66,7 @@ class HfDINOv3(HfViT):
         host: Any = self.host
         layers = host.model.layer
         patch = host.embeddings.patch_embeddings.weight
-        return {"patch": patch, "first": layers[0].norm1.weight, "last": layers[-1].norm2.weight}
+        return {"patch": patch, "first": unwrapped(layers[0]).norm1.weight, "last": unwrapped(layers[-1]).norm2.weight}
 
 
 def _turn(rope: Any, grid: tuple[int, int], x: Tensor, places: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from adaptkit.backbones._timm import cfg_source
 from adaptkit.registry import register_family, view
 from adaptkit.vit import ViT
 
@@ -15,8 +16,16 @@ _WRAPPERS = "transformers.models.timm_wrapper.modeling_timm_wrapper"
     f"{_WRAPPERS}.TimmWrapperForImageClassification",
 )
 def timm_wrapper(model: Any) -> ViT:
-    """See the timm model inside; its ``host`` is that model."""
-    return view(model.timm_model)
+    """See the timm model inside; its ``host`` is that model.
+
+    transformers builds it by its architecture alone, so its own ``pretrained_cfg`` is that of other weights; the one of
+    the weights is in the wrapper's config, where there is one.
+    """
+    seen: ViT = view(model.timm_model)
+    classes: int = model.timm_model.num_classes
+    known = cfg_source(getattr(model.config, "pretrained_cfg", None), classes, seen.spec.channels)
+    seen.origin = known if known.id else known._replace(id=model.config._name_or_path or "")
+    return seen
 
 
 @register_family("transformers.models.timm_backbone.modeling_timm_backbone.TimmBackbone")  # type: ignore[type-var]

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from adaptkit.backbones._hf import HfViT, hf_spec, is_native, vit_block
+from adaptkit.backbones._timm import block_list
 from adaptkit.registry import register_family
+from adaptkit.tree import unwrapped
 from adaptkit.vit import Block
 
 
@@ -26,20 +28,29 @@ class HfPlainViT(HfViT):
     def __init__(self, host: Any) -> None:
         embeddings = host.embeddings
         prefix = embeddings.position_embeddings.shape[1] - embeddings.patch_embeddings.num_patches
-        super().__init__(host, hf_spec("hf-vit", host.config, host.layers, prefix))
+        kernel = embeddings.patch_embeddings.projection.weight
+        super().__init__(host, hf_spec("hf-vit", host.config, host.layers, prefix, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``host.embeddings``, with its own interpolation at another size."""
         embeddings: Any = self.host.embeddings
         return embeddings(image, interpolate_pos_encoding=not is_native(image, embeddings.image_size))
 
+    def layers(self) -> Any:
+        """``host.layers``."""
+        return self.host.layers
+
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The host's layers."""
-        return [vit_block(layer) for layer in self.host.layers]
+        return [vit_block(layer) for layer in block_list(self.layers())]
 
     def norm(self, x: Tensor) -> Tensor:
         """``host.layernorm``."""
         return self.host.layernorm(x)
+
+    def reference(self, image: Tensor) -> Tensor:
+        """``last_hidden_state``."""
+        return self._say(image, **self.interpolating(image))
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
@@ -47,6 +58,6 @@ class HfPlainViT(HfViT):
         patch = host.embeddings.patch_embeddings.projection.weight
         return {
             "patch": patch,
-            "first": host.layers[0].layernorm_before.weight,
-            "last": host.layers[-1].layernorm_after.weight,
+            "first": unwrapped(host.layers[0]).layernorm_before.weight,
+            "last": unwrapped(host.layers[-1]).layernorm_after.weight,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from adaptkit.backbones._hf import HfViT, hf_spec, is_native, vit_block
+from adaptkit.backbones._timm import block_list
 from adaptkit.registry import register_family
+from adaptkit.tree import unwrapped
 from adaptkit.vit import Block
 
 
@@ -20,7 +23,8 @@ class HfViTMAE(HfViT):
     positions = "bicubic"
 
     def __init__(self, host: Any) -> None:
-        super().__init__(host, hf_spec("hf-vit-mae", host.config, host.layers, 1))
+        kernel = host.embeddings.patch_embeddings.projection.weight
+        super().__init__(host, hf_spec("hf-vit-mae", host.config, host.layers, 1, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """The sum that ``host.embeddings`` forms before it masks."""
@@ -32,13 +36,26 @@ class HfViTMAE(HfViT):
         cls = embeddings.cls_token + positions[:, :1]
         return torch.cat([cls.expand(x.shape[0], -1, -1), x + positions[:, 1:]], dim=1)
 
+    def layers(self) -> Any:
+        """``host.layers``."""
+        return self.host.layers
+
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The host's layers."""
-        return [vit_block(layer) for layer in self.host.layers]
+        return [vit_block(layer) for layer in block_list(self.layers())]
 
     def norm(self, x: Tensor) -> Tensor:
         """``host.layernorm``."""
         return self.host.layernorm(x)
+
+    def reference(self, image: Tensor) -> Tensor:
+        """``last_hidden_state`` of a copy that masks nothing and shuffles nothing."""
+        embeddings: Any = self.host.embeddings
+        embeddings.config = copy.copy(embeddings.config)
+        embeddings.config.mask_ratio = 0.0
+        cells = self.grid(image)
+        noise = torch.arange(cells[0] * cells[1], device=image.device)[None]
+        return self._say(image, noise=noise, **self.interpolating(image))
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
@@ -46,6 +63,6 @@ class HfViTMAE(HfViT):
         patch = host.embeddings.patch_embeddings.projection.weight
         return {
             "patch": patch,
-            "first": host.layers[0].layernorm_before.weight,
-            "last": host.layers[-1].layernorm_after.weight,
+            "first": unwrapped(host.layers[0]).layernorm_before.weight,
+            "last": unwrapped(host.layers[-1]).layernorm_after.weight,
         }

@@ -7,21 +7,29 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptkit.backbones._timm import (
     add_prefix_and_positions,
+    block_list,
+    channels,
     classifier_logits,
     fused_qkv,
+    head_count,
+    is_checkpointing,
     joined,
     layer_scale,
     patch_side,
     patchify,
     perceptron,
+    timm_answers,
+    timm_sizes,
     timm_source,
 )
 from adaptkit.registry import register_family
+from adaptkit.tree import unwrapped
 from adaptkit.vit import Block, Source, Spec, ViT, identity
 
 
@@ -36,10 +44,11 @@ class TimmBeit(ViT):
 
     positions = "relative bias, resized as timm's set_window_size; absolute ones bicubic antialias"
     prefix_optional = False  # the bias has a row for the class token
+    rebuilds = True
 
     def __init__(self, host: Any) -> None:
-        heads = host.blocks[0].attn.num_heads
-        spec = Spec("timm-beit", host.embed_dim, len(host.blocks), heads, patch_side(host), host.num_prefix_tokens)
+        sizes = (host.embed_dim, len(host.blocks), head_count(host), patch_side(host), host.num_prefix_tokens)
+        spec = Spec("timm-beit", *sizes, channels(host))
         super().__init__(host, spec)
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -51,7 +60,7 @@ class TimmBeit(ViT):
         host: Any = self.host
         index = _other_index(host, grid)
         shared = None if host.rel_pos_bias is None else _bias(host.rel_pos_bias, grid, index)
-        return [_block(blk, shared, grid, index) for blk in host.blocks]
+        return [_block(blk, shared, grid, index) for blk in block_list(host.blocks)]
 
     def norm(self, x: Tensor) -> Tensor:
         """``host.norm``; the identity where timm norms after pooling (``fc_norm``)."""
@@ -61,15 +70,39 @@ class TimmBeit(ViT):
         """``host.forward_head`` where it has classes."""
         return classifier_logits(self.host, x)
 
+    def is_checkpointing(self) -> bool:
+        """As ``set_grad_checkpointing`` left it."""
+        return is_checkpointing(self.host)
+
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
         host: Any = self.host
-        first, last = host.blocks[0], host.blocks[-1]
+        first, last = unwrapped(host.blocks[0]), unwrapped(host.blocks[-1])
         return {"patch": host.patch_embed.proj.weight, "first": first.norm1.weight, "last": last.norm2.weight}
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
-        return timm_source(self.host)
+        return timm_source(self)
+
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """The host's own, and another where it takes any."""
+        return timm_sizes(self.host)
+
+    def reference(self, image: Tensor) -> Tensor:
+        """``host.forward_features``."""
+        return self.host.forward_features(image)
+
+    def answers(self, tokens: Tensor) -> Sequence[Tensor]:
+        """``host.forward_head`` of them, or the tokens."""
+        return timm_answers(self.host, tokens)
+
+    def accept(self, grid: tuple[int, int]) -> None:
+        """Give the bias tables of a copy the shape of this grid; their values do not matter there."""
+        host: Any = self.host
+        host.patch_embed.grid_size = grid
+        for holder in (host.rel_pos_bias, *(unwrapped(unwrapped(blk).attn) for blk in host.blocks)):
+            if holder is not None and holder.window_size is not None:
+                _take(holder, grid)
 
 
 def _other_index(host: Any, grid: tuple[int, int]) -> Tensor | None:
@@ -81,6 +114,22 @@ def _other_index(host: Any, grid: tuple[int, int]) -> Tensor | None:
     return gen_relative_position_index(grid, device=host.cls_token.device)
 
 
+def _take(holder: Any, grid: tuple[int, int]) -> None:
+    from timm.models.beit import gen_relative_position_index
+
+    table = holder.relative_position_bias_table
+    rows = _distances(grid)
+    values = torch.linspace(-1, 1, rows * table.shape[1]).view(rows, -1).to(table)
+    holder.window_size, holder.window_area = grid, grid[0] * grid[1]
+    holder.relative_position_bias_table = nn.Parameter(values, requires_grad=False)
+    holder.relative_position_index = gen_relative_position_index(grid, device=table.device)
+
+
+def _distances(grid: tuple[int, int]) -> int:
+    """Rows of a table: how two patches may lie, and class to patch, patch to class, class to class."""
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+
+
 def _bias(holder: Any, grid: tuple[int, int], index: Tensor | None) -> Tensor:
     """Look the bias up, (heads, 1+h*w, 1+h*w), in the table of an attention or of the whole model."""
     from timm.layers import resize_rel_pos_bias_table
@@ -89,21 +138,23 @@ def _bias(holder: Any, grid: tuple[int, int], index: Tensor | None) -> Tensor:
     if index is None:
         index = holder.relative_position_index
     else:
-        distances = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3  # and class to patch, patch to class, class to class
-        table = resize_rel_pos_bias_table(table, grid, (distances, table.shape[1]), old_window_size=holder.window_size)
+        shape = (_distances(grid), table.shape[1])
+        table = resize_rel_pos_bias_table(table, grid, shape, old_window_size=holder.window_size)
     return table.t().contiguous()[:, index]
 
 
-def _block(blk: Any, shared: Tensor | None, grid: tuple[int, int], index: Tensor | None) -> Block:
-    attn, bias = blk.attn, shared
+def _block(outer: Any, shared: Tensor | None, grid: tuple[int, int], index: Tensor | None) -> Block:
+    """``outer``: the block as it runs, maybe compiled or wrapped; its parts are those of what is inside."""
+    blk: Any = unwrapped(outer)
+    attn, bias = unwrapped(blk.attn), shared
     if attn.window_size is not None:
         bias = _bias(attn, grid, index)
         bias = bias if shared is None else bias + shared
     bias = None if bias is None else bias[None]  # four dimensions as timm's own: the CPU picks its kernel by that
     block = Block(
-        run=partial(blk, shared_rel_pos_bias=shared),
+        run=partial(outer, shared_rel_pos_bias=shared),
         norm1=blk.norm1,
-        attn=partial(attn, shared_rel_pos_bias=shared),
+        attn=partial(blk.attn, shared_rel_pos_bias=shared),
         scale1=joined(layer_scale(blk.gamma_1), blk.drop_path1),
         norm2=blk.norm2,
         mlp=blk.mlp,

@@ -12,18 +12,26 @@ from torch import Tensor
 
 from adaptkit.backbones._rotary import rotary_of_timm
 from adaptkit.backbones._timm import (
+    REMEDY,
     add_prefix_and_positions,
+    block_list,
+    channels,
     class_name,
     classifier_logits,
     fused_qkv,
+    head_count,
+    is_checkpointing,
     joined,
     layer_scale,
     patch_side,
     patchify,
     perceptron,
+    timm_answers,
+    timm_sizes,
     timm_source,
 )
 from adaptkit.registry import register_family
+from adaptkit.tree import unwrapped
 from adaptkit.vit import Block, Source, Spec, ViT, identity
 
 
@@ -35,10 +43,10 @@ class TimmEva(ViT):
     prefix_optional = False  # timm leaves the first P tokens unrotated, whatever they are
 
     def __init__(self, host: Any) -> None:
-        heads = host.blocks[0].attn.num_heads
-        spec = Spec("timm-eva", host.embed_dim, len(host.blocks), heads, patch_side(host), host.num_prefix_tokens)
+        sizes = (host.embed_dim, len(host.blocks), head_count(host), patch_side(host), host.num_prefix_tokens)
+        spec = Spec("timm-eva", *sizes, channels(host))
         super().__init__(host, spec)
-        self.splits = all(getattr(blk.attn, "gate", None) is None for blk in host.blocks)
+        self.splits = all(getattr(unwrapped(unwrapped(blk).attn), "gate", None) is None for blk in host.blocks)
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patches, prefix, absolute positions where there are any, ``norm_pre``."""
@@ -50,7 +58,7 @@ class TimmEva(ViT):
         host: Any = self.host
         rope = _rope(host, grid)
         per_block = rope if rope is not None and host.rope_mixed else [rope] * len(host.blocks)
-        blocks = [_block(blk, angles) for blk, angles in zip(host.blocks, per_block)]
+        blocks = [_block(blk, angles) for blk, angles in zip(block_list(host.blocks), per_block)]
         if rope is None:
             return blocks
         return [replace(b, rotate=partial(_turn, host.rope, grid, i)) for i, b in enumerate(blocks)]
@@ -63,15 +71,31 @@ class TimmEva(ViT):
         """``host.forward_head`` where it has classes."""
         return classifier_logits(self.host, x)
 
+    def is_checkpointing(self) -> bool:
+        """As ``set_grad_checkpointing`` left it."""
+        return is_checkpointing(self.host)
+
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
         host: Any = self.host
-        first, last = host.blocks[0], host.blocks[-1]
+        first, last = unwrapped(host.blocks[0]), unwrapped(host.blocks[-1])
         return {"patch": host.patch_embed.proj.weight, "first": first.norm1.weight, "last": last.norm2.weight}
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
-        return timm_source(self.host)
+        return timm_source(self)
+
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """The host's own, and another where it takes any."""
+        return timm_sizes(self.host)
+
+    def reference(self, image: Tensor) -> Tensor:
+        """``host.forward_features``."""
+        return self.host.forward_features(image)
+
+    def answers(self, tokens: Tensor) -> Sequence[Tensor]:
+        """``host.forward_head`` of them, or the tokens."""
+        return timm_answers(self.host, tokens)
 
 
 def _rope(host: Any, grid: tuple[int, int]) -> Tensor | None:
@@ -91,27 +115,28 @@ def _turn(rope: Any, grid: tuple[int, int], index: int, x: Tensor, places: Tenso
     return rotary_of_timm(rope, grid, index).turn(x, places)
 
 
-def _block(blk: Any, rope: Tensor | None) -> Block:
-    kind = class_name(blk)
+def _block(outer: Any, rope: Tensor | None) -> Block:
+    """``outer``: the block as it runs, maybe compiled or wrapped; its parts are those of what is inside."""
+    blk: Any = unwrapped(outer)
+    kinds = {cls.__name__ for cls in type(blk).__mro__}
+    if not kinds & {"EvaBlock", "EvaBlockPostNorm"}:
+        raise TypeError(f"timm's {class_name(blk)} is not of the form x + attn(norm(x)), x + mlp(norm(x)); {REMEDY}")
+    attn = unwrapped(blk.attn)
     parts = {
-        "run": partial(blk, rope=rope),
+        "run": partial(outer, rope=rope),
         "attn": partial(blk.attn, rope=rope),
         "mlp": blk.mlp,
         "perceptron": partial(perceptron, blk.mlp),
-        "qkv": partial(_qkv, blk.attn, rope),
-        "qkv_at": None if rope is None else partial(_qkv_at, blk.attn, rope),
-        "out": partial(_out, blk.attn),
+        "qkv": partial(_qkv, attn, rope),
+        "qkv_at": None if rope is None else partial(_qkv_at, attn, rope),
+        "out": partial(_out, attn),
     }
-    if kind == "EvaBlock":
-        scale1 = joined(layer_scale(blk.gamma_1), blk.drop_path1)
-        scale2 = joined(layer_scale(blk.gamma_2), blk.drop_path2)
-        return Block(norm1=blk.norm1, scale1=scale1, norm2=blk.norm2, scale2=scale2, **parts)
-    if kind == "EvaBlockPostNorm":  # x + norm(attn(x)): the norm stands where LayerScale does
+    if "EvaBlockPostNorm" in kinds:  # x + norm(attn(x)): the norm stands where LayerScale does
         scale1, scale2 = joined(blk.norm1, blk.drop_path1), joined(blk.norm2, blk.drop_path2)
         return Block(norm1=identity, scale1=scale1, norm2=identity, scale2=scale2, **parts)
-    raise TypeError(
-        f"timm's {kind} is not of the form x + attn(norm(x)), x + mlp(norm(x)), so it cannot be seen as one"
-    )
+    scale1 = joined(layer_scale(blk.gamma_1), blk.drop_path1)
+    scale2 = joined(layer_scale(blk.gamma_2), blk.drop_path2)
+    return Block(norm1=blk.norm1, scale1=scale1, norm2=blk.norm2, scale2=scale2, **parts)
 
 
 def _qkv_at(attn: Any, rope: Tensor, h: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:

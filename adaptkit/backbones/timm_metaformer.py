@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adaptkit.backbones._timm import joined, timm_source
+from adaptkit.backbones._timm import block_list, is_checkpointing, joined, timm_source
 from adaptkit.ops.grid import map_to_tokens, tokens_to_map
 from adaptkit.registry import register_family
 from adaptkit.staged import StagedSpec, StagedViT
+from adaptkit.tree import unwrapped
 from adaptkit.vit import Block, Fn, Source
 
 
@@ -31,7 +32,8 @@ class TimmMetaFormer(StagedViT):
             strides.append(strides[-1] * (1 if same else stage.downsample.conv.stride[0]))
         dims = tuple(info["num_chs"] for info in host.feature_info)
         depths = tuple(len(stage.blocks) for stage in host.stages)
-        super().__init__(host, StagedSpec("timm-metaformer", dims, depths, tuple(strides)))
+        channels = host.stem.conv.weight.shape[1]
+        super().__init__(host, StagedSpec("timm-metaformer", dims, depths, tuple(strides), channels))
 
     def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """``host.stem``."""
@@ -46,7 +48,9 @@ class TimmMetaFormer(StagedViT):
         """timm's own blocks; those on maps are given maps."""
         host: Any = self.host
         on_map = host.stages[stage].use_nchw
-        return [_block(blk, partial(_on_map, grid) if on_map else _as_is) for blk in host.stages[stage].blocks]
+        return [
+            _block(blk, partial(_on_map, grid) if on_map else _as_is) for blk in block_list(host.stages[stage].blocks)
+        ]
 
     def norm(self, x: Tensor) -> Tensor:
         """The identity: timm norms after pooling."""
@@ -56,15 +60,27 @@ class TimmMetaFormer(StagedViT):
         """``host.forward_head`` where it has classes."""
         return self.host.forward_head(tokens_to_map(x, grid)) if self.host.num_classes > 0 else None
 
+    def is_checkpointing(self) -> bool:
+        """As ``set_grad_checkpointing`` left it, stage by stage."""
+        return any(is_checkpointing(stage) for stage in self.host.stages)
+
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Stem kernel, and an MLP's weights in the first and the last block."""
         host: Any = self.host
-        first, last = host.stages[0].blocks[0], host.stages[-1].blocks[-1]
+        first, last = unwrapped(host.stages[0].blocks[0]), unwrapped(host.stages[-1].blocks[-1])
         return {"patch": host.stem.conv.weight, "first": first.mlp.fc1.weight, "last": last.mlp.fc2.weight}
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
-        return timm_source(self.host)
+        return timm_source(self)
+
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """Any."""
+        return [(2 * self.spec.patch, 3 * self.spec.patch)]
+
+    def reference(self, image: Tensor) -> Tensor:
+        """``host.forward_features``, its map as tokens."""
+        return map_to_tokens(self.host.forward_features(image))
 
 
 def _tokens(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -80,7 +96,9 @@ def _as_is(f: Fn, x: Tensor) -> Tensor:
     return f(x)
 
 
-def _block(blk: Any, on: Any) -> Block:
+def _block(outer: Any, on: Any) -> Block:
+    """``outer``: the block as it runs, maybe compiled or wrapped; its parts are those of what is inside."""
+    blk: Any = unwrapped(outer)
     parts: dict[str, Any] = {
         "norm1": blk.norm1,
         "attn": blk.token_mixer,
@@ -92,7 +110,7 @@ def _block(blk: Any, on: Any) -> Block:
     if not (isinstance(blk.res_scale1, nn.Identity) and isinstance(blk.res_scale2, nn.Identity)):
         parts = dict.fromkeys(parts, _no_equation)
     parts = {name: partial(on, f) for name, f in parts.items()}
-    return Block(run=partial(on, blk), qkv=_no_qkv, out=_no_qkv, **parts)
+    return Block(run=partial(on, outer), qkv=_no_qkv, out=_no_qkv, **parts)
 
 
 def _no_equation(x: Tensor) -> Any:

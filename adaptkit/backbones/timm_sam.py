@@ -6,10 +6,21 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from adaptkit.backbones._timm import joined, patch_side, patchify, timm_source
+from adaptkit.backbones._timm import (
+    block_list,
+    channels,
+    head_count,
+    is_checkpointing,
+    joined,
+    patch_side,
+    patchify,
+    timm_sizes,
+    timm_source,
+)
 from adaptkit.registry import register_family
+from adaptkit.tree import unwrapped
 from adaptkit.vit import Block, Source, Spec, ViT
 
 
@@ -26,8 +37,8 @@ class TimmSam(ViT):
     splits = False
 
     def __init__(self, host: Any) -> None:
-        heads = host.blocks[0].attn.num_heads
-        spec = Spec("timm-sam", host.embed_dim, len(host.blocks), heads, patch_side(host), 0)
+        heads = head_count(host)
+        spec = Spec("timm-sam", host.embed_dim, len(host.blocks), heads, patch_side(host), 0, channels(host))
         super().__init__(host, spec)
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -42,7 +53,7 @@ class TimmSam(ViT):
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """timm's own blocks, tokens unfolded to this grid."""
-        return [_block(blk, grid) for blk in self.host.blocks]
+        return [_block(blk, grid) for blk in block_list(self.host.blocks)]
 
     def norm(self, x: Tensor) -> Tensor:
         """The identity: SAM has a neck where others have a norm."""
@@ -52,20 +63,38 @@ class TimmSam(ViT):
         """None: the host classifies what leaves its neck."""
         return None
 
+    def is_checkpointing(self) -> bool:
+        """As ``set_grad_checkpointing`` left it."""
+        return is_checkpointing(self.host)
+
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
         host: Any = self.host
-        first, last = host.blocks[0], host.blocks[-1]
+        first, last = unwrapped(host.blocks[0]), unwrapped(host.blocks[-1])
         return {"patch": host.patch_embed.proj.weight, "first": first.norm1.weight, "last": last.norm2.weight}
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
-        return timm_source(self.host)
+        return timm_source(self)
+
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """The host's own, and another."""
+        return timm_sizes(self.host)
+
+    def reference(self, image: Tensor) -> Tensor:
+        """``host.forward_features`` of a copy, its neck taken off."""
+        host: Any = self.host
+        neck, host.neck = host.neck, nn.Identity()
+        tokens = host.forward_features(image).flatten(2).transpose(1, 2)
+        host.neck = neck
+        return tokens
 
 
-def _block(blk: Any, grid: tuple[int, int]) -> Block:
+def _block(outer: Any, grid: tuple[int, int]) -> Block:
+    """``outer``: the block as it runs, maybe compiled or wrapped; its parts are those of what is inside."""
+    blk: Any = unwrapped(outer)
     return Block(
-        run=partial(_on_map, blk, grid),
+        run=partial(_on_map, outer, grid),
         norm1=blk.norm1,
         attn=partial(_on_map, partial(_windowed, blk), grid),
         scale1=joined(blk.ls1, blk.drop_path1),

@@ -9,9 +9,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptkit.backbones._timm import timm_source
+from adaptkit.backbones._timm import block_list, channels, is_checkpointing, timm_source
 from adaptkit.registry import register_family
 from adaptkit.staged import StagedSpec, StagedViT
+from adaptkit.tree import unwrapped
 from adaptkit.vit import Block, Fn, Source
 
 
@@ -30,7 +31,7 @@ class TimmSwin(StagedViT):
         dims = tuple(info["num_chs"] for info in host.feature_info)
         strides = tuple(patch * 2**i for i in range(len(host.layers)))
         depths = tuple(len(layer.blocks) for layer in host.layers)
-        super().__init__(host, StagedSpec("timm-swin", dims, depths, strides))
+        super().__init__(host, StagedSpec("timm-swin", dims, depths, strides, channels(host)))
 
     def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """timm's PatchEmbed without its fixed-size assertions."""
@@ -45,7 +46,7 @@ class TimmSwin(StagedViT):
     def blocks(self, stage: int, grid: tuple[int, int]) -> Sequence[Block]:
         """timm's own blocks, tokens unfolded to this grid."""
         host: Any = self.host
-        return [_block(blk, grid) for blk in host.layers[stage].blocks]
+        return [_block(blk, grid) for blk in block_list(host.layers[stage].blocks)]
 
     def norm(self, x: Tensor) -> Tensor:
         """``host.norm``."""
@@ -55,27 +56,48 @@ class TimmSwin(StagedViT):
         """``host.forward_head`` where it has classes."""
         return self.host.forward_head(x.unflatten(1, grid)) if self.host.num_classes > 0 else None
 
+    def is_checkpointing(self) -> bool:
+        """As ``set_grad_checkpointing`` left it, stage by stage."""
+        return any(is_checkpointing(stage) for stage in self.host.layers)
+
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
         host: Any = self.host
-        first, last = host.layers[0].blocks[0], host.layers[-1].blocks[-1]
+        first, last = unwrapped(host.layers[0].blocks[0]), unwrapped(host.layers[-1].blocks[-1])
         return {"patch": host.patch_embed.proj.weight, "first": first.norm1.weight, "last": last.norm2.weight}
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
-        return timm_source(self.host)
+        return timm_source(self)
+
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """The host's own."""
+        size = self.host.patch_embed.img_size
+        return [] if size is None else [(size[0], size[1])]
+
+    def reference(self, image: Tensor) -> Tensor:
+        """``host.forward_features``, its map as tokens."""
+        return self.host.forward_features(image).flatten(1, 2)
+
+    def accept(self, grid: tuple[int, int]) -> None:
+        """Let the blocks of a copy make their masks anew, as a host does that is built for any size."""
+        for layer in self.host.layers:
+            for blk in layer.blocks:
+                unwrapped(blk).dynamic_mask = True
 
 
 def _tokens(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     return x.flatten(1, 2), (x.shape[1], x.shape[2])
 
 
-def _block(blk: Any, grid: tuple[int, int]) -> Block:
+def _block(outer: Any, grid: tuple[int, int]) -> Block:
+    """``outer``: the block as it runs, maybe compiled or wrapped; its parts are those of what is inside."""
+    blk: Any = unwrapped(outer)
     native = blk.dynamic_mask or grid == tuple(blk.input_resolution)
     block = Block(
-        run=partial(_on_map, blk, grid),
+        run=partial(_on_map, outer, grid),
         norm1=blk.norm1,
-        attn=partial(_on_map, blk._attn if native else partial(_attn, blk), grid),
+        attn=partial(_on_map, partial(_attn, blk), grid),
         scale1=blk.drop_path1,
         norm2=blk.norm2,
         mlp=blk.mlp,

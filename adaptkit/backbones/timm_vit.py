@@ -9,19 +9,28 @@ from typing import Any
 from torch import Tensor, nn
 
 from adaptkit.backbones._timm import (
+    REMEDY,
     add_prefix_and_positions,
+    block_list,
     by_head,
+    channels,
     class_name,
     classifier_logits,
+    head_count,
+    is_bare,
+    is_checkpointing,
     joined,
     patch_side,
     patchify,
     perceptron,
     split_qkv,
+    timm_answers,
+    timm_sizes,
     timm_source,
 )
 from adaptkit.registry import register_family
-from adaptkit.vit import Block, Projections, Source, Spec, ViT, identity
+from adaptkit.tree import unwrapped
+from adaptkit.vit import Block, Fn, Projections, Source, Spec, ViT, identity
 
 
 @register_family(
@@ -34,11 +43,10 @@ class TimmViT(ViT):
     positions = "bicubic antialias"
 
     def __init__(self, host: Any) -> None:
-        heads = {blk.attn.num_heads for blk in host.blocks}
-        if len(heads) != 1:
-            raise TypeError(f"blocks with different head counts {sorted(heads)} have no single Spec.heads")
-        spec = Spec("timm-vit", host.embed_dim, len(host.blocks), heads.pop(), patch_side(host), host.num_prefix_tokens)
+        sizes = (host.embed_dim, len(host.blocks), head_count(host), patch_side(host), host.num_prefix_tokens)
+        spec = Spec("timm-vit", *sizes, channels(host))
         super().__init__(host, spec)
+        self.splits = all(getattr(unwrapped(unwrapped(blk).attn), "gate", None) is None for blk in host.blocks)
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patches, prefix, positions, CLIP's ``norm_pre``."""
@@ -47,7 +55,7 @@ class TimmViT(ViT):
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """timm's own blocks."""
-        return [_block(blk) for blk in self.host.blocks]
+        return [_block(blk) for blk in block_list(self.host.blocks)]
 
     def norm(self, x: Tensor) -> Tensor:
         """``host.norm``; the identity where timm norms after pooling (``fc_norm``)."""
@@ -57,41 +65,65 @@ class TimmViT(ViT):
         """``host.forward_head`` where it has classes."""
         return classifier_logits(self.host, x)
 
+    def is_checkpointing(self) -> bool:
+        """As ``set_grad_checkpointing`` left it."""
+        return is_checkpointing(self.host)
+
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
         host: Any = self.host
-        first, last = host.blocks[0], host.blocks[-1]
+        first, last = unwrapped(host.blocks[0]), unwrapped(host.blocks[-1])
         return {"patch": host.patch_embed.proj.weight, "first": first.norm1.weight, "last": last.norm2.weight}
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
-        return timm_source(self.host)
+        return timm_source(self)
+
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """The host's own, and another where it takes any."""
+        return timm_sizes(self.host)
+
+    def reference(self, image: Tensor) -> Tensor:
+        """``host.forward_features``."""
+        return self.host.forward_features(image)
+
+    def answers(self, tokens: Tensor) -> Sequence[Tensor]:
+        """``host.forward_head`` of them, or the tokens."""
+        return timm_answers(self.host, tokens)
 
 
-def _block(blk: Any) -> Block:
-    kind = class_name(blk)
+def _block(outer: Any) -> Block:
+    """``outer``: the block as it runs, maybe compiled or wrapped; its parts are those of what is inside."""
+    blk: Any = unwrapped(outer)
+    if not all(hasattr(blk, part) for part in ("norm1", "attn", "norm2", "mlp")):
+        raise TypeError(f"timm's {class_name(blk)} is not of the form x + attn(norm(x)), x + mlp(norm(x)); {REMEDY}")
+    attn = unwrapped(blk.attn)
     parts = {
         "attn": blk.attn,
         "mlp": blk.mlp,
-        "qkv": partial(_qkv, blk.attn),
-        "out": partial(_out, blk.attn),
+        "qkv": partial(_qkv, attn),
+        "out": partial(_out, attn),
         "projections": partial(_projections, blk.attn),
         "perceptron": partial(perceptron, blk.mlp),
     }
-    if kind == "Block":
-        scale1, scale2 = joined(blk.ls1, blk.drop_path1), joined(blk.ls2, blk.drop_path2)
-        return Block(run=blk, norm1=blk.norm1, scale1=scale1, norm2=blk.norm2, scale2=scale2, **parts)
-    if kind == "ResPostBlock":  # x + norm(attn(x)): the norm stands where LayerScale does
-        return Block(run=blk, norm1=identity, scale1=blk.norm1, norm2=identity, scale2=blk.norm2, **parts)
-    raise TypeError(
-        f"timm's {kind} is not of the form x + attn(norm(x)), x + mlp(norm(x)), so it cannot be seen as one"
-    )
+    scale1, scale2 = _scales(blk, "ls1", "drop_path1"), _scales(blk, "ls2", "drop_path2")
+    if any(cls.__name__ == "ResPostBlock" for cls in type(blk).__mro__):  # x + norm(attn(x)): the norm as LayerScale
+        return Block(run=outer, norm1=identity, scale1=blk.norm1, norm2=identity, scale2=blk.norm2, **parts)
+    return Block(run=outer, norm1=blk.norm1, scale1=scale1, norm2=blk.norm2, scale2=scale2, **parts)
+
+
+def _scales(blk: Any, *names: str) -> Fn:
+    return joined(*(getattr(blk, name, identity) for name in names))
 
 
 def _projections(attn: Any) -> Projections | None:
     """Return the weights by head; None where a layer is no plain linear one (LoRA) or a norm spans the heads."""
-    plain = type(attn.qkv) is nn.Linear and type(attn.proj) is nn.Linear and isinstance(attn.norm, nn.Identity)
-    return by_head(attn.qkv, attn.proj, attn.num_heads, (attn.q_norm, attn.k_norm)) if plain else None
+    from timm.layers import Attention
+
+    if not (is_bare(attn, Attention) and isinstance(attn.norm, nn.Identity)):
+        return None
+    bare = is_bare(attn.qkv, nn.Linear) and is_bare(attn.proj, nn.Linear)
+    return by_head(attn.qkv, attn.proj, attn.num_heads, (attn.q_norm, attn.k_norm)) if bare else None
 
 
 def _qkv(attn: nn.Module, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -131,7 +131,7 @@ def to_aot_package(
 def output_names(model: AdaptedModel, size: tuple[int, int]) -> list[str]:
     """Return the names of the outputs, in the order of the files, for images of (H, W) pixels."""
     graph = Graph(model)
-    graph(torch.zeros(1, 3, *size, device=next(model.parameters()).device))
+    graph(torch.zeros(1, model.spec.channels, *size, device=next(model.parameters()).device))
     return graph.names
 
 
@@ -149,7 +149,7 @@ def _metadata(model: AdaptedModel, size: tuple[int, int], dynamic_batch: bool, d
     return {
         "adaptkit": json.dumps(header, sort_keys=True),
         "input": "image",
-        "size": ",".join(["any" if dynamic_batch else "2", "3", *sides]),
+        "size": ",".join(["any" if dynamic_batch else "2", str(model.spec.channels), *sides]),
         "mean": json.dumps(backbone["mean"]),
         "std": json.dumps(backbone["std"]),
     }

@@ -44,7 +44,7 @@ def compare(run: Run, graph: Graph, image: Tensor, dynamic_batch: bool, dynamic_
 
 
 def onnx_run(path: Path) -> Run:
-    """Return the ONNX file as a function: (B, 3, H, W) -> its outputs, computed by onnxruntime."""
+    """Return the ONNX file as a function: (B, C, H, W) -> its outputs, computed by onnxruntime."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -28,7 +28,7 @@ class Graph(nn.Module):
         self.names: list[str] = []
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """(B, 3, H, W) -> the outputs that there are."""
+        """(B, C, H, W) -> the outputs that there are."""
         features = self.model(image)
         spec = self.model.spec
         sides = [a.strides for a in self.model.adapters.values() if isinstance(a, SideAdapter)]
@@ -78,7 +78,7 @@ def traced(
         )
     training = model.training
     ready = _ready(model).eval()
-    graph, image = Graph(ready), torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    graph, image = Graph(ready), torch.randn(2, model.spec.channels, *size, generator=torch.Generator().manual_seed(0))
     with ExitStack() as stack, torch.no_grad():
         stack.callback(model.train, training)
         for gates in (a for a in ready.adapters.values() if isinstance(a, AdaViT)):
@@ -100,11 +100,11 @@ def traced(
 
 def another(graph: Graph, image: Tensor, dynamic_batch: bool, dynamic_size: bool) -> Tensor:
     """Return images that differ from the traced one in whatever is left open."""
-    batch, _, height, width = image.shape
+    batch, channels, height, width = image.shape
     unit = math.lcm(32, graph.model.spec.patch)
     batch += 1 if dynamic_batch else 0
     height, width = (height + unit, width + 2 * unit) if dynamic_size else (height, width)
-    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(1))
 
 
 def _open(unit: int, batch: bool, size: bool) -> dict[str, dict[int, Any]]:

@@ -17,7 +17,7 @@ GAP, TITLE = 8, 20  #: pixels between tiles, and above each for its title
 
 
 def to_picture(image: Tensor, source: Source) -> Image.Image:
-    """Normalised image (3, H, W) -> RGB picture.
+    """Normalised image (C, H, W) -> RGB picture: the first three channels, or grey where there are fewer.
 
     Where the backbone does not say how it normalises, the values are stretched to fill the range.
     """
@@ -28,6 +28,7 @@ def to_picture(image: Tensor, source: Source) -> Image.Image:
         image = image * torch.tensor(source.std)[:, None, None] + torch.tensor(source.mean)[:, None, None]
     else:
         image = (image - image.amin()) / (image.amax() - image.amin()).clamp_min(1e-12)
+    image = image[:3] if len(image) >= 3 else image.mean(0).expand(3, -1, -1)
     return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
 

@@ -32,7 +32,7 @@ def kept_patches(model: AdaptedModel, image: Tensor, path: str | os.PathLike[str
 
     Args:
         model: with AdaViT gates; decided as in evaluation.
-        image: (3, H, W) or (1, 3, H, W), normalised as the backbone wants it.
+        image: (C, H, W) or (1, C, H, W), normalised as the backbone wants it.
         path: where to write the picture as well.
 
     Returns the picture; each tile says which share of the patches and heads and which sub-layers were kept, and

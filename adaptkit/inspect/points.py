@@ -61,7 +61,7 @@ def deformed_points(
     Args:
         model: :class:`~adaptkit.models.DAT` or another model with deformable attention in it, or one with the adapter
             ``"dat"``.
-        image: (3, H, W) or (1, 3, H, W), normalised as the backbone wants it.
+        image: (C, H, W) or (1, C, H, W), normalised as the backbone wants it.
         source: how the image is normalised; None asks the model.
         path: where to write the picture as well.
 
@@ -127,7 +127,7 @@ def _look(model: nn.Module, image: Tensor, source: Source | None) -> tuple[dict[
         )
     height, width = image.shape[-2:]
     zoom = max(1, -(-SIDE // width))
-    picture = to_picture(image[0], source or _source(model))
+    picture = to_picture(image[0], source or _source(model, image.shape[1]))
     return seen, picture.resize((width * zoom, height * zoom), Image.Resampling.BICUBIC), zoom
 
 
@@ -142,12 +142,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _source(model: nn.Module) -> Source:
+def _source(model: nn.Module, channels: int) -> Source:
     if isinstance(model, AdaptedModel):
         return model.vit.source()
-    from adaptkit.backbones._timm import timm_source
+    from adaptkit.backbones._timm import cfg_source
 
-    return timm_source(model)
+    return cfg_source(getattr(model, "pretrained_cfg", None), 0, channels)
 
 
 def _seen_by_mixers(model: nn.Module, image: Tensor) -> dict[str, Seen]:

@@ -340,9 +340,17 @@ def test_gated_attention_runs_but_does_not_come_apart():
 
 def test_a_strange_eva_block_is_refused():
     model = HOSTS["timm-eva02"].build()
-    model.blocks[1].__class__ = type("Strange", (type(model.blocks[1]),), {})
+    strange = torch.nn.ModuleDict({"attn": model.blocks[1].attn})
+    strange.__class__ = type("Strange", (torch.nn.ModuleDict,), {})
+    model.blocks[1] = strange
     with pytest.raises(TypeError, match="timm's Strange is not of the form"):
         view(model).begin(image())
+
+
+def test_a_subclass_of_a_block_that_computes_the_same_is_seen():
+    model = HOSTS["timm-eva02"].build()
+    model.blocks[1].__class__ = type("Mine", (type(model.blocks[1]),), {})
+    assert torch.equal(tokens(model, image()), tokens(HOSTS["timm-eva02"].build(), image()))
 
 
 def test_oblong_patches_are_refused():

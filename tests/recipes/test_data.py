@@ -8,6 +8,8 @@ from PIL import Image
 from adaptkit.vit import Source
 from recipes.data import SegmentationData, check_labels, label_table, open_dataset
 
+HALF = Source(mean=(0.5,) * 3, std=(0.5,) * 3)
+
 
 def test_labels_move_as_the_table_says():
     table = label_table({"7": 0, "33": 18}, False, 255)
@@ -37,7 +39,7 @@ def cityscapes(tmp_path):
 def test_cityscapes_is_read_from_its_own_folders(cityscapes):
     data = open_dataset(str(cityscapes), "validation")
     table = label_table({"7": 0, "26": 13}, False, 255)
-    rows = SegmentationData(data, (16, 24), Source(), labels=table)
+    rows = SegmentationData(data, (16, 24), HALF, labels=table)
     assert len(rows) == 2
     mask = rows[1][1]
     assert (mask[4:, :12] == 0).all()
@@ -45,7 +47,7 @@ def test_cityscapes_is_read_from_its_own_folders(cityscapes):
     assert (mask[:4] == 255).all()
     check_labels(rows, 19, 255, "--val")
     with pytest.raises(ValueError, match=r"the mask holds labels \[26\]"):
-        check_labels(SegmentationData(data, (16, 24), Source()), 19, 255, "--val")
+        check_labels(SegmentationData(data, (16, 24), HALF), 19, 255, "--val")
 
 
 def test_an_image_without_its_labels_is_named(cityscapes):

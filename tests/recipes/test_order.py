@@ -11,6 +11,8 @@ from adaptkit.vit import Source
 from recipes.data import SegmentationData, open_dataset
 from recipes.order import Rows, Stream, shuffled
 
+HALF = Source(mean=(0.5,) * 3, std=(0.5,) * 3)
+
 
 class Numbers(Rows):
     """The number in a row, and a random one that belongs to its place."""
@@ -46,8 +48,8 @@ def pictures(tmp_path):
 
 
 def test_a_stream_without_shuffling_gives_the_samples_of_the_file_augmentation_included(pictures):
-    mapped = SegmentationData(open_dataset(pictures, "train"), (16, 16), Source(), seed=3, train=True)
-    streamed = SegmentationData(open_dataset(pictures, "train", streaming=True), (16, 16), Source(), 3, train=True)
+    mapped = SegmentationData(open_dataset(pictures, "train"), (16, 16), HALF, seed=3, train=True)
+    streamed = SegmentationData(open_dataset(pictures, "train", streaming=True), (16, 16), HALF, 3, train=True)
     seen = iter(Stream(streamed, 1))
     for epoch in range(2):
         for index in range(6):

@@ -1,0 +1,69 @@
+"""Gradient checkpointing: a block keeps its input alone for the backward pass, which runs it a second time.
+
+Memory falls from what every block keeps to what one keeps, for one more forward pass of the blocks. Values and
+gradients are those without it, bit for bit where the kernels are deterministic, dropout and sampling included. The
+backbone stays in eval mode, in which the layers of transformers ignore their own switch, and its blocks are wrapped by
+adapters: so the view does it, around the wrapped block, and only where something in the pass is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["OFF", "Checkpointed", "Checkpointing"]
+
+Trace = dict[str, Tensor]  #: what adapters report in one forward, by name
+Run = Callable[[Tensor], Tensor]
+
+
+class Checkpointing(NamedTuple):
+    """Which blocks are run a second time, and how."""
+
+    every: int = 1  #: each ``every``-th block, from the first on; 0: none
+    options: Mapping[str, Any] = {}  #: of ``torch.utils.checkpoint.checkpoint``
+
+    def of(self, index: int) -> bool:
+        """Whether it is for block ``index``."""
+        return self.every > 0 and index % self.every == 0
+
+
+OFF = Checkpointing(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpointed:
+    """A wrapped block that keeps its input alone.
+
+    A block that runs twice must report twice what it reported first: it is built anew for each run, around a trace of
+    its own that begins as the common one was.
+    """
+
+    build: Callable[[Trace], Run]  #: returns the wrapped block, which reports to this trace
+    trace: Trace  #: of the whole forward
+    trained: bool  #: whether something is trained in the blocks, so that a gradient is wanted even if x wants none
+    options: Mapping[str, Any]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, P+N, D) -> (B, P+N, D)."""
+        if not (self.trained or x.requires_grad):
+            return self.build(self.trace)(x)
+        run = partial(_run, self.build, dict(self.trace))
+        y, reported, dropped = checkpoint(run, x, use_reentrant=False, **self.options)
+        self.trace.update(reported)
+        for name in dropped:
+            del self.trace[name]
+        return y
+
+
+def _run(build: Callable[[Trace], Run], before: Trace, x: Tensor) -> tuple[Tensor, Trace, list[str]]:
+    """Run the block; return what it added to the trace, and the names that it took out."""
+    trace = dict(before)
+    y = build(trace)(x)
+    reported = {name: value for name, value in trace.items() if before.get(name) is not value}
+    return y, reported, [name for name in before if name not in trace]
