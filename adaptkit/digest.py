@@ -102,16 +102,21 @@ def _layers(names: Sequence[str]) -> dict[str, str]:
 
 
 @torch.no_grad()
-def digest(host: nn.Module) -> dict[str, str]:
+def digest(host: nn.Module, trainable: bool = False) -> dict[str, str]:
     """Return a checksum for each layer of a backbone: names, dtypes and shapes, a dash, and all bits.
 
     The two parts are hexadecimal, 8 and 16 digits; where the first is the same the second can be compared. Quantised
     weights count as they are stored. The result is ``{}`` where the values are not here: tensors on meta, fake ones,
     sparse ones, or in parts on several devices.
 
+    ``trainable``: of each parameter by itself; buffers and quantised weights, which no optimiser changes (but their
+    library may), are left out.
+
     It is computed where the tensors are, with one synchronisation. On a CPU it takes about 0.1 s for a ViT-B.
     """
     named = sorted(tensors_of(host), key=lambda pair: pair[0])
+    if trainable:
+        named = [(n, t) for n, t in named if isinstance(t, nn.Parameter) and t.dtype in DENSE]
     try:
         stored = [(name, tensor, list(_stored(tensor))) for name, tensor in named]
     except _Absent:
@@ -122,7 +127,8 @@ def digest(host: nn.Module) -> dict[str, str]:
         if id(tensor) not in rows:
             rows[id(tensor)] = [sums for part in parts for sums in _row_sums(part, odd)]
     values = _read(rows)
-    layers = _layers([name for name, _ in named])
+    names = [name for name, _ in named]
+    layers = dict(zip(names, names)) if trainable else _layers(names)
     said: dict[str, tuple[list[Any], list[Any]]] = {}
     for name, tensor, parts in stored:
         structure, bits = said.setdefault(layers[name], ([], []))

@@ -193,12 +193,16 @@ class AdaptedModel(Facts, NamedSets):
 
     def load_adapter_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Put such tensors back; ``ValueError`` names what is missing, unexpected or of another shape."""
-        self._acting.load(tensors)
+        self._load(self._acting, tensors)
 
     def header(self, name: str | None = None) -> dict[str, Any]:
-        """Return what the file of a set, by default the active one, says besides its tensors."""
+        """Return what the file of a set, by default the active one, says besides its tensors.
+
+        Raises ``ValueError`` where the backbone was trained since it was attached to, but for ``train_backbone``.
+        """
         chosen = self._acting if name is None else self.set_of(name)
         with self.disable_adapter():  # its own weights: nothing merged, nothing trained in their place
+            self._owner.check_untrained(self.vit.host)
             return {**chosen.header(), "backbone": describe_backbone(self.vit)}
 
     def save(self, folder: str | os.PathLike[str], *, name: str | None = None, **metadata: Any) -> Path:

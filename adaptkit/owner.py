@@ -19,6 +19,7 @@ from torch import nn
 from adaptkit.adapters._peft import Existing
 from adaptkit.adapters._proxy import restore
 from adaptkit.adapters.base import WeightAdapter
+from adaptkit.digest import digest, other_layers
 from adaptkit.tree import plain_name
 
 __all__ = ["Owner", "check_free"]
@@ -50,6 +51,7 @@ class Owner:
         self.existing = existing
         self.installed: list[WeightAdapter] = []  #: adapters that are in the backbone now
         self.merged = False  #: whether its weights hold their change
+        self.weights: dict[str, str] = {}  #: digest of the weights that can be trained, as they were taken
         self._model: weakref.ref[nn.Module] | None = None
         self._modes: dict[str, bool] = {}
         self._flags: dict[str, bool] = {}
@@ -72,6 +74,7 @@ class Owner:
         """Freeze the backbone. ``host`` is the part of it that is seen."""
         self._modes = {n: m.training for n, m in backbone.named_modules(remove_duplicate=False)}
         self._flags = {n: p.requires_grad for n, p in backbone.named_parameters(remove_duplicate=False)}
+        self.weights = digest(host, trainable=True)
         vars(host)[MARK] = self
         self.belongs_to(model)
         if self.existing is not None:
@@ -119,6 +122,20 @@ class Owner:
         for adapter in reversed(self.installed):
             adapter.remove(host)
         self.installed, self.merged = [], False
+
+    def check_untrained(self, host: nn.Module) -> None:
+        """Raise ``ValueError`` where somebody has trained the backbone: a file of adapters would lose that.
+
+        Call it while no adapter is in the backbone.
+        """
+        layers, _ = other_layers(self.weights, digest(host, trainable=True), classifier=True)
+        if layers:
+            raise ValueError(
+                f"the backbone has other weights than when it was attached to, in {', '.join(layers[:4])}"
+                f"{' and more' if len(layers) > 4 else ''}; a file of adapters does not hold them: name what you train "
+                f"when you attach, attach(..., train_backbone={tuple(layers[:2])}), and it is saved; or detach() and "
+                "save the backbone itself"
+            )
 
     def check(self, host: nn.Module) -> None:
         """Raise ``RuntimeError`` where somebody has replaced a layer that an adapter is in: it would be ignored."""

@@ -288,6 +288,7 @@ class NamedSets(nn.Module):
         Raises ``TypeError`` where the active set has nothing that merges, or weights are quantised, ``ValueError``
         where a merged weight would not be finite, and ``RuntimeError`` in training or inside ``disable_adapter()``.
         """
+        _ = self.vit
         if not any(adapter.merges for adapter in self._acting.weight_adapters):
             raise TypeError(f"{', '.join(self.adapters) or 'a head'}: none of these can be merged into weights")
         if self.training:
@@ -308,7 +309,7 @@ class NamedSets(nn.Module):
 
         Raises ``TypeError`` where other adapters are attached, for they are no weights of the backbone.
         """
-        acting = self._acting
+        _, acting = self.vit, self._acting
         inside = acting.weight_adapters
         others = [n for n, a in zip(acting.adapters, acting) if a not in inside]
         if others or not inside:

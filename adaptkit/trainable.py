@@ -51,8 +51,11 @@ def check_trained(vit: View, built: AdapterSet, run: Callable[[View, AdapterSet,
         if built.owns_head:  # the user's head may want images of its own size: then nothing can be said of it
             return
         raise
+    missing = {n: p for n, p in missing.items() if not (built.owns_head and n.startswith("head."))}  # the user's affair
     if missing:
         raise ValueError(_explained(vit, built, list(missing)))
+    read_by_none = [n for n in unread if built.owns_head and n.startswith("head.")]
+    unread = {n: p for n, p in unread.items() if n not in read_by_none}
     built.leaves_unread = bool(unread)
     if unread and built.head is not None:
         warnings.warn(

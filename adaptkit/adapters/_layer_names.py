@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -39,10 +40,22 @@ def resolved(host: nn.Module, peft_type: str, options: dict[str, Any]) -> dict[s
     if numbers is not None:
         found = _of_layers(host, found, [numbers] if isinstance(numbers, int) else numbers, pattern)
     options["target_modules"] = found
+    for option in ("rank_pattern", "alpha_pattern"):
+        _check_patterns(host, option, options.get(option) or {}, found)
     if peft_type == "IA3":  # which of them take their change at the input
         last = [name for name in found if name.rpartition(".")[2] in ("fc2", "down_proj")]
         options.setdefault("feedforward_modules", last)
     return options
+
+
+def _check_patterns(host: nn.Module, option: str, patterns: dict[str, Any], targets: str | list[str]) -> None:
+    """Raise ``ValueError`` for a pattern that means none of the layers: peft would leave it out."""
+    paths = list(_modules(host)) if isinstance(targets, str) else _matches(host, targets)
+    for pattern in patterns:
+        if not any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths):
+            raise ValueError(
+                f"{option} names {pattern!r}, which is none of the layers that are changed: {paths[:3]}, ..."
+            )
 
 
 def _of_layers(host: nn.Module, targets: str | list[str], numbers: Sequence[int], pattern: Any) -> list[str]:

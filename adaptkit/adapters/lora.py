@@ -33,6 +33,8 @@ TYPES = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "HRA", "IA3")
 PARAMETER = re.compile(r"\.(lora_|hada_|lokr_|oft_|boft_|hra_|ia3_)")
 #: Those whose change is added to the weight.
 ADDITIVE = ("LORA", "LOHA", "LOKR")
+#: Those that act beside a layer, whatever its weight is.
+BESIDE = (*ADDITIVE, "IA3")
 #: Options of these that act beside the weight.
 BESIDE_THE_WEIGHT = ("lora_bias", "lora_dropout", "rank_dropout", "module_dropout")
 #: Options that would train or rewrite the backbone itself, and what to do instead.
@@ -150,6 +152,7 @@ class LoRA(WeightAdapter):
     def _proxy(self, host: nn.Module, path: str, wrapper: Any) -> LayerProxy:
         """Return what takes the place of the layer; ``ValueError`` where nothing can."""
         parent, name = locate(host, path)
+        self._check_quantised(path, wrapper.base_layer)
         if name != "qkv" or getattr(parent, "q_bias", None) is None:
             return LayerProxy(wrapper, wrapper.base_layer)
         reads = f"{type(parent).__name__} reads the weight of {path} and does not call it, so that"
@@ -162,6 +165,23 @@ class LoRA(WeightAdapter):
             if self.config.options.get(option):
                 raise ValueError(f"{reads} {option} would not act there: leave it out, or qkv out of target_modules")
         return WeightProxy(wrapper, wrapper.base_layer)
+
+    def _check_quantised(self, path: str, layer: Any) -> None:
+        """Refuse what computes with a weight as it is stored, where that is quantised."""
+        weight = layer._parameters.get("weight")
+        if weight is None or _is_plain(weight):
+            return
+        packed = tuple(weight.shape) != (layer.out_features, layer.in_features)
+        if (
+            self.config.peft_type not in BESIDE
+            or self.config.options.get("use_dora")
+            or (packed and self.config.peft_type in ("LOHA", "LOKR"))
+        ):
+            dora = " with DoRA" if self.config.options.get("use_dora") else ""
+            raise ValueError(
+                f"{path} is quantised ({type(weight).__name__} of {weight.dtype}), and {self.config.peft_type}{dora} "
+                "computes with the weight as it is stored: use plain LORA, which acts beside it"
+            )
 
     @property
     def mixes(self) -> bool:
