@@ -224,7 +224,7 @@ class AdaptedModel(Facts, NamedSets):
 
     @torch.no_grad()
     def verify(self, image: Tensor, tolerance: float = 1e-5) -> float:
-        """Prove that skipping changes nothing: run AdaViT masked, then packed under the same decisions.
+        """Prove AdaViT's execution: packed equals masked under the same decisions, and all on equals the host's blocks.
 
         Args:
             image: (B, 3, H, W).
@@ -233,22 +233,31 @@ class AdaptedModel(Facts, NamedSets):
         Returns the largest such difference over all outputs. Raises ``RuntimeError`` where it exceeds the tolerance,
         and ``TypeError`` where nothing is skipped, for there are no gates.
         """
-        gates, training = AdaViT.of(self), self.training
+        gates, modes = AdaViT.of(self), [(m, m.training) for m in self.modules()]
         self.eval()
         try:
             with gates.executing("masked"):
                 reference = self(image)
             with gates.executing("packed"), gates.deciding(gates.given(reference.aux)):
                 packed = self(image)
+            pairs = {"packed execution differs from masked": (packed, reference)}
+            for execution in ("masked", "packed"):
+                with gates.executing(execution):
+                    ours, theirs = gates.all_on(self.vit, image)
+                pairs[f"{execution} execution with everything on differs from the host's own blocks"] = ours, theirs
         finally:
-            self.train(training)
-        off = max(_distance(a, b) for a, b in zip(_outputs(packed), _outputs(reference)))
-        if not off <= tolerance:
-            raise RuntimeError(
-                f"packed execution differs from masked by {off:.1e}, more than {tolerance:.1e}; report the backbone "
-                f"({type(self.backbone).__name__}) and use execution='masked' with it"
-            )
-        return off
+            for module, mode in modes:
+                module.training = mode
+        worst = 0.0
+        for what, (one, other) in pairs.items():
+            off = max(_distance(a, b) for a, b in zip(_outputs(one), _outputs(other)))
+            worst = max(worst, off)
+            if not off <= tolerance:
+                raise RuntimeError(
+                    f"{what} by {off:.1e}, more than {tolerance:.1e}; report the backbone "
+                    f"({type(self.backbone).__name__}) and use execution='masked' with it"
+                )
+        return worst
 
 
 def _outputs(features: Features) -> list[Tensor]:

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from adaptkit.adapters._adavit_gates import Decision, Gates, Given, Policy, Random
 from adaptkit.adapters._adavit_run import Way, dense, masked, packed
-from adaptkit.adapters.base import BlockAdapter, Trace
+from adaptkit.adapters.base import BlockAdapter, Trace, wrapped
 from adaptkit.layers import check_choice, parameter_dtype
 from adaptkit.losses import KINDS
 from adaptkit.ops.kept import SHORT
 from adaptkit.ops.onednn import Prepacked
 from adaptkit.registry import register_adapter
-from adaptkit.vit import Block, Fn, Spec
+from adaptkit.vit import Block, Features, Fn, Spec, ViT
 
 __all__ = ["AdaViT", "AdaViTConfig", "Decision", "Given", "Random"]
 
@@ -214,6 +214,24 @@ class AdaViT(BlockAdapter):
         """Return the policy that repeats the decisions of another forward of the same images."""
         return Given(aux, self.first)
 
+    def all_on(self, vit: ViT, image: Tensor) -> tuple[Features, Features]:
+        """Run the gated blocks with everything kept, and the host's own in their place: these must be equal.
+
+        Image (B, C, H, W) -> features of both; the bottlenecks act in both.
+        """
+        x, blocks = vit.begin(image)
+        _, gated = wrapped(vit, [self], {}).begin(image)  # type: ignore[attr-defined]
+        theirs, ours = x, x
+        with self.deciding(_everything):
+            for index, block in enumerate(blocks):
+                theirs, ours = block(theirs), gated[index](ours)
+                if str(index) in self.bottlenecks:
+                    theirs = self.bottlenecks[str(index)](theirs)
+        features = vit.finish(ours, image), vit.finish(theirs, image)
+        if self.config.last_block == "class":  # the patches of the last block are not computed
+            return features[0]._replace(tokens=x[:, :0]), features[1]._replace(tokens=x[:, :0])
+        return features
+
     @contextmanager
     def executing(self, execution: Literal["auto", "packed", "masked"]) -> Iterator[None]:
         """Run inference this way for a while."""
@@ -246,6 +264,11 @@ class AdaViT(BlockAdapter):
             yield
         finally:
             self.open = before
+
+
+def _everything(_: int, decision: Decision) -> Decision:
+    """The policy that keeps all."""
+    return Decision(*(None if keep is None else torch.ones_like(keep) for keep in decision))
 
 
 def _heads_pay(x: Tensor, decision: Decision) -> bool:

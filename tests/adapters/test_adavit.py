@@ -397,3 +397,18 @@ def test_last_block_class_needs_a_class_token():
 def test_of_finds_the_gates():
     model = build()
     assert AdaViT.of(model) is model.adapters["adavit"]
+
+
+@pytest.mark.parametrize("options", [{}, {"bottleneck": 4}, {"last_block": "class"}, {"head_mode": "partial"}])
+def test_verify_also_compares_everything_on_with_the_host(options, monkeypatch):
+    model = adaptkit.attach(HOSTS["timm-vit"].build(), ("adavit", options)).eval()
+    with torch.no_grad():
+        for parameter in model.adapters["adavit"].bottlenecks.parameters():
+            parameter.add_(0.1)
+    x = torch.randn(2, 3, 32, 32)
+    assert model.verify(x) < 1e-5
+    gates = type(model.adapters["adavit"])
+    there = gates._run
+    monkeypatch.setattr(gates, "_run", lambda self, block, index, trace, x: there(self, block, index, trace, x) * 1.001)
+    with pytest.raises(RuntimeError, match="with everything on differs from the host's own blocks by"):
+        model.verify(x)
