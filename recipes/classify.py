@@ -70,7 +70,7 @@ def build(args: argparse.Namespace) -> adaptkit.AdaptedModel:
     source_of(adaptkit.view(backbone), args)  # known, or an error, before anything is built
     pool = args.pool or ("both" if getattr(adaptkit.view(backbone).spec, "prefix", 0) else "avg")
     head = adaptkit.ClassifierHeadConfig(args.num_classes, pool)
-    model = adaptkit.attach(backbone, *adapters(args), head=head).train()
+    model = adaptkit.attach(backbone, *adapters(args), head=head, train_backbone=args.train_backbone).train()
     if args.zero_head:
         classifier: Any = model.head
         nn.init.zeros_(classifier.classifier.weight)

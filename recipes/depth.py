@@ -90,7 +90,7 @@ def stored_depth(picture: Picture) -> np.ndarray:
 def build(args: argparse.Namespace) -> adaptkit.AdaptedModel:
     backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
     head = adaptkit.DepthHeadConfig(args.max_depth, args.min_depth, args.bins)
-    return adaptkit.attach(backbone, *adapters(args), head=head).train()
+    return adaptkit.attach(backbone, *adapters(args), head=head, train_backbone=args.train_backbone).train()
 
 
 def data(args: argparse.Namespace, model: Any, train: bool) -> DepthData:

@@ -83,7 +83,7 @@ def build(args: argparse.Namespace) -> network.Network:
         "mean": list(source.mean),
         "std": list(source.std),
     }
-    return network.build(adaptkit.attach(backbone, *adapters(args)), recipe).train()
+    return network.build(adaptkit.attach(backbone, *adapters(args), train_backbone=args.train_backbone), recipe).train()
 
 
 def names(categories: list[dict[str, Any]]) -> str:

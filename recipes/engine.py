@@ -39,6 +39,7 @@ from torch.utils.data import DataLoader
 import adaptkit
 from adaptkit.file import check_writable, write_atomic
 from adaptkit.hosts import create_backbone
+from adaptkit.trained import TrainedBackbone
 
 from .average import Average
 from .cached import Views, cached
@@ -93,18 +94,39 @@ class Task:
 # --------------------------------------------------------------------------------------------------- optimisation
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """No decay on vectors: norms, biases, and gamma, which decay would hold at zero."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+def parameter_groups(
+    model: nn.Module, weight_decay: float, lr: float = 0.0, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """No weight decay on vectors: norms, biases, and gamma, which decay would hold at zero.
+
+    ``layer_decay``: what is trained of the backbone learns by ``lr * layer_decay ** n``, n the blocks above it (Clark
+    et al. 2020, ELECTRA, section 3.2; as BEiT and MAE are fine-tuned).
+    """
+    above = blocks_above(model)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {(0, True): [], (0, False): []}
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        groups.setdefault((above.get(id(parameter), 0), parameter.ndim > 1), []).append(parameter)
+    rate = {n: {"lr": lr * layer_decay**n} if n and layer_decay < 1 else {} for n, _ in groups}
     return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": p, "weight_decay": weight_decay if matrix else 0.0, **rate[n]} for (n, matrix), p in groups.items()
     ]
+
+
+def blocks_above(model: nn.Module) -> dict[int, int]:
+    """Return by the id of a trained parameter of the backbone how many blocks stand above it."""
+    found = {}
+    for part in (m for m in model.modules() if isinstance(m, TrainedBackbone)):
+        depth = part.spec.depth
+        for name, parameter in part.copies.named_parameters():
+            number = next((int(p) for p in name.split(".") if p.isdigit()), None)
+            embeds = any(word in name for word in ("embed", "cls_token", "reg_token", "dist_token", "norm_pre"))
+            found[id(parameter)] = depth if embeds else 0 if number is None else depth - 1 - number
+    return found
 
 
 def optimizer_of(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
     """Return AdamW, or SGD with momentum as ViT is fine-tuned."""
-    groups = parameter_groups(model, args.weight_decay)
+    groups = parameter_groups(model, args.weight_decay, args.lr, args.layer_decay)
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
     return torch.optim.AdamW(groups, lr=args.lr)

@@ -236,7 +236,8 @@ def load(folder: str | os.PathLike[str], backbone: nn.Module) -> Network:
     if recipe is None or recipe.get("network") not in BUILDERS:
         raise ValueError(f"{file.path} holds no network of {', '.join(BUILDERS)}; attach it with adaptkit.attach")
     adapters = [(a["name"], a["config"]) for a in file.header["adapters"]]
-    network = build(adaptkit.attach(backbone, *adapters), recipe)
+    trained = file.header.get("train_backbone", ())
+    network = build(adaptkit.attach(backbone, *adapters, train_backbone=trained), recipe)
     restore(network, folder)
     return network.eval()
 

@@ -30,6 +30,9 @@ patch; with multiples of 32 no adapter has to pad. For the adapters of --cache-f
 or without it"""
 FLIP_HELP = """mirror what the backbone saw, left and right exchanged, every other time at random"""
 
+TRAIN_HELP = """parts of the backbone to train as well, by names of its modules or parameters or patterns of them:
+blocks.11 norm, or '*.bias'. They are saved in the file"""
+DECAY_HELP = "of the learning rate of --train-backbone, from each block to the one before it, e.g. 0.8"
 PRECISION_HELP = """of the forward pass; auto: bf16 where the GPU or the processor computes in it, else no. On a
 processor that does not, bf16 takes two to three times as long as float32"""
 
@@ -62,6 +65,8 @@ def parser(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentPars
     normalisation.options(p)
     p.add_argument("--adapter", nargs="+", default=["none"], metavar="NAME", help="one or several, see `adaptkit list`")
     p.add_argument("--adapter-options", type=json.loads, default={}, metavar="JSON", help=OPTIONS_HELP)
+    p.add_argument("--train-backbone", nargs="+", default=[], metavar="PART", help=TRAIN_HELP)
+    p.add_argument("--layer-decay", type=float, default=1.0, metavar="FACTOR", help=DECAY_HELP)
     p.add_argument("--steps", type=int, default=400, help="optimiser steps")
     p.add_argument("--batch-size", type=int, default=8, help="per process")
     p.add_argument("--accumulate", type=int, default=1, help="batches per optimiser step")
@@ -100,6 +105,10 @@ def read(p: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.
     args = p.parse_args([*tokens, *(argv if argv is not None else sys.argv[1:])])
     if min(getattr(args, k, 1) for k in ("steps", "batch_size", "accumulate")) < 1:
         p.error("--steps, --batch-size and --accumulate must be at least 1")
+    if not 0 < getattr(args, "layer_decay", 1.0) <= 1:
+        p.error(f"--layer-decay {args.layer_decay}: a factor in 0..1, e.g. 0.8; 1 is the same rate for all blocks")
+    if getattr(args, "train_backbone", None) and getattr(args, "cache_features", None):
+        p.error("--cache-features keeps what a frozen backbone says, and --train-backbone changes it: give one of them")
     if not 0 <= getattr(args, "ema", 0) < 1:
         p.error(f"--ema {args.ema}: the decay is in 0..1, e.g. 0.999; 0 keeps no average")
     if getattr(args, "cache_features", None) and args.views < 1:

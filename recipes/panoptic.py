@@ -65,7 +65,7 @@ def build(args: argparse.Namespace) -> network.Network:
     kept = [{k: c.get(k) for k in ("id", "name", "isthing")} for c in categories]
     recipe = {"network": "mask2former", "categories": kept, **network.mask2former_recipe(args)}
     recipe["thresholds"] = [args.object_threshold, args.overlap_threshold]
-    return network.build(adaptkit.attach(backbone, *adapters(args)), recipe).train()
+    return network.build(adaptkit.attach(backbone, *adapters(args), train_backbone=args.train_backbone), recipe).train()
 
 
 def data(args: argparse.Namespace, model: Any, train: bool) -> PanopticData:

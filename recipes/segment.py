@@ -54,7 +54,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def build(args: argparse.Namespace) -> adaptkit.AdaptedModel:
     backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
-    return adaptkit.attach(backbone, *adapters(args), head=(args.head, {"num_classes": args.num_classes})).train()
+    return adaptkit.attach(
+        backbone,
+        *adapters(args),
+        head=(args.head, {"num_classes": args.num_classes}),
+        train_backbone=args.train_backbone,
+    ).train()
 
 
 def data(args: argparse.Namespace, model: Any, train: bool) -> SegmentationData:

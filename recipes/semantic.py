@@ -29,7 +29,9 @@ def build(args: argparse.Namespace) -> network.Network:
     backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
     words: dict[str, Any] = {"network": args.head, "categories": list(range(args.num_classes)), "width": args.width}
     more = {"ignore": args.ignore_index} if args.head == "upernet" else network.mask2former_recipe(args)
-    return network.build(adaptkit.attach(backbone, *adapters(args)), {**words, **more}).train()
+    return network.build(
+        adaptkit.attach(backbone, *adapters(args), train_backbone=args.train_backbone), {**words, **more}
+    ).train()
 
 
 def pixel_loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> Tensor:
