@@ -40,6 +40,8 @@ def wrap(host: nn.Module, config: Any) -> list[Site]:
     """
     from peft import inject_adapter_in_model
 
+    from adaptkit.adapters._traceable import make_traceable  # here, for it imports peft
+
     flags = [(p, p.requires_grad) for p in host.parameters()]
     try:
         with warnings.catch_warnings():
@@ -52,6 +54,8 @@ def wrap(host: nn.Module, config: Any) -> list[Site]:
         vars(host).pop("peft_config", None)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+    for site in sites:
+        make_traceable(site.wrapper)
     return sites
 
 
