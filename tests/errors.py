@@ -21,7 +21,12 @@ LIMIT = 8.0  #: standard deviations
 
 def rounding(dtype: torch.dtype, *sums: int) -> float:
     """Share of the magnitude by which a number may be off that is computed by sums of so many terms."""
-    return LIMIT * torch.finfo(dtype).eps / 2 * sum(map(math.sqrt, sums))
+    return LIMIT * torch.finfo(dtype).eps / 2 * math.sqrt(sum(sums))
+
+
+def transformer(depth: int, dim: int, tokens: int) -> tuple[int, ...]:
+    """The sums of so many blocks: four products and the norms before them, logits, and what attention adds up."""
+    return depth * (dim, dim, dim, tokens, dim, dim, dim, 4 * dim)
 
 
 def assert_rounds_to(

@@ -27,8 +27,8 @@ C = pytest.param("c", marks=pytest.mark.skipif(NO_C is not None, reason=f"no C k
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # test_ms_deform_attn_backends.py runs this file so
 TRITON = ["triton"] if INTERPRETED else []
 FAST = ["embedding_bag", "gather", C, *TRITON]
-# Sums of 4 corners of 20 points, there and back; the place of a point is rounded in a map of 8 cells.
-FLOAT64 = 8 * rounding(torch.float64, 80, 80)
+# Sums of 4 corners of 20 points, there and back, and over 28 points; a place is rounded in a map of 8 cells.
+FLOAT64 = 8 * rounding(torch.float64, 80, 80, 112)
 ORDERED = ["embedding_bag", C]  # the same bits each time
 OPERATOR = [*ORDERED, *TRITON]  # inside of the custom operator
 
