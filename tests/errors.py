@@ -5,7 +5,8 @@ order, in groups of another size, with or without fused products. Each operation
 it has so far. Such errors are independent of each other, so that those of n terms grow like sqrt(n), and a sum errs by
 more than LIMIT sqrt(n) u of the magnitude with a probability below 2 exp(-LIMIT^2 / 2), which is 1e-13 (Higham and
 Mary, SIAM J. Sci. Comput. 41, 2019). The magnitude is that of the largest number on the way: by default of the largest
-number expected, for a small one among large ones is what is left of them.
+number expected, for a small one among large ones is what is left of them. Where a norm divides by what is nearly nothing
+the errors before it grow: by how much is seen when the input is off by one rounding.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def assert_rounds_to(
     expected: Tensor | Sequence[Tensor],
     *sums: int,
     magnitude: Tensor | float | None = None,
+    moved: Sequence[Tensor] | Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Compare two ways to compute the same numbers.
@@ -42,12 +44,13 @@ def assert_rounds_to(
         found, expected: tensors, or as many tensors each.
         sums: the number of terms of each sum that a number goes through.
         magnitude: of what is rounded, for each number or for all; by default the largest number expected.
+        moved: what is expected of an input that is :func:`one_rounding_off`, where errors may grow on the way.
         dtype: what the sums are rounded to; by default the less precise of what is compared.
     """
     if not isinstance(found, Tensor):
         assert len(found) == len(expected)
-        for a, b in zip(found, expected):
-            assert_rounds_to(a, b, *sums, magnitude=magnitude, dtype=dtype)
+        for a, b, c in zip(found, expected, moved or expected):
+            assert_rounds_to(a, b, *sums, magnitude=magnitude, moved=c, dtype=dtype)
         return
     assert isinstance(expected, Tensor)
     assert found.shape == expected.shape
@@ -57,11 +60,19 @@ def assert_rounds_to(
     a, b = found.detach().double(), expected.detach().double()
     size = b.abs().max() if magnitude is None else torch.as_tensor(magnitude, dtype=torch.float64)
     off = (a - b).abs()
-    allowed = (rounding(dtype, *sums) * size).clamp(min=torch.finfo(dtype).tiny).expand_as(off)
+    assert moved is None or isinstance(moved, Tensor)
+    grown = 0.0 if moved is None else LIMIT * (moved.detach().double() - b).abs().max()
+    allowed = (rounding(dtype, *sums) * size + grown).clamp(min=torch.finfo(dtype).tiny).expand_as(off)
     assert (off <= allowed).all(), (  # so that NaN fails, too
         f"off by {float(off.nan_to_num(math.inf).max()):.2e}, at worst {float((off / allowed).nan_to_num(math.inf).max()):.2f} "
         f"of what rounding allows ({float(allowed.min()):.2e} to {float(allowed.max()):.2e})"
     )
+
+
+def one_rounding_off(x: Tensor) -> Tensor:
+    """Each number exchanged for the next one above or below."""
+    up = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    return torch.nextafter(x, torch.where(up, math.inf, -math.inf).to(x))
 
 
 def chance(rate: float, draws: int) -> float:

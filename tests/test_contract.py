@@ -9,7 +9,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from errors import assert_rounds_to, transformer
+from errors import assert_rounds_to, one_rounding_off, transformer
 from families import DEPTH, DIM, HOSTS
 
 import adaptkit
@@ -236,6 +236,12 @@ traced = pytest.mark.parametrize(
 )
 
 
+def assert_same_function(model, image, found, expected):
+    """But for rounding; a norm over the one cell of the coarsest map makes much of it."""
+    moved = model(one_rounding_off(image))
+    assert_rounds_to(*([f.tokens, *f.maps] for f in (found, expected)), *SUMS, moved=[moved.tokens, *moved.maps])
+
+
 @traced
 def test_compiles_as_one_graph(adapter, name):
     torch._dynamo.reset()
@@ -243,7 +249,7 @@ def test_compiles_as_one_graph(adapter, name):
     x = image(name)
     compiled = torch.compile(model, fullgraph=True, backend="eager")(x)
     expected = model(x)
-    assert_rounds_to([compiled.tokens, *compiled.maps], [expected.tokens, *expected.maps], *SUMS)
+    assert_same_function(model, x, compiled, expected)
 
 
 @traced
@@ -253,5 +259,5 @@ def test_exports(adapter, name):
     x = image(name)
     program = torch.export.export(model, (x,), strict=False)
     exported, expected = program.module()(x), model(x)
-    assert_rounds_to([exported.tokens, *exported.maps], [expected.tokens, *expected.maps], *SUMS)
+    assert_same_function(model, x, exported, expected)
     assert not any("grid_sampler" in str(n.target) for n in program.graph.nodes)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from errors import assert_rounds_to, chance
+from errors import assert_rounds_to, chance, one_rounding_off
 
 
 def product(n, dtype=torch.float32):
@@ -55,3 +55,15 @@ def test_another_shape_does_not():
 
 def test_a_rate_may_be_off_by_six_deviations():
     assert chance(0.5, 100) == pytest.approx(0.3)
+
+
+def test_what_grows_on_the_way_may_be_off_by_more_and_no_more_than_that():
+    a, b, small = torch.rand(3, 50, generator=torch.Generator().manual_seed(0))
+    numbers = torch.stack([1 + a, 1 + b, 2 + a + b - 1e-4 * small])
+    expected, moved = (1e4 * (x[0] + x[1] - x[2]) for x in (numbers, one_rounding_off(numbers)))
+    in_another_order = 1e4 * (numbers[0] - numbers[2] + numbers[1])
+    with pytest.raises(AssertionError):
+        assert_rounds_to(in_another_order, expected, 3)
+    assert_rounds_to([in_another_order], [expected], 3, moved=[moved])
+    with pytest.raises(AssertionError):
+        assert_rounds_to(in_another_order + 0.1, expected, 3, moved=moved)
