@@ -1,7 +1,12 @@
 """adaptkit: small trainable modules for frozen vision transformers.
 
-``adaptkit.attach(model, "vit-adapter")`` is the call that everybody uses.
+``adaptkit.attach(model, "vit-adapter")`` is the call that everybody uses. Every module of the package is an attribute,
+imported when it is first asked for: ``adaptkit.interop``, ``adaptkit.export``, ``adaptkit.inspect``.
 """
+
+import importlib
+import pkgutil
+from typing import Any
 
 from adaptkit.adapters.adavit import AdaViTConfig
 from adaptkit.adapters.dat import DATConfig
@@ -59,3 +64,17 @@ __all__ = [
     "shard",
     "view",
 ]
+
+
+def _modules() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _modules():
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_modules()})

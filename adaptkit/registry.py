@@ -97,7 +97,8 @@ def register_head(name: str, config: type[Any]) -> Callable[[T], T]:
 def _discover(folder: str) -> None:
     package = importlib.import_module(f"adaptkit.{folder}")
     for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+        if not module.name.startswith("_"):  # parts of the others, which register nothing
+            importlib.import_module(f"{package.__name__}.{module.name}")
     _plugins()
 
 

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from errors import assert_rounds_to, transformer
 from families import HOSTS
 
 import adaptkit
 
 x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SMALL = {"conv_inplane": 8}
+SUMS = transformer(8, 32, 17)  # of the host, and as many again of the adapters
 
 
 def host():
@@ -139,7 +141,7 @@ def test_switching_back_compiles_nothing_new(three):
         seen = len(graphs)
         for name in "bacab":
             model.set_adapter(name)
-            torch.testing.assert_close(compiled(x).tokens, alone[name].tokens)
+            assert_rounds_to(compiled(x).tokens, alone[name].tokens, *SUMS)
     assert seen == 3
     assert len(graphs) == seen
 
@@ -152,9 +154,9 @@ def test_a_hot_swap_changes_the_tensors_in_place_and_nothing_is_recompiled(tmp_p
     graphs = []
     compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x).tokens, alone.tokens)
+        assert_rounds_to(compiled(x).tokens, alone.tokens, *SUMS)
         model.hotswap_adapter(second)
-        torch.testing.assert_close(compiled(x).tokens, other.tokens)
+        assert_rounds_to(compiled(x).tokens, other.tokens, *SUMS)
     assert len(graphs) == 1
     assert same(model(x), other)
 

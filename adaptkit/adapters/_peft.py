@@ -27,6 +27,8 @@ def wrap(host: nn.Module, config: Any) -> dict[str, nn.Module]:
     from peft import inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    from adaptkit.adapters._traceable import make_traceable  # here, for it imports peft
+
     model = skeleton(host, own_layer)
     vars(model).pop("peft_config", None)
     flags = [(p, p.requires_grad) for p in host.parameters()]
@@ -42,6 +44,7 @@ def wrap(host: nn.Module, config: Any) -> dict[str, nn.Module]:
     found: dict[str, Any] = {path: m for path, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
     for wrapper in found.values():
         wrapper.__dict__["base_layer"] = wrapper._modules.pop("base_layer")  # still read by it, no longer its child
+        make_traceable(wrapper)
     return found
 
 

@@ -6,6 +6,7 @@ another name and then moved, so that there is never half a library, whoever else
 """
 
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -24,7 +25,11 @@ _COMPILERS = ("gcc", "cc", "clang")
 # Products and sums are not contracted, so that a point falls into the same cell as in torch, and whole coordinates are
 # whole. NaN and infinity keep their meaning; only errno and traps are given up.
 _FLAGS = shlex.split("-O3 -std=gnu11 -shared -fPIC -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math")
-_SECONDS = 120
+_SECONDS = (
+    1800  # a busy machine takes its time over what is done in three seconds; only a compiler that hangs ends here
+)
+
+_log = logging.getLogger(__name__)
 
 
 class BuildError(RuntimeError):
@@ -72,8 +77,13 @@ def _compiler() -> list[str]:
 def _run(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except OSError as error:
         raise BuildError(f"{command[0]} did not run: {error}") from error
+    except subprocess.TimeoutExpired as error:
+        _log.warning(
+            "%s did not end in %d minutes and was stopped: is it waiting for something?", command[0], _SECONDS // 60
+        )
+        raise BuildError(f"{command[0]} did not end in {_SECONDS // 60} minutes") from error
     if done.returncode:
         raise BuildError(f"{command[0]} failed with status {done.returncode}: {done.stderr.strip()[-500:]}")
     return done.stdout

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from errors import assert_rounds_to, transformer
 from families import DEPTH, HEADS, HOSTS
 
 import adaptkit
@@ -16,6 +17,7 @@ from adaptkit.losses import usage, usage_loss
 from adaptkit.ops import onednn
 
 # One host for each thing that packing must get right.
+SUMS = transformer(4, 32, 21)
 KINDS_OF_HOST = {
     "timm-vit": "one prefix token",
     "timm-siglip": "no prefix token",
@@ -150,8 +152,7 @@ def test_auto_equals_masked(name, mode, last, monkeypatch):
         masked = model(images(name))
     with gates.deciding(gates.given(masked.aux)):
         auto = model(images(name))
-    torch.testing.assert_close(auto.prefix, masked.prefix, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(auto.tokens, masked.tokens, atol=1e-5, rtol=1e-5)
+    assert_rounds_to([auto.prefix, auto.tokens], [masked.prefix, masked.tokens], *SUMS)
 
 
 @pytest.mark.parametrize("mode", ["full", "partial"])
@@ -194,7 +195,7 @@ def test_the_result_of_an_image_does_not_depend_on_its_batch_mates():
     together, alone = model(x), [model(x[i : i + 1]) for i in range(4)]
     for name in ("patch_keep", "head_keep", "layer_keep"):
         assert torch.equal(together.aux[name], torch.cat([a.aux[name] for a in alone]))
-    torch.testing.assert_close(together.tokens, torch.cat([a.tokens for a in alone]), atol=1e-5, rtol=1e-5)
+    assert_rounds_to(together.tokens, torch.cat([a.tokens for a in alone]), *SUMS)
 
 
 def test_verify_finds_a_packing_that_is_wrong(monkeypatch):
@@ -252,7 +253,7 @@ def test_with_large_layers_what_keeps_everything_goes_through_onednn(count, monk
     monkeypatch.setattr(onednn, "mlp", lambda h, *layers: seen.append(len(h)) or there(h, *layers))
     monkeypatch.setattr(_adavit_run, "TILE", 16)
     model, plain, x = build(first_block=0), HOSTS["timm-vit"].build(), images(count=count)
-    torch.testing.assert_close(model(x).logits, plain(x), atol=1e-5, rtol=1e-5)
+    assert_rounds_to(model(x).logits, plain(x), *SUMS)
     rows = model(x).tokens.shape[1] + model(x).prefix.shape[1]
     assert set(seen) == ({rows} if count == 1 else {16})
     with onednn.avoided():
@@ -287,7 +288,7 @@ def test_gates_decide_in_float32_under_autocast():
 @torch.no_grad()
 def test_the_class_token_gets_the_same_from_a_last_block_that_updates_nothing_else():
     every, only = (loosen(build(last_block=last, execution="packed")) for last in ("all", "class"))
-    assert torch.allclose(every(images()).logits, only(images()).logits, atol=1e-5)
+    assert_rounds_to(every(images()).logits, only(images()).logits, *SUMS)
 
 
 # -------------------------------------------------------------------------------------------------------- training

@@ -2,11 +2,16 @@
 
 import copy
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from errors import assert_rounds_to
 
 from adaptkit.ops import onednn
 
@@ -28,7 +33,7 @@ def calls(monkeypatch):
 def test_it_is_the_same_product(calls, bias):
     torch.manual_seed(0)
     x, layer = torch.randn(96, 24), nn.Linear(24, 40, bias=bias)
-    torch.testing.assert_close(onednn.linear(x, layer.weight, layer.bias), layer(x), atol=1e-5, rtol=1e-5)
+    assert_rounds_to(onednn.linear(x, layer.weight, layer.bias), layer(x), 25)
     assert calls == [(96, 24)]
 
 
@@ -37,7 +42,7 @@ def test_it_is_the_same_product(calls, bias):
 def test_it_is_the_same_mlp(calls, act):
     torch.manual_seed(0)
     x, fc1, fc2 = torch.randn(96, 24), nn.Linear(24, 40), nn.Linear(40, 24)
-    torch.testing.assert_close(onednn.mlp(x, fc1, act, fc2), fc2(act(fc1(x))), atol=1e-5, rtol=1e-5)
+    assert_rounds_to(onednn.mlp(x, fc1, act, fc2), fc2(act(fc1(x))), 25, 41)
     assert calls[0] == (96, 24)
 
 
@@ -86,7 +91,7 @@ def test_a_weight_that_is_laid_out_gives_the_same_product(prepacked, rows, bias)
     torch.manual_seed(0)
     x, layer = torch.randn(rows, 24), nn.Linear(24, 40, bias=bias)
     for _ in range(2):
-        torch.testing.assert_close(prepacked.linear(x, layer.weight, layer.bias), layer(x), atol=1e-5, rtol=1e-5)
+        assert_rounds_to(prepacked.linear(x, layer.weight, layer.bias), layer(x), 25)
     assert len(prepacked._held) == 1
 
 
@@ -98,7 +103,7 @@ def test_heads_are_chosen_one_by_one(prepacked, bias):
     want = torch.einsum("rd,nhed->rnhe", x, weight[:, [0, 3, 4]]) + (0 if b is None else b[:, [0, 3, 4]])
     for products in (prepacked, onednn):
         found = products.linear_of_heads(x, weight, b, [0, 3, 4])
-        torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
+        assert_rounds_to(found, want, 25)
 
 
 @pytest.mark.parametrize("act", [nn.GELU(), nn.GELU("tanh"), nn.ReLU(), F.silu])
@@ -106,7 +111,7 @@ def test_heads_are_chosen_one_by_one(prepacked, bias):
 def test_an_mlp_that_is_laid_out_is_the_same(prepacked, act):
     torch.manual_seed(0)
     x, fc1, fc2 = torch.randn(96, 24), nn.Linear(24, 40), nn.Linear(40, 24)
-    torch.testing.assert_close(prepacked.mlp(x, fc1, act, fc2), fc2(act(fc1(x))), atol=1e-5, rtol=1e-5)
+    assert_rounds_to(prepacked.mlp(x, fc1, act, fc2), fc2(act(fc1(x))), 25, 41)
 
 
 @torch.no_grad()
@@ -115,7 +120,7 @@ def test_a_changed_weight_is_laid_out_anew_and_another_kind_never(prepacked):
     x, layer = torch.randn(8, 24), nn.Linear(24, 40)
     prepacked.linear(x, layer.weight, layer.bias)
     layer.load_state_dict(nn.Linear(24, 40).state_dict())
-    torch.testing.assert_close(prepacked.linear(x, layer.weight, layer.bias), layer(x), atol=1e-5, rtol=1e-5)
+    assert_rounds_to(prepacked.linear(x, layer.weight, layer.bias), layer(x), 25)
     assert len(prepacked._held) == 1
     wide = layer.double()
     assert torch.equal(prepacked.linear(x.double(), wide.weight, wide.bias), wide(x.double()))

@@ -16,18 +16,32 @@ import datasets  # noqa: F401  here, so that no fork imports it anew
 import timm  # noqa: F401
 import torch
 
-from recipes import segment
+from recipes import engine, segment
 
 STEPS = 10
 
 
-def run(ranks, data, out):
-    """Start the ranks of one run. Dropout, augmentation and BatchNorm are on: what a resumed run could get wrong."""
+def run(ranks, data, out, to_be_killed=False):
+    """Start the ranks of one run. Dropout, augmentation and BatchNorm are on: what a resumed run could get wrong.
+
+    One that is to be killed waits for it before its last step, however busy the machine and late the kill.
+    """
     argv = ["--train", data, "--val", data, "--num-classes", "3", "--random-backbone", "--size", "32", "48",
             "--batch-size", "1", "--adapter", "lora", "vit-adapter", "--steps", str(STEPS), "--save-every", "1",
             "--adapter-options", '{"lora": {"lora_dropout": 0.1}, "vit-adapter": {"conv_inplane": 8}}',
             "--ema", "0.9", "--resume", "--out", str(out)]  # fmt: skip
-    return started(ranks, argv)
+    save = engine.save_checkpoint
+
+    def save_and_wait(accelerator, out, step, args):
+        save(accelerator, out, step, args)
+        if to_be_killed and step == STEPS - 1:
+            signal.pause()
+
+    engine.save_checkpoint = save_and_wait
+    try:
+        return started(ranks, argv)
+    finally:
+        engine.save_checkpoint = save
 
 
 def started(ranks, argv):
@@ -57,9 +71,10 @@ def wait(pids):
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * len(pids)
 
 
-def kill_after(pids, checkpoint, delay):
-    while not checkpoint.is_dir():
-        assert not any(os.waitpid(pid, os.WNOHANG)[0] for pid in pids), f"it ended before {checkpoint} was there"
+def kill_after(pids, out, step, delay):
+    """Kill them some time after the checkpoint of that step; the run may be past it, and have deleted it, when we look."""
+    while not any(int(c.name.removeprefix("step-")) >= step for c in engine.checkpoints(out)):
+        assert not any(os.waitpid(pid, os.WNOHANG)[0] for pid in pids), f"it ended before checkpoint {step} was there"
         time.sleep(0.002)
     time.sleep(delay)
     for pid in pids:
@@ -75,7 +90,7 @@ def main(ranks, data, out, seed):
     for step in sorted(chosen.sample(range(1, STEPS - 2), 3)):
         delay = chosen.uniform(0.0, 0.1)
         print(f"seed {seed}: kill {delay:.3f} s after checkpoint {step}", flush=True)
-        kill_after(run(ranks, data, cut), cut / "checkpoints" / f"step-{step:08d}", delay)
+        kill_after(run(ranks, data, cut, to_be_killed=True), cut, step, delay)
         assert not (cut / "adapter").exists(), "it ended before it was killed"
     wait(run(ranks, data, cut))
 

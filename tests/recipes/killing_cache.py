@@ -75,12 +75,13 @@ def main(data, out, seed):
     assert kept(cut) == 19 * BATCH, f"{kept(cut)} samples are kept of 19 batches"
     pids = run(1, data, out / "run", cut, {0: 16})  # at the latest before its last batch
     while kept(cut) == 19 * BATCH:
-        assert not os.waitpid(pids[0], os.WNOHANG)[0], "it ended before it was killed"
+        ended = os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT)  # looked at, not yet waited for
+        assert not ended or kept(cut) > 19 * BATCH, "it ended before it kept anything"
         time.sleep(0.002)
     delay = chosen.uniform(0.0, 0.1)
     time.sleep(delay)
-    os.kill(pids[0], signal.SIGKILL)
-    os.waitpid(pids[0], 0)
+    os.kill(pids[0], signal.SIGKILL)  # it may have killed itself by now, which is as good
+    assert os.WIFSIGNALED(os.waitpid(pids[0], 0)[1])
     print(f"seed {seed}: killed {delay:.3f} s after sample {19 * BATCH}; {kept(cut)} kept", flush=True)
     wait(run(1, data, out / "run", cut))
 
