@@ -333,7 +333,7 @@ class NamedSets(nn.Module):
         """
         if self._vit is None:
             raise RuntimeError("this model was detached already")
-        host, model = self.vit.host, self._given[0]
+        host, model = self._vit.host, self._given[0]  # also where another module was put into its place
         trained = None if self._active is None else self._acting.backbone
         kept = trained.weights() if keep and trained is not None else {}
         self._owner.release(model, host)
