@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adaptkit.adapters._proxy import edges, in_place, missing, own_layer, parameter_store
 from adaptkit.adapters.base import WeightAdapter
-from adaptkit.tree import locate, named_modules, plain_name
+from adaptkit.tree import locate, named_modules, nested, plain_name
 
 __all__ = ["TrainedBackbone", "parameters"]
 
@@ -49,7 +49,8 @@ class TrainedBackbone(WeightAdapter):
                 raise ValueError(f"{name} is a quantised {type(parameter).__name__} of {parameter.dtype}: train others")
             first[id(parameter)] = name
             self.names[name] = [name]
-            _register(self.copies, name, nn.Parameter(parameter.detach().clone()))
+            path, _, last = name.rpartition(".")
+            nested(self.copies, path).register_parameter(last, nn.Parameter(parameter.detach().clone()))
         self.__dict__["_own"] = {}  # the backbone's parameters, while the copies are in their places
         self.__dict__["_edges"] = []
 
@@ -150,12 +151,3 @@ def own_layer_at(host: nn.Module, path: str) -> nn.Module:
     """Return the backbone's own module at a plain path."""
     parent, name = locate(host, path)
     return own_layer(parent._modules[name])  # type: ignore[arg-type]
-
-
-def _register(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    *parents, last = name.split(".")
-    for part in parents:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root.get_submodule(part)
-    root.register_parameter(last, parameter)

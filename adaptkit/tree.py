@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["at_rest", "blocks_of", "locate", "named_modules", "plain_name", "skeleton", "unwrapped"]
+__all__ = ["at_rest", "blocks_of", "locate", "named_modules", "nested", "plain_name", "skeleton", "unwrapped"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")  # of timm and transformers
@@ -59,6 +59,15 @@ def locate(root: nn.Module, path: str) -> tuple[nn.Module, str]:
     if module._modules.get(name) is None:
         raise AttributeError(f"{type(root).__name__} has no module {path!r}")
     return module, name
+
+
+def nested(root: nn.Module, path: str) -> nn.Module:
+    """Return the module at a path below ``root``; empty ones are made where there is none yet."""
+    for part in path.split(".") if path else ():
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    return root
 
 
 def skeleton(root: nn.Module, own: Callable[[nn.Module], nn.Module] = unwrapped) -> nn.Module:

@@ -23,7 +23,7 @@ from adaptkit.adapters._peft import ADAPTER, Kept, wrap
 from adaptkit.adapters._proxy import LayerProxy, WeightProxy, edges, in_place, missing, put, restore
 from adaptkit.adapters.base import WeightAdapter
 from adaptkit.registry import register_adapter
-from adaptkit.tree import locate
+from adaptkit.tree import locate, nested
 
 __all__ = ["LoRA", "LoRAConfig"]
 
@@ -141,7 +141,8 @@ class LoRA(WeightAdapter):
     def _place(self, host: nn.Module, wrappers: dict[str, nn.Module]) -> None:
         self.layers = nn.Module()  # the wrappers by their path in the host: layers.blocks.0.attn.qkv.lora_A...
         for path, wrapper in wrappers.items():
-            _put(self.layers, path, wrapper)
+            parent, _, name = path.rpartition(".")
+            nested(self.layers, parent).add_module(name, wrapper)
         #: what takes the place of each layer, by its plain path; unregistered, for the layers belong to the host
         self.__dict__["proxies"] = {p: self._proxy(host, p, w) for p, w in wrappers.items()}
         self._kept: dict[str, Kept] = {}
@@ -292,17 +293,10 @@ class LoRA(WeightAdapter):
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether this is a weight as torch makes it: neither of integers, nor of a class that packs them."""
+    from torch.distributed.tensor import DTensor  # here, for it takes time to import
+
     inner = tensor.data if type(tensor) is nn.Parameter else tensor
-    return tensor.is_floating_point() and (type(inner) is Tensor or hasattr(tensor, "full_tensor"))
-
-
-def _put(root: nn.Module, path: str, module: nn.Module) -> None:
-    *parents, name = path.split(".")
-    for part in parents:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root.get_submodule(part)
-    root.add_module(name, module)
+    return tensor.is_floating_point() and (type(inner) is Tensor or isinstance(inner, DTensor))
 
 
 def _split(key: str) -> tuple[str, str]:
