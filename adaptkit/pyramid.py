@@ -186,7 +186,8 @@ class Pyramid(HandedOn):
         changed then.
         """
         file = load(folder)
-        check_fits(file, self.model.vit, strict)
+        with self.model.disable_adapter():
+            check_fits(file, self.model.vit, strict)
         here = self.model.header()
         for theirs, mine in differences({**file.header, "head": None}, {**here, "head": None}):
             raise ValueError(f"{file.path} holds {theirs}, this model has {mine}; attach what the file holds")

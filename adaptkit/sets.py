@@ -185,8 +185,9 @@ class NamedSets(nn.Module):
         """Attach another set under a name, as :func:`attach` takes it. It does not act before :meth:`set_adapter`."""
         if checked_name(name) in self.sets:
             raise ValueError(f"adapters named {name!r} are there already; delete_adapter({name!r}), or choose a name")
-        built, loaded = build_set(adapters, head, self.vit, strict, train_backbone)
-        self._check_built(built)
+        with self.disable_adapter():  # on the backbone's own weights: nothing merged, nothing trained in their place
+            built, loaded = build_set(adapters, head, self.vit, strict, train_backbone)
+            self._check_built(built)
         self.sets[name] = built.train(self.training and not loaded)
         self._settle_flags()
 
@@ -241,8 +242,9 @@ class NamedSets(nn.Module):
         file = as_file(source)
         if file is None:
             raise ValueError(f"{source!r} is no saved adapter: give its folder, or adaptkit.load(folder)")
-        check_fits(file, self.vit, strict)
         chosen = self._acting if name is None else self.set_of(name)
+        with self.disable_adapter():
+            check_fits(file, self.vit, strict)
         for theirs, mine in differences(file.header, chosen.header()):
             raise ValueError(
                 f"{file.path} holds {theirs}, this set has {mine}; a swap in place needs the same: load it as another "

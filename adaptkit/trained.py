@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adaptkit.adapters._proxy import edges, in_place, missing, own_layer, parameter_store
 from adaptkit.adapters.base import WeightAdapter
-from adaptkit.tree import locate, named_modules, nested, plain_name
+from adaptkit.tree import locate, named_modules, nested, plain_name, skeleton
 
 __all__ = ["TrainedBackbone", "parameters"]
 
@@ -136,9 +136,8 @@ def _chosen(host: nn.Module, parts: Sequence[str]) -> dict[str, nn.Parameter]:
 
 
 def parameters(host: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The backbone's own parameters by plain name, tied ones under each of their names."""
-    for name, parameter in host.named_parameters(remove_duplicate=False):
-        yield plain_name(name), parameter
+    """The backbone's own parameters by plain name, tied ones under each of their names; nothing that is in its layers."""
+    return skeleton(host, own_layer).named_parameters(remove_duplicate=False)
 
 
 def _matches(name: str, part: str) -> bool:

@@ -151,3 +151,34 @@ def test_tasks_that_share_a_backbone_cannot_train_it(tmp_path):
     with pytest.raises(ValueError, match=r"task 'a': it trains parts of the backbone, which all tasks share"):
         adaptkit.attach_many(base, {"a": tmp_path})
     adaptkit.attach(base, "sfp")
+
+
+@pytest.mark.parametrize("state", ["trained", "merged"])
+def test_another_set_is_built_on_the_backbones_own_weights(state):
+    first = {"train_backbone": ("blocks.3",)} if state == "trained" else {}
+    model = moved(adaptkit.attach(host(), ("lora", {"target_modules": ["fc1"]}), **first)).eval()
+    if state == "merged":
+        model.merge_adapter()
+    expected = model(x).tokens
+    model.add_adapter(("lora", {"use_dora": True, "target_modules": ["fc1"]}), name="b", train_backbone=("blocks.3",))
+    assert torch.equal(model(x).tokens, expected)
+    own = host().state_dict()
+    copies = model.set_of("b").backbone.copies.state_dict()
+    assert all(torch.equal(v, own[k]) for k, v in copies.items())
+    model.set_adapter("b")
+    torch.testing.assert_close(model(x).tokens, host().forward_features(x)[:, 1:], rtol=1e-5, atol=1e-5)
+
+
+def test_a_peft_model_keeps_its_lora_beside_the_trained_parts():
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(host(), peft.LoraConfig(r=4, target_modules=["qkv"], init_lora_weights=False)).eval()
+    plain, names = theirs.forward_features(x), list(theirs.state_dict())
+    model = adaptkit.attach(theirs, train_backbone=("blocks.3",)).eval()
+    trained = model.set_of("default").backbone.names
+    assert "blocks.3.attn.qkv.weight" in trained
+    assert not any("lora" in name or "base_layer" in name for name in trained)
+    torch.testing.assert_close(model(x).prefix, plain[:, :1])
+    moved(model.set_of("default").backbone)
+    assert model.detach() is theirs
+    assert list(theirs.state_dict()) == names
+    torch.testing.assert_close(theirs.forward_features(x), plain)

@@ -31,7 +31,9 @@ def test_a_run_trains_and_saves_what_is_named(tmp_path, capsys):
 
 
 def test_the_rate_falls_from_block_to_block():
-    model = adaptkit.attach(adaptkit.demo_backbone(False), "sfp", train_backbone=("blocks.9", "blocks.11", "patch_embed"))
+    model = adaptkit.attach(
+        adaptkit.demo_backbone(False), "sfp", train_backbone=("blocks.9", "blocks.11", "patch_embed")
+    )
     groups = parameter_groups(model, 0.1, lr=1.0, layer_decay=0.5)
     rate = {id(p): g.get("lr", 1.0) for g in groups for p in g["params"]}
     copies = model.set_of("default").backbone.copies
