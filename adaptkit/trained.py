@@ -136,7 +136,7 @@ def _chosen(host: nn.Module, parts: Sequence[str]) -> dict[str, nn.Parameter]:
 
 
 def parameters(host: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The backbone's own parameters by plain name, tied ones under each of their names; nothing that is in its layers."""
+    """The backbone's own parameters by plain name, tied ones under each name, without what is in its layers."""
     return skeleton(host, own_layer).named_parameters(remove_duplicate=False)
 
 
