@@ -196,24 +196,29 @@ class AdaptedModel(Facts, NamedSets):
         self._load(self._acting, tensors)
 
     def header(self, name: str | None = None) -> dict[str, Any]:
-        """Return what the file of a set, by default the active one, says besides its tensors.
-
-        Raises ``ValueError`` where the backbone was trained since it was attached to, but for ``train_backbone``.
-        """
+        """Return what the file of a set, by default the active one, says besides its tensors."""
         chosen = self._acting if name is None else self.set_of(name)
         with self.disable_adapter():  # its own weights: nothing merged, nothing trained in their place
-            self._owner.check_untrained(self.vit.host)
             return {**chosen.header(), "backbone": describe_backbone(self.vit)}
+
+    def check_untrained(self) -> None:
+        """Raise ``ValueError`` where the backbone itself has other weights than when it was attached to."""
+        with self.disable_adapter():
+            self._owner.check_untrained(self.vit.host)
 
     def save(self, folder: str | os.PathLike[str], *, name: str | None = None, **metadata: Any) -> Path:
         """Write a set of adapters and their head, the active one or ``name``, to ``folder``: weights, config and card.
 
         All is serialised before anything is written, and all is written or nothing. ``metadata`` (e.g.
-        ``task="segmentation"``, ``classes=[...]``; see :func:`adaptkit.metadata.plain`) is kept in the header, beside
+        ``task="segmentation"``, ``classes=[...]``; see :func:`adaptkit.metadata.plain`) is kept in the header beside
         what the file that was loaded says. A README.md in the folder that adaptkit did not write stays as it is. Of
-        several processes one should call this. Raises ``ValueError`` for metadata that JSON cannot say, and ``OSError``
-        where the folder cannot be written.
+        several processes one should call this.
+
+        Raises ``ValueError`` for metadata that JSON cannot say, and for a backbone that was trained since it was
+        attached to but for ``train_backbone``; ``OSError`` where the folder cannot be
+        written.
         """
+        self.check_untrained()
         chosen = self._acting if name is None else self.set_of(name)
         header = {**self.header(name), "metadata": plain({**chosen.metadata, **metadata})}
         return write_folder(folder, header, chosen.tensors(), card_beside(folder, header))

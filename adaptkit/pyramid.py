@@ -170,6 +170,7 @@ class Pyramid(HandedOn):
         Raises ``ValueError`` where this pyramid is not in ``network`` or JSON cannot say the metadata, ``OSError``
         where the folder cannot be written; the folder is as it was then.
         """
+        self.model.check_untrained()
         header = {**self.model.header(), "metadata": plain({**self._acting().metadata, **metadata})}
         tensors = self.model.adapter_state_dict()
         if network is not None:

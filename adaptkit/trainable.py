@@ -27,7 +27,8 @@ def check_trained(vit: View, built: AdapterSet, run: Callable[[View, AdapterSet,
     """Prove that a gradient reaches each trained parameter of a set.
 
     Two random images of a few patches go through a copy of the host's structure that shares its weights: the host, the
-    random numbers and the set's statistics are left as they were. A host on the meta device or in shards is not run.
+    random numbers and the set's statistics are left as they were. A host on the meta device or in shards is not run,
+    nor one in inference mode, where nothing is trained.
 
     Where a head leaves features unread (a pyramid under a head that reads tokens), the set is told so, and a warning
     names what only a loss on these features would train.
@@ -41,7 +42,7 @@ def check_trained(vit: View, built: AdapterSet, run: Callable[[View, AdapterSet,
     """
     trained = {n: p for n, p in built.named_parameters() if p.requires_grad}
     tensors = [*vit.host.parameters(), *trained.values()]
-    if not trained or vit.sharded or any(t.is_meta or _is_special(t) for t in tensors):
+    if not trained or vit.sharded or any(t.is_meta or t.is_inference() or _is_special(t) for t in tensors):
         return
     try:
         with _small_run(vit, built, run) as features:

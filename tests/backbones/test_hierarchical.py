@@ -22,8 +22,9 @@ SUMS = transformer(8, 128, 64)  # of the largest host, at its widest
 def _randomise(model, seed=0):
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=g))
+        for p in model.parameters():  # of an adapted model the adapters alone: the backbone is frozen
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=g))
     return model.eval()
 
 
@@ -196,11 +197,11 @@ def test_frozen_means_frozen_detach_restores_and_every_parameter_gets_a_gradient
 def test_save_load_attach_elsewhere_gives_the_same_output_bitwise(name, options, tmp_path):
     model = _randomise(attach(name, options, head=("fpn", {"num_classes": 3, "channels": 8})), 3)
     model.save(tmp_path, note="hierarchical")
-    again = adaptkit.attach(model.detach(), tmp_path)
-    assert again(image()).logits.shape == (2, 3, 64, 64)
-    other = adaptkit.attach(again.detach(), tmp_path)
     x = image(seed=4)
-    assert same(other(x), adaptkit.attach(other.backbone, tmp_path)(x))
+    expected = model(x)
+    again = adaptkit.attach(model.detach(), tmp_path)
+    assert expected.logits.shape == (2, 3, 64, 64)
+    assert same(again(x), expected)
 
 
 @every
