@@ -74,7 +74,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         if alone or not self.training:
             return super().forward(x)
         dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
-        count = _SumOverRanks.apply(x.new_tensor(float(x.numel() // x.shape[1])))
+        count = _SumOverRanks.apply(x.new_full((), x.numel() // x.shape[1]))
         mean = _SumOverRanks.apply(x.sum((0, 2, 3))) / count
         x = x - mean[:, None, None]
         var = _SumOverRanks.apply(x.square().sum((0, 2, 3))) / count

@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+import adaptkit.ops.ms_deform_attn  # noqa: F401  the operator that is kept
 from adaptkit.checkpointing import Checkpointed
+from adaptkit.ops.forget import forgets
 
-__all__ = ["recompute"]
+__all__ = ["recompute", "recompute_part"]
 
 _KEPT = [
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.adaptkit.ms_deform_attn.default,
 ]
 
 
@@ -35,3 +38,8 @@ def recompute(active: bool, run: Callable[..., Tensor], *args: Any) -> Tensor:
         return run(*args)
     contexts = partial(create_selective_checkpoint_contexts, _KEPT)
     return checkpoint(run, *args, use_reentrant=False, context_fn=contexts)
+
+
+def recompute_part(active: bool, run: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
+    """``recompute`` for a part of an adapter that, where ``forgotten`` acts, keeps little by itself."""
+    return recompute(active and not forgets(x), run, x, *args)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from adaptkit.layers import DropPath, Norm, SyncBatchNorm2d, conv_norm, norm2d, norm_map
 from adaptkit.mixers import CrossMixer, Layout, cross_mixer
 from adaptkit.ops import batch_norm
+from adaptkit.ops.device import eager_cpu, pair, pairs
 from adaptkit.ops.forget import forgotten
 from adaptkit.ops.grid import cell_centres, map_to_tokens, tokens_to_map
 from adaptkit.ops.linear import add_linear, branch_linear
@@ -35,6 +36,7 @@ class Grids(NamedTuple):
     levels: tuple[tuple[int, int], ...]  #: (h, w) of the three parts of c, strides 8, 16, 32
     to_prior: Tensor  #: (N, 2) centre of each token of x, as (x, y) over the extent of c
     to_tokens: Tensor  #: (M, 2) centre of each token of c, over the extent of x
+    sizes: Tensor  #: (4, 2) width and height of the levels, then of the grid of x, in cells
 
     @staticmethod
     def of(tokens: tuple[int, int], patch: int, levels: Sequence[tuple[int, int]], image: Tensor) -> Grids:
@@ -42,17 +44,18 @@ class Grids(NamedTuple):
         device, dtype = image.device, torch.promote_types(image.dtype, torch.float32)
         x = cell_centres(tokens, patch, device, dtype)
         c = torch.cat([cell_centres(g, s, device, dtype) for g, s in zip(levels, STRIDES[1:])])
-        extent_x = x.new_tensor([tokens[1] * patch, tokens[0] * patch])
-        extent_c = x.new_tensor([levels[0][1] * STRIDES[1], levels[0][0] * STRIDES[1]])
-        return Grids(tokens, tuple(levels), x / extent_c, c / extent_x)
+        extent_x = pair(tokens[1] * patch, tokens[0] * patch, x)
+        extent_c = pair(levels[0][1] * STRIDES[1], levels[0][0] * STRIDES[1], x)
+        sizes = pairs([(w, h) for h, w in (*levels, tokens)], x)
+        return Grids(tokens, tuple(levels), x / extent_c, c / extent_x, sizes)
 
     def injection(self) -> Layout:
         """Tokens of x read the levels of c."""
-        return Layout((self.tokens,), self.levels, self.to_prior)
+        return Layout((self.tokens,), self.levels, self.to_prior, self.sizes[:-1])
 
     def extraction(self) -> Layout:
         """Tokens of c read the map of x."""
-        return Layout(self.levels, (self.tokens,), self.to_tokens)
+        return Layout(self.levels, (self.tokens,), self.to_tokens, self.sizes[-1:])
 
 
 def _attention(dim: int, levels: int, config: Any) -> CrossMixer:
@@ -187,7 +190,7 @@ class SpatialPrior(nn.Module):
         """Whether the stem is better run on parts of an image: on a CPU, and where no norm asks for the whole."""
         norm = self.stem[1]
         of_batch = (isinstance(norm, nn.BatchNorm2d) and norm.training) or isinstance(norm, nn.GroupNorm)
-        return not of_batch and image.device.type == "cpu" and not torch.compiler.is_compiling()
+        return not of_batch and eager_cpu(image)
 
     def _by_strips(self, image: Tensor) -> Tensor:
         """``_stem``, some rows at a time: its largest maps then fit in the cache, and in memory that was used before.

@@ -45,6 +45,7 @@ from adaptkit.mixers.dat import (
     table_bias,
     to_cells,
 )
+from adaptkit.ops.device import pair
 from adaptkit.registry import register_adapter
 from adaptkit.vit import Block, Fn, Spec
 
@@ -173,7 +174,7 @@ class DATKV(BlockAdapter):
         moved = read(torch.cat([_to_map(t, prefix, grid, groups) for t in (k, v)], dim=1), points, "exact")
         k_moved, v_moved = (_to_heads(t, groups, q.shape[1]) for t in moved.chunk(2, dim=1))
         if block.rotate is not None:
-            cells = (reference_points(grid, "exact", points) + 1) * points.new_tensor(grid) / 2 - 0.5
+            cells = (reference_points(grid, "exact", points) + 1) * pair(*grid, points) / 2 - 0.5
             q = torch.cat([q[:, :, :prefix], block.rotate(q[:, :, prefix:], cells.flatten(0, 1))], dim=2)
             k_moved = block.rotate(k_moved, places.repeat_interleave(q.shape[1] // groups, dim=1))
         points = points.unflatten(0, (-1, groups))

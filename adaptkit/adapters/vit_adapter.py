@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from adaptkit.adapters._recompute import recompute
+from adaptkit.adapters._recompute import recompute, recompute_part
 from adaptkit.adapters._vit_adapter_parts import STRIDES, Grids, Interaction, SpatialPrior
 from adaptkit.adapters.base import SideAdapter, Trace
 from adaptkit.layers import Norm, check_choice, init_weights, norm2d, norm_map, parameter_dtype
@@ -182,11 +182,11 @@ class ViTAdapter(SideAdapter):
 
         taps = []
         for interaction, (first, last) in zip(self.interactions, self.config.interaction_indexes):
-            x = interaction.inject(x, c, grids)
+            x = recompute_part(self.config.checkpoint, interaction.inject, x, c, grids)
             for block in blocks[first : last + 1]:
                 x = recompute(self.config.checkpoint, block, x)
             taps.append(self._tap(vit, x, grids))
-            c = interaction.extract(c, taps[-1], grids)
+            c = recompute_part(self.config.checkpoint, interaction.extract, c, taps[-1], grids)
         return vit.finish(x, image, self._pyramid(c1, c, taps, grids, image), trace)
 
     def _pyramid(self, c1: Tensor, c: Tensor, taps: list[Tensor], grids: Grids, image: Tensor) -> list[Tensor]:

@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from adaptkit.ops.device import pairs
 from adaptkit.ops.linear import add_to
 
 __all__ = ["CrossMixer", "Layout", "Mixer", "Norms", "even_heads"]
@@ -29,6 +30,11 @@ class Layout(NamedTuple):
     queries: tuple[tuple[int, int], ...]  #: (h, w) of the grids that the queries fill, one after another
     values: tuple[tuple[int, int], ...]  #: (h, w) of the levels, one after another
     points: Tensor  #: (Q, 2) centre of each query as (x, y), 0..1 over the extent of the levels
+    sizes: Tensor | None = None  #: (L, 2) width and height of the levels in cells, where they are at hand
+
+    def cells(self) -> Tensor:
+        """Return width and height (L, 2) of the levels, in cells."""
+        return pairs([(w, h) for h, w in self.values], self.points) if self.sizes is None else self.sizes
 
 
 class CrossMixer(nn.Module, ABC):

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.layers import check_choice
+from adaptkit.ops.device import pair
 from adaptkit.ops.sample import coordinate_dtype, sample
 
 __all__ = ["Convention", "DeformableAttention", "Read"]
@@ -96,7 +97,7 @@ def move(offset: Tensor, reference: Tensor, factor: float | None, convention: Co
     offset = offset.movedim(1, -1).to(reference.dtype)
     # A factor of 0 is free and unclamped in v1, and no movement at all in v2.
     if factor > 0 or (factor == 0 and convention != "v1"):
-        offset = offset.tanh() * factor / offset.new_tensor(sides)
+        offset = offset.tanh() * factor / pair(sides[0], sides[1], offset)
     points = reference + offset
     if factor < 0 and convention == "v1":
         return points.tanh()
@@ -105,7 +106,7 @@ def move(offset: Tensor, reference: Tensor, factor: float | None, convention: Co
 
 def to_cells(points: Tensor, grid: Grid, convention: Convention) -> Tensor:
     """Points (..., 2) -> places in the cells of a map ``grid``, 0 at the centre of the first cell."""
-    size = points.new_tensor(grid)
+    size = pair(*grid, points)
     return ((points + 1) * size - 1) / 2 if convention == "exact" else (points + 1) / 2 * (size - 1)
 
 
@@ -144,7 +145,7 @@ def table_bias(table: Tensor, grid: Grid, points: Tensor, convention: Convention
     batch, groups, n, _ = points.shape
     table = resize_table(table, (2 * grid[0] - 1, 2 * grid[1] - 1))
     table = table.unflatten(0, (groups, -1)).expand(batch, -1, -1, -1, -1).flatten(0, 1)  # (B*g, h_g, 2h-1, 2w-1)
-    size = points.new_tensor(grid)
+    size = pair(*grid, points)
     displacement = _displacement(grid, points, convention) / 2  # (B*g, h*w, n, 2), in -1..1
     # One cell of displacement is one cell of the table; in v1 it is (n-1)/n of one.
     places = displacement * (size if convention == "exact" else size - 1) + (size - 1)

@@ -16,6 +16,7 @@ from adaptkit.layers import LayerNorm2d
 from adaptkit.mixers.base import CrossMixer, Layout
 from adaptkit.mixers.dat import DeformableAttention
 from adaptkit.ops import ms_deform_attn
+from adaptkit.ops.device import pair
 from adaptkit.ops.grid import map_to_tokens, tokens_to_map
 
 __all__ = ["DeformableCrossAttention", "dat"]
@@ -76,7 +77,7 @@ class DeformableCrossAttention(CrossMixer):
         reference = tokens_to_map(places[None], (q.shape[-2], q.shape[-1]))
         if stride > 1:  # a point stands at the mean of the cells that it is for
             reference = F.avg_pool2d(reference, stride, ceil_mode=True)
-        step = FACTOR / 2 / offset.new_tensor([offset.shape[-1], offset.shape[-2]])
+        step = FACTOR / 2 / pair(offset.shape[-1], offset.shape[-2], offset)
         return map_to_tokens(reference + offset.tanh() * step.view(1, 2, 1, 1))
 
     def _split(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from adaptkit.mixers.base import CrossMixer, Layout, Mixer, Norms, even_heads
 from adaptkit.ops import ms_deform_attn
+from adaptkit.ops.device import pair
 from adaptkit.ops.forget import forgotten
 from adaptkit.ops.grid import cell_centres, map_to_tokens, tokens_to_map
 from adaptkit.ops.linear import add_linear, branch_linear, linear, norm_linear
@@ -74,8 +75,7 @@ class MSDeformAttn(CrossMixer):
         value = norm_linear(feat, norms[1], self.value_proj.weight, self.value_proj.bias).unflatten(2, (self.heads, -1))
         # Coordinates stay in float32 whatever the autocast dtype: bf16 cannot tell neighbouring pixels apart.
         points = layout.points
-        cells_xy = points.new_tensor([(w, h) for h, w in layout.values])
-        query, offsets, weights = self._places(query, norms[0], cells_xy)
+        query, offsets, weights = self._places(query, norms[0], layout.cells())
         locations = points[:, None, None, None, :] + offsets.unflatten(2, (*shape, 2)).to(points.dtype)
         weights = grouped_softmax(weights.to(points.dtype), self.heads).unflatten(2, shape)
         return query, partial(ms_deform_attn, value, list(layout.values), locations, weights)
@@ -105,6 +105,6 @@ class MSDeformMixer(Mixer):
         """(B, C, H, W) -> (B, C, H, W)."""
         grid = (x.shape[-2], x.shape[-1])
         centres = cell_centres(grid, 1, x.device, torch.promote_types(x.dtype, torch.float32))
-        layout = Layout((grid,), (grid,), centres / centres.new_tensor([grid[1], grid[0]]))
+        layout = Layout((grid,), (grid,), centres / pair(grid[1], grid[0], centres))
         tokens = map_to_tokens(x)
         return tokens_to_map(self.attn(tokens, tokens, layout), grid)

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adaptkit.ops.device import eager_cpu
 from adaptkit.ops.grid import resample_lines, resample_map
-from adaptkit.ops.linear import linear, row_slices
+from adaptkit.ops.linear import add_to, linear, row_slices, summing_dtype
 
 __all__ = ["add_resampled", "add_upsampled"]
 
@@ -31,15 +32,15 @@ def add_upsampled(fine: Tensor, coarse: Tensor, weight: Tensor, bias: Tensor) ->
 
     Each coarse pixel makes a block of four fine ones by itself: a matrix product, (h*w, D) x (D, 4 D') for an image.
     """
-    if torch.compiler.is_compiling():
-        return fine + F.conv_transpose2d(coarse, weight, bias, stride=2)
+    if not eager_cpu(fine):
+        return add_to(fine, F.conv_transpose2d(coarse, weight, bias, stride=2))
     return _AddUpsampled.apply(fine, *(t.to(fine.dtype) for t in (coarse, weight, bias)))
 
 
 def add_resampled(fine: Tensor, x: Tensor, stride: int, to_stride: int) -> Tensor:
     """Return ``fine += resample_map(x, stride, to_stride, its size)``: fine (B, D, H, W), changed; x (B, D, h, w)."""
-    if torch.compiler.is_compiling():
-        return fine + resample_map(x, stride, to_stride, (fine.shape[2], fine.shape[3]))
+    if not eager_cpu(fine):
+        return add_to(fine, resample_map(x, stride, to_stride, (fine.shape[2], fine.shape[3])))
     return _AddResampled.apply(fine, x, stride, to_stride)
 
 
@@ -70,14 +71,17 @@ class _AddUpsampled(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         coarse, weight = ctx.saved_tensors
         kernel = _matrix(weight)
-        grad_coarse, grad_kernel = torch.empty_like(coarse), torch.zeros_like(kernel)
+        grad_coarse, grad_kernel = torch.empty_like(coarse), torch.zeros_like(kernel, dtype=summing_dtype(kernel))
         for g, x, grad_x in zip(grad, coarse, grad_coarse):
             blocks = _blocks(g)
             for s in _lines(coarse):
                 rows = blocks[s].reshape(-1, len(kernel))  # (n*w, 4 D')
-                grad_kernel.addmm_(rows.t(), _rows(x[:, s]))
+                if grad_kernel.dtype == rows.dtype:
+                    grad_kernel.addmm_(rows.t(), _rows(x[:, s]))
+                else:
+                    grad_kernel += rows.t() @ _rows(x[:, s])
                 grad_x[:, s] = linear(rows, kernel.t()).t().view(x[:, s].shape)
-        grad_weight = grad_kernel.view(2, 2, weight.shape[1], weight.shape[0]).permute(3, 2, 0, 1)
+        grad_weight = grad_kernel.to(weight.dtype).view(2, 2, weight.shape[1], weight.shape[0]).permute(3, 2, 0, 1)
         return grad, grad_coarse, grad_weight, grad.sum((0, 2, 3))
 
 
@@ -91,7 +95,7 @@ class _AddResampled(torch.autograd.Function):
         step = stride // math.gcd(stride, to_stride)  # a cell of each grid begins there
         step *= max(1, PIXELS // (width * step))
         for image, of_x in zip(fine.split(1), x.split(1)):
-            for s in row_slices(height, fine.device, step):
+            for s in row_slices(height, step):
                 image[:, :, s] += resample_lines(of_x, stride, to_stride, s.start, s.stop, width)
         return fine
 
@@ -111,13 +115,13 @@ class _AddResampled(torch.autograd.Function):
 
 def _lines(coarse: Tensor) -> Iterator[slice]:
     """Yield slices of the rows of pixels, of which the product is made without new memory."""
-    return row_slices(coarse.shape[2], coarse.device, max(1, PIXELS // (4 * coarse.shape[3])))
+    return row_slices(coarse.shape[2], max(1, PIXELS // (4 * coarse.shape[3])))
 
 
 def _channels(fine: Tensor) -> Iterator[slice]:
     """Yield slices of the channels, of which a map is made without new memory."""
     pixels = fine.shape[0] * fine.shape[2] * fine.shape[3]
-    return row_slices(fine.shape[1], fine.device, max(16, NUMBERS // pixels))
+    return row_slices(fine.shape[1], max(16, NUMBERS // pixels))
 
 
 def _matrix(weight: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from adaptkit.ops import pool
-from adaptkit.ops.linear import row_slices
+from adaptkit.ops.device import eager_cpu
+from adaptkit.ops.linear import row_slices, summing_dtype
 
 __all__ = ["norm_large", "norm_pool", "norm_relu_conv", "suits"]
 
@@ -30,8 +31,9 @@ def suits(norm: nn.Module, x: Tensor) -> bool:
     plain = (
         type(norm) is nn.BatchNorm2d and norm.training and norm.running_mean is not None and norm.momentum is not None
     )
-    here = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-    return plain and here and x.dtype == norm.weight.dtype
+    if not (plain and eager_cpu(x)) or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.dtype == norm.weight.dtype == summing_dtype(x)  # what is summed over images is not rounded to bf16
 
 
 def norm_relu_conv(x: Tensor, norm: nn.BatchNorm2d, kernel: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ class _Norm(torch.autograd.Function):
         out = pool.empty(x.shape, x.dtype, torch.channels_last)
         pixels, g = (t.movedim(1, 3).flatten(0, 2) for t in (x, grad))  # (B*H*W, C)
         grad_x = out.movedim(1, 3).view(pixels.shape)
-        slices = list(row_slices(len(pixels), x.device, _NUMBERS // len(mean) + 1))
+        slices = list(row_slices(len(pixels), _NUMBERS // len(mean) + 1))
         summed, along = torch.zeros_like(mean), torch.zeros_like(mean)
         for s in slices:
             summed += g[s].sum(0)

@@ -8,18 +8,25 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["forgotten"]
+from adaptkit.ops.device import eager_cpu
+
+__all__ = ["forgets", "forgotten"]
+
+
+def forgets(y: Tensor) -> bool:
+    """Whether ``forgotten`` acts on ``y``: on a CPU alone."""
+    return eager_cpu(y)
 
 
 @contextmanager
 def forgotten(*made: tuple[Tensor, Callable[[], Tensor]]) -> Iterator[None]:
-    """Keep, in place of each tensor y, how to compute it again: pairs (y, again) with ``again()`` equal to y.
+    """Keep on a CPU, in place of each tensor y, how to compute it again: pairs (y, again), ``again()`` equal to y.
 
     Operations inside the block that would hold y, or a view of it, until the backward pass call ``again`` then. What
     ``again`` needs should be kept anyway, as the input of a LayerNorm is by the LayerNorm. In nested blocks the inner
     one alone acts.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() or not any(forgets(y) for y, _ in made):
         yield
         return
     known = {y.data_ptr(): _Forgotten(y, again) for y, again in made if y.requires_grad}

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from adaptkit.ops import attention
+from adaptkit.ops.device import eager_cpu
 from adaptkit.ops.linear import linear
 from adaptkit.ops.onednn import PLAIN
 
@@ -27,8 +28,8 @@ _NOT_PLAIN = ("attn_mask", "dropout_p", "is_causal", "enable_gqa")
 
 def frozen_block(x: Tensor) -> AbstractContextManager[object]:
     """Inside, frozen linear layers and attention have that gradient, where tokens ``x`` are float32 and want one."""
-    wanted = x.requires_grad and torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == torch.float32
-    if not wanted or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    wanted = x.requires_grad and torch.is_grad_enabled() and x.dtype == torch.float32
+    if not (wanted and eager_cpu(x)) or torch.is_autocast_enabled("cpu"):
         return nullcontext()
     return _FrozenBlock()
 

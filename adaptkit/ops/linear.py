@@ -15,15 +15,24 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from adaptkit.ops import pool
+from adaptkit.ops.device import eager_cpu
 
-__all__ = ["add_linear", "add_to", "branch_linear", "linear", "norm_linear", "row_slices", "wide_linear"]
+__all__ = [
+    "add_linear",
+    "add_to",
+    "branch_linear",
+    "linear",
+    "norm_linear",
+    "row_slices",
+    "summing_dtype",
+    "wide_linear",
+]
 
 NUMBERS = 2**21  # of rows that are made at a time: they stay in the cache from one operation to the next
 
 
-def row_slices(rows: int, device: torch.device, step: int) -> Iterator[slice]:
-    """Yield slices of ``step`` rows; on a GPU all at once."""
-    step = step if device.type == "cpu" else max(rows, 1)
+def row_slices(rows: int, step: int) -> Iterator[slice]:
+    """Yield slices of ``step`` rows."""
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
@@ -33,7 +42,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     A float32 product on a CPU is written as the 1x1 convolution that it is: oneDNN, which torch asks for convolutions,
     uses the widest registers of every processor, and the BLAS of most builds of torch does so on some alone.
     """
-    here = not torch.compiler.is_compiling() and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    here = eager_cpu(x) and torch.backends.mkldnn.is_available()
     if not here or _product_dtype(x) != torch.float32 or x.numel() == 0:
         return F.linear(x, weight, bias)
     rows = x.reshape(1, -1, 1, x.shape[-1]).movedim(3, 1)  # channels-last: nothing is moved
@@ -42,12 +51,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``linear`` of (..., D) to a width that makes it large; without gradients in memory of an earlier such result."""
-    plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype == weight.dtype == _product_dtype(x)
-    if not plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    plain = type(x) is Tensor and eager_cpu(x) and x.dtype == weight.dtype == _product_dtype(x)
+    if not plain or torch.is_grad_enabled():
         return linear(x, weight, bias)
     out = pool.empty((*x.shape[:-1], len(weight)), x.dtype)
     rows, into = x.reshape(-1, x.shape[-1]), out.view(-1, len(weight))
-    for s in row_slices(len(rows), x.device, NUMBERS // len(weight) + 1):
+    for s in row_slices(len(rows), NUMBERS // len(weight) + 1):
         into[s] = linear(rows[s], weight, bias)
     return out
 
@@ -55,14 +64,15 @@ def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def norm_linear(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``linear(norm(x), weight, bias)``: (..., D) -> (..., D').
 
-    Rows that a LayerNorm made are made again in the backward pass, and never held as a whole; other norms just run.
+    On a CPU rows that a LayerNorm made are made again in the backward pass, and never held as a whole; other norms just
+    run.
     """
     return branch_linear(x, norm, weight, bias)[1]
 
 
 def branch_linear(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """``x, norm_linear(x, ...)`` of a residual branch: the gradients of both are summed where the second is made."""
-    if not isinstance(norm, nn.LayerNorm) or torch.compiler.is_compiling():
+    if not isinstance(norm, nn.LayerNorm) or not eager_cpu(x):
         return x, F.linear(norm(x), weight, bias)
     dtype = _product_dtype(x)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -75,7 +85,7 @@ def branch_linear(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | Non
 
 def add_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x + linear(y, weight, bias)``: x (..., D), y (..., D'). Without gradients x itself is changed and returned."""
-    if torch.compiler.is_compiling() or x.dtype != _product_dtype(y):
+    if not eager_cpu(x) or x.dtype != _product_dtype(y):
         return add_to(x, F.linear(y, weight, bias))
     y, weight, bias = (None if t is None else t.to(x.dtype) for t in (y, weight, bias))
     with torch.autocast(x.device.type, enabled=False):
@@ -86,6 +96,11 @@ def add_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 def add_to(x: Tensor, update: Tensor) -> Tensor:
     """``x + update``. Without gradients x itself is changed and returned."""
     return x + update if torch.is_grad_enabled() else x.add_(update)
+
+
+def summing_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of a sum over parts: rounded to bf16 at each part, its error would grow with their number."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -103,7 +118,7 @@ class _NormLinear(torch.autograd.Function):
         ctx.eps = eps
         rows = x.flatten(0, -2)
         out = weight.new_empty(len(rows), len(weight))
-        for s in row_slices(len(rows), x.device, NUMBERS // rows.shape[1] + 1):
+        for s in row_slices(len(rows), NUMBERS // rows.shape[1] + 1):
             normed = F.layer_norm(rows[s], gamma.shape, gamma, beta, eps).to(weight.dtype)
             out[s] = linear(normed, weight, bias)
         return out.unflatten(0, x.shape[:-1]), x
@@ -119,9 +134,9 @@ class _NormLinear(torch.autograd.Function):
         shape, x, grad = x.shape, x.flatten(0, -2), grad.flatten(0, -2)
         beside = None if beside is None else beside.flatten(0, -2)
         grad_x = pool.empty_like(x) if of_x else None
-        grad_gamma, grad_beta = torch.zeros_like(gamma), torch.zeros_like(beta)
-        grad_weight = torch.zeros_like(weight, dtype=gamma.dtype)  # sums over slices are not rounded to bf16
-        for s in row_slices(len(x), x.device, NUMBERS // x.shape[1] + 1):
+        wide = summing_dtype(gamma)
+        grad_gamma, grad_beta, grad_weight = (torch.zeros_like(t, dtype=wide) for t in (gamma, beta, weight))
+        for s in row_slices(len(x), NUMBERS // x.shape[1] + 1):
             normed, mean, rstd = torch.native_layer_norm(x[s], gamma.shape, gamma, beta, ctx.eps)
             if of_weight:
                 grad_weight += grad[s].t() @ normed.to(grad.dtype)
@@ -134,7 +149,8 @@ class _NormLinear(torch.autograd.Function):
                 grad_gamma += found[1] if of_gamma else 0
                 grad_beta += found[2] if of_beta else 0
         grad_x = None if grad_x is None else grad_x.view(shape)
-        grads = (grad_x, grad_gamma, grad_beta, None, grad_weight.to(weight.dtype), grad.sum(0) if of_bias else None)
+        sums = grad_gamma.to(gamma.dtype), grad_beta.to(beta.dtype), grad_weight.to(weight.dtype)
+        grads = (grad_x, *sums[:2], None, sums[2], grad.sum(0) if of_bias else None)
         return tuple(g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad))
 
 
@@ -143,7 +159,7 @@ class _AddLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
         ctx.save_for_backward(y, weight)
         out = pool.empty_like(x) if keep else x
-        for s in row_slices(len(x), x.device, NUMBERS // x.shape[1] + 1):
+        for s in row_slices(len(x), NUMBERS // x.shape[1] + 1):
             torch.add(x[s], linear(y[s], weight, bias), out=out[s])
         return out
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptkit.ops.device import eager_cpu
 from adaptkit.ops.kept import index
 
 __all__ = ["Prepacked", "avoided", "linear", "linear_of_heads", "mlp", "pays", "rounded", "usable"]
@@ -42,12 +43,12 @@ def avoided() -> Iterator[None]:
 
 def usable(x: Tensor) -> bool:
     """Whether products of ``x`` may go there: it keeps no gradient here, and knows float32 alone."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    if not eager_cpu(x) or x.dtype != torch.float32:
         return False
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
     here = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
-    return here and not _avoided.get() and not torch.compiler.is_compiling()
+    return here and not _avoided.get()
 
 
 def rounded(rows: int) -> int:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adaptkit.ops.device import pair
+
 __all__ = ["coordinate_dtype", "sample"]
 
 
@@ -33,7 +35,7 @@ def sample(x: Tensor, places: Tensor, padding: Literal["zeros", "border"] = "zer
 
 
 def _grid_sample(x: Tensor, places: Tensor, padding: str) -> Tensor:
-    size = places.new_tensor(x.shape[-2:])
+    size = pair(x.shape[-2], x.shape[-1], places)
     grid = ((2 * places + 1) / size - 1).flip(-1)  # (y, x) in cells -> (x, y) with -1 and 1 at the outer edges
     return F.grid_sample(x, grid[:, :, None], "bilinear", padding, align_corners=False).squeeze(-1)
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptkit.ops.device import eager_cpu
+
 __all__ = ["grouped_softmax"]
 
 
@@ -16,7 +18,7 @@ def grouped_softmax(logits: Tensor, groups: int) -> Tensor:
     For a few numbers next to each other torch's loop on a CPU is slow: there the numbers of a group are put into
     rows of their own, so that all groups are done side by side.
     """
-    if logits.device.type != "cpu" or torch.compiler.is_compiling():
+    if not eager_cpu(logits):
         return logits.unflatten(-1, (groups, -1)).softmax(-1).flatten(-2)
     return _GroupedSoftmax.apply(logits, groups)
 
