@@ -29,6 +29,12 @@ MARK = "_adaptkit_owner"
 
 def check_free(backbone: nn.Module, host: nn.Module) -> None:
     """Raise ``ValueError`` where an adapted model has this backbone; what a forgotten one left is put back."""
+    made_for_inference = next((n for n, p in host.named_parameters() if p.is_inference()), None)
+    if made_for_inference is not None:
+        raise ValueError(
+            f"{made_for_inference} of this {type(backbone).__name__} was made inside torch.inference_mode(), and no "
+            "gradient goes through such tensors: build and load the backbone outside it"
+        )
     owner: Owner | None = vars(host).get(MARK)
     if owner is None:
         return

@@ -19,6 +19,7 @@ from adaptkit.registry import configured
 from adaptkit.saved_head import head_of
 from adaptkit.staged import StagedSpec, StagedViT
 from adaptkit.trained import TrainedBackbone, parameters
+from adaptkit.tree import acts_by_hook, blocks_of
 from adaptkit.vit import View, ViT
 
 __all__ = ["AdapterSet", "Part", "as_file", "check_tensors", "differences", "head_of", "parts_of"]
@@ -284,6 +285,12 @@ def _check_inside(built: dict[str, nn.Module], vit: View) -> None:
             raise TypeError(
                 f"{name} steps inside the attention, and that of {type(vit.host).__name__} does not come apart into "
                 "q, k, v and an output; attach it to a ViT with plain attention"
+            )
+        if adapter.inside and any(map(acts_by_hook, blocks_of(vit.host, len(vit.spec.widths)))):
+            raise TypeError(
+                f"{name} runs a block from its parts, and blocks of this {type(vit.host).__name__} have forward hooks "
+                "that may change what they compute (they return something), which would be left out: remove them, or "
+                "let them return nothing if they only watch"
             )
         if adapter.inside and place > 0:
             raise ValueError(

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from adaptkit.staged import StagedViT
-from adaptkit.tree import at_rest, skeleton
+from adaptkit.tree import acts_by_hook, at_rest, named_modules, skeleton
 from adaptkit.vit import Block, View, ViT
 
 __all__ = ["prove"]
@@ -93,6 +93,7 @@ def _prove_forward(view: View) -> None:
     seen.own(seen.view.host, but=blocks)
     for index, module in enumerate(blocks):
         _stand_in(module, index, run)
+    hooked = _Hooked(seen)
     for size in sizes:
         where = f"an image of {size[0]}x{size[1]} pixels"
         image = seen.randn(1, seen.channels, *size)
@@ -100,11 +101,43 @@ def _prove_forward(view: View) -> None:
         said = _tried(view, where, partial(seen.view.reference, image))
         if said is None:
             return
-        theirs = run.taken()
+        theirs, by_host = run.taken(), hooked.taken()
         whole = image[..., : size[0] // side * side, : size[1] // side * side]  # hosts drop a rest, a view pads it
         features = _tried(view, where, partial(seen.view.features, whole))
+        by_view = hooked.taken()
         _compare_tokens(seen, where, torch.cat([features.prefix, features.tokens], dim=1), said, run.taken(), theirs)
         _compare_answer(seen, where, image, said)
+        _compare_hooks(view, by_host | hooked.taken(), by_view)
+
+
+class _Hooked:
+    """Which modules of a copy were called, of those whose hooks in the original may change something."""
+
+    def __init__(self, seen: _Copy) -> None:
+        self.called: set[str] = set()
+        acting = {name for name, module in named_modules(seen.original.host) if acts_by_hook(module)}
+        for name, module in named_modules(seen.view.host):
+            if name in acting:
+                module.register_forward_pre_hook(partial(self._note, name))
+
+    def _note(self, name: str, *_: Any) -> None:
+        self.called.add(name)
+
+    def taken(self) -> set[str]:
+        """Return their names, and start anew."""
+        called, self.called = self.called, set()
+        return called
+
+
+def _compare_hooks(view: View, by_host: set[str], by_view: set[str]) -> None:
+    """Raise where hooks act on what the host computes and not on what the view does, which goes past their module."""
+    name = next(iter(sorted(by_host - by_view)), None)
+    if name is not None:
+        raise TypeError(
+            f"{_name(view.host)} has a forward hook on {name or 'itself'} that may change what it computes (it "
+            f"returns something), and {type(view).__name__} goes past this module: remove the hook, or let it return "
+            "nothing if it only watches, or put it on a block or the adapted model"
+        )
 
 
 class _Run:
@@ -213,7 +246,7 @@ def _prove_blocks(view: View) -> None:
     splits = True
     for index, (_, block, width) in enumerate(seen.bound(grid)):
         if index in tried:
-            x = seen.randn(1, view.spec.prefix + grid[0] * grid[1], width)
+            x = seen.randn(2, view.spec.prefix + grid[0] * grid[1], width)  # two, for one must not tell on the other
             _compare_block(seen, f"block {index}", block, x)
             splits = splits and _comes_apart(seen, block, x, grid)
     if not isinstance(view, ViT) or splits or not view.splits:
@@ -325,7 +358,7 @@ class _Copy:
         self.dtype = given if self.quantised or given == torch.float64 else torch.float32
         self.device = parameters[0].device
         self.channels = int(view.fingerprint_tensors()["patch"].shape[1])
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator("cpu").manual_seed(0)
         self.made: dict[int, Any] = {}
 
     @property
@@ -342,7 +375,8 @@ class _Copy:
 
     def randn(self, *shape: int) -> Tensor:
         """Random numbers that touch no state of others."""
-        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
+        x = torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu")
+        return x.to(self.device, self.dtype)
 
     def bound(self, grid: tuple[int, int]) -> Iterator[tuple[nn.Module | None, Block, int]]:
         """Go through the blocks bound to a grid: the module that runs, the block, its width."""
@@ -386,7 +420,7 @@ class _Copy:
             x = p.detach().to(self.dtype) if p.dtype in (torch.float16, torch.bfloat16) else p.detach()
             small = x.ndim < 4 and x.numel() <= STIRRED and (x.ndim != 2 or min(x.shape) <= 32)
             if small:
-                x = x + 0.5 * torch.randn(x.shape, generator=self.generator).to(x)
+                x = x + 0.5 * self.randn(*x.shape).to(x)
             self.made[id(p)] = nn.Parameter(x, requires_grad=False)
             self.made[id(self.made[id(p)])] = self.made[id(p)]
         return self.made[id(p)]

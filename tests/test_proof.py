@@ -19,6 +19,7 @@ from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import Block, VisionTransformer
 
+import adaptkit
 from adaptkit.proof import prove
 from adaptkit.registry import view
 
@@ -483,4 +484,81 @@ def test_hybrids_are_refused_with_a_remedy():
 
     host = timm.create_model("vit_tiny_r_s16_p8_224", depth=1, embed_dim=DIM, num_heads=HEADS, num_classes=0)
     with pytest.raises(TypeError, match=r"HybridEmbed is no plain strided convolution .*use a backbone"):
+        view(host)
+
+
+class Normalises:
+    def __call__(self, module, given):
+        return ((given[0] - 0.5) / 0.25,)
+
+
+def shifts(module, given, tokens):
+    if tokens.shape[0] > 1:
+        return tokens + 1
+
+
+@pytest.mark.parametrize(
+    ("where", "register", "hook"),
+    [
+        ("itself", lambda host: host.register_forward_pre_hook, Normalises()),
+        ("itself", lambda host: host.register_forward_hook, shifts),
+        ("patch_embed", lambda host: host.patch_embed.register_forward_hook, lambda m, given, tokens: tokens * 2),
+        ("patch_embed", lambda host: host.patch_embed.register_forward_pre_hook, lambda m, given: given[0].flip(1)),
+    ],
+)
+def test_a_hook_that_would_be_passed_by_is_refused(where, register, hook):
+    host = vit()
+    register(host)(hook)
+    with pytest.raises(TypeError, match=f"forward hook on {where} that may change.*remove the hook"):
+        prove(view(host))
+
+
+def test_hooks_that_act_where_the_view_runs_their_module_are_seen_as_they_are():
+    host, x = vit(), torch.randn(2, 3, 32, 32)
+    for module in (host.norm, *host.blocks):
+        module.register_forward_hook(shifts)
+    seen = adaptkit.attach(host, "sfp").eval()(x)
+    assert torch.equal(torch.cat([seen.prefix, seen.tokens], 1), host.forward_features(x))
+
+
+@pytest.mark.parametrize("adapter", ["adavit", "dat"])
+def test_adapters_that_run_a_block_from_its_parts_refuse_hooks_on_it_that_act(adapter):
+    host = vit()
+    host.blocks[1].register_forward_hook(lambda m, given, tokens: None)
+    adaptkit.attach(host, adapter).detach()
+    host.blocks[2].register_forward_pre_hook(lambda m, given: (given[0] + 1,))
+    with pytest.raises(TypeError, match=f"{adapter} runs a block from its parts.*forward hooks.*remove them"):
+        adaptkit.attach(host, adapter)
+
+
+def test_a_method_put_around_another_is_run_on_the_copy():
+    """``old = attn.forward; attn.forward = lambda x: old(x)``, and so that what is attached is in it."""
+    host, x = vit(), torch.randn(1, 3, 32, 32)
+    for block in host.blocks:
+        old = block.attn.forward
+        block.attn.forward = lambda h, old=old, **given: old(h, **given)
+        outer = block.mlp.forward
+
+        def again(h, outer=outer):
+            return outer(h) if again else h
+
+        block.mlp.forward = again
+    model = adaptkit.attach(host, ("lora", {"target_modules": ["qkv", "fc1"], "init_lora_weights": False}))
+    with model.disable_adapter():
+        plain = model(x).tokens
+    assert not torch.equal(model(x).tokens, plain)
+
+
+def test_blocks_that_mix_the_images_of_a_batch_are_refused():
+    host = vit()
+    old = host.blocks[1].forward
+    host.blocks[1].forward = lambda x, **given: old(x, **given) + x.mean(0, keepdim=True) * (len(x) > 1)
+    with pytest.raises(TypeError, match="block 1 .* of its parts differ"):
+        prove(view(host))
+
+
+def test_a_part_of_another_kind_than_the_class_has_is_a_type_error_with_a_remedy():
+    host = vit()
+    host.patch_embed.proj = nn.Sequential(host.patch_embed.proj)
+    with pytest.raises(TypeError, match="is not built as .*VisionTransformer: .*'weight'. Hand over one"):
         view(host)
