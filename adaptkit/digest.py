@@ -228,7 +228,7 @@ def _words(flat: Tensor) -> Tensor:
 
 def _odd_numbers() -> Tensor:
     """(ROW,) odd 64-bit integers that look random and are the same everywhere (the finaliser of SplitMix64)."""
-    z = torch.arange(1, ROW + 1) * -7046029254386353131
+    z = torch.arange(1, ROW + 1, device="cpu") * -7046029254386353131
     z = (z ^ (z >> 30)) * -4658895280553007687
     z = (z ^ (z >> 27)) * -7723592293110705685
     return (z ^ (z >> 31)) | 1

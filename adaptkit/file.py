@@ -145,7 +145,7 @@ def fingerprint(vit: View) -> dict[str, list[float]]:
         if tensor.is_meta:  # no values yet
             continue
         flat = tensor.detach().flatten()
-        index = torch.linspace(0, flat.numel() - 1, 8).long().to(flat.device)
+        index = torch.linspace(0, flat.numel() - 1, 8, dtype=torch.float32, device="cpu").long().to(flat.device)
         marks[name] = [float(f"{v:.6g}") for v in flat[index].float().tolist()]
     return marks
 
@@ -247,8 +247,7 @@ def _same_marks(then: dict[str, list[float]], now: dict[str, list[float]]) -> bo
     """Equal up to the rounding of bf16 (8 bits), on every tensor that both sides name."""
     shared = then.keys() & now.keys()
     return bool(shared) and all(
-        len(then[k]) == len(now[k])
-        and torch.allclose(torch.tensor(then[k]), torch.tensor(now[k]), rtol=2e-2, atol=1e-4)
+        len(then[k]) == len(now[k]) and all(abs(a - b) <= 1e-4 + 2e-2 * abs(b) for a, b in zip(then[k], now[k]))
         for k in shared
     )
 

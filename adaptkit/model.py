@@ -24,7 +24,7 @@ from adaptkit.parts import AdapterSet
 from adaptkit.proof import prove
 from adaptkit.recorded import Recorded
 from adaptkit.replay import Replay, Stored, replay
-from adaptkit.sets import NamedSets, build_set, checked_name
+from adaptkit.sets import NamedSets, build_set, checked_name, ordinarily
 from adaptkit.trainable import check_trained
 from adaptkit.vit import Features, View
 
@@ -76,16 +76,17 @@ def attach(
             )
         adapters = ((adapters[0], options),)
     checked_name(name)
-    vit = registry.view(model)
-    check_free(model, vit.host)
-    prove(vit)
-    existing = existing_layers(vit.host)
-    own = () if existing is None else (existing.config,)
-    built, loaded = build_set((*own, *adapters), head, vit, strict, train_backbone)
-    if existing is not None:
-        existing.share(built.adapters["lora"])
-    check_trained(vit, built, run)
-    return AdaptedModel(model, vit, built, name, Owner(existing)).train(not loaded)
+    with ordinarily():
+        vit = registry.view(model)
+        check_free(model, vit.host)
+        prove(vit)
+        existing = existing_layers(vit.host)
+        own = () if existing is None else (existing.config,)
+        built, loaded = build_set((*own, *adapters), head, vit, strict, train_backbone)
+        if existing is not None:
+            existing.share(built.adapters["lora"])
+        check_trained(vit, built, run)
+        return AdaptedModel(model, vit, built, name, Owner(existing)).train(not loaded)
 
 
 def list_adapters() -> list[str]:

@@ -213,7 +213,7 @@ def _prove_blocks(view: View) -> None:
     splits = True
     for index, (_, block, width) in enumerate(seen.bound(grid)):
         if index in tried:
-            x = seen.randn(1, view.spec.prefix + grid[0] * grid[1], width)
+            x = seen.randn(2, view.spec.prefix + grid[0] * grid[1], width)  # two, for one must not tell on the other
             _compare_block(seen, f"block {index}", block, x)
             splits = splits and _comes_apart(seen, block, x, grid)
     if not isinstance(view, ViT) or splits or not view.splits:
@@ -325,7 +325,7 @@ class _Copy:
         self.dtype = given if self.quantised or given == torch.float64 else torch.float32
         self.device = parameters[0].device
         self.channels = int(view.fingerprint_tensors()["patch"].shape[1])
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator("cpu").manual_seed(0)
         self.made: dict[int, Any] = {}
 
     @property
@@ -342,7 +342,8 @@ class _Copy:
 
     def randn(self, *shape: int) -> Tensor:
         """Random numbers that touch no state of others."""
-        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
+        x = torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu")
+        return x.to(self.device, self.dtype)
 
     def bound(self, grid: tuple[int, int]) -> Iterator[tuple[nn.Module | None, Block, int]]:
         """Go through the blocks bound to a grid: the module that runs, the block, its width."""
@@ -386,7 +387,7 @@ class _Copy:
             x = p.detach().to(self.dtype) if p.dtype in (torch.float16, torch.bfloat16) else p.detach()
             small = x.ndim < 4 and x.numel() <= STIRRED and (x.ndim != 2 or min(x.shape) <= 32)
             if small:
-                x = x + 0.5 * torch.randn(x.shape, generator=self.generator).to(x)
+                x = x + 0.5 * self.randn(*x.shape).to(x)
             self.made[id(p)] = nn.Parameter(x, requires_grad=False)
             self.made[id(self.made[id(p)])] = self.made[id(p)]
         return self.made[id(p)]

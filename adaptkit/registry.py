@@ -153,7 +153,14 @@ def view(model: nn.Module) -> Any:
     for cls in type(model).__mro__:
         family = known.get(f"{cls.__module__}.{cls.__qualname__}")
         if family is not None:
-            return family(model)
+            try:
+                return family(model)
+            except AttributeError as error:
+                raise TypeError(
+                    f"this {type(model).__name__} is not built as {cls.__module__}.{cls.__qualname__}: {error}. Hand "
+                    "over one whose parts are that class's own, or register a family for it: subclass "
+                    "adaptkit.vit.ViT and decorate it with @adaptkit.register_family('package.module.Class')"
+                ) from error
     names = ", ".join(sorted({path.rpartition(".")[2] for path in known}))
     raise TypeError(
         f"no family sees {type(model).__module__}.{type(model).__qualname__}; known hosts: {names}. "

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from adaptkit.adapters._proxy import write
@@ -14,7 +15,18 @@ from adaptkit.owner import Owner
 from adaptkit.parts import AdapterSet, as_file, differences, head_of, parts_of
 from adaptkit.vit import View
 
-__all__ = ["NamedSets", "build_set", "checked_name"]
+__all__ = ["NamedSets", "build_set", "checked_name", "ordinarily"]
+
+
+@contextmanager
+def ordinarily() -> Iterator[None]:
+    """Inside, tensors are made as torch makes them by itself, on the CPU and for autograd, whatever the caller entered.
+
+    What is built under ``torch.inference_mode()`` could never be trained, and under ``torch.device("meta")`` it would
+    have no values.
+    """
+    with torch.inference_mode(False), torch.device("cpu"):
+        yield
 
 
 def build_set(
@@ -185,7 +197,7 @@ class NamedSets(nn.Module):
         """Attach another set under a name, as :func:`attach` takes it. It does not act before :meth:`set_adapter`."""
         if checked_name(name) in self.sets:
             raise ValueError(f"adapters named {name!r} are there already; delete_adapter({name!r}), or choose a name")
-        with self.disable_adapter():  # on the backbone's own weights: nothing merged, nothing trained in their place
+        with ordinarily(), self.disable_adapter():  # on the backbone's own weights: nothing merged or trained in place
             built, loaded = build_set(adapters, head, self.vit, strict, train_backbone)
             self._check_built(built)
         self.sets[name] = built.train(self.training and not loaded)

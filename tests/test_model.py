@@ -1,5 +1,6 @@
 """``attach``: what it takes, what it refuses, and what an adapted model is to torch."""
 
+import contextlib
 import copy
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from families import HOSTS
 
 import adaptkit
-from adaptkit import FPNHeadConfig, LinearHeadConfig, ViTAdapterConfig
+from adaptkit import FPNHeadConfig, LinearHeadConfig, ViTAdapterConfig, registry
+from adaptkit.file import describe_backbone
 from adaptkit.vit import Features
 
 x = torch.randn(2, 3, 32, 40, generator=torch.Generator().manual_seed(0))
@@ -181,3 +183,33 @@ def test_import_is_light():
     code = "import sys, adaptkit; adaptkit.list_adapters(); print([m for m in ('timm', 'transformers', 'peft', 'datasets', 'accelerate', 'torchvision', 'huggingface_hub', 'yaml', 'onnx') if m in sys.modules])"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "around", [torch.inference_mode, torch.no_grad, lambda: torch.device("meta")], ids=("inference", "no grad", "meta")
+)
+def test_what_is_attached_is_the_same_whatever_the_caller_entered(around):
+    for name in ("timm-vit", "timm-dinov3"):
+        models = []
+        for entered in (contextlib.nullcontext, around):
+            torch.manual_seed(0)
+            backbone = host(name)
+            with entered():
+                model = adaptkit.attach(backbone, ("vit-adapter", SMALL), "lora")
+                model.add_adapter("metaformer", name="other")
+            models.append(model)
+        plain, inside = (dict(m.named_parameters()) for m in models)
+        assert all(torch.equal(p, inside[n]) and not inside[n].is_inference() for n, p in plain.items())
+        models[1](x).maps[0].sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_is_recorded_of_a_backbone_is_the_same_with_another_default_dtype(dtype):
+    backbone = host()
+    usual = describe_backbone(registry.view(backbone))
+    torch.set_default_dtype(dtype)
+    try:
+        assert describe_backbone(registry.view(backbone)) == usual
+        adaptkit.attach(backbone, ("vit-adapter", SMALL))
+    finally:
+        torch.set_default_dtype(torch.float32)

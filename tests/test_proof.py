@@ -19,6 +19,7 @@ from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import Block, VisionTransformer
 
+import adaptkit
 from adaptkit.proof import prove
 from adaptkit.registry import view
 
@@ -483,4 +484,37 @@ def test_hybrids_are_refused_with_a_remedy():
 
     host = timm.create_model("vit_tiny_r_s16_p8_224", depth=1, embed_dim=DIM, num_heads=HEADS, num_classes=0)
     with pytest.raises(TypeError, match=r"HybridEmbed is no plain strided convolution .*use a backbone"):
+        view(host)
+
+
+def test_a_method_put_around_another_is_no_reason_to_refuse_what_is_in_it():
+    """``old = attn.forward; attn.forward = lambda x: old(x)``: a copy of the tree still runs the original's method."""
+    host, x = vit(), torch.randn(1, 3, 32, 32)
+    for block in host.blocks:
+        old = block.attn.forward
+        block.attn.forward = lambda h, old=old, **given: old(h, **given)
+        outer = block.mlp.forward
+
+        def again(h, outer=outer):
+            return outer(h) if again else h
+
+        block.mlp.forward = again
+    model = adaptkit.attach(host, ("lora", {"target_modules": ["qkv", "fc1"], "init_lora_weights": False}))
+    with model.disable_adapter():
+        plain = model(x).tokens
+    assert not torch.equal(model(x).tokens, plain)
+
+
+def test_blocks_that_mix_the_images_of_a_batch_are_refused():
+    host = vit()
+    old = host.blocks[1].forward
+    host.blocks[1].forward = lambda x, **given: old(x, **given) + x.mean(0, keepdim=True) * (len(x) > 1)
+    with pytest.raises(TypeError, match="block 1 .* of its parts differ"):
+        prove(view(host))
+
+
+def test_a_part_of_another_kind_than_the_class_has_is_a_type_error_with_a_remedy():
+    host = vit()
+    host.patch_embed.proj = nn.Sequential(host.patch_embed.proj)
+    with pytest.raises(TypeError, match="is not built as .*VisionTransformer: .*'weight'. Hand over one"):
         view(host)

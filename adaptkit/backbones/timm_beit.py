@@ -122,7 +122,7 @@ def _take(holder: Any, grid: tuple[int, int]) -> None:
 
     table = holder.relative_position_bias_table
     rows = _distances(grid)
-    values = torch.linspace(-1, 1, rows * table.shape[1]).view(rows, -1).to(table)
+    values = torch.linspace(-1, 1, rows * table.shape[1], device=table.device).view(rows, -1).to(table)
     holder.window_size, holder.window_area = grid, grid[0] * grid[1]
     holder.relative_position_bias_table = nn.Parameter(values, requires_grad=False)
     holder.relative_position_index = gen_relative_position_index(grid, device=table.device)

@@ -78,7 +78,7 @@ def traced(
         )
     training = model.training
     ready = _ready(model).eval()
-    graph, image = Graph(ready), torch.randn(2, model.spec.channels, *size, generator=torch.Generator().manual_seed(0))
+    graph, image = Graph(ready), _random(2, model.spec.channels, *size, seed=0)
     with ExitStack() as stack, torch.no_grad():
         stack.callback(model.train, training)
         for gates in (a for a in ready.adapters.values() if isinstance(a, AdaViT)):
@@ -104,7 +104,12 @@ def another(graph: Graph, image: Tensor, dynamic_batch: bool, dynamic_size: bool
     unit = math.lcm(32, graph.model.spec.patch)
     batch += 1 if dynamic_batch else 0
     height, width = (height + unit, width + 2 * unit) if dynamic_size else (height, width)
-    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(1))
+    return _random(batch, channels, height, width, seed=1)
+
+
+def _random(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _open(unit: int, batch: bool, size: bool) -> dict[str, dict[int, Any]]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -146,15 +146,16 @@ class _Held(NamedTuple):
 @cache
 def _prepacks() -> bool:
     """Whether this torch has the operators, and they say what ``F.linear`` says."""
-    x, weight = (torch.linspace(-1, 1, 16 * n).view(n, 16) for n in (5, 24))
-    bias = torch.linspace(-1, 1, 24)
+    plain: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller made the default
+    x, weight = (torch.linspace(-1, 1, 16 * n, **plain).view(n, 16) for n in (5, 24))
+    bias = torch.linspace(-1, 1, 24, **plain)
     try:
         laid_out = _OPS._reorder_linear_weight(weight, ROWS)
-        plain = _OPS._linear_pointwise(x, laid_out, None, "none", [], "")
+        bare = _OPS._linear_pointwise(x, laid_out, None, "none", [], "")
         gelu = _OPS._linear_pointwise(x, laid_out, bias, "gelu", [], "none")
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
-    pairs = (plain, F.linear(x, weight)), (gelu, F.gelu(F.linear(x, weight, bias)))
+    pairs = (bare, F.linear(x, weight)), (gelu, F.gelu(F.linear(x, weight, bias)))
     return all(torch.allclose(found, wanted, atol=1e-5) for found, wanted in pairs)
 
 

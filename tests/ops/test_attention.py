@@ -208,6 +208,19 @@ def test_the_first_call_may_come_from_inside_a_checkpoint(built_anew):
     torch.testing.assert_close(found, q.grad)
 
 
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_its_test_gives_the_kernel_the_numbers_that_it_reads_whatever_the_default_dtype(dtype, monkeypatch):
+    given = []
+    monkeypatch.setattr(ops, "_gradients", lambda library, *tensors: given.extend(tensors[:-1]) or tensors[1:4])
+    torch.set_default_dtype(dtype)
+    try:
+        ops._self_test(ops._library())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {tensor.dtype for tensor in given} == {torch.float32}
+
+
 def test_without_a_compiler_torch_s_own_gradient_is_taken(built_anew, monkeypatch, caplog):
     monkeypatch.setenv("CC", "no-such-compiler")
     with caplog.at_level(logging.INFO):

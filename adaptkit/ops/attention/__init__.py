@@ -135,7 +135,7 @@ def _self_test(library: ctypes.CDLL) -> float:
     for queries, keys, dim in ((5, 70, 20), (103, 66, 64), (97, 3, 80)):
         scale = 1.5 * dim**-0.5
         given_q, given_k, given_v, given_grad = given = [
-            torch.randn(2, n, 3, dim, generator=generator, device="cpu").transpose(1, 2)
+            torch.randn(2, n, 3, dim, generator=generator, dtype=torch.float32, device="cpu").transpose(1, 2)
             for n in (queries, keys, keys, queries)
         ]
         q, k, v, grad = (x.double() for x in given)

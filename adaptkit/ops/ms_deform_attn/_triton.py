@@ -218,7 +218,9 @@ def _self_test(device: torch.device) -> float:
     """Return the largest error, relative to the largest number, against embedding_bag."""
     shapes, generator = [6, 5, 1, 4, 1, 1], torch.Generator().manual_seed(0)
     sizes = (1, 35, 2, 20), (1, 9, 2, 3, 2, 2), (1, 9, 2, 3, 2), (1, 9, 40)
-    value, locations, weights, grad = [torch.rand(n, generator=generator, device="cpu").to(device) for n in sizes]
+    value, locations, weights, grad = [
+        torch.rand(n, generator=generator, dtype=torch.float32, device="cpu").to(device) for n in sizes
+    ]
     inputs = value, locations * 1.5 - 0.25, weights
     results = [forward(*inputs, shapes), *backward(grad, *inputs, shapes)]
     expected = [_bag.forward(*inputs, shapes), *_bag.backward(grad, *inputs, shapes)]
