@@ -98,11 +98,13 @@ class Owner:
 
     def install(self, host: nn.Module, adapters: Sequence[WeightAdapter], merged: bool = False) -> None:
         """Have these adapters in the backbone and no others, merged or not. Raises what they raise; all or nothing."""
-        before = list(self.installed), self.merged
+        before, was_merged = list(self.installed), self.merged
         try:
             self._go(host, list(adapters), merged)
         except BaseException:
-            self._go(host, *before)
+            self.installed = [*before, *(a for a in self.installed if a not in before)]
+            self._remove(host)  # wherever it stopped, all that was or came in goes out
+            self._go(host, before, was_merged)
             raise
 
     def _go(self, host: nn.Module, adapters: list[WeightAdapter], merged: bool) -> None:

@@ -75,10 +75,11 @@ class TrainedBackbone(WeightAdapter):
             copy = self.copies.get_parameter(name)
             for place in (p for p in places if p in own):
                 store, key = parameter_store(host, place)
-                parameter = own.pop(place)
+                parameter = own[place]
                 if (parameter.device, parameter.dtype) != (copy.device, copy.dtype):
                     parameter.data = parameter.data.to(copy.device, copy.dtype)
                 store[key] = parameter
+                del own[place]  # last: what was begun can be done again
 
     def check(self, host: nn.Module) -> None:
         """Raise ``RuntimeError`` where a module was replaced; a parameter made anew by a conversion is put right."""
