@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ __all__ = [
     "load",
     "load_into",
     "metadata_of",
+    "normalisation_of",
     "serialised",
     "write_atomic",
     "write_folder",
@@ -118,17 +120,29 @@ def metadata_of(files: Sequence[AdapterFile]) -> dict[str, Any]:
     return {key: value for file in files for key, value in (file.header.get("metadata") or {}).items()}
 
 
-def describe_backbone(vit: View) -> dict[str, Any]:
-    """Return what the header says of the backbone."""
+def normalisation_of(metadata: Mapping[str, Any], channels: int) -> tuple[list[float], list[float]] | None:
+    """Return ``mean`` and ``std`` of metadata, a number for each channel; None where they are not there, or others."""
+    said = metadata.get("mean"), metadata.get("std")
+    whole = all(isinstance(v, list) and len(v) == channels and all(type(n) in (int, float) for n in v) for v in said)
+    return (said[0], said[1]) if whole else None  # type: ignore[return-value]
+
+
+def describe_backbone(vit: View, metadata: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """Return what the header says of the backbone.
+
+    The normalisation is that of the images that were trained on: ``mean`` and ``std`` of the metadata, where they are
+    given, go before what the backbone says of itself.
+    """
     source = vit.source()
+    mean, std = normalisation_of(metadata, vit.spec.channels) or (list(source.mean), list(source.std))
     return {
         "spec": vit.spec._asdict(),
         "class": f"{type(vit.host).__module__}.{type(vit.host).__qualname__}",
         "positions": vit.positions,
         "source": source.id,
         "revision": source.revision,
-        "mean": list(source.mean),
-        "std": list(source.std),
+        "mean": mean,
+        "std": std,
         "classes": source.classes,
         "fingerprint": fingerprint(vit),
         "digest": digest_of(vit),
@@ -205,7 +219,7 @@ def check_fits(file: AdapterFile, vit: View, strict: bool = False) -> None:
             UserWarning,
             stacklevel=3,
         )
-    mean, std = saved["mean"], saved["std"]
+    mean, std = normalisation_of(file.header.get("metadata") or {}, now.channels) or (saved["mean"], saved["std"])
     if mean and source.mean and (mean, std) != (list(source.mean), list(source.std)):
         warnings.warn(
             f"{file.path} was trained on images normalised by mean {mean}, std {std}; this backbone declares mean "

@@ -196,11 +196,12 @@ class AdaptedModel(Facts, NamedSets):
         """Put such tensors back; ``ValueError`` names what is missing, unexpected or of another shape."""
         self._load(self._acting, tensors)
 
-    def header(self, name: str | None = None) -> dict[str, Any]:
-        """Return what the file of a set, by default the active one, says besides its tensors."""
+    def header(self, name: str | None = None, **metadata: Any) -> dict[str, Any]:
+        """Return what the file of a set, by default the active one, says besides its tensors; ``metadata`` as in save."""
         chosen = self._acting if name is None else self.set_of(name)
+        said = plain({**chosen.metadata, **metadata})
         with self.disable_adapter():  # its own weights: nothing merged, nothing trained in their place
-            return {**chosen.header(), "backbone": describe_backbone(self.vit)}
+            return {**chosen.header(), "backbone": describe_backbone(self.vit, said), "metadata": said}
 
     def check_untrained(self) -> None:
         """Raise ``ValueError`` where the backbone itself has other weights than when it was attached to."""
@@ -212,16 +213,16 @@ class AdaptedModel(Facts, NamedSets):
 
         All is serialised before anything is written, and all is written or nothing. ``metadata`` (e.g.
         ``task="segmentation"``, ``classes=[...]``; see :func:`adaptkit.metadata.plain`) is kept in the header beside
-        what the file that was loaded says. A README.md in the folder that adaptkit did not write stays as it is. Of
-        several processes one should call this.
+        what the file that was loaded says; ``mean=`` and ``std=`` say how the images were normalised, where that is not
+        as the backbone says. A README.md in the folder that adaptkit did not write stays as it is. Of several processes
+        one should call this.
 
         Raises ``ValueError`` for metadata that JSON cannot say, and for a backbone that was trained since it was
-        attached to but for ``train_backbone``; ``OSError`` where the folder cannot be
-        written.
+        attached to but for ``train_backbone``; ``OSError`` where the folder cannot be written.
         """
         self.check_untrained()
         chosen = self._acting if name is None else self.set_of(name)
-        header = {**self.header(name), "metadata": plain({**chosen.metadata, **metadata})}
+        header = self.header(name, **metadata)
         return write_folder(folder, header, chosen.tensors(), card_beside(folder, header))
 
     def push(self, repo_id: str, **options: Any) -> Commit:

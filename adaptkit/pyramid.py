@@ -25,7 +25,6 @@ from adaptkit.card import card_beside
 from adaptkit.facts import HandedOn
 from adaptkit.file import check_fits, load_into, metadata_of, write_folder
 from adaptkit.hub import load
-from adaptkit.metadata import plain
 from adaptkit.model import AdaptedModel
 from adaptkit.ops.grid import cells
 from adaptkit.parts import AdapterSet, check_tensors, differences
@@ -171,7 +170,7 @@ class Pyramid(HandedOn):
         where the folder cannot be written; the folder is as it was then.
         """
         self.model.check_untrained()
-        header = {**self.model.header(), "metadata": plain({**self._acting().metadata, **metadata})}
+        header = self.model.header(**metadata)
         tensors = self.model.adapter_state_dict()
         if network is not None:
             cls = f"{type(network).__module__}.{type(network).__qualname__}"

@@ -1,8 +1,10 @@
 """An adapted model says what its backbone would say of itself, and no more."""
 
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -11,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from families import HOSTS
 
 import adaptkit
+from adaptkit import cli
 
 NAMES = ("pretrained_cfg", "default_cfg", "config")
 
@@ -100,3 +103,37 @@ def test_a_timm_model_inside_transformers_is_asked_for_the_record_of_its_weights
     model = adaptkit.attach(transformers.TimmWrapperModel(config), "sfp")
     assert timm.data.resolve_model_data_config(model)["mean"] == [0.1] * 3
     assert model.config is config
+
+
+MEAN, STD = [0.25, 0.5, 0.75], [0.2, 0.3, 0.4]
+
+
+def says_a_tenth():
+    host = HOSTS["timm-vit"].build()
+    host.pretrained_cfg = {"mean": (0.1,) * 3, "std": (0.9,) * 3}
+    return host
+
+
+def test_the_normalisation_that_was_trained_with_is_what_every_part_of_the_file_says(tmp_path, capsys):
+    adaptkit.attach(says_a_tenth(), "sfp").save(tmp_path / "one", mean=np.array(MEAN), std=tuple(STD))
+    with pytest.warns(UserWarning, match=r"by mean \[0.25, 0.5, 0.75\], std .*; this backbone declares mean \[0.1"):
+        again = adaptkit.attach(says_a_tenth(), tmp_path / "one")
+    again.save(tmp_path / "two")
+    for name in ("one", "two"):
+        said = adaptkit.load(tmp_path / name).header["backbone"]
+        assert (said["mean"], said["std"]) == (MEAN, STD)
+        assert f"torch.tensor({MEAN}), torch.tensor({STD})" in (tmp_path / name / "README.md").read_text()
+    exported = adaptkit.export.to_exported_program(again, tmp_path / "model.pt2", (32, 32))
+    said = {"adaptkit.json": ""}
+    torch.export.load(exported, extra_files=said)
+    assert json.loads(json.loads(said["adaptkit.json"])["mean"]) == MEAN
+    assert cli.main(["inspect", str(tmp_path / "two")]) == 0
+    assert "mean [0.25, 0.5, 0.75]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("metadata", [{"mean": 0.43}, {"mean": MEAN}, {"mean": MEAN[:2], "std": STD}, {"std": "none"}])
+def test_metadata_that_are_no_normalisation_leave_what_the_backbone_says(tmp_path, metadata):
+    adaptkit.attach(says_a_tenth(), "sfp").save(tmp_path, **metadata)
+    header = adaptkit.load(tmp_path).header
+    assert header["backbone"]["mean"] == [0.1] * 3
+    assert header["metadata"] == metadata

@@ -116,8 +116,9 @@ def test_what_the_user_says_is_used_and_recorded(folder, silent):
     pixels = torch.from_numpy(np.array(Image.open(folder / "set" / "images" / "0.png"))).permute(2, 0, 1) / 255
     torch.testing.assert_close(image, (pixels - mean) / 0.2)
     segment.main(argv)
-    said = adaptkit.load(folder / "run" / "adapter").header["metadata"]
-    assert (said["mean"], said["std"]) == ([0.25, 0.5, 0.75], [0.2] * 3)
+    header = adaptkit.load(folder / "run" / "adapter").header
+    for said in (header["metadata"], header["backbone"]):
+        assert (said["mean"], said["std"]) == ([0.25, 0.5, 0.75], [0.2] * 3)
     backbone = create_backbone("test_vit", pretrained=False)
     again = source_of(
         adaptkit.view(backbone), args(), normalisation.recorded(adaptkit.load(folder / "run" / "adapter"))
