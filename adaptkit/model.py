@@ -197,7 +197,7 @@ class AdaptedModel(Facts, NamedSets):
         self._load(self._acting, tensors)
 
     def header(self, name: str | None = None, **metadata: Any) -> dict[str, Any]:
-        """Return what the file of a set, by default the active one, says besides its tensors; ``metadata`` as save's."""
+        """Return the header of a set's file, by default the active one's; ``metadata`` as :meth:`save` takes them."""
         chosen = self._acting if name is None else self.set_of(name)
         said = plain({**chosen.metadata, **metadata})
         with self.disable_adapter():  # its own weights: nothing merged, nothing trained in their place
