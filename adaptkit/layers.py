@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeGuard, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules._functions import SyncBatchNorm as _TorchSyncBatchNorm
 
 __all__ = ["DropPath", "LayerNorm2d", "Norm", "SyncBatchNorm2d", "check_choice", "conv_norm", "norm2d", "norm_map"]
 
@@ -64,8 +65,8 @@ class _SumOverRanks(torch.autograd.Function):
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm over the batches of all processes, on every device; plain BatchNorm for a single process.
 
-    ``torch.nn.SyncBatchNorm`` is for GPUs alone. The parameters are the same, so files interchange with
-    ``norm="batch"``.
+    ``torch.nn.SyncBatchNorm`` is for GPUs alone, and what runs there. The parameters are the same, so files interchange
+    with ``norm="batch"``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,6 +74,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
         if alone or not self.training:
             return super().forward(x)
+        if x.is_cuda:
+            return self._fused(x)
         dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
         count = _SumOverRanks.apply(x.new_full((), x.numel() // x.shape[1]))
         mean = _SumOverRanks.apply(x.sum((0, 2, 3))) / count
@@ -85,6 +88,17 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             self.running_var.lerp_(var.detach() * count / (count - 1), share)
         scale = (var + self.eps).rsqrt() * self.weight
         return (x * scale[:, None, None] + self.bias[:, None, None]).to(dtype)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """``torch.nn.SyncBatchNorm``, as its own forward calls it: it keeps x alone for the backward pass."""
+        share = 0.0 if self.momentum is None else self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            share = share if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        group, running = torch.distributed.group.WORLD, (self.running_mean, self.running_var)
+        return _TorchSyncBatchNorm.apply(
+            x, self.weight, self.bias, *running, self.eps, share, group, torch.distributed.get_world_size()
+        )
 
 
 def norm2d(kind: Norm, channels: int) -> nn.Module:

@@ -16,9 +16,11 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_ASKS = ("tolist", "item", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__", "masked_select")
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2")
 
 
@@ -45,6 +47,22 @@ class Recorder(TorchDispatchMode):
             if len(devices) > 1:
                 self.copies.append(f"{func} from {_origin()}")
         return out
+
+
+class Questions(TorchFunctionMode):
+    """Notes what asks real tensors for their values: on a GPU each of these waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masks = args[1] if func is Tensor.__getitem__ and isinstance(args[1], tuple) else args[1:2]
+        is_mask = func is Tensor.__getitem__ and any(isinstance(m, Tensor) and m.dtype == torch.bool for m in masks)
+        if func.__name__ in _ASKS or is_mask:
+            self.asked.append(func.__name__)
+        with torch._C.DisableTorchFunction():  # what a method is made of is not asked for by us
+            return func(*args, **(kwargs or {}))
 
 
 def _origin() -> str:

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from adaptkit.layers import DropPath, LayerNorm2d, conv_norm, norm2d, norm_map
+from adaptkit.layers import DropPath, LayerNorm2d, SyncBatchNorm2d, conv_norm, norm2d, norm_map
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
@@ -82,3 +83,21 @@ def test_a_norm_in_training_sees_its_batch():
     norm, x = norm2d("batch", 3).train(), torch.randn(2, 3, 4, 4)
     assert torch.equal(norm_map(norm, x.clone(), keep=False), norm2d("batch", 3).train()(x))
     assert norm.num_batches_tracked == 1
+
+
+def test_over_several_gpus_batch_norm_is_that_of_torch(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr("adaptkit.layers._TorchSyncBatchNorm.apply", lambda *args: calls.append(args) or args[0])
+    with FakeTensorMode(), torch.device("cuda"):
+        x, norm = torch.empty(2, 4, 3, 3), SyncBatchNorm2d(4).train()
+        norm(x)
+        norm.eval()(x)
+    ((given, *parameters, eps, share, _, world),) = calls
+    assert given is x
+    assert parameters[0] is norm.weight
+    assert parameters[1] is norm.bias
+    assert parameters[2] is norm.running_mean
+    assert parameters[3] is norm.running_var
+    assert (eps, share, world) == (norm.eps, norm.momentum, 2)

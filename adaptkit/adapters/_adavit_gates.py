@@ -14,7 +14,16 @@ from adaptkit.losses import KINDS
 from adaptkit.ops.gumbel import gumbel_sigmoid
 from adaptkit.vit import Spec
 
-__all__ = ["Decision", "Gates", "Given", "Policy", "Random"]
+__all__ = ["Decision", "Gates", "Given", "Policy", "Random", "Usage"]
+
+
+class Usage(NamedTuple):
+    """How much a decision keeps."""
+
+    everything: bool  #: whether nothing is off
+    patch: float  #: share of the patches that is kept, over all images; 1 without such a gate
+    head: float
+    layer: float
 
 
 class Decision(NamedTuple):
@@ -24,9 +33,12 @@ class Decision(NamedTuple):
     head: Tensor | None  #: (B, heads)
     layer: Tensor | None  #: (B, 2): MSA, FFN
 
-    def everything(self) -> bool:
-        """Whether nothing is off (waits for the device)."""
-        return all(bool((keep > 0).all()) for keep in self if keep is not None)
+    def usage(self) -> Usage:
+        """Read how much is kept: the one time that the host waits for the device."""
+        given = [keep for keep in self if keep is not None]
+        numbers = iter(torch.stack([number for keep in given for number in (keep.min(), keep.mean())]).tolist())
+        pairs = [(1.0, 1.0) if keep is None else (next(numbers), next(numbers)) for keep in self]
+        return Usage(min(least for least, _ in pairs) > 0, *(mean for _, mean in pairs))
 
 
 Policy = Callable[[int, Decision], Decision]  #: block index and the gates' own decision -> what is done

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import compress
+from itertools import compress, islice
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from adaptkit.adapters._adavit_gates import Decision
 from adaptkit.adapters._adavit_heads import PLAIN, Products, by_image
 from adaptkit.ops import onednn
+from adaptkit.ops.device import eager_cpu
 from adaptkit.ops.kept import index, masked_attention, packed_attention, packed_backend
 from adaptkit.vit import Block, Projections
 
@@ -105,7 +106,7 @@ def packed(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> 
     if way.only_prefix:
         keep = keep & (torch.arange(tokens, device=x.device) < prefix)
     places = (keep & on[1, :, None]).flatten().nonzero()[:, 0]
-    for tile in places.split(TILE if x.device.type == "cpu" else max(1, len(places))):
+    for tile in places.split(TILE if eager_cpu(x) else max(1, len(places))):
         if len(tile):
             mlp = partial(_ffn, block, way) if len(tile) == TILE and onednn.usable(x) else block.mlp
             _add(rows, tile, block.scale2(mlp(block.norm2(rows.index_select(0, tile)[None])))[0])
@@ -135,15 +136,15 @@ def _alone(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> 
 
     The arithmetic of one image is over so soon that the number of operators counts, and lists are faster than tensors.
     """
-    msa, ffn = (True, True) if decision.layer is None else decision.layer[0].tolist()
+    patch, on, layer = _lists(decision)
+    msa, ffn = (1.0, 1.0) if layer is None else layer
     if not (msa or ffn):
         return x
     tokens, prefix = x.shape[1], _prefix(block, x)
     chosen = list(range(tokens))  # prefix tokens come first
-    if decision.patch is not None:
-        chosen = [*range(prefix), *compress(range(prefix, tokens), decision.patch[0].tolist())]
-    on = None if decision.head is None else decision.head[0].tolist()
-    weights = block.projections() if x.device.type == "cpu" else None
+    if patch is not None:
+        chosen = [*range(prefix), *compress(range(prefix, tokens), patch)]
+    weights = block.projections() if eager_cpu(x) else None
     count, fast = len(chosen), weights is not None and onednn.usable(x)
     whole = count == tokens and not way.only_prefix
     if whole and (on is None or all(on)) and not (fast and _gains(block, way)):  # as the host does it, bit for bit
@@ -171,6 +172,17 @@ def _alone(block: Block, x: Tensor, h: Tensor, decision: Decision, way: Way) -> 
         return rows[None].to(x.dtype)
     count = min(count, len(rows))
     return x.index_copy(1, places[:count], rows[None, :count].to(x.dtype))
+
+
+def _lists(decision: Decision) -> list[list[float] | None]:
+    """What is decided for one image; a GPU is asked once for all three."""
+    given = [keep[0] for keep in decision if keep is not None]
+    if eager_cpu(given[0]):
+        found = iter([keep.tolist() for keep in given])
+    else:
+        numbers = iter(torch.cat(given).tolist())
+        found = iter([list(islice(numbers, len(keep))) for keep in given])
+    return [None if keep is None else next(found) for keep in decision]
 
 
 def _gains(block: Block, way: Way) -> bool:
@@ -206,7 +218,7 @@ class Kept(NamedTuple):
 def _attention(block: Block, h: Tensor, kept: Kept, head: Tensor | None, way: Way, prefix: int) -> Tensor:
     """Normed rows h (R, D) -> their update before LayerScale (R, D), or (R', D) of the prefix tokens alone."""
     part = kept.of_prefix(prefix) if way.only_prefix else None
-    slices = way.by_image and h.device.type == "cpu" and (head is not None or part is not None)
+    slices = way.by_image and eager_cpu(h) and (head is not None or part is not None)
     weights = block.projections() if slices else None
     if weights is not None:
         table = None if head is None else head.tolist()

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from adaptkit.adapters._adavit_gates import Decision, Gates, Given, Policy, Random
+from adaptkit.adapters._adavit_gates import Decision, Gates, Given, Policy, Random, Usage
 from adaptkit.adapters._adavit_run import Way, dense, masked, packed
 from adaptkit.adapters.base import BlockAdapter, Trace, wrapped
 from adaptkit.layers import check_choice, parameter_dtype
@@ -175,10 +175,11 @@ class AdaViT(BlockAdapter):
             return masked, way
         if self.execution == "packed" or len(x) == 1:
             return packed, way
-        if decision.everything() and not way.only_prefix:
+        usage = decision.usage()
+        if usage.everything and not way.only_prefix:
             return dense, way
-        way = way._replace(by_image=_heads_pay(x, decision))
-        return (packed if _pays(x, decision, way) else masked), way
+        way = way._replace(by_image=decision.head is not None and _heads_pay(x, decision, usage))
+        return (packed if _pays(x, usage, way) else masked), way
 
     def _record(self, trace: Trace, index: int, decision: Decision, logits: Decision) -> None:
         """Keep what was decided; the last block stacks it, (B, gated blocks, ...)."""
@@ -271,19 +272,16 @@ def _everything(_: int, decision: Decision) -> Decision:
     return Decision(*(None if keep is None else torch.ones_like(keep) for keep in decision))
 
 
-def _heads_pay(x: Tensor, decision: Decision) -> bool:
+def _heads_pay(x: Tensor, decision: Decision, usage: Usage) -> bool:
     """Whether the heads that are off outweigh running attention image by image, each with weights of its own."""
-    if decision.head is None:
-        return False
-    rows = x.shape[1] if decision.patch is None else float(decision.patch.sum(1).mean())
-    return 4 * rows * x.shape[2] ** 2 * (1.0 - float(decision.head.mean())) > CALL_MACS
+    rows = x.shape[1] if decision.patch is None else usage.patch * decision.patch.shape[1]
+    return 4 * rows * x.shape[2] ** 2 * (1.0 - usage.head) > CALL_MACS
 
 
-def _pays(x: Tensor, decision: Decision, way: Way) -> bool:
+def _pays(x: Tensor, usage: Usage, way: Way) -> bool:
     """Whether the work that is off outweighs gathering rows and calling image by image."""
     count, tokens, dim = x.shape
-    keep = 1.0 if decision.patch is None else float(decision.patch.mean())
-    on = 1.0 if decision.layer is None else float(decision.layer.mean())
+    keep, on = usage.patch, usage.layer
     saved = (1.0 - (keep if not way.only_prefix else 0.0) * on) * count * tokens * 12 * dim * dim
     one_by_one = way.by_image or keep * tokens > SHORT
     return saved > CALL_MACS * (1 + (count * on if one_by_one else 2))

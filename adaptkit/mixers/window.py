@@ -78,7 +78,7 @@ class WindowAttention(nn.Module):
             return bias.to(q.dtype)
         windows = (-(-size[0] // self.window)) * (-(-size[1] // self.window))
         kept = self.shift and size == self.size
-        mask = self.attn_mask if kept else _mask(size, self.window, self.shift).to(q.device)
+        mask = self.attn_mask if kept else _mask(size, self.window, self.shift, q.device)
         return (bias + mask[:, None].to(bias.dtype)).repeat(q.shape[0] // windows, 1, 1, 1).to(q.dtype)
 
 
@@ -89,13 +89,13 @@ def _relative_position_index(window: int) -> Tensor:
     return dy * (2 * window - 1) + dx
 
 
-def _mask(size: tuple[int, int], window: int, shift: int) -> Tensor:
+def _mask(size: tuple[int, int], window: int, shift: int, device: torch.device | None = None) -> Tensor:
     """0 where two cells of a window belong together, else -100, -inf to padding: (windows, w*w, w*w)."""
     height, width = (-(-n // window) * window for n in size)
     # Three bands per axis after the shift: never wrapped, the last window's own part, and its wrapped part.
     bands = []
     for side, real in zip((height, width), size):
-        i = torch.arange(side)
+        i = torch.arange(side, device=device)
         band = (i >= side - window).long() + (i >= side - shift).long() if shift else torch.zeros_like(i)
         padding = (i >= real).roll(-shift)
         bands.append(torch.where(padding, 3, band))

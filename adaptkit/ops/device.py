@@ -38,13 +38,13 @@ def reference() -> Iterator[None]:
 
 def pair(first: float, second: float, like: Tensor) -> Tensor:
     """``like.new_tensor([first, second])``, (2,); on a GPU written there, for a copy from the host would wait."""
-    if like.device.type == "cpu":
+    if like.device.type == "cpu" and not _reference.get():
         return like.new_tensor([first, second])
     return torch.stack([like.new_full((), first), like.new_full((), second)])
 
 
 def pairs(values: Sequence[tuple[float, float]], like: Tensor) -> Tensor:
     """``like.new_tensor(values)``, (n, 2), written as `pair` does it."""
-    if like.device.type == "cpu":
+    if like.device.type == "cpu" and not _reference.get():
         return like.new_tensor(values)
     return torch.stack([like.new_full((), number) for value in values for number in value]).unflatten(0, (-1, 2))

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adaptkit.ops.device import eager_cpu
+
 __all__ = ["SHORT", "attention", "index", "masked_attention", "packed_attention", "packed_backend"]
 
 FAR = 20.0  #: logits of an off key above the largest kept one count no further: exp(20) bounds the gradient
@@ -30,7 +32,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, bias:
     ``bias`` is added to the logits, (1, heads, R, R).
     """
     plain = bias is None and not torch.is_grad_enabled() and not torch.is_autocast_enabled(q.device.type)
-    if not plain or q.device.type != "cpu" or q.dtype != torch.float32 or k.shape[2] > UNFUSED:
+    if not plain or not eager_cpu(q) or q.dtype != torch.float32 or k.shape[2] > UNFUSED:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     logits = torch.baddbmm(q.new_zeros(1), q[0], k[0].transpose(1, 2), beta=0, alpha=scale)
@@ -73,12 +75,12 @@ def packed_backend(q: Tensor, bias: Tensor | None, lengths: Sequence[int], padde
 
     On a CPU short sequences go into buckets where ``padded`` allows it.
     """
-    if bias is not None:
+    if bias is not None or len(lengths) == 1:
         return "each"
-    if not q.is_cuda:
-        return "bucket" if padded and len(lengths) > 1 and max(lengths) <= SHORT else "each"
+    if eager_cpu(q):
+        return "bucket" if padded and max(lengths) <= SHORT else "each"
     half = q.dtype in (torch.float16, torch.bfloat16)
-    return "varlen" if half and importlib.util.find_spec("torch.nn.attention.varlen") else "bucket"
+    return "varlen" if half and q.is_cuda and importlib.util.find_spec("torch.nn.attention.varlen") else "bucket"
 
 
 def packed_attention(

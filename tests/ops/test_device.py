@@ -22,6 +22,9 @@ def test_numbers_of_the_host_have_the_dtype_and_the_device_of_a_tensor():
     x = torch.ones(1, dtype=torch.float64)
     assert torch.equal(pair(3, 0.5, x), torch.tensor([3, 0.5], dtype=torch.float64))
     assert torch.equal(pairs([(3, 4), (5, 6)], x), torch.tensor([[3, 4], [5, 6]], dtype=torch.float64))
+    with reference():
+        assert torch.equal(pair(3, 0.5, x), torch.tensor([3, 0.5], dtype=torch.float64))
+        assert torch.equal(pairs([(3, 4), (5, 6)], x), torch.tensor([[3, 4], [5, 6]], dtype=torch.float64))
     with FakeTensorMode():
         y = torch.empty(1, device="cuda", dtype=torch.bfloat16)
         for made, shape in ((pair(3, 4, y), (2,)), (pairs([(3, 4), (5, 6), (7, 8)], y), (3, 2))):

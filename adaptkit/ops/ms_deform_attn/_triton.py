@@ -79,12 +79,14 @@ def _launch(value: Tensor, weights: Tensor, elements: int) -> tuple[tuple[int], 
 
 @lru_cache(maxsize=256)
 def _levels(shapes: tuple[int, ...], device: torch.device) -> Tensor:
-    """(L, 3) height, width and first pixel of each level; kept, so that a call need not wait for a copy."""
-    rows, start = [], 0
-    for h, w in zip(shapes[::2], shapes[1::2], strict=True):
-        rows.append((h, w, start))
+    """(L, 3) height, width and first pixel of each level, written on the device: a copy from the host would wait."""
+    rows = torch.empty(len(shapes) // 2, 3, dtype=torch.int32, device=device)
+    start = 0
+    for row, h, w in zip(rows, shapes[::2], shapes[1::2], strict=True):
+        for place, number in zip(row, (h, w, start)):
+            place.fill_(number)
         start += h * w
-    return torch.tensor(rows, dtype=torch.int32, device=device)
+    return rows
 
 
 # -------- kernels

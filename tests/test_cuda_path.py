@@ -1,0 +1,181 @@
+"""What a model does on a GPU, followed without one: no copy from the host, no waiting, as many operators at any batch."""
+
+import functools
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fake_cuda import Recorder, backward, fake_cuda, moved
+from families import HOSTS
+from reference import stir
+
+import adaptkit
+from adaptkit.mixers import list_mixers
+from adaptkit.ops.device import reference
+
+SIZE = 48, 56  # pixels: not the hosts' own, and no multiple of 32
+BATCHES = 2, 16
+SMALL = {"conv_inplane": 8}
+LIGHT = {"add_vit_feature": None, "extra_extractors": 0, "with_cffn": False, "strides": (8, 16, 32)}
+ADAPTERS = {
+    "vit-adapter": [("vit-adapter", SMALL)],
+    "vit-adapter-sync": [("vit-adapter", {**SMALL, "norm": "sync", "add_vit_feature": "last"})],
+    "vit-adapter-group": [("vit-adapter", {**SMALL, "norm": "group"})],
+    "vit-adapter-layer": [("vit-adapter", {**SMALL, "norm": "layer"})],
+    "vit-adapter-extract-only": [("vit-adapter", {**SMALL, "injector": False})],
+    "vit-adapter-light": [("vit-adapter", {**SMALL, **LIGHT, "prefix": "drop"})],
+    "vit-adapter-checkpoint": [("vit-adapter", {**SMALL, "checkpoint": True})],
+    **{f"vit-adapter-{m}": [("vit-adapter", {**SMALL, **LIGHT, "attention": m})] for m in list_mixers() if m != "msda"},
+    "sfp": ["sfp"],
+    "adavit-masked": [("adavit", {"execution": "masked"})],
+    "adavit-class": [("adavit", {"execution": "masked", "patch_policy": "class", "head_mode": "partial",
+                                 "bottleneck": 4, "last_block": "class"})],
+    "dat": ["dat"],
+    "dat-replace": [("dat", {"mode": "replace", "bias": "log-cpb", "stride": 2})],
+    **{f"metaformer-{m}": [("metaformer", {"width": 16, "mixer": m})] for m in list_mixers()},
+    "metaformer-gate": [("metaformer", {"width": 0, "norm": "group1"})],
+    "lora": [("lora", {"r": 2})],
+    "dora": [("lora", {"r": 2, "use_dora": True, "lora_dropout": 0.1})],
+    **{kind: [("lora", {"peft_type": kind, "r": 2})] for kind in ("LOHA", "LOKR", "HRA")},
+    "OFT": [("lora", {"peft_type": "OFT", "oft_block_size": 4})],
+    "BOFT": [("lora", {"peft_type": "BOFT", "boft_block_size": 4})],
+    "IA3": [("lora", {"peft_type": "IA3", "target_modules": ["qkv", "fc2"]})],
+    "lora+metaformer+vit-adapter": [("lora", {"r": 2}), ("metaformer", {"width": 8}), ("vit-adapter", SMALL)],
+    "none": [],
+}  # fmt: skip
+HEADS = {
+    "fpn": ("fpn", {"num_classes": 3, "channels": 16}),
+    "linear": ("linear", {"num_classes": 3}),
+    "classifier": ("classifier", {"num_classes": 3}),
+    "depth": ("depth", {"max_depth": 80.0, "bins": 16, "channels": 16}),
+    "none": None,
+}
+ON_TRANSFORMERS = ("vit-adapter", "vit-adapter-extract-only", "sfp", "adavit-masked", "dat", "metaformer-msda", "lora")
+CASES = [
+    *(pytest.param(name, "timm-vit", "fpn", id=name) for name in ADAPTERS),
+    *(pytest.param(name, "hf-dinov2", "fpn", id=f"hf-{name}") for name in ON_TRANSFORMERS),
+    *(pytest.param("lora", "timm-vit", head, id=f"lora-{head}") for head in HEADS),
+]
+every = pytest.mark.parametrize(("adapter", "host", "head"), CASES)
+
+
+class Run(NamedTuple):
+    copies: list[str]
+    waits: list[str]
+    operators: dict[str, int]
+
+
+def attach(adapter, host, head):
+    more = {} if ADAPTERS[adapter] else {"train_backbone": ("blocks.3",)}
+    torch.manual_seed(0)
+    return adaptkit.attach(HOSTS[host].at(*SIZE), *ADAPTERS[adapter], head=HEADS[head], **more)
+
+
+@functools.cache
+def runs(adapter, host, head):
+    """Forward and backward in training, forward in eval mode, at each batch: ``{(mode, batch): Run}``."""
+    model, found = attach(adapter, host, head), {}
+    with fake_cuda() as mode:
+        moved(model, mode)
+        for training in (True, False):
+            model.train(training)
+            for batch in BATCHES:
+                with Recorder() as recorder, torch.set_grad_enabled(training):
+                    features = model(torch.empty(batch, 3, *SIZE, device="cuda"))
+                    made = [t for t in (features.tokens, *features.maps, features.logits) if t is not None]
+                    backward([t for t in made if t.requires_grad])
+                key = "training" if training else "eval", batch
+                found[key] = Run(recorder.copies, recorder.waits, dict(recorder.operators))
+    return found
+
+
+@every
+@pytest.mark.filterwarnings("ignore:the head")
+def test_nothing_is_copied_from_the_host(adapter, host, head):
+    for when, run in runs(adapter, host, head).items():
+        assert run.copies == [], when
+
+
+@every
+@pytest.mark.filterwarnings("ignore:the head")
+def test_nothing_waits_for_the_device(adapter, host, head):
+    for when, run in runs(adapter, host, head).items():
+        assert run.waits == [], when
+
+
+@every
+@pytest.mark.filterwarnings("ignore:the head")
+def test_the_number_of_operators_does_not_grow_with_the_batch(adapter, host, head):
+    found = runs(adapter, host, head)
+    for mode in ("training", "eval"):
+        few, many = (found[mode, batch].operators for batch in BATCHES)
+        assert few == many, mode
+
+
+@pytest.mark.parametrize("adapter", ["vit-adapter", "vit-adapter-layer", "vit-adapter-extract-only"])
+def test_nothing_is_computed_twice_unless_it_is_asked_for(adapter):
+    operators = runs(adapter, "timm-vit", "fpn")["training", 2].operators
+    forward = runs(adapter, "timm-vit", "fpn")["eval", 2].operators
+    for once in ("adaptkit.ms_deform_attn.default", "aten.native_layer_norm.default", "aten.gelu.default"):
+        assert operators[once] == forward[once] > 0
+    again = runs("vit-adapter-checkpoint", "timm-vit", "fpn")
+    assert again["training", 2].operators["aten.gelu.default"] > again["eval", 2].operators["aten.gelu.default"]
+
+
+# ----------------------------------------------------------------------------------------- the recorder itself
+
+
+def test_the_recorder_sees_copies_and_waits():
+    with fake_cuda(), Recorder() as recorder:
+        x = torch.empty(3, device="cuda")
+        x.new_tensor([1, 2])
+        torch.empty(2).to("cuda")
+        x.cpu()
+        x.copy_(torch.empty(3))
+        assert (len(recorder.copies), recorder.waits) == (4, [])
+        for waiting in (lambda: x.sum().item(), lambda: bool((x > 0).all()), lambda: x.nonzero(), lambda: x[x > 0]):
+            with pytest.raises(Exception, match=r"aten\."):
+                waiting()
+        assert len(recorder.waits) == 4
+
+
+def test_the_walk_over_the_graph_is_autograd():
+    model = stir(attach("vit-adapter", "timm-vit", "fpn"), 0).double().train()
+    model.adapters["vit-adapter"].apply(lambda m: setattr(m, "p", 0.0) if hasattr(m, "p") else None)
+    with reference():
+        features = model(torch.randn(2, 3, *SIZE, dtype=torch.float64))
+        out = [features.tokens, *features.maps, features.logits]
+        walked = backward(out)
+        torch.autograd.backward(out, [torch.ones_like(t) for t in out])
+    trained = {p for p in model.parameters() if p.grad is not None}
+    assert set(walked) == trained
+    for p in trained:
+        torch.testing.assert_close(walked[p], p.grad)
+
+
+# ----------------------------------------------------------------------------------------------- the same numbers
+
+
+@pytest.mark.parametrize(
+    "adapter", [a for a in ADAPTERS if a.startswith(("vit-adapter", "dat", "metaformer-msda", "sfp"))]
+)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_plain_operators_say_what_the_quick_ways_of_a_cpu_say(adapter, training):
+    model = stir(attach(adapter, "timm-vit", "fpn"), 0).double().train(training)
+    image, found = torch.randn(3, 3, *SIZE, dtype=torch.float64), []
+    for plainly in (True, False):
+        torch.manual_seed(1)  # dropped paths
+        with reference() if plainly else nullcontext(), torch.set_grad_enabled(training):
+            features = model(image)
+            found.append([features.tokens, *features.maps, features.logits])
+            if training:
+                trained = [p for p in model.parameters() if p.requires_grad]
+                grads = torch.autograd.grad(sum(t.square().sum() for t in found[-1]), trained, allow_unused=True)
+                found[-1] += [g for g in grads if g is not None]
+    for plain, quick in zip(*found, strict=True):
+        torch.testing.assert_close(plain, quick)
