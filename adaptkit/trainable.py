@@ -63,8 +63,7 @@ def check_trained(vit: View, built: AdapterSet, run: Callable[[View, AdapterSet,
     if unread and built.head is not None:
         warnings.warn(
             f"the head {type(built.head).__name__} does not read all that {' + '.join(built.adapters)} makes: its loss "
-            f"does not train {_few(list(unread))}. Choose a head that reads maps ('fpn', 'depth'), or an adapter that "
-            "changes tokens ('lora', 'metaformer', ...); or add a loss on the features yourself",
+            f"does not train {_few(list(unread))}. {_remedy(list(unread))}, or add a loss on the features yourself",
             UserWarning,
             stacklevel=4,
         )
@@ -130,6 +129,14 @@ def _as_it_was(built: nn.Module) -> Iterator[None]:
             module.training = mode
         for module, own in buffers:
             module._buffers.update(own)
+
+
+def _remedy(unread: list[str]) -> str:
+    if all(name.startswith("backbone.") for name in unread):
+        return "Leave these parts out of train_backbone"
+    return (
+        "Choose a head that reads maps ('fpn', 'depth'), or an adapter that changes tokens ('lora', 'metaformer', ...)"
+    )
 
 
 def _few(names: list[str]) -> str:
