@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -200,13 +201,17 @@ class AdaptedModel(Facts, NamedSets):
         """Return the header of a set's file, by default the active one's; ``metadata`` as :meth:`save` takes them."""
         chosen = self._acting if name is None else self.set_of(name)
         said = plain({**chosen.metadata, **metadata})
-        with self.disable_adapter():  # its own weights: nothing merged, nothing trained in their place
-            return {**chosen.header(), "backbone": describe_backbone(self.vit, said), "metadata": said}
+        return {**chosen.header(), "backbone": describe_backbone(self._given_view(), said), "metadata": said}
+
+    def _given_view(self) -> Any:
+        """The view of a copy of the backbone as it was given: nothing in it, nothing merged, nothing trained."""
+        given = copy.copy(self.vit)
+        given.host = self._owner.as_given(given.host)
+        return given
 
     def check_untrained(self) -> None:
         """Raise ``ValueError`` where the backbone itself has other weights than when it was attached to."""
-        with self.disable_adapter():
-            self._owner.check_untrained(self.vit.host)
+        self._owner.check_untrained(self._given_view().host)
 
     def save(self, folder: str | os.PathLike[str], *, name: str | None = None, **metadata: Any) -> Path:
         """Write a set of adapters and their head, the active one or ``name``, to ``folder``: weights, config and card.

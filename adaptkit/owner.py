@@ -17,10 +17,10 @@ from typing import Any
 from torch import nn
 
 from adaptkit.adapters._peft import Existing
-from adaptkit.adapters._proxy import restore
+from adaptkit.adapters._proxy import own_layer, restore
 from adaptkit.adapters.base import WeightAdapter
 from adaptkit.digest import digest, other_layers
-from adaptkit.tree import plain_name
+from adaptkit.tree import plain_name, skeleton
 
 __all__ = ["Owner", "check_free"]
 
@@ -125,10 +125,25 @@ class Owner:
             adapter.remove(host)
         self.installed, self.merged = [], False
 
+    def as_given(self, host: nn.Module) -> nn.Module:
+        """Return a copy of the tree with the layers and tensors that are the backbone's own, whatever is in it now.
+
+        Nothing is touched: the model may run in another thread meanwhile.
+        """
+        given = skeleton(host, own_layer)
+        for adapter in reversed(self.installed):  # what the first one found there is the backbone's own
+            for name, tensor in adapter.originals().items():
+                path, _, key = name.rpartition(".")
+                module = given.get_submodule(path)
+                own: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
+                weight = own is module._parameters and not isinstance(tensor, nn.Parameter)
+                own[key] = nn.Parameter(tensor, requires_grad=False) if weight else tensor
+        return given
+
     def check_untrained(self, host: nn.Module) -> None:
         """Raise ``ValueError`` where somebody has trained the backbone: a file of adapters would lose that.
 
-        Call it while no adapter is in the backbone.
+        ``host``: :meth:`as_given`.
         """
         layers, _ = other_layers(self.weights, digest(host, trainable=True), classifier=True)
         if layers:

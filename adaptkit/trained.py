@@ -100,6 +100,10 @@ class TrainedBackbone(WeightAdapter):
         """Return a copy of what was trained, by its names in the backbone."""
         return {p: self.copies.get_parameter(n).detach().clone() for n, places in self.names.items() for p in places}
 
+    def originals(self) -> dict[str, Tensor]:
+        """While installed, the backbone's own parameters."""
+        return dict(self.__dict__["_own"])
+
     def train_host(self, host: nn.Module, mode: bool) -> None:
         """Set the mode of the modules that are trained as a whole: their dropout acts.
 

@@ -86,7 +86,8 @@ def skeleton(root: nn.Module, own: Callable[[nn.Module], nn.Module] = unwrapped)
     def copied(module: nn.Module) -> nn.Module:
         module = own(module)
         if id(module) not in made:
-            new = made[id(module)] = module.__class__.__new__(module.__class__)
+            # Not the class's own __new__: FSDP2's builds a module of the class it wraps.
+            new = made[id(module)] = object.__new__(module.__class__)
             new.__dict__.update(vars(module))
             new.__dict__["_compiled_call_impl"] = None  # nn.Module.compile() bound it to the original
             new.__dict__["_parameters"], new.__dict__["_buffers"] = dict(module._parameters), dict(module._buffers)

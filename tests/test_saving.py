@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 
@@ -431,3 +432,37 @@ def test_what_is_merged_or_trained_in_the_backbone_is_not_taken_for_its_own_weig
     made.save(tmp_path)
     assert made.header()["backbone"] == own
     adaptkit.attach(host(), tmp_path, strict=True)
+
+
+def test_threads_that_save_leave_one_that_runs_alone(tmp_path):
+    """LoRA acts in the very layers that a file describes without it."""
+    model = adaptkit.attach(
+        HOSTS["timm-vit"].build(), ("lora", {"init_lora_weights": False}), train_backbone=("blocks.3",)
+    ).eval()
+    x, errors = image(), []
+    with torch.no_grad():
+        wanted = model(x).tokens
+
+    def save(folder):
+        try:
+            for _ in range(4):
+                model.save(folder)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=save, args=(tmp_path / str(i),)) for i in range(2)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # seconds
+    try:
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            with torch.no_grad():
+                assert torch.equal(model(x).tokens, wanted)
+    finally:
+        sys.setswitchinterval(interval)
+        for thread in threads:
+            thread.join()
+    assert not errors
+    one, other = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "01")
+    assert one == other

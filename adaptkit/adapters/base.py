@@ -113,6 +113,10 @@ class WeightAdapter(Adapter):
     def weights(self) -> dict[str, Tensor]:
         """Return a copy of the tensors of the host that it changes, by plain name, as they are now."""
 
+    def originals(self) -> dict[str, Tensor]:
+        """Return the tensors of the host, by plain name, that it keeps while others are in their places."""
+        return {}
+
     def check(self, host: nn.Module) -> None:
         """Raise ``RuntimeError`` where, installed, it is no longer in place: somebody has replaced a layer."""
 

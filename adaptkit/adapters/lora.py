@@ -261,6 +261,10 @@ class LoRA(WeightAdapter):
             kept.put_back(self.proxies[path].layer)
         self._kept = {}
 
+    def originals(self) -> dict[str, Tensor]:
+        """While merged, the weights as they were before."""
+        return {f"{path}.{name}": t for path, kept in self._kept.items() for name, t in kept.tensors.items()}
+
     def weights(self) -> dict[str, Tensor]:
         """Return a copy of every tensor of the layers that it is in, by name, as they are now."""
         return {f"{path}.{name}": t for path, p in self.proxies.items() for name, t in Kept.of(p.layer).tensors.items()}
