@@ -100,11 +100,24 @@ def renamed(data: Any, names: dict[str, str]) -> Any:
 
 
 def _folder(path: Path, second: str) -> Any:
-    images = {p.stem: p for p in sorted((path / "images").glob("*")) if p.suffix.lower() in SUFFIXES}
-    masks = {p.stem: p for p in sorted((path / second).glob("*")) if p.suffix.lower() in SUFFIXES}
+    images, masks = _by_stem(path / "images"), _by_stem(path / second)
     if not images:
         raise ValueError(f"{path}/images holds no images ({', '.join(sorted(SUFFIXES))})")
     return _paired(path, images, masks)
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    """The pictures of a folder; what begins with a dot is not meant (macOS puts ``._name`` beside each file)."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("[!.]*")):
+        if path.suffix.lower() not in SUFFIXES or path.is_dir():
+            continue
+        if path.stem in found:
+            raise ValueError(
+                f"{found[path.stem]} and {path.name} have the same stem, which pairs images and masks; take one out"
+            )
+        found[path.stem] = path
+    return found
 
 
 def _cityscapes(path: Path, split: str) -> Any:
@@ -122,7 +135,11 @@ def _paired(path: Path, images: dict[str, Path], masks: dict[str, Path]) -> Any:
 
     lonely = sorted(images.keys() ^ masks.keys())
     if lonely:
-        raise ValueError(f"{path}: {len(lonely)} of {len(images)} images and masks have no partner, e.g. {lonely[0]!r}")
+        there = images.get(lonely[0], masks.get(lonely[0]))
+        raise ValueError(
+            f"{path}: {len(lonely)} files have no partner ({len(images)} images, {len(masks)} masks), e.g. {there}: an "
+            f"image and its mask have the same name, and one of the suffixes {', '.join(sorted(SUFFIXES))}"
+        )
     rows = {"image": [str(images[k]) for k in images], "mask": [str(masks[k]) for k in images]}
     features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
     return datasets.Dataset.from_dict(rows, features=features)
@@ -242,10 +259,10 @@ def check_range(ids: np.ndarray, num_classes: int, ignore_index: int, name: str,
         return
     wrong = outside.tolist()
     black_and_white = f", or --label-map '{BLACK_AND_WHITE}' if white is a class" if wrong == [255] else ""
+    more = f"--num-classes {max(wrong) + 1} or " if max(wrong) >= num_classes else ""
     raise ValueError(
         f"{name}: the mask holds labels {wrong[:5]}, outside 0..{num_classes - 1} and not the ignore index "
-        f"{ignore_index}{f', in {file}' if file else ''}; pass --num-classes {max(wrong) + 1} or --ignore-index "
-        f"{wrong[-1]}{black_and_white}"
+        f"{ignore_index}{f', in {file}' if file else ''}; pass {more}--ignore-index {wrong[-1]}{black_and_white}"
     )
 
 

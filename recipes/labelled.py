@@ -236,6 +236,11 @@ def _columns(data: Any, columns: tuple[str | None, str | None], name: str) -> tu
     label = columns[1] or next((k for k in LABEL_NAMES if k in data.features and k != image), None)
     if image is None or label is None:
         size = f"{len(data)} rows" if hasattr(data, "__len__") else "rows"
+        if image is not None and Path(name).is_dir():
+            raise ValueError(
+                f"{name} has {size} of images and not two folders of them: a folder holds one folder per class, at "
+                f"least two, e.g. {name}/cat and {name}/dog"
+            )
         raise ValueError(
             f"{name} has {size} with the columns {', '.join(data.features)}; it needs images and a label column "
             f"({', '.join(LABEL_NAMES)}), or name them with --image-column and --label-column"

@@ -169,3 +169,10 @@ def test_classes_that_mean_something_else_in_validation_are_refused(tmp_path):
 def test_what_cannot_be_is_refused_before_training(argv, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         classify.main([*QUICK, *[str(tmp_path) if a == "OUT" else a for a in argv]])
+
+
+def test_a_folder_of_one_class_says_what_it_needs(tmp_path):
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "cat" / "0.png")
+    with pytest.raises(ValueError, match=r"has 1 rows of images .* a folder holds one folder per class, at least two"):
+        open_images(str(tmp_path), "train")
