@@ -79,7 +79,7 @@ def test_output_and_gradients_equal_the_grid_sample_form(shapes, backend):
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize(("dim", "heads", "points"), [(1, 1, 1), (7, 2, 3), (64, 1, 4)])
+@pytest.mark.parametrize(("dim", "heads", "points"), [(1, 1, 1), (7, 2, 3), (64, 1, 4), (16, 2, 6)])
 def test_any_number_of_channels_heads_and_points_will_do(dim, heads, points, backend):
     inputs = make(dim=dim, heads=heads, points=points)
     assert_near(run_backward(inputs, PYRAMID, backend), run_backward(inputs, PYRAMID, "grid_sample"))
@@ -409,6 +409,74 @@ def test_an_unknown_backend_is_an_error_that_names_the_known_ones():
         ValueError, match="'cuda' is unknown; choose one of auto, c, triton, embedding_bag, gather, grid"
     ):
         run(make(), PYRAMID, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v, p, w, s: (v[0], p, w, s), r"value has shape \(43, 3, 5\).*expected \(N, S, H, D\)"),
+        (lambda v, p, w, s: (v, p, w, s[:4]), r"S=43 pixels, shapes are \[4, 6, 3, 5\]; give h, w"),
+        (lambda v, p, w, s: (v, p, w, s[:5]), r"S=43 pixels, shapes are \[4, 6, 3, 5, 2\]"),
+        (lambda v, p, w, s: (v, p, w, [-4, -6, *s[2:]]), r"S=43 pixels, shapes are \[-4, -6"),
+        (lambda v, p, w, s: (v, p[:, :5], w, s), r"weights has shape \(2, 7, 3, 3, 4\), expected \(2, 5, 3, 3, 4\)"),
+        (lambda v, p, w, s: (v, p[:1], w, s), r"locations has shape \(1, .*expected \(2, 7, 3, 3, 4, 2\)"),
+        (lambda v, p, w, s: (v, p.to("meta"), w, s), "locations is on meta, value on cpu; move them to one device"),
+    ],
+)
+def test_the_operator_itself_refuses_what_would_be_read_out_of_bounds(change, message):
+    changed = change(*make(), [side for shape in PYRAMID for side in shape])
+    with pytest.raises(ValueError, match=message):
+        torch.ops.adaptkit.ms_deform_attn(*changed, "auto")
+    with pytest.raises(ValueError, match=message):
+        torch.ops.adaptkit.ms_deform_attn_backward(torch.zeros(2, 7, 15), *changed, "auto")
+
+
+def test_the_operator_refuses_a_gradient_of_another_shape():
+    sides = [side for shape in PYRAMID for side in shape]
+    with pytest.raises(ValueError, match=r"grad has shape \(2, 7, 14\), expected \(2, 7, 15\)"):
+        torch.ops.adaptkit.ms_deform_attn_backward(torch.zeros(2, 7, 14), *make(), sides, "auto")
+
+
+# -------- Triton, in its interpreter
+
+
+@pytest.fixture
+def triton_kernels():
+    if not INTERPRETED:
+        pytest.skip("needs TRITON_INTERPRET=1 from the start of the process")
+    return importlib.import_module("adaptkit.ops.ms_deform_attn._triton")
+
+
+def test_triton_is_right_in_every_configuration(triton_kernels):
+    inputs = make(heads=2, dim=40)
+    sides = [side for shape in PYRAMID for side in shape]
+    grad = torch.ones(2, 7, 80, dtype=torch.float64)
+    expected = [module.forward(*inputs, sides), *module.backward(grad, *inputs, sides)]
+    for config in triton_kernels.CONFIGS:
+        out = triton_kernels.forward(*inputs, sides, config)
+        assert_near([out, *triton_kernels.backward(grad, *inputs, sides, config)], expected)
+
+
+def test_triton_takes_tensors_at_any_address(triton_kernels, monkeypatch):
+    inputs = make(dtype=torch.float32)
+    shifted = [torch.cat((tensor.new_zeros(1), tensor.flatten()))[1:].view_as(tensor) for tensor in inputs]
+    assert all(tensor.data_ptr() % 16 for tensor in shifted)
+    expected, launched, launch = run(inputs, PYRAMID, "triton"), [], triton_kernels._launch
+
+    def keep(kernel, rows, tensors, *others):
+        launched.extend(tensors)
+        launch(kernel, rows, tensors, *others)
+
+    monkeypatch.setattr(triton_kernels, "_launch", keep)
+    assert torch.equal(run(shifted, PYRAMID, "triton"), expected)
+    assert not any(tensor.data_ptr() % 16 for tensor in launched)
+
+
+def test_triton_counts_in_64_bits_where_32_are_too_few(triton_kernels, monkeypatch):
+    inputs = make()
+    expected = run_backward(inputs, PYRAMID, "triton")
+    monkeypatch.setattr(triton_kernels, "_SMALL", 1)
+    assert all(map(torch.equal, run_backward(inputs, PYRAMID, "triton"), expected))
 
 
 # -------- CUDA

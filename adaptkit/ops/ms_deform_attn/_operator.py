@@ -6,6 +6,28 @@ from torch import Tensor
 from adaptkit.ops.ms_deform_attn import _backends
 
 
+def _check(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int], grad: Tensor | None = None) -> None:
+    """Raise ``ValueError`` unless the tensors fit together: kernels read memory by these sizes and look no further."""
+    if value.ndim != 4 or locations.ndim != 6:
+        raise ValueError(
+            f"value has shape {tuple(value.shape)} and locations {tuple(locations.shape)}, expected (N, S, H, D) and "
+            "(N, Q, H, L, P, 2); call adaptkit.ops.ms_deform_attn, which says what each axis is"
+        )
+    batch, pixels, heads, dim = value.shape
+    whole = len(shapes) % 2 == 0 and all(side > 0 for side in shapes)
+    if not whole or pixels != sum(h * w for h, w in zip(shapes[::2], shapes[1::2], strict=True)):
+        raise ValueError(f"value has S={pixels} pixels, shapes are {list(shapes)}; give h, w of each level of value")
+    points = (batch, locations.shape[1], heads, len(shapes) // 2, locations.shape[4])
+    expected = {"locations": (locations, (*points, 2)), "weights": (weights, points)}
+    if grad is not None:
+        expected["grad"] = (grad, (batch, locations.shape[1], heads * dim))
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}; expand it before")
+        if tensor.device != value.device:
+            raise ValueError(f"{name} is on {tensor.device}, value on {value.device}; move them to one device")
+
+
 @torch.library.custom_op(
     "adaptkit::ms_deform_attn",
     mutates_args=(),
@@ -13,6 +35,7 @@ from adaptkit.ops.ms_deform_attn import _backends
 )
 def operator(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int], backend: str) -> Tensor:
     """Like the public function, with broadcast points and the levels' h, w one after another."""
+    _check(value, locations, weights, shapes)
     if value.numel() == 0 or weights.numel() == 0:
         return value.new_zeros((value.shape[0], locations.shape[1], value.shape[2] * value.shape[3]))
     return _backends.implementation(backend, value, weights).forward(value, locations, weights, shapes)
@@ -20,6 +43,7 @@ def operator(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int
 
 @operator.register_fake
 def _(value, locations, weights, shapes, backend):
+    _check(value, locations, weights, shapes)
     batch, _, heads, dim = value.shape
     return value.new_empty((batch, locations.shape[1], heads * dim))
 
@@ -34,6 +58,7 @@ def operator_backward(
     grad: Tensor, value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int], backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``value``, ``locations`` and ``weights``."""
+    _check(value, locations, weights, shapes, grad)
     if value.numel() == 0 or weights.numel() == 0:
         value, locations, weights = (tensor.new_zeros(tensor.shape) for tensor in (value, locations, weights))
         return value, locations, weights
@@ -42,6 +67,7 @@ def operator_backward(
 
 @operator_backward.register_fake
 def _(grad, value, locations, weights, shapes, backend):
+    _check(value, locations, weights, shapes, grad)
     return tuple(tensor.new_empty(tensor.shape) for tensor in (value, locations, weights))
 
 

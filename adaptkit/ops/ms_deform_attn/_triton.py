@@ -1,13 +1,20 @@
-"""The CUDA backend: one program per some bags, a bag being one head of one query, its rows read by cells and hats.
+"""The CUDA backend: two Triton kernels, which read by cells and hats.
 
-Both pixels of a cell exist on either axis, so no load is guarded but for channels beyond D; a program needs four rows a
-point. Gradients of points and weights are dot products with those rows, stored by the one program that has them. The
-gradient of the values is added up by atomics, in whatever order: the last bits differ from run to run.
+A program of the forward kernel has some bags, a bag being one head of one query, and adds up the rows of their points.
+A program of the backward kernel has some points. Their gradients and those of their weights are dot products with the
+same rows, stored by the one program that has the point. The gradient of the values is added up by atomics, in float32
+and in whatever order: the last bits differ from run to run.
+
+Both pixels of a cell exist on either axis, so no load is guarded but for channels beyond D. A thread reads up to 16
+bytes of a row at once. The sizes of the levels are arguments of the kernels: a call copies nothing from the host, and
+images of another size compile nothing anew.
 """
 
 import logging
 import os
-from functools import cache, lru_cache
+import threading
+from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -18,7 +25,16 @@ from adaptkit.ops.ms_deform_attn import _bag
 from adaptkit.ops.ms_deform_attn._plain import compute_dtype
 
 _TOLERANCE = 1e-5
+_WIDEST = 16  # bytes that a thread loads at once
+_SMALL = 2**30  # numbers in a tensor that 32 bits count, those of the last program's idle threads too
 _log = logging.getLogger(__name__)
+_tuning = threading.Lock()  # triton.autotune keeps the arguments of a call in an attribute
+
+# Channels and warps of a program. What is fastest is measured at the first call with these head sizes and dtypes.
+CONFIGS = [
+    triton.Config({"ELEMENTS": elements}, num_warps=warps)
+    for elements, warps in ((512, 4), (256, 2), (1024, 8), (512, 2), (1024, 4))
+]
 
 
 def interpreted() -> bool:
@@ -33,63 +49,117 @@ def why_not(value: Tensor, weights: Tensor) -> str | None:
     return _failure(value.device)
 
 
-def forward(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int]) -> Tensor:
-    """(N, Q, H * D), in the dtype of ``value``."""
+def forward(
+    value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int], config: triton.Config | None = None
+) -> Tensor:
+    """(N, Q, H * D), in the dtype of ``value``; in the fastest configuration, or the one that is given."""
     batch, _, heads, dim = value.shape
-    value, locations, weights = (tensor.contiguous() for tensor in (value, locations, weights))
+    value, locations, weights = map(_ready, (value, locations, weights))
     out = value.new_empty((batch, locations.shape[1], heads * dim))
-    grid, constants = _launch(value, weights, elements=1024)
-    _forward_kernel[grid](value, locations, weights, out, _levels(tuple(shapes), value.device), **constants)
+    bags = weights.shape[:3].numel()
+    _launch(_forward_kernel, bags, (value, locations, weights, out), value, weights, shapes, config)
     return out
 
 
 def backward(
-    grad: Tensor, value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int]
+    grad: Tensor,
+    value: Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    shapes: list[int],
+    config: triton.Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``value``, ``locations`` and ``weights``."""
-    grad, value, locations, weights = (tensor.contiguous() for tensor in (grad, value, locations, weights))
+    grad, value, locations, weights = map(_ready, (grad, value, locations, weights))
     grad_value = torch.zeros_like(value, dtype=compute_dtype(value))
     grad_locations, grad_weights = torch.empty_like(locations), torch.empty_like(weights)
-    grid, constants = _launch(value, weights, elements=512)
-    _backward_kernel[grid](
-        grad, value, locations, weights, grad_value, grad_locations, grad_weights,
-        _levels(tuple(shapes), value.device), **constants,
-    )  # fmt: skip
+    tensors = (grad, value, locations, weights, grad_value, grad_locations, grad_weights)
+    _launch(_backward_kernel, weights.numel(), tensors, value, weights, shapes, config)
     return grad_value.to(value.dtype), grad_locations, grad_weights
 
 
-def _launch(value: Tensor, weights: Tensor, elements: int) -> tuple[tuple[int], dict[str, object]]:
-    """The number of programs, and what they are compiled for: each has bags of about so many channels in all."""
+# -------- launch
+
+
+def _ready(tensor: Tensor) -> Tensor:
+    """The tensor contiguous and at an address that wide loads can take, copied if it is not."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % _WIDEST else tensor
+
+
+def _launch(
+    kernel: Any,
+    rows: int,
+    tensors: tuple[Tensor, ...],
+    value: Tensor,
+    weights: Tensor,
+    shapes: list[int],
+    config: triton.Config | None,
+) -> None:
+    """Run a kernel with a row of the value table for each of so many bags or points."""
     pixels, heads, dim = value.shape[1:]
-    channels = triton.next_power_of_2(dim)
-    block = max(1, elements // channels)
-    bags = weights.shape[:3].numel()
-    real = tl.float64 if compute_dtype(value) == torch.float64 else tl.float32
-    sizes = {"BAGS": bags, "QUERIES": weights.shape[1], "PIXELS": pixels}
+    bags, channels = weights.shape[:3].numel(), triton.next_power_of_2(dim)
     constants = {
         "H": heads,
         "D": dim,
         "L": weights.shape[3],
         "P": weights.shape[4],
-        "BLOCK": block,
         "CHANNELS": channels,
+        "REAL": tl.float64 if compute_dtype(value) == torch.float64 else tl.float32,
+        # An offset of 64 bits takes two registers.
+        "INDEX": tl.int32 if max(value.numel(), bags * dim, 2 * weights.numel()) < _SMALL else tl.int64,
     }
-    return (triton.cdiv(bags, block),), {**sizes, **constants, "REAL": real}
+    # Triton compiles anew for numbers in a tuple that are 1 or that 16 divides: these never are.
+    sides = tuple(2 * side + 1 for side in shapes)
+    arguments = (*tensors, sides, bags, weights.shape[1], pixels)
+
+    def grid(chosen: dict[str, Any]) -> tuple[int]:
+        return (triton.cdiv(rows, max(1, chosen["ELEMENTS"] // channels)),)
+
+    if config is None and interpreted():
+        config = CONFIGS[0]
+    with torch.cuda.device_of(value):
+        if config is not None:
+            kernel.fn[grid](*arguments, **constants, **config.all_kwargs())
+            return
+        with _tuning:
+            kernel[grid](*arguments, **constants)
 
 
-@lru_cache(maxsize=256)
-def _levels(shapes: tuple[int, ...], device: torch.device) -> Tensor:
-    """(L, 3) height, width and first pixel of each level, written on the device: a copy from the host would wait."""
-    rows = torch.empty(len(shapes) // 2, 3, dtype=torch.int32, device=device)
-    start = 0
-    for row, h, w in zip(rows, shapes[::2], shapes[1::2], strict=True):
-        for place, number in zip(row, (h, w, start)):
-            place.fill_(number)
-        start += h * w
-    return rows
+def configs_for(value: Tensor) -> list[triton.Config]:
+    """The configurations to choose from: a thread loads a row's numbers at once, for two loads take more registers."""
+    size = value.element_size()
+    return [c for c in CONFIGS if c.kwargs["ELEMENTS"] * size <= 32 * c.num_warps * _WIDEST] or CONFIGS[:1]
+
+
+def _prune(configs: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
+    fitting = configs_for(arguments["value"])
+    return fitting[:1] if torch.cuda.is_current_stream_capturing() else fitting
+
+
+def _milliseconds(call: Any, quantiles: Any) -> Any:
+    """What a configuration takes. Nothing can be timed in a graph that is being captured: there the first is taken."""
+    if torch.cuda.is_current_stream_capturing():
+        return [0.0] * len(quantiles)
+    return triton.testing.do_bench(call, warmup=10, rep=40, quantiles=quantiles)
+
+
+def _tuned(kernel: Any) -> Any:
+    """Choose the fastest configuration at the first call of its kind, and remember it in Triton's cache on disk."""
+    choose = triton.autotune(
+        configs=CONFIGS,
+        key=["D", "L", "P"],  # and the dtypes of all tensors, which Triton adds
+        prune_configs_by={"early_config_prune": _prune},
+        reset_to_zero=["grad_value"] if "grad_value" in kernel.arg_names else [],
+        do_bench=_milliseconds,
+        cache_results=True,
+    )
+    return choose(kernel)
 
 
 # -------- kernels
+
+_SIZES = ["bags", "queries", "pixels"]  # that differ from call to call: one kernel is compiled for all
 
 
 @triton.jit
@@ -122,80 +192,109 @@ def _slopes(r, size):
 
 
 @triton.jit
+def _level(sides, level, L: tl.constexpr):
+    """Height, width and first pixel of a level, or of the level of each point; ``sides`` as `_launch` packs them."""
+    h, w = sides[0] >> 1, sides[1] >> 1
+    first, start = 0, h * w
+    for i in tl.static_range(1, L):
+        level_h, level_w = sides[2 * i] >> 1, sides[2 * i + 1] >> 1
+        h = tl.where(level == i, level_h, h)
+        w = tl.where(level == i, level_w, w)
+        first = tl.where(level == i, start, first)
+        start += level_h * level_w
+    return h, w, first
+
+
+@triton.jit
+def _row(rows, channel, D: tl.constexpr, REAL: tl.constexpr):
+    """(rows, channels) the numbers of a row from the address of its first; zeros beyond D."""
+    if channel.shape[1] == D:
+        return tl.load(rows[:, None] + channel).to(REAL)
+    else:
+        return tl.load(rows[:, None] + channel, channel < D, 0.0).to(REAL)
+
+
+@_tuned
+@triton.jit(do_not_specialize=_SIZES)
 def _forward_kernel(
-    value, locations, weights, out, levels, BAGS, QUERIES, PIXELS, H: tl.constexpr, D: tl.constexpr,
-    L: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, REAL: tl.constexpr,
+    value, locations, weights, out, sides, bags, queries, pixels, H: tl.constexpr, D: tl.constexpr,
+    L: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr, ELEMENTS: tl.constexpr, REAL: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
-    bag = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = bag < BAGS
-    channel = tl.arange(0, CHANNELS)
-    mask = there[:, None] & (channel < D)[None, :]
-    table = value + ((bag // H // QUERIES) * PIXELS * H + bag % H)[:, None] * D + channel[None, :]
+    BLOCK: tl.constexpr = ELEMENTS // CHANNELS if ELEMENTS > CHANNELS else 1
+    place = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    there = place < bags
+    bag = tl.where(there, place, 0)
+    channel = tl.arange(0, CHANNELS)[None, :]
+    table = (bag // H // queries) * pixels * H + bag % H
     total = tl.zeros((BLOCK, CHANNELS), dtype=REAL)
     for level in range(L):
-        h = tl.load(levels + level * 3)
-        w = tl.load(levels + level * 3 + 1)
-        first = tl.load(levels + level * 3 + 2)
-        right = tl.where(w > 1, H * D, 0)
-        below = tl.where(h > 1, w * H * D, 0)
-        for p in tl.static_range(P):
+        h, w, first = _level(sides, level, L)
+        right = (w > 1).to(tl.int32) * (H * D)  # products: the compiler sees what divides them, and loads wide
+        below = (h > 1).to(tl.int32) * w * (H * D)
+        for p in tl.range(P, loop_unroll_factor=4):
             point = (bag * L + level) * P + p
-            x, _, left, right_hat = _axis(tl.load(locations + 2 * point, there, 0.0), w, REAL)
-            y, _, above, below_hat = _axis(tl.load(locations + 2 * point + 1, there, 0.0), h, REAL)
-            weight = tl.load(weights + point, there, 0.0).to(REAL)
-            corner = table + ((first + y * w + x).to(tl.int64) * (H * D))[:, None]
+            x, _, left, right_hat = _axis(tl.load(locations + 2 * point), w, REAL)
+            y, _, above, below_hat = _axis(tl.load(locations + 2 * point + 1), h, REAL)
+            weight = tl.load(weights + point).to(REAL)
             above, below_hat = above * weight, below_hat * weight
-            total += (above * left)[:, None] * tl.load(corner, mask, 0.0).to(REAL)
-            total += (above * right_hat)[:, None] * tl.load(corner + right, mask, 0.0).to(REAL)
-            total += (below_hat * left)[:, None] * tl.load(corner + below, mask, 0.0).to(REAL)
-            total += (below_hat * right_hat)[:, None] * tl.load(corner + below + right, mask, 0.0).to(REAL)
-    tl.store(out + bag[:, None] * D + channel[None, :], total.to(out.dtype.element_ty), mask)
+            corner = value + (table + (first + y * w + x).to(INDEX) * H) * D
+            total += (above * left)[:, None] * _row(corner, channel, D, REAL)
+            total += (above * right_hat)[:, None] * _row(corner + right, channel, D, REAL)
+            total += (below_hat * left)[:, None] * _row(corner + below, channel, D, REAL)
+            total += (below_hat * right_hat)[:, None] * _row(corner + below + right, channel, D, REAL)
+    rows = out + place * D
+    tl.store(rows[:, None] + channel, total.to(out.dtype.element_ty), there[:, None] & (channel < D))
 
 
 @triton.jit
-def _corner(table, grad_table, offset, weight, grad, mask, REAL: tl.constexpr):
-    """The dot product of `grad` with a corner's row; `weight * grad` is added to the row's gradient."""
-    tl.atomic_add(grad_table + offset, weight[:, None] * grad, mask & (weight != 0)[:, None], sem="relaxed")
-    return tl.sum(grad * tl.load(table + offset, mask, 0.0).to(REAL), 1)
+def _add(rows, channel, weight, grad, D: tl.constexpr):
+    tl.atomic_add(
+        rows[:, None] + channel, weight[:, None] * grad, (weight != 0)[:, None] & (channel < D), sem="relaxed"
+    )
 
 
-@triton.jit
+@_tuned
+@triton.jit(do_not_specialize=_SIZES)
 def _backward_kernel(
-    grad, value, locations, weights, grad_value, grad_locations, grad_weights, levels, BAGS, QUERIES, PIXELS,
-    H: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
-    CHANNELS: tl.constexpr, REAL: tl.constexpr,
+    grad, value, locations, weights, grad_value, grad_locations, grad_weights, sides, bags, queries, pixels,
+    H: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr,
+    ELEMENTS: tl.constexpr, REAL: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    bag = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = bag < BAGS
-    channel = tl.arange(0, CHANNELS)
-    mask = there[:, None] & (channel < D)[None, :]
-    place = ((bag // H // QUERIES) * PIXELS * H + bag % H)[:, None] * D + channel[None, :]
-    row = tl.load(grad + bag[:, None] * D + channel[None, :], mask, 0.0).to(REAL)
-    for level in range(L):
-        h = tl.load(levels + level * 3)
-        w = tl.load(levels + level * 3 + 1)
-        first = tl.load(levels + level * 3 + 2)
-        right = tl.where(w > 1, H * D, 0)
-        below = tl.where(h > 1, w * H * D, 0)
-        for p in tl.static_range(P):
-            point = (bag * L + level) * P + p
-            x, rx, left, right_hat = _axis(tl.load(locations + 2 * point, there, 0.0), w, REAL)
-            y, ry, above, below_hat = _axis(tl.load(locations + 2 * point + 1, there, 0.0), h, REAL)
-            to_left, to_right = _slopes(rx, w)
-            to_above, to_below = _slopes(ry, h)
-            weight = tl.load(weights + point, there, 0.0).to(REAL)
-            offset = place + ((first + y * w + x).to(tl.int64) * (H * D))[:, None]
-            a = _corner(value, grad_value, offset, weight * above * left, row, mask, REAL)
-            b = _corner(value, grad_value, offset + right, weight * above * right_hat, row, mask, REAL)
-            c = _corner(value, grad_value, offset + below, weight * below_hat * left, row, mask, REAL)
-            d = _corner(value, grad_value, offset + below + right, weight * below_hat * right_hat, row, mask, REAL)
-            upper, lower = left * a + right_hat * b, left * c + right_hat * d
-            along_x = above * (to_left * a + to_right * b) + below_hat * (to_left * c + to_right * d)
-            along_y = to_above * upper + to_below * lower
-            real = grad_locations.dtype.element_ty
-            tl.store(grad_weights + point, (above * upper + below_hat * lower).to(grad_weights.dtype.element_ty), there)
-            tl.store(grad_locations + 2 * point, (along_x * weight * w).to(real), there)
-            tl.store(grad_locations + 2 * point + 1, (along_y * weight * h).to(real), there)
+    BLOCK: tl.constexpr = ELEMENTS // CHANNELS if ELEMENTS > CHANNELS else 1
+    place = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    there = place < bags * (L * P)
+    point = tl.where(there, place, 0)
+    bag = point // (L * P)
+    channel = tl.arange(0, CHANNELS)[None, :]
+    h, w, first = _level(sides, point // P % L, L)
+    x, rx, left, right_hat = _axis(tl.load(locations + 2 * point), w, REAL)
+    y, ry, above, below_hat = _axis(tl.load(locations + 2 * point + 1), h, REAL)
+    weight = tl.load(weights + point, there, 0.0).to(REAL)
+
+    table = (bag // H // queries) * pixels * H + bag % H
+    first_corner = (table + (first + y * w + x).to(INDEX) * H) * D
+    right = first_corner + (w > 1).to(tl.int32) * (H * D)
+    below = (h > 1).to(tl.int32) * w * (H * D)
+    row = _row(grad + bag * D, channel, D, REAL)
+    # All rows are asked for before the first is used, and added to at the end: no load waits for an atomic.
+    a = tl.sum(row * _row(value + first_corner, channel, D, REAL), 1)
+    b = tl.sum(row * _row(value + right, channel, D, REAL), 1)
+    c = tl.sum(row * _row(value + first_corner + below, channel, D, REAL), 1)
+    d = tl.sum(row * _row(value + right + below, channel, D, REAL), 1)
+
+    to_left, to_right = _slopes(rx, w)
+    to_above, to_below = _slopes(ry, h)
+    upper, lower = left * a + right_hat * b, left * c + right_hat * d
+    along_x = above * (to_left * a + to_right * b) + below_hat * (to_left * c + to_right * d)
+    along_y = to_above * upper + to_below * lower
+    tl.store(grad_weights + place, (above * upper + below_hat * lower).to(grad_weights.dtype.element_ty), there)
+    tl.store(grad_locations + 2 * place, (along_x * weight * w).to(grad_locations.dtype.element_ty), there)
+    tl.store(grad_locations + 2 * place + 1, (along_y * weight * h).to(grad_locations.dtype.element_ty), there)
+    _add(grad_value + first_corner, channel, weight * above * left, row, D)
+    _add(grad_value + right, channel, weight * above * right_hat, row, D)
+    _add(grad_value + first_corner + below, channel, weight * below_hat * left, row, D)
+    _add(grad_value + right + below, channel, weight * below_hat * right_hat, row, D)
 
 
 # -------- test
@@ -224,7 +323,9 @@ def _self_test(device: torch.device) -> float:
         torch.rand(n, generator=generator, dtype=torch.float32, device="cpu").to(device) for n in sizes
     ]
     inputs = value, locations * 1.5 - 0.25, weights
-    results = [forward(*inputs, shapes), *backward(grad, *inputs, shapes)]
     expected = [_bag.forward(*inputs, shapes), *_bag.backward(grad, *inputs, shapes)]
-    errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(results, expected, strict=True)]
+    errors = []
+    for config in configs_for(value):
+        results = [forward(*inputs, shapes, config), *backward(grad, *inputs, shapes, config)]
+        errors += [(a - b).abs().max() / b.abs().max() for a, b in zip(results, expected, strict=True)]
     return float(torch.stack(errors).max())  # NaN if one is
