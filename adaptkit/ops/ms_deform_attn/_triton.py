@@ -277,11 +277,16 @@ def _backward_kernel(
     right = first_corner + (w > 1).to(tl.int32) * (H * D)
     below = (h > 1).to(tl.int32) * w * (H * D)
     row = _row(grad + bag * D, channel, D, REAL)
-    # All rows are asked for before the first is used, and added to at the end: no load waits for an atomic.
+    # All rows are asked for before the first is used, and added to after that: no load waits for an atomic.
     a = tl.sum(row * _row(value + first_corner, channel, D, REAL), 1)
     b = tl.sum(row * _row(value + right, channel, D, REAL), 1)
     c = tl.sum(row * _row(value + first_corner + below, channel, D, REAL), 1)
     d = tl.sum(row * _row(value + right + below, channel, D, REAL), 1)
+
+    _add(grad_value + first_corner, channel, weight * above * left, row, D)
+    _add(grad_value + right, channel, weight * above * right_hat, row, D)
+    _add(grad_value + first_corner + below, channel, weight * below_hat * left, row, D)
+    _add(grad_value + right + below, channel, weight * below_hat * right_hat, row, D)
 
     to_left, to_right = _slopes(rx, w)
     to_above, to_below = _slopes(ry, h)
@@ -291,10 +296,6 @@ def _backward_kernel(
     tl.store(grad_weights + place, (above * upper + below_hat * lower).to(grad_weights.dtype.element_ty), there)
     tl.store(grad_locations + 2 * place, (along_x * weight * w).to(grad_locations.dtype.element_ty), there)
     tl.store(grad_locations + 2 * place + 1, (along_y * weight * h).to(grad_locations.dtype.element_ty), there)
-    _add(grad_value + first_corner, channel, weight * above * left, row, D)
-    _add(grad_value + right, channel, weight * above * right_hat, row, D)
-    _add(grad_value + first_corner + below, channel, weight * below_hat * left, row, D)
-    _add(grad_value + right + below, channel, weight * below_hat * right_hat, row, D)
 
 
 # -------- test
