@@ -44,6 +44,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", choices=["bfloat16", "float16"], help="autocast; float32 without")
+    parser.add_argument("--compile", metavar="BACKEND", help="run through torch.compile, for instance by inductor")
     parser.add_argument("--no-memory", action="store_true", help="time alone")
     parser.add_argument("--peak", help=argparse.SUPPRESS)  # the memory of one mode, in a process of its own
     return parser.parse_args(argv)
@@ -54,13 +55,15 @@ def backbone(args: argparse.Namespace) -> Any:
     import timm
 
     torch.manual_seed(0)
-    return timm.create_model(args.backbone, num_classes=0, dynamic_img_size=True).to(args.device)
+    with torch.device(args.device):
+        return timm.create_model(args.backbone, num_classes=0, dynamic_img_size=True)
 
 
 def training(args: argparse.Namespace, model: nn.Module, maps: Callable[[Any], Any], run: Step | None = None) -> Step:
     """One step of a model whose forward returns ``maps(...)``."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     amp = getattr(torch, args.amp) if args.amp else None
+    forward = torch.compile(run or model, backend=args.compile) if args.compile else run or model
 
     gradients: dict[torch.Size, Tensor] = {}
 
@@ -71,7 +74,7 @@ def training(args: argparse.Namespace, model: nn.Module, maps: Callable[[Any], A
 
     def step(image: Tensor) -> None:
         with torch.autocast(args.device.split(":")[0], amp, enabled=amp is not None):
-            outputs = maps((run or model)(image))
+            outputs = maps(forward(image))
         torch.autograd.backward(outputs, [gradient(m) for m in outputs])
         del outputs
         optimizer.step()
@@ -171,7 +174,8 @@ def peak(args: argparse.Namespace) -> float:
 
 def memory(args: argparse.Namespace, mode: str) -> float:
     """Peak MiB of a mode, in a fresh process that returns what it frees."""
-    names = ("backbone", "size", "batch", "threads", "device", *(["amp"] if args.amp else []))
+    names = ["backbone", "size", "batch", "threads", "device"]
+    names += [name for name in ("amp", "compile") if getattr(args, name)]
     given = [part for name in names for part in (f"--{name}", str(getattr(args, name)))]
     command = [sys.executable, "-m", "recipes.bench.step", *given, "--peak", mode]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -194,9 +198,10 @@ def main(argv: list[str] | None = None) -> None:
     took = in_turns({mode: lambda s=step: s(image) for mode, step in steps.items()}, args.rounds, args.device)  # type: ignore[misc]
     taken = {} if args.no_memory else {mode: memory(args, mode) for mode in args.modes}
     first = args.modes[0]
+    precision = f"{args.amp or 'float32'}{', compiled' if args.compile else ''}"
     print(
         f"{args.backbone}, ViT-Adapter, {args.size} x {args.size} pixels, batch {args.batch}, "
-        f"{args.amp or 'float32'}; medians of {args.rounds} on {machine(args.threads, args.device)}. Maps of "
+        f"{precision}; medians of {args.rounds} on {machine(args.threads, args.device)}. Maps of "
         f"'injectors' and of the authors' data flow differ by {off:.0e} (float64).\n"
     )
     print(
