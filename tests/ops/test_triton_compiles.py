@@ -128,3 +128,49 @@ def test_images_of_another_size_need_no_other_kernel(way, monkeypatch):
     first = compiled(monkeypatch, way, 80)
     monkeypatch.setitem(LEVELS, 3, [(1, 16), (5, 7), (1, 1)])
     assert compiled(monkeypatch, way, 80).hash == first.hash
+
+
+# -------- tuning
+
+
+@pytest.fixture
+def tuning(monkeypatch):
+    """Tune the forward kernel where nothing can be timed: gives how often which configuration was looked at."""
+    looked, kernel = [], kernels._forward_kernel
+
+    def milliseconds(call, quantiles):
+        call()
+        looked.append(len(looked))
+        return [1.0 if len(looked) == 2 else 2.0] * 3  # the second is the fastest
+
+    monkeypatch.setattr(kernel, "cache", {})
+    monkeypatch.setattr(kernel, "cache_results", False)
+    monkeypatch.setattr(kernel, "_do_bench", milliseconds)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return looked
+
+
+def attend(queries=5, dtype=torch.float32):
+    value = torch.zeros(2, 64, 3, 32, dtype=dtype)
+    kernels.forward(value, torch.zeros(2, queries, 3, 1, 4, 2), torch.zeros(2, queries, 3, 1, 4), [8, 8])
+
+
+def test_the_first_call_of_a_kind_tries_every_configuration_and_the_next_take_the_fastest(tuning, monkeypatch):
+    with compiling_for(monkeypatch, 90) as found:
+        attend()
+        assert len(tuning) == len(fitting(torch.float32))
+        assert kernels._forward_kernel.best_config is fitting(torch.float32)[1]
+        attend(queries=300)
+        assert len(tuning) == len(fitting(torch.float32))
+        assert found[-1].metadata.num_warps == fitting(torch.float32)[1].num_warps
+        attend(dtype=torch.bfloat16)
+        assert len(tuning) == len(fitting(torch.float32)) + len(fitting(torch.bfloat16))
+
+
+def test_a_graph_that_is_captured_takes_the_first_configuration(tuning, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(kernels._forward_kernel, "_do_bench", kernels._milliseconds)
+    with compiling_for(monkeypatch, 90) as found:
+        attend()
+    assert len(found) == 1
+    assert found[0].metadata.num_warps == kernels.CONFIGS[0].num_warps
