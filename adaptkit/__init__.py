@@ -26,6 +26,7 @@ from adaptkit.model import AdaptedModel, attach, list_adapters, list_heads
 from adaptkit.pretrained import from_pretrained
 from adaptkit.pyramid import as_pyramid
 from adaptkit.registry import register_adapter, register_family, register_head, view
+from adaptkit.seam import reference
 from adaptkit.sharding import shard
 from adaptkit.staged import StagedSpec
 from adaptkit.version import __version__
@@ -57,6 +58,7 @@ __all__ = [
     "list_heads",
     "list_mixers",
     "load",
+    "reference",
     "register_adapter",
     "register_family",
     "register_head",

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from adaptkit.seam import bound
+
 __all__ = ["OFF", "Checkpointed", "Checkpointing"]
 
 Trace = dict[str, Tensor]  #: what adapters report in one forward, by name
@@ -53,7 +55,7 @@ class Checkpointed:
         """(B, P+N, D) -> (B, P+N, D)."""
         if not (self.trained or x.requires_grad):
             return self.build(self.trace)(x)
-        run = partial(_run, self.build, dict(self.trace))
+        run = bound(partial(_run, self.build, dict(self.trace)))
         y, reported, dropped = checkpoint(run, x, use_reentrant=False, **self.options)
         self.trace.update(reported)
         for name in dropped:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit import registry
+from adaptkit import _cpu, registry  # noqa: F401  fast paths are registered by importing them
 from adaptkit.adapters._peft import existing_layers
 from adaptkit.adapters.adavit import AdaViT
 from adaptkit.adapters.base import Trace, wrapped

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import adaptkit.ops.ms_deform_attn  # noqa: F401  the operator that is kept
 from adaptkit.checkpointing import Checkpointed
 from adaptkit.ops.forget import forgets
+from adaptkit.seam import bound
 
 __all__ = ["recompute", "recompute_part"]
 
@@ -37,7 +38,7 @@ def recompute(active: bool, run: Callable[..., Tensor], *args: Any) -> Tensor:
     if not active or isinstance(run, Checkpointed) or not torch.is_grad_enabled():
         return run(*args)
     contexts = partial(create_selective_checkpoint_contexts, _KEPT)
-    return checkpoint(run, *args, use_reentrant=False, context_fn=contexts)
+    return checkpoint(bound(run), *args, use_reentrant=False, context_fn=contexts)
 
 
 def recompute_part(active: bool, run: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:

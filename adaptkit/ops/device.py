@@ -6,16 +6,14 @@ again in the backward pass. A GPU wants the opposite: few operators, whatever th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["eager_cpu", "pair", "pairs", "reference"]
+from adaptkit.seam import is_reference, reference
 
-_reference: ContextVar[bool] = ContextVar("reference", default=False)
+__all__ = ["eager_cpu", "pair", "pairs", "reference"]
 
 
 def eager_cpu(x: Tensor) -> bool:
@@ -23,28 +21,18 @@ def eager_cpu(x: Tensor) -> bool:
 
     A GPU, ``torch.compile`` and ``torch.export`` get plain operators.
     """
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not _reference.get()
-
-
-@contextmanager
-def reference() -> Iterator[None]:
-    """Inside, a CPU gets the plain operators too, as a GPU does."""
-    token = _reference.set(True)
-    try:
-        yield
-    finally:
-        _reference.reset(token)
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_reference()
 
 
 def pair(first: float, second: float, like: Tensor) -> Tensor:
     """``like.new_tensor([first, second])``, (2,); on a GPU written there, for a copy from the host would wait."""
-    if like.device.type == "cpu" and not _reference.get():
+    if like.device.type == "cpu" and not is_reference():
         return like.new_tensor([first, second])
     return torch.stack([like.new_full((), first), like.new_full((), second)])
 
 
 def pairs(values: Sequence[tuple[float, float]], like: Tensor) -> Tensor:
     """``like.new_tensor(values)``, (n, 2), written as `pair` does it."""
-    if like.device.type == "cpu" and not _reference.get():
+    if like.device.type == "cpu" and not is_reference():
         return like.new_tensor(values)
     return torch.stack([like.new_full((), number) for value in values for number in value]).unflatten(0, (-1, 2))

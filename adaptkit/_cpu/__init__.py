@@ -1,0 +1,1 @@
+"""Fast paths for float32 on a CPU, behind :mod:`adaptkit.seam`: importing this package registers them."""

@@ -1,0 +1,169 @@
+"""The seam between a method as its paper writes it and code that does the same faster on one device.
+
+An adapter's file holds the *text*: plain modules, plain torch, ``forward`` in every module. It is the definition, runs
+everywhere, and is what CUDA, ``torch.compile``, ``torch.export``, autocast, hooks, ``torch.func`` and second
+derivatives get. A *fast path* is registered for a piece of it from outside, in :mod:`adaptkit._cpu`::
+
+    class Extractor(nn.Module):
+        @accelerated
+        def forward(self, c, x, grids): ...          # the text
+
+    @fast_path(Extractor.forward)
+    def extractor(self, c, x, grids): ...            # the same, faster
+
+One predicate, :func:`may_be_fast`, decides for all of them. ``tests/test_seam.py`` holds each to its text.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+__all__ = ["FastPath", "accelerated", "bound", "fast_path", "fast_paths", "is_reference", "may_be_fast", "reference"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: Set to 1, it runs the text everywhere in this process, as :func:`reference` does in a block.
+VARIABLE = "ADAPTKIT_REFERENCE"
+
+_reference: ContextVar[bool] = ContextVar("reference", default=os.environ.get(VARIABLE, "0") not in ("", "0"))
+_registered: dict[str, FastPath] = {}
+
+
+class FastPath(NamedTuple):
+    """What may run in place of a text."""
+
+    text: Callable[..., Any]
+    run: Callable[..., Any]
+    suits: Callable[..., bool]  #: of the same arguments: whether it knows this case, beside what holds for all
+
+
+def _always(*args: Any, **kwargs: Any) -> bool:
+    return True
+
+
+def accelerated(text: F) -> F:
+    """Mark a function or a ``forward`` as a text for which a fast path may be registered."""
+    name = f"{text.__module__}.{text.__qualname__}"
+
+    @functools.wraps(text)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return text(*args, **kwargs)
+        path = _registered.get(name)
+        if path is None or not may_be_fast((*args, *kwargs.values())) or not path.suits(*args, **kwargs):
+            return text(*args, **kwargs)
+        return path.run(*args, **kwargs)
+
+    run.text = text  # type: ignore[attr-defined]
+    return run  # type: ignore[return-value]
+
+
+def fast_path(marked: Callable[..., Any], suits: Callable[..., bool] = _always) -> Callable[[F], F]:
+    """Register the decorated function in place of a text that is marked as :func:`accelerated`."""
+    text: Callable[..., Any] = marked.text  # type: ignore[attr-defined]
+
+    def register(run: F) -> F:
+        _registered[f"{text.__module__}.{text.__qualname__}"] = FastPath(text, run, suits)
+        return run
+
+    return register
+
+
+def fast_paths() -> dict[str, FastPath]:
+    """Return all that are registered, by the qualified name of their text."""
+    return dict(_registered)
+
+
+# -------------------------------------------------------------------------------------------- which of the two runs
+
+
+@contextmanager
+def reference() -> Iterator[None]:
+    """Inside, every method runs as its paper writes it: no fast path is taken.
+
+    The environment variable ``ADAPTKIT_REFERENCE=1`` does so for a whole process.
+    """
+    token = _reference.set(True)
+    try:
+        yield
+    finally:
+        _reference.reset(token)
+
+
+def is_reference() -> bool:
+    """Whether :func:`reference` or the environment variable asks for the text."""
+    return _reference.get()
+
+
+def bound(run: F) -> F:
+    """Return ``run`` as it runs now, text or fast path: a checkpoint calls it again outside of ``reference()``."""
+    if torch.compiler.is_compiling():  # it runs the text in any case
+        return run
+    before = _reference.get()
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        token = _reference.set(before)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            _reference.reset(token)
+
+    return again  # type: ignore[return-value]
+
+
+def may_be_fast(args: Iterable[Any]) -> bool:
+    """Whether a fast path may run on these arguments: tensors, modules, and tuples of them.
+
+    It may on plain float32 tensors on a CPU, in eager mode, where nobody looks into what it passes over: no hook, no
+    other module in the place of one of ours, no autocast, no transform of ``torch.func``, no dispatch mode (fake
+    tensors, FLOP counters, tracing), no compiler, no ``torch.jit`` trace.
+    """
+    if _reference.get() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch.is_autocast_enabled("cpu") or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    return all(_is_plain(arg) for arg in args)
+
+
+def _is_plain(arg: Any) -> bool:
+    if isinstance(arg, Tensor):
+        return _is_plain_tensor(arg)
+    if isinstance(arg, nn.Module):
+        return _is_untouched(arg)
+    if isinstance(arg, tuple | list):
+        return all(_is_plain(part) for part in arg)
+    return True
+
+
+def _is_plain_tensor(x: Tensor) -> bool:
+    plain = type(x) is Tensor or type(x) is nn.Parameter
+    return plain and x.device.type == "cpu" and (x.dtype == torch.float32 or not x.is_floating_point())
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether everything below is torch's or ours, unchanged, and nobody waits for it to run."""
+    if torch_module._has_any_global_hook():
+        return False
+    for part in module.modules():
+        own = part.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return False
+        if "forward" in own or own.get("_compiled_call_impl") is not None:
+            return False
+        if not type(part).__module__.startswith(("torch.nn.modules.", "adaptkit.")):
+            return False
+        for values in (own["_parameters"].values(), own["_buffers"].values()):
+            if not all(value is None or _is_plain_tensor(value) for value in values):
+                return False
+    return True

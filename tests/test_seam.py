@@ -1,0 +1,223 @@
+"""Which of the two runs, the text or the fast path; and that both say the same."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent))
+from errors import assert_rounds_to
+from fast_paths import Example, gathered
+
+import adaptkit
+from adaptkit import seam
+
+EXAMPLES = gathered()
+CALLS = [
+    pytest.param(text, e, id=f"{text.removeprefix('adaptkit.')}-{e.id}") for text in EXAMPLES for e in EXAMPLES[text]
+]
+every = pytest.mark.parametrize(("text", "example"), CALLS)
+
+
+# ------------------------------------------------------------------------------------------- each against its text
+
+
+def test_every_fast_path_has_examples():
+    assert set(seam.fast_paths()) == set(EXAMPLES)
+
+
+def inputs(args) -> list[Tensor]:
+    """Tensors of a call, parameters among them, that want a gradient."""
+    found = []
+    for arg in tree_leaves(args):
+        found += list(arg.parameters()) if isinstance(arg, nn.Module) else [arg] if isinstance(arg, Tensor) else []
+    return [t for t in found if t.requires_grad]
+
+
+def outcome(run, example: Example, dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs, and gradients for weights that differ from number to number."""
+    args = example.make(dtype)
+    torch.manual_seed(1)  # dropped paths
+    with torch.set_grad_enabled(example.training):
+        out = [t for t in tree_leaves(run(*args)) if isinstance(t, Tensor)]
+    wanted = inputs(args) if example.training else []
+    if not wanted:
+        return out, []
+    grads = [
+        torch.randn(t.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64).to(t)
+        for i, t in enumerate(out)
+    ]
+    pairs = [(t, g) for t, g in zip(out, grads) if t.requires_grad]
+    return out, list(torch.autograd.grad([t for t, _ in pairs], wanted, [g for _, g in pairs], materialize_grads=True))
+
+
+@every
+def test_a_fast_path_says_what_its_text_says(text, example):
+    path = seam.fast_paths()[text]
+    args = example.make(torch.float32)
+    assert seam.may_be_fast(args)
+    assert path.suits(*args)
+    exact, exact_grads = outcome(path.text, example, torch.float64)
+    fast, grads = outcome(path.run, example, torch.float32)
+    assert_rounds_to(fast, exact, *example.sums)
+    rows = max([t.numel() // max(1, t.shape[-1]) for t in exact], default=1)
+    assert_rounds_to(grads, exact_grads, *(example.backward or (*example.sums, *example.sums, rows)))
+
+
+@every
+def test_other_dtypes_get_the_text_bit_for_bit(text, example):
+    path = seam.fast_paths()[text]
+
+    def marked(*args):
+        assert not (seam.may_be_fast(args) and path.suits(*args))
+        return path.text(*args)
+
+    outcome(marked, example, torch.float64)
+
+
+# ------------------------------------------------------------------------------------------------- the predicate
+
+
+class Doubled(nn.Module):
+    """A text with a fast path that gives itself away."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    @seam.accelerated
+    def forward(self, x):
+        return self.inner(x) * 0 + 1.0
+
+
+Doubled.__module__ = "adaptkit.test"  # as if it were ours
+
+
+@pytest.fixture
+def model(monkeypatch):
+    monkeypatch.setattr(seam, "_registered", dict(seam._registered))
+    seam.fast_path(Doubled.forward)(lambda self, x: torch.full_like(x, 2.0))
+    return Doubled()
+
+
+def is_fast(model, x=None) -> bool:
+    out = model(torch.zeros(1, 2) if x is None else x)
+    return bool((out == 2).all())
+
+
+def test_plain_calls_are_fast(model):
+    assert is_fast(model)
+    assert is_fast(model, torch.zeros(1, 2, requires_grad=True))
+
+
+def test_reference_runs_the_text_and_ends(model):
+    with adaptkit.reference():
+        assert not is_fast(model)
+    assert is_fast(model)
+
+
+def test_the_environment_variable_runs_the_text():
+    code = "from adaptkit import seam; print(seam.is_reference())"
+    for value, wanted in (("1", "True"), ("0", "False"), ("", "False")):
+        env = {**os.environ, "ADAPTKIT_REFERENCE": value}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_precisions_run_the_text(model, dtype):
+    assert not is_fast(model.to(dtype), torch.zeros(1, 2, dtype=dtype))
+
+
+def test_autocast_runs_the_text(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_fast(model)
+
+
+def test_hooks_are_called(model):
+    seen = []
+    for register in (
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ):
+        handle = getattr(model.inner, register)(lambda *a: seen.append(register))
+        assert not is_fast(model, torch.zeros(1, 2, requires_grad=True))
+        handle.remove()
+        assert is_fast(model)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *a: seen.append("global"))
+    assert not is_fast(model)
+    handle.remove()
+    assert seen.count("register_forward_hook") == 1
+    assert "global" in seen
+
+
+def test_another_layer_in_the_place_of_ours_runs(model):
+    class Other(nn.Linear):
+        pass
+
+    model.inner = Other(2, 2)
+    assert not is_fast(model)
+    model.inner = nn.Linear(2, 2)
+    assert is_fast(model)
+    nn.utils.parametrizations.weight_norm(model.inner)
+    assert not is_fast(model)
+    model.inner = nn.Linear(2, 2)
+    model.inner.forward = lambda x: x
+    assert not is_fast(model)
+    model.inner = nn.Linear(2, 2)
+    model.inner.compile(backend="eager")
+    assert not is_fast(model)
+
+
+def test_a_subclass_of_the_user_runs_its_own(model):
+    class Mine(Doubled):
+        pass
+
+    assert not is_fast(Mine())
+
+
+def test_transforms_and_modes_run_the_text(model):
+    x = torch.zeros(2)
+    assert torch.equal(torch.func.vmap(model)(x[None]), torch.ones(1, 2))
+    assert torch.equal(torch.func.jvp(model, (x,), (x,))[0], torch.ones(2))
+    with FlopCounterMode(display=False) as counter:
+        assert not is_fast(model)
+    assert counter.get_total_flops() > 0
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert not seam.may_be_fast((mode.from_tensor(x),))
+    with seam.reference():
+        text = torch.jit.trace(model, x, check_trace=False)
+    assert torch.equal(torch.jit.trace(model, x, check_trace=False)(x), text(x))
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), torch.ones(2))
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), torch.ones(2))
+
+
+def test_a_subclass_of_tensor_gets_the_text(model):
+    class Mine(Tensor):
+        pass
+
+    assert not is_fast(model, torch.zeros(1, 2).as_subclass(Mine))
+
+
+def test_a_checkpoint_computes_again_what_it_computed(model):
+    seen = []
+
+    def run(x):
+        seen.append(is_fast(model, x.detach()))
+        return x * 2
+
+    x = torch.zeros(1, 2, requires_grad=True)
+    with adaptkit.reference():
+        y = checkpoint(seam.bound(run), x, use_reentrant=False)
+    y.sin().sum().backward()
+    assert set(seen) == {False}
