@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as _TorchSyncBatchNorm
 
-__all__ = ["DropPath", "LayerNorm2d", "Norm", "SyncBatchNorm2d", "check_choice", "conv_norm", "norm2d", "norm_map"]
+__all__ = ["DropPath", "LayerNorm2d", "Norm", "SyncBatchNorm2d", "check_choice", "norm2d"]
 
 Norm = Literal["batch", "sync", "group", "layer"]
 
@@ -115,34 +114,6 @@ def norm2d(kind: Norm, channels: int) -> nn.Module:
     if kind == "group":
         return nn.GroupNorm(next(g for g in range(min(32, channels), 0, -1) if channels % g == 0), channels)
     return LayerNorm2d(channels, eps=1e-6)
-
-
-def norm_map(norm: nn.Module, x: Tensor, keep: bool) -> Tensor:
-    """``norm(x)``; without ``keep`` x itself may be changed. A BatchNorm that rests is one scale and one shift."""
-    if not _rests(norm) or x.dtype != norm.weight.dtype:
-        return norm(x)
-    scale, shift = (t[:, None, None] for t in _scale_and_shift(norm))
-    if keep or torch.compiler.is_compiling():
-        return torch.addcmul(shift, x, scale)
-    return torch.addcmul(shift, x, scale, out=x)
-
-
-def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
-    """``norm(conv(x))``. A BatchNorm that rests is scale and shift of the convolution, which has no bias of its own."""
-    if not _rests(norm) or conv.bias is not None or conv.weight.dtype != norm.weight.dtype:
-        return norm(conv(x))
-    scale, shift = _scale_and_shift(norm)
-    weight = conv.weight * scale[:, None, None, None]
-    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
-def _rests(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
-    return isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_mean is not None
-
-
-def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return scale, norm.bias - norm.running_mean * scale
 
 
 def check_choice(option: str, value: object, choices: tuple[object, ...]) -> None:

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.checkpointing import OFF, Checkpointing
-from adaptkit.ops.frozen import frozen_block
 from adaptkit.ops.grid import cells, pad_to_multiple
+from adaptkit.seam import accelerated
 
 __all__ = [
     "Block",
@@ -147,10 +147,10 @@ class Block:
     perceptron: Callable[[], Perceptron | None] = no_perceptron  #: ``mlp`` layer by layer, where it is that simple
     grid: tuple[int, int] | None = None  #: (h, w) of the patch tokens, as a block adapter gets the block
 
+    @accelerated
     def __call__(self, x: Tensor) -> Tensor:
         """Run the host's own forward."""
-        with frozen_block(x):
-            return self.run(x)
+        return self.run(x)
 
     def equation(self, x: Tensor) -> Tensor:
         """Run the block from its parts: the MetaFormer equation above."""

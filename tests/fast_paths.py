@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 class Example(NamedTuple):
     """One call of a text.
 
-    ``make(dtype)`` returns its arguments, the same numbers in every dtype; tensors that want a gradient say so.
+    ``make(dtype=dtype)`` returns its arguments, the same numbers in every dtype; tensors that want a gradient say so.
     """
 
     id: str
-    make: Callable[[Any], tuple[Any, ...]]
+    make: Callable[..., tuple[Any, ...]]
     sums: tuple[int, ...]  #: the terms of each sum that a number of the result goes through, for the error model
     backward: tuple[int, ...] = ()  #: of a gradient; by default twice those, and the rows that a weight is summed over
     training: bool = True  #: whether it is differentiated; else it runs without gradients

@@ -16,10 +16,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import adaptkit.ops.ms_deform_attn  # noqa: F401  the operator that is kept
 from adaptkit.checkpointing import Checkpointed
-from adaptkit.ops.forget import forgets
 from adaptkit.seam import bound
 
-__all__ = ["recompute", "recompute_part"]
+__all__ = ["recompute"]
 
 _KEPT = [
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -39,8 +38,3 @@ def recompute(active: bool, run: Callable[..., Tensor], *args: Any) -> Tensor:
         return run(*args)
     contexts = partial(create_selective_checkpoint_contexts, _KEPT)
     return checkpoint(bound(run), *args, use_reentrant=False, context_fn=contexts)
-
-
-def recompute_part(active: bool, run: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
-    """``recompute`` for a part of an adapter that, where ``forgotten`` acts, keeps little by itself."""
-    return recompute(active and not forgets(x), run, x, *args)

@@ -8,12 +8,8 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from adaptkit.ops.device import pairs
-from adaptkit.ops.linear import add_to
 
-__all__ = ["CrossMixer", "Layout", "Mixer", "Norms", "even_heads"]
-
-
-Norms = tuple[nn.Module, nn.Module]  #: of the queries and of the values
+__all__ = ["CrossMixer", "Layout", "Mixer", "even_heads"]
 
 
 class Mixer(nn.Module, ABC):
@@ -45,14 +41,6 @@ class CrossMixer(nn.Module, ABC):
     @abstractmethod
     def forward(self, query: Tensor, feat: Tensor, layout: Layout) -> Tensor:
         """Query (B, Q, D), feat (B, S, D) with S the cells of all levels -> (B, Q, D)."""
-
-    def normed(self, query: Tensor, feat: Tensor, layout: Layout, norms: Norms) -> Tensor:
-        """``self(norms[0](query), norms[1](feat))``; a mixer may do it without holding what is normed."""
-        return self(norms[0](query), norms[1](feat), layout)
-
-    def onto(self, query: Tensor, feat: Tensor, layout: Layout, norms: Norms) -> Tensor:
-        """``query + self.normed(...)``; without gradients the queries themselves are changed and returned."""
-        return add_to(query, self.normed(query, feat, layout, norms))
 
 
 def even_heads(width: int, channels: int) -> int:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from adaptkit.mixers.base import CrossMixer, Layout, Mixer, Norms, even_heads
+from adaptkit.mixers.base import CrossMixer, Layout, Mixer, even_heads
 from adaptkit.ops import ms_deform_attn
 from adaptkit.ops.device import pair
-from adaptkit.ops.forget import forgotten
 from adaptkit.ops.grid import cell_centres, map_to_tokens, tokens_to_map
-from adaptkit.ops.linear import add_linear, branch_linear, linear, norm_linear
-from adaptkit.ops.softmax import grouped_softmax
+from adaptkit.seam import accelerated
 
 __all__ = ["MSDeformAttn", "MSDeformMixer"]
 
@@ -51,46 +47,18 @@ class MSDeformAttn(CrossMixer):
             nn.init.xavier_uniform_(proj.weight)
             nn.init.zeros_(proj.bias)
 
+    @accelerated
     def forward(self, query: Tensor, feat: Tensor, layout: Layout) -> Tensor:
         """Query (B, Q, D), feat (B, S, D) -> (B, Q, D)."""
-        return self.normed(query, feat, layout, (nn.Identity(), nn.Identity()))
-
-    def normed(self, query: Tensor, feat: Tensor, layout: Layout, norms: Norms) -> Tensor:
-        """Without holding what is normed."""
-        _, read = self._reader(query, feat, layout, norms)
-        sampled = read()
-        with forgotten((sampled, read)):
-            return linear(sampled, self.output_proj.weight, self.output_proj.bias)
-
-    def onto(self, query: Tensor, feat: Tensor, layout: Layout, norms: Norms) -> Tensor:
-        """The projection is summed where the queries are."""
-        query, read = self._reader(query, feat, layout, norms)
-        sampled = read()
-        with forgotten((sampled, read)):
-            return add_linear(query, sampled, self.output_proj.weight, self.output_proj.bias)
-
-    def _reader(self, query: Tensor, feat: Tensor, layout: Layout, norms: Norms) -> tuple[Tensor, Callable[[], Tensor]]:
-        """Place the points: the query as a residual takes it, and a function that reads there: (B, Q, width)."""
         shape = (self.heads, self.levels, self.points)
-        value = norm_linear(feat, norms[1], self.value_proj.weight, self.value_proj.bias).unflatten(2, (self.heads, -1))
+        value = self.value_proj(feat).unflatten(2, (self.heads, -1))  # (B, S, H, E)
+        offsets = self.sampling_offsets(query).unflatten(2, (*shape, 2))  # in cells, (B, Q, H, L, K, 2)
+        weights = self.attention_weights(query).unflatten(2, (self.heads, -1))
         # Coordinates stay in float32 whatever the autocast dtype: bf16 cannot tell neighbouring pixels apart.
-        points = layout.points
-        query, offsets, weights = self._places(query, norms[0], layout.cells())
-        locations = points[:, None, None, None, :] + offsets.unflatten(2, (*shape, 2)).to(points.dtype)
-        weights = grouped_softmax(weights.to(points.dtype), self.heads).unflatten(2, shape)
-        return query, partial(ms_deform_attn, value, list(layout.values), locations, weights)
-
-    def _places(self, query: Tensor, norm: nn.Module, cells_xy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, Q, D) -> the same, offsets (B, Q, H * L * K * 2) over the extent of a level, logits (B, Q, H * L * K).
-
-        Both layers read the query once, and cells become shares of the extent in the weights, which are few.
-        """
-        offsets, logits = self.sampling_offsets, self.attention_weights
-        cells_of = cells_xy[:, None].expand(self.heads, -1, self.points, -1).flatten().to(offsets.weight.dtype)
-        weight = torch.cat([offsets.weight / cells_of[:, None], logits.weight])
-        bias = torch.cat([offsets.bias / cells_of, logits.bias])
-        query, places = branch_linear(query, norm, weight, bias)
-        return query, *places.split([offsets.out_features, logits.out_features], dim=-1)
+        dtype = layout.points.dtype
+        weights = weights.to(dtype).softmax(-1).unflatten(3, shape[1:])  # (B, Q, H, L, K)
+        locations = layout.points[:, None, None, None] + offsets.to(dtype) / layout.cells()[:, None]
+        return self.output_proj(ms_deform_attn(value, list(layout.values), locations, weights))
 
 
 class MSDeformMixer(Mixer):

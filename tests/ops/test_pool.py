@@ -9,7 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from errors import assert_rounds_to
 
-from adaptkit.ops import linear, pool
+from adaptkit._cpu import linear, pool
 
 NUMBERS = pool.LARGE // 4
 

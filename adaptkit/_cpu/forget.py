@@ -8,25 +8,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from adaptkit.ops.device import eager_cpu
-
-__all__ = ["forgets", "forgotten"]
-
-
-def forgets(y: Tensor) -> bool:
-    """Whether ``forgotten`` acts on ``y``: on a CPU alone."""
-    return eager_cpu(y)
+__all__ = ["forgotten"]
 
 
 @contextmanager
 def forgotten(*made: tuple[Tensor, Callable[[], Tensor]]) -> Iterator[None]:
-    """Keep on a CPU, in place of each tensor y, how to compute it again: pairs (y, again), ``again()`` equal to y.
+    """Keep, in place of each tensor y, how to compute it again: pairs (y, again), ``again()`` equal to y.
 
     Operations inside the block that would hold y, or a view of it, until the backward pass call ``again`` then. What
     ``again`` needs should be kept anyway, as the input of a LayerNorm is by the LayerNorm. In nested blocks the inner
     one alone acts.
     """
-    if not torch.is_grad_enabled() or not any(forgets(y) for y, _ in made):
+    if not torch.is_grad_enabled():
         yield
         return
     known = {y.data_ptr(): _Forgotten(y, again) for y, again in made if y.requires_grad}
@@ -50,8 +43,6 @@ class _Forgotten:
 
     def __init__(self, y: Tensor, again: Callable[[], Tensor]) -> None:
         self.numel, self.dtype, self.again = y.numel(), y.dtype, again
-        device = y.device.type  # a backward pass is not under the autocast of its forward pass
-        self.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         self.askers, self.asked = 0, 0
         self.found: Tensor | None = None
 
@@ -68,8 +59,7 @@ class _Forgotten:
     def tell(self) -> Tensor:
         """Return y; the last one who asks drops it."""
         if self.found is None:
-            with torch.autocast(*self.autocast):
-                self.found = self.again()
+            self.found = self.again()
         found, self.asked = self.found, (self.asked + 1) % self.askers
         if self.asked == 0:
             self.found = None

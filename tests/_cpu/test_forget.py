@@ -5,7 +5,7 @@ import weakref
 import torch
 import torch.nn.functional as F
 
-from adaptkit.ops.forget import forgotten
+from adaptkit._cpu.forget import forgotten
 
 
 def run(c, weight, other, forget):

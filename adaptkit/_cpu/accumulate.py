@@ -11,12 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from adaptkit.ops.device import eager_cpu
+from adaptkit._cpu.linear import linear, row_slices
 from adaptkit.ops.grid import resample_lines, resample_map
-from adaptkit.ops.linear import add_to, linear, row_slices, summing_dtype
 
 __all__ = ["add_resampled", "add_upsampled"]
 
@@ -27,20 +25,16 @@ PIXELS = 8192  # of the large map at a time, for the same reason
 def add_upsampled(fine: Tensor, coarse: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return ``fine += conv_transpose2d(coarse, weight, bias, stride=2)`` for a kernel of 2x2.
 
-    fine: (B, D', 2h, 2w), changed in place, in whose dtype all is computed; coarse: (B, D, h, w); weight:
+    fine: (B, D', 2h, 2w), changed in place; coarse: (B, D, h, w); weight:
     (D, D', 2, 2); bias: (D',).
 
     Each coarse pixel makes a block of four fine ones by itself: a matrix product, (h*w, D) x (D, 4 D') for an image.
     """
-    if not eager_cpu(fine):
-        return add_to(fine, F.conv_transpose2d(coarse, weight, bias, stride=2))
-    return _AddUpsampled.apply(fine, *(t.to(fine.dtype) for t in (coarse, weight, bias)))
+    return _AddUpsampled.apply(fine, coarse, weight, bias)
 
 
 def add_resampled(fine: Tensor, x: Tensor, stride: int, to_stride: int) -> Tensor:
     """Return ``fine += resample_map(x, stride, to_stride, its size)``: fine (B, D, H, W), changed; x (B, D, h, w)."""
-    if not eager_cpu(fine):
-        return add_to(fine, resample_map(x, stride, to_stride, (fine.shape[2], fine.shape[3])))
     return _AddResampled.apply(fine, x, stride, to_stride)
 
 
@@ -71,17 +65,14 @@ class _AddUpsampled(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         coarse, weight = ctx.saved_tensors
         kernel = _matrix(weight)
-        grad_coarse, grad_kernel = torch.empty_like(coarse), torch.zeros_like(kernel, dtype=summing_dtype(kernel))
+        grad_coarse, grad_kernel = torch.empty_like(coarse), torch.zeros_like(kernel)
         for g, x, grad_x in zip(grad, coarse, grad_coarse):
             blocks = _blocks(g)
             for s in _lines(coarse):
                 rows = blocks[s].reshape(-1, len(kernel))  # (n*w, 4 D')
-                if grad_kernel.dtype == rows.dtype:
-                    grad_kernel.addmm_(rows.t(), _rows(x[:, s]))
-                else:
-                    grad_kernel += rows.t() @ _rows(x[:, s])
+                grad_kernel.addmm_(rows.t(), _rows(x[:, s]))
                 grad_x[:, s] = linear(rows, kernel.t()).t().view(x[:, s].shape)
-        grad_weight = grad_kernel.to(weight.dtype).view(2, 2, weight.shape[1], weight.shape[0]).permute(3, 2, 0, 1)
+        grad_weight = grad_kernel.view(2, 2, weight.shape[1], weight.shape[0]).permute(3, 2, 0, 1)
         return grad, grad_coarse, grad_weight, grad.sum((0, 2, 3))
 
 

@@ -11,8 +11,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from errors import assert_rounds_to
 
-from adaptkit.ops import linear as ops
-from adaptkit.ops.linear import add_linear, branch_linear, linear, norm_linear
+from adaptkit._cpu import linear as ops
+from adaptkit._cpu.linear import add_linear, branch_linear, linear, norm_linear
 
 SUMS = (10, 10)  # at most 10 rows and 8 channels: a norm, a product
 

@@ -15,18 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from adaptkit.ops import pool
-from adaptkit.ops.device import eager_cpu
 
-__all__ = [
-    "add_linear",
-    "add_to",
-    "branch_linear",
-    "linear",
-    "norm_linear",
-    "row_slices",
-    "summing_dtype",
-    "wide_linear",
-]
+__all__ = ["add_linear", "branch_linear", "linear", "norm_linear", "row_slices", "wide_linear"]
 
 NUMBERS = 2**21  # of rows that are made at a time: they stay in the cache from one operation to the next
 
@@ -39,11 +29,10 @@ def row_slices(rows: int, step: int) -> Iterator[slice]:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear``: (..., D) -> (..., D').
 
-    A float32 product on a CPU is written as the 1x1 convolution that it is: oneDNN, which torch asks for convolutions,
-    uses the widest registers of every processor, and the BLAS of most builds of torch does so on some alone.
+    A float32 product is written as the 1x1 convolution that it is: oneDNN, which torch asks for convolutions, uses the
+    widest registers of every processor, and the BLAS of most builds of torch does so on some alone.
     """
-    here = eager_cpu(x) and torch.backends.mkldnn.is_available()
-    if not here or _product_dtype(x) != torch.float32 or x.numel() == 0:
+    if not torch.backends.mkldnn.is_available() or x.dtype != torch.float32 or x.numel() == 0:
         return F.linear(x, weight, bias)
     rows = x.reshape(1, -1, 1, x.shape[-1]).movedim(3, 1)  # channels-last: nothing is moved
     return F.conv2d(rows, weight[:, :, None, None], bias).movedim(1, 3).reshape(*x.shape[:-1], -1)
@@ -51,8 +40,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``linear`` of (..., D) to a width that makes it large; without gradients in memory of an earlier such result."""
-    plain = type(x) is Tensor and eager_cpu(x) and x.dtype == weight.dtype == _product_dtype(x)
-    if not plain or torch.is_grad_enabled():
+    if torch.is_grad_enabled():
         return linear(x, weight, bias)
     out = pool.empty((*x.shape[:-1], len(weight)), x.dtype)
     rows, into = x.reshape(-1, x.shape[-1]), out.view(-1, len(weight))
@@ -64,48 +52,22 @@ def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def norm_linear(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``linear(norm(x), weight, bias)``: (..., D) -> (..., D').
 
-    On a CPU rows that a LayerNorm made are made again in the backward pass, and never held as a whole; other norms just
-    run.
+    Rows that a LayerNorm made are made again in the backward pass, and never held as a whole; other norms just run.
     """
     return branch_linear(x, norm, weight, bias)[1]
 
 
 def branch_linear(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """``x, norm_linear(x, ...)`` of a residual branch: the gradients of both are summed where the second is made."""
-    if not isinstance(norm, nn.LayerNorm) or not eager_cpu(x):
-        return x, F.linear(norm(x), weight, bias)
-    dtype = _product_dtype(x)
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        wide = x.to(norm.weight.dtype)
-        out, same = _NormLinear.apply(wide, norm.weight, norm.bias, norm.eps, weight, bias)
-    passes = wide is x and x.requires_grad and torch.is_grad_enabled()
-    return same if passes else x, out
+    if not isinstance(norm, nn.LayerNorm):
+        return x, linear(norm(x), weight, bias)
+    out, same = _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, weight, bias)
+    return same if x.requires_grad and torch.is_grad_enabled() else x, out
 
 
 def add_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x + linear(y, weight, bias)``: x (..., D), y (..., D'). Without gradients x itself is changed and returned."""
-    if not eager_cpu(x) or x.dtype != _product_dtype(y):
-        return add_to(x, F.linear(y, weight, bias))
-    y, weight, bias = (None if t is None else t.to(x.dtype) for t in (y, weight, bias))
-    with torch.autocast(x.device.type, enabled=False):
-        rows = _AddLinear.apply(x.flatten(0, -2), y.flatten(0, -2), weight, bias, torch.is_grad_enabled())
-    return rows.view_as(x)
-
-
-def add_to(x: Tensor, update: Tensor) -> Tensor:
-    """``x + update``. Without gradients x itself is changed and returned."""
-    return x + update if torch.is_grad_enabled() else x.add_(update)
-
-
-def summing_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of a sum over parts: rounded to bf16 at each part, its error would grow with their number."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    """``x + linear(y, weight, bias)``: x (..., D), y (..., D')."""
+    return _AddLinear.apply(x.flatten(0, -2), y.flatten(0, -2), weight, bias).view_as(x)
 
 
 class _NormLinear(torch.autograd.Function):
@@ -119,8 +81,7 @@ class _NormLinear(torch.autograd.Function):
         rows = x.flatten(0, -2)
         out = weight.new_empty(len(rows), len(weight))
         for s in row_slices(len(rows), NUMBERS // rows.shape[1] + 1):
-            normed = F.layer_norm(rows[s], gamma.shape, gamma, beta, eps).to(weight.dtype)
-            out[s] = linear(normed, weight, bias)
+            out[s] = linear(F.layer_norm(rows[s], gamma.shape, gamma, beta, eps), weight, bias)
         return out.unflatten(0, x.shape[:-1]), x
 
     @staticmethod
@@ -134,14 +95,13 @@ class _NormLinear(torch.autograd.Function):
         shape, x, grad = x.shape, x.flatten(0, -2), grad.flatten(0, -2)
         beside = None if beside is None else beside.flatten(0, -2)
         grad_x = pool.empty_like(x) if of_x else None
-        wide = summing_dtype(gamma)
-        grad_gamma, grad_beta, grad_weight = (torch.zeros_like(t, dtype=wide) for t in (gamma, beta, weight))
+        grad_gamma, grad_beta, grad_weight = (torch.zeros_like(t) for t in (gamma, beta, weight))
         for s in row_slices(len(x), NUMBERS // x.shape[1] + 1):
             normed, mean, rstd = torch.native_layer_norm(x[s], gamma.shape, gamma, beta, ctx.eps)
             if of_weight:
-                grad_weight += grad[s].t() @ normed.to(grad.dtype)
+                grad_weight += grad[s].t() @ normed
             if any(behind):
-                through = linear(grad[s], weight.t()).to(x.dtype)
+                through = linear(grad[s], weight.t())
                 to_norm = torch.ops.aten.native_layer_norm_backward
                 found = to_norm(through, x[s], gamma.shape, mean, rstd, gamma, beta, behind)
                 if grad_x is not None:
@@ -149,16 +109,15 @@ class _NormLinear(torch.autograd.Function):
                 grad_gamma += found[1] if of_gamma else 0
                 grad_beta += found[2] if of_beta else 0
         grad_x = None if grad_x is None else grad_x.view(shape)
-        sums = grad_gamma.to(gamma.dtype), grad_beta.to(beta.dtype), grad_weight.to(weight.dtype)
-        grads = (grad_x, *sums[:2], None, sums[2], grad.sum(0) if of_bias else None)
+        grads = (grad_x, grad_gamma, grad_beta, None, grad_weight, grad.sum(0) if of_bias else None)
         return tuple(g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad))
 
 
 class _AddLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(y, weight)
-        out = pool.empty_like(x) if keep else x
+        out = pool.empty_like(x)
         for s in row_slices(len(x), NUMBERS // x.shape[1] + 1):
             torch.add(x[s], linear(y[s], weight, bias), out=out[s])
         return out
@@ -166,11 +125,10 @@ class _AddLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         y, weight = ctx.saved_tensors
-        _, wants_y, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        _, wants_y, wants_weight, wants_bias = ctx.needs_input_grad
         return (
             grad,
             wide_linear(grad, weight.t(), None) if wants_y else None,
             grad.t() @ y if wants_weight else None,
             grad.sum(0) if wants_bias else None,
-            None,
         )

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from adaptkit.ops import accumulate
-from adaptkit.ops.accumulate import add_resampled, add_upsampled
+from adaptkit._cpu import accumulate
+from adaptkit._cpu.accumulate import add_resampled, add_upsampled
 from adaptkit.ops.grid import resample_map
 
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adaptkit.ops import batch_norm
-from adaptkit.ops.batch_norm import norm_large, norm_pool, norm_relu_conv, suits
+from adaptkit._cpu import batch_norm
+from adaptkit._cpu.batch_norm import norm_large, norm_pool, norm_relu_conv, suits
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

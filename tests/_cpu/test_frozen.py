@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from errors import assert_rounds_to
 
-from adaptkit.ops import frozen
-from adaptkit.ops.frozen import frozen_block
+from adaptkit._cpu import frozen
+from adaptkit._cpu.frozen import frozen_block
 
 SUMS = (12, 20, 12, 20)  # of the terms of each product, there and back
 

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from errors import assert_rounds_to
 
-from adaptkit.ops import attention as ops
-from adaptkit.ops.frozen import frozen_block
+from adaptkit._cpu import attention as ops
+from adaptkit._cpu.frozen import frozen_block
 
 
 def runs_here():

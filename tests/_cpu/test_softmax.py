@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adaptkit.ops.softmax import grouped_softmax
+from adaptkit._cpu.softmax import grouped_softmax
 
 
 @pytest.mark.parametrize(("shape", "groups"), [((2, 7, 24), 6), ((5, 4), 1), ((1, 3, 6), 6)])

@@ -7,19 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptkit.ops.device import eager_cpu
-
 __all__ = ["grouped_softmax"]
 
 
 def grouped_softmax(logits: Tensor, groups: int) -> Tensor:
     """(..., groups * n) -> the same, softmax over the n numbers of each group.
 
-    For a few numbers next to each other torch's loop on a CPU is slow: there the numbers of a group are put into
-    rows of their own, so that all groups are done side by side.
+    For a few numbers next to each other torch's loop on a CPU is slow: the numbers of a group are put into rows of
+    their own, so that all groups are done side by side.
     """
-    if not eager_cpu(logits):
-        return logits.unflatten(-1, (groups, -1)).softmax(-1).flatten(-2)
     return _GroupedSoftmax.apply(logits, groups)
 
 

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from adaptkit._cpu.linear import row_slices
 from adaptkit.ops import pool
-from adaptkit.ops.device import eager_cpu
-from adaptkit.ops.linear import row_slices, summing_dtype
 
 __all__ = ["norm_large", "norm_pool", "norm_relu_conv", "suits"]
 
@@ -27,13 +26,9 @@ _CONV = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation;
 
 
 def suits(norm: nn.Module, x: Tensor) -> bool:
-    """Whether ``norm`` is the plain BatchNorm, in training, and ``x`` a map on a CPU in its dtype."""
-    plain = (
-        type(norm) is nn.BatchNorm2d and norm.training and norm.running_mean is not None and norm.momentum is not None
-    )
-    if not (plain and eager_cpu(x)) or torch.is_autocast_enabled("cpu"):
-        return False
-    return x.dtype == norm.weight.dtype == summing_dtype(x)  # what is summed over images is not rounded to bf16
+    """Whether ``norm`` is the plain BatchNorm, in training, and ``x`` a map in its dtype."""
+    plain = type(norm) is nn.BatchNorm2d and norm.training and x.dtype == norm.weight.dtype
+    return plain and norm.running_mean is not None and norm.momentum is not None
 
 
 def norm_relu_conv(x: Tensor, norm: nn.BatchNorm2d, kernel: Tensor) -> Tensor:

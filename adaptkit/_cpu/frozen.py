@@ -8,30 +8,33 @@ for it as oneDNN. For attention see ``ops.attention``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from adaptkit.ops import attention
-from adaptkit.ops.device import eager_cpu
-from adaptkit.ops.linear import linear
-from adaptkit.ops.onednn import PLAIN
+from adaptkit._cpu import attention
+from adaptkit._cpu.linear import linear
+from adaptkit.seam import fast_path
+from adaptkit.vit import Block
 
 __all__ = ["frozen_block"]
 
+_PLAIN = (Tensor, nn.Parameter)  # and no subclass, sharded or quantised
 _NOT_PLAIN = ("attn_mask", "dropout_p", "is_causal", "enable_gqa")
 
 
-def frozen_block(x: Tensor) -> AbstractContextManager[object]:
-    """Inside, frozen linear layers and attention have that gradient, where tokens ``x`` are float32 and want one."""
-    wanted = x.requires_grad and torch.is_grad_enabled() and x.dtype == torch.float32
-    if not (wanted and eager_cpu(x)) or torch.is_autocast_enabled("cpu"):
-        return nullcontext()
-    return _FrozenBlock()
+def _wants_a_gradient(block: Block, x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+@fast_path(Block.__call__, suits=_wants_a_gradient)
+def frozen_block(block: Block, x: Tensor) -> Tensor:
+    """Run the host's own forward; frozen linear layers and attention have that gradient."""
+    with _FrozenBlock():
+        return block.run(x)
 
 
 class _FrozenBlock(TorchFunctionMode):
@@ -61,7 +64,7 @@ def _is_frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     if not x.requires_grad or x.dtype != torch.float32 or type(x) is not Tensor:
         return False
     return all(
-        type(t) in PLAIN and not t.requires_grad and t.dtype == torch.float32 for t in (weight, bias) if t is not None
+        type(t) in _PLAIN and not t.requires_grad and t.dtype == torch.float32 for t in (weight, bias) if t is not None
     )
 
 
