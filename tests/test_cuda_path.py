@@ -16,7 +16,7 @@ from reference import stir
 
 import adaptkit
 from adaptkit.mixers import list_mixers
-from adaptkit.ops.device import reference
+from adaptkit.seam import reference
 
 SIZE = 48, 56  # pixels: not the hosts' own, and no multiple of 32
 BATCHES = 2, 16
@@ -165,17 +165,24 @@ def test_the_walk_over_the_graph_is_autograd():
     "adapter", [a for a in ADAPTERS if a.startswith(("vit-adapter", "dat", "metaformer-msda", "sfp"))]
 )
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-def test_plain_operators_say_what_the_quick_ways_of_a_cpu_say(adapter, training):
-    model = stir(attach(adapter, "timm-vit", "fpn"), 0).double().train(training)
-    image, found = torch.randn(3, 3, *SIZE, dtype=torch.float64), []
-    for plainly in (True, False):
+def test_the_text_says_what_the_fast_paths_of_a_cpu_say(adapter, training):
+    """In float32 both are as far from float64 as rounding takes them."""
+
+    def outcome(dtype, text):
+        model = stir(attach(adapter, "timm-vit", "fpn"), 0).to(dtype).train(training)
+        image = torch.randn(3, 3, *SIZE, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
         torch.manual_seed(1)  # dropped paths
-        with reference() if plainly else nullcontext(), torch.set_grad_enabled(training):
+        with reference() if text else nullcontext(), torch.set_grad_enabled(training):
             features = model(image)
-            found.append([features.tokens, *features.maps, features.logits])
+            found = [features.tokens, *features.maps, features.logits]
             if training:
                 trained = [p for p in model.parameters() if p.requires_grad]
-                grads = torch.autograd.grad(sum(t.square().sum() for t in found[-1]), trained, allow_unused=True)
-                found[-1] += [g for g in grads if g is not None]
-    for plain, quick in zip(*found, strict=True):
-        torch.testing.assert_close(plain, quick)
+                grads = torch.autograd.grad(sum(t.square().sum() for t in found), trained, allow_unused=True)
+                found += [g for g in grads if g is not None]
+        return [t.detach().double() for t in found]
+
+    exact = outcome(torch.float64, text=True)
+    largest = max(float(t.norm()) for t in exact)
+    for wanted, text, fast in zip(exact, outcome(torch.float32, True), outcome(torch.float32, False), strict=True):
+        rounding = float((text - wanted).norm()) + 1e-6 * float(wanted.norm()) + 1e-9 * largest
+        assert float((fast - wanted).norm()) <= 8 * rounding

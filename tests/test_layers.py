@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from adaptkit.layers import DropPath, LayerNorm2d, SyncBatchNorm2d, conv_norm, norm2d, norm_map
+from adaptkit.layers import DropPath, LayerNorm2d, SyncBatchNorm2d, norm2d
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
@@ -41,48 +41,6 @@ def test_sync_norm_on_the_cpu_is_batch_norm_in_training_and_after():
     assert torch.equal(sync.eval()(x), batch.eval()(x))
     assert sync.state_dict().keys() == batch.state_dict().keys()
     assert all(torch.equal(v, batch.state_dict()[k]) for k, v in sync.state_dict().items())
-
-
-@pytest.mark.parametrize("kind", ["batch", "sync", "group", "layer"])
-def test_a_norm_that_rests_may_work_in_place_and_says_the_same(kind):
-    torch.manual_seed(0)
-    norm = norm2d(kind, 6).train()
-    norm(torch.randn(4, 6, 5, 5))
-    torch.nn.init.normal_(norm.weight)
-    norm.eval()
-    x = torch.randn(2, 6, 4, 5, requires_grad=True)
-    expected, kept = norm(x), norm_map(norm, x, keep=True)
-    torch.testing.assert_close(kept, expected)
-    for a, b in zip(*(torch.autograd.grad(y.square().sum(), [x, norm.weight]) for y in (kept, expected)), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    with torch.no_grad():
-        mine = x.detach().clone()
-        out = norm_map(norm, mine, keep=False)
-    assert torch.equal(out, kept)
-    assert (out.data_ptr() == mine.data_ptr()) == (kind in ("batch", "sync"))
-
-
-@pytest.mark.parametrize("kind", ["batch", "sync", "group", "layer"])
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_norm_that_rests_is_part_of_the_convolution_before_it(kind, bias):
-    torch.manual_seed(0)
-    conv, norm = torch.nn.Conv2d(3, 6, 3, 2, 1, bias=bias).double(), norm2d(kind, 6).double().train()
-    x = torch.randn(4, 3, 9, 8).double()
-    assert torch.equal(conv_norm(conv, norm, x), norm(conv(x)))
-    torch.nn.init.normal_(norm.weight)
-    norm.eval()
-    x.requires_grad_()
-    inputs = [x, conv.weight, norm.weight, norm.bias]
-    mine, expected = conv_norm(conv, norm, x), norm(conv(x))
-    torch.testing.assert_close(mine, expected)
-    for a, b in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (mine, expected)), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_a_norm_in_training_sees_its_batch():
-    norm, x = norm2d("batch", 3).train(), torch.randn(2, 3, 4, 4)
-    assert torch.equal(norm_map(norm, x.clone(), keep=False), norm2d("batch", 3).train()(x))
-    assert norm.num_batches_tracked == 1
 
 
 def test_over_several_gpus_batch_norm_is_that_of_torch(monkeypatch):

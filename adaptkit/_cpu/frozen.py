@@ -2,7 +2,7 @@
 
 What a frozen block costs in training is the gradient of its tokens. For a linear layer ``y = x W' + b`` it is
 ``grad W``, a product as large as that of the forward pass: the BLAS of most builds of torch needs half as long again
-for it as oneDNN. For attention see ``ops.attention``.
+for it as oneDNN. For attention see ``adaptkit._cpu.attention``.
 """
 
 from __future__ import annotations

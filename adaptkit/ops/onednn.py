@@ -2,8 +2,8 @@
 
 ``F.linear`` hands float32 to the BLAS that torch was built with, on x86 MKL. A tensor that is ``to_mkldnn()`` goes to
 oneDNN, which uses the widest registers of every processor: 15 to 20 % less time on some hundred rows. (For thousands of
-rows see :mod:`adaptkit._cpu.linear`.) A good part of that time is spent on laying the weight out, for each product anew;
-``Prepacked`` does so once.
+rows see :mod:`adaptkit._cpu.linear`.) A good part of that time is spent on laying the weight out, for each product
+anew; ``Prepacked`` does so once.
 """
 
 from __future__ import annotations

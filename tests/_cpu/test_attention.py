@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from errors import assert_rounds_to
 
 from adaptkit._cpu import attention as ops
-from adaptkit._cpu.frozen import frozen_block
+from adaptkit._cpu.frozen import _FrozenBlock as FrozenBlock
 
 
 def runs_here():
@@ -156,7 +156,7 @@ def taken(monkeypatch):
 def test_a_frozen_block_takes_it_for_plain_attention_alone(taken):
     q, k, v = heads(1, 8, 2, 16)
     mask = torch.ones(8, 8, dtype=torch.bool)
-    with frozen_block(q):
+    with FrozenBlock():
         plain = F.scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=0.5)
         F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -173,7 +173,7 @@ def test_within_a_transform_torch_s_own_gradient_is_taken(taken):
     q, k, v = (x.detach() for x in heads(1, 8, 2, 16))
 
     def loss(q: Tensor) -> Tensor:
-        with frozen_block(q):
+        with FrozenBlock():
             return F.scaled_dot_product_attention(q, k, v).square().sum()
 
     found = torch.func.grad(loss)(q)
@@ -197,7 +197,7 @@ def test_the_first_call_may_come_from_inside_a_checkpoint(built_anew):
     q, k, v = heads(1, 8, 2, 16)
 
     def block(q: Tensor) -> Tensor:
-        with frozen_block(q):
+        with FrozenBlock():
             return F.scaled_dot_product_attention(q, k, v)
 
     checkpoint(block, q, use_reentrant=False).sum().backward()
@@ -228,7 +228,7 @@ def test_without_a_compiler_torch_s_own_gradient_is_taken(built_anew, monkeypatc
         assert not runs_here()
     assert [record.levelname for record in caplog.records] == ["INFO"]
     q, k, v = heads(1, 8, 2, 16)
-    with frozen_block(q):
+    with FrozenBlock():
         F.scaled_dot_product_attention(q, k, v).sum().backward()
     assert q.grad is not None
 

@@ -62,17 +62,3 @@ def test_without_gradients_nothing_happens():
     with torch.no_grad():
         _, made, _ = run(torch.randn(1, 3, 2), torch.randn(4, 2), torch.randn(4, 2), forget=True)
     assert not made
-
-
-def test_it_is_made_again_under_the_autocast_of_the_forward_pass():
-    c, weight = torch.randn(1, 3, 2, requires_grad=True), torch.randn(2, 2, requires_grad=True)
-    grads = []
-    for forget in (True, False):
-        with torch.autocast("cpu", torch.bfloat16):
-            y = F.linear(c, weight)
-            made = [(y, lambda: F.linear(c, weight))] if forget else []
-            with forgotten(*made):
-                out = F.linear(y, weight)
-        grads.append(torch.autograd.grad(out.float().square().sum(), (c, weight)))
-    for a, b in zip(*grads, strict=True):
-        assert torch.equal(a, b)

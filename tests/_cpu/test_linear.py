@@ -107,16 +107,6 @@ def test_a_linear_layer_and_a_sum(bias):
         assert_rounds_to(a, c, *SUMS)
 
 
-def test_a_sum_is_in_place_without_gradients_and_the_same_bits():
-    x, y, weight, b = inputs((2, 50, 24), (2, 50, 16), (24, 16), (24,), dtype=torch.float32)
-    kept = add_linear(x, y, weight, b)
-    with torch.no_grad():
-        x = x.detach().clone()
-        out = add_linear(x, y, weight, b)
-    assert out.data_ptr() == x.data_ptr()
-    assert torch.equal(out, kept)
-
-
 @pytest.mark.parametrize("shape", [(7, 16), (2, 3, 16), (1, 1, 16), (0, 16)])
 def test_a_product_in_float32(shape):
     x, weight, b = inputs(shape, (5, 16), (5,), dtype=torch.float32)
@@ -126,22 +116,9 @@ def test_a_product_in_float32(shape):
         assert_rounds_to(gradients(ours, x, weight), gradients(plain, x, weight), 17)
 
 
-def test_under_autocast_products_have_its_dtype_and_norms_do_not():
-    x, weight, b = inputs((2, 50, 16), (8, 16), (8,), dtype=torch.float32)
-    norm = norm_of(16, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        ours, plain = norm_linear(x, norm, weight, b), F.linear(norm(x), weight, b)
-        total, short = add_linear(x[..., :8], x, weight, b), add_linear(x[..., :8].bfloat16(), x, weight, b)
-    assert ours.dtype == plain.dtype == torch.bfloat16
-    assert total.dtype == torch.float32
-    assert short.dtype == torch.bfloat16
-    for a, c in zip(
-        gradients(short, x, weight, b), gradients(x[..., :8] + F.linear(x, weight, b), x, weight, b), strict=True
-    ):
-        assert a.dtype == c.dtype
-        # Sums are float32, what is handed on is not; those over 100 rows of up to 1 cancel.
-        assert_rounds_to(a, c, 1, 1, 1, dtype=torch.bfloat16, magnitude=max(float(c.abs().max()), 100**0.5))
-    assert_rounds_to(ours, plain, 1, 1)
-    for a, c in zip(gradients(ours, x, norm.weight, weight), gradients(plain, x, norm.weight, weight), strict=True):
-        assert a.dtype == c.dtype
-        assert_rounds_to(a, c, 1, 1, 1, dtype=torch.bfloat16)
+def test_a_sum_leaves_its_terms_alone():
+    x, y, weight, b = inputs((2, 50, 24), (2, 50, 16), (24, 16), (24,), dtype=torch.float32)
+    kept, before = add_linear(x, y, weight, b), x.detach().clone()
+    with torch.no_grad():
+        assert torch.equal(add_linear(x, y, weight, b), kept)
+    assert torch.equal(x, before)

@@ -16,7 +16,7 @@ from adaptkit.adapters import _adavit_run
 from adaptkit.adapters.adavit import AdaViT, Decision, Random
 from adaptkit.losses import usage, usage_loss
 from adaptkit.ops import onednn
-from adaptkit.ops.device import reference
+from adaptkit.seam import reference
 
 # One host for each thing that packing must get right.
 SUMS = transformer(4, 32, 21)

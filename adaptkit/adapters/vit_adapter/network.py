@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +98,7 @@ class SpatialPrior(nn.Module):
         return c1, self.fc2(c2), self.fc3(c3), self.fc4(c4)
 
 
-def attention(dim: int, levels: int, config: ViTAdapterConfig) -> CrossMixer:
+def attention(dim: int, levels: int, config: Any) -> CrossMixer:
     """Build the attention between the two grids; queries read so many levels."""
     heads, points, ratio = config.deform_num_heads, config.n_points, config.deform_ratio
     return cross_mixer(config.attention, dim, levels=levels, heads=heads, points=points, ratio=ratio)
@@ -274,7 +274,7 @@ class ViTAdapter(SideAdapter):
         return maps
 
     def _vit_feature(self, level: int, taps: Sequence[Tensor], grids: Grids) -> Tensor | None:
-        """Return the tokens (B, D, h, w) to add to a level: the last, or those of the group at its share of the depth."""
+        """Return the tokens (B, D, h, w) to add to a level: the last, or of the group at its share of the depth."""
         if self.config.add_vit_feature is None:
             return None
         per_stage = cells((level + 1) * len(taps), len(STRIDES)) - 1
