@@ -20,6 +20,7 @@ from torch.utils.data import default_collate as stacked
 from adaptkit.cache import FeatureCache, checksum
 from adaptkit.recorded import Recorded
 
+from .devices import sent
 from .order import Rows
 from .windows import Windows, check_recordable
 
@@ -106,10 +107,11 @@ def fill(cache: FeatureCache, rows: Rows, model: Any, accelerator: Accelerator, 
         while len(samples) < len(shards[number]):
             first = len(samples)
             batch = [rows[divmod(i, len(rows))] for i in shards[number][first : first + args.batch_size]]
-            seen = model.record(torch.stack([image for image, _ in batch]).to(accelerator.device))
+            seen = model.record(sent(torch.stack([image for image, _ in batch]), accelerator.device))
+            states = {f"after_{i}": tokens.to(kept).cpu() for i, tokens in zip(seen.after, seen.states)}
             for row, (_, target) in enumerate(batch):
-                states = {f"after_{i}": s[row].to(kept).cpu() for i, s in zip(seen.after, seen.states)}
-                samples.append({**states, "target": torch.as_tensor(target)})
+                own = {name: tokens[row].clone() for name, tokens in states.items()}
+                samples.append({**own, "target": torch.as_tensor(target)})
             samples[first:] = compact(samples[first:])
             made += len(batch)
             cache.keep(number, first, samples[first:])

@@ -90,7 +90,7 @@ def predict(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def metric(args: argparse.Namespace) -> MetricCollection:
-    common: dict[str, Any] = {"average": "micro", "sync_on_compute": False}
+    common: dict[str, Any] = {"average": "micro", "sync_on_compute": False, "validate_args": False}
     k = args.num_classes
     return MetricCollection(
         {f"top{n}": MulticlassAccuracy(k, top_k=min(n, k), **common) for n in (1, 5)}, compute_groups=False

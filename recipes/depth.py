@@ -143,30 +143,33 @@ class DepthMetric:
     """
 
     def __init__(self) -> None:
-        self.totals: dict[str, float] = {}
-        self.images = 0
+        self.totals: dict[str, Tensor] = {}  #: sums over images, where the predictions are
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Both (B, 1, H, W); targets of 0 are left out, and images without any other."""
-        for p, t in zip(prediction.double(), target.double()):
-            known = t > 0
-            if not known.any():
-                continue
-            p, t = p[known], t[known]
-            ratio, log = torch.maximum(p / t, t / p), (p / t).log()
-            scores = {f"delta{k}": (ratio < 1.25**k).double().mean() for k in (1, 2, 3)}
-            scores["abs_rel"] = ((p - t).abs() / t).mean()
-            scores["rmse"] = (p - t).square().mean().sqrt()
-            scores["silog"] = 100 * log.var(unbiased=False).sqrt()
-            for name, value in scores.items():
-                self.totals[name] = self.totals.get(name, 0.0) + float(value)
-            self.images += 1
+        p, t = prediction.double().flatten(1), target.double().flatten(1)  # (B, N)
+        known = t > 0
+        p, t = torch.where(known, p, 1.0), torch.where(known, t, 1.0)  # no error, where nothing is known
+        pixels = known.sum(1)
+
+        def mean(values: Tensor) -> Tensor:
+            return (values * known).sum(1) / pixels.clamp(min=1)
+
+        ratio, log = torch.maximum(p / t, t / p), (p / t).log()
+        scores = {f"delta{k}": mean(ratio < 1.25**k) for k in (1, 2, 3)}
+        scores["abs_rel"] = mean((p - t).abs() / t)
+        scores["rmse"] = mean((p - t).square()).sqrt()
+        scores["silog"] = 100 * mean((log - mean(log)[:, None]).square()).sqrt()
+        for name, value in {**scores, "images": pixels > 0}.items():
+            self.totals[name] = self.totals.get(name, 0) + torch.where(pixels > 0, value, 0).sum()
 
     def compute(self) -> dict[str, float]:
         """Return the means; ``ValueError`` where no image had a measured pixel."""
-        if self.images == 0:
+        totals = {name: float(total) for name, total in self.totals.items()}
+        images = totals.pop("images", 0.0)
+        if images == 0:
             raise ValueError("no validation image has a depth in the range; look at --depth-scale and --max-depth")
-        return {name: total / self.images for name, total in self.totals.items()}
+        return {name: total / images for name, total in totals.items()}
 
 
 def metric(args: argparse.Namespace) -> DepthMetric:

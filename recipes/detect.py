@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import adaptkit
@@ -101,7 +102,7 @@ def loss(model: nn.Module, batch: Any, args: argparse.Namespace) -> Tensor:
 def predict(model: nn.Module, batch: Any) -> tuple[list[Any], list[int]]:
     """Entries of COCO's result format, per image, and the images' ids."""
     images, targets = batch
-    ids = [int(target["image_id"]) for target in targets]
+    ids = torch.stack([target["image_id"] for target in targets]).tolist()
     return [as_results(found, i) for found, i in zip(model(images), ids)], ids
 
 

@@ -1,4 +1,4 @@
-"""One run on all processes that were started, GPUs or not; the loop, and every recipe without it, asks here."""
+"""How a recipe uses the devices of this machine; the loop, and every recipe without it, asks here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
+from torch import Tensor
+
+from adaptkit import AdaptedModel
+
+BACKEND = "inductor"  # of torch.compile
 
 
 def together(kind: type[Accelerator] | type[PartialState], **options: Any) -> Any:
@@ -31,3 +36,25 @@ def on_cpu() -> bool:
         return True
     device = torch.accelerator.current_accelerator()
     return device is not None and device.type == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def loading(device: torch.device, workers: int) -> dict[str, Any]:
+    """Options of a ``DataLoader``: batches for a GPU lie in pinned memory, from which copies need not wait."""
+    return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": device.type == "cuda"}
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the CPU on the device, a GPU at its leisure."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def compile_adapted(model: Any, mode: str) -> Any:
+    """Compile the adapted model (backbone, adapters, and a head of adaptkit's), in place; returns the whole.
+
+    Names stay as they are, so files and checkpoints do not show it. What other libraries put around a pyramid, such as
+    a detector, runs as it is: shapes that change from image to image would be compiled again and again.
+    """
+    for part in model.modules():
+        if isinstance(part, AdaptedModel):
+            part.compile(backend=BACKEND, mode=mode)
+    return model

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import DataLoaderConfiguration, send_to_device, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -43,8 +43,9 @@ from adaptkit.trained import TrainedBackbone
 
 from .average import Average
 from .cached import Views, cached
-from .devices import together
-from .log import Log, said, shown
+from .devices import compile_adapted, loading, together
+from .finite import Finite, checkpoints
+from .log import EVERY, Log, said, shown
 from .normalisation import to_record
 from .options import precision
 from .order import Rows, Steps, Stream, plain_errors, shuffled
@@ -151,8 +152,15 @@ def linear(step: int, steps: int, warmup: float) -> float:
 def evaluate(
     task: Task, model: nn.Module, loader: DataLoader, accelerator: Accelerator, args: argparse.Namespace
 ) -> dict[str, float]:
-    """Return the metrics over the whole set, each image counted once however many ranks share it."""
+    """Return the metrics over the whole set, each image counted once however many ranks share it.
+
+    Metrics add up where the predictions are, so that a batch need not wait for the one before it. Entries per image
+    go to the CPU, and so does all on a Mac's GPU, which has no float64.
+    """
     metric, training = task.metric(args), model.training
+    where = "cpu" if accelerator.device.type == "mps" else accelerator.device
+    if isinstance(metric, nn.Module):  # one of torchmetrics; others add up where the tensors are that they are given
+        metric.to(where)
     model.eval()
     for batch in loader:
         with accelerator.autocast():
@@ -163,7 +171,7 @@ def evaluate(
             metric.update([p for p, _ in pairs], [t for _, t in pairs])
         else:
             prediction, target = accelerator.gather_for_metrics((prediction, target))
-            metric.update(prediction.cpu(), target.cpu())
+            metric.update(prediction.to(where), target.to(where))
     model.train(training)
     return {name: float(value) for name, value in metric.compute().items()}
 
@@ -184,11 +192,6 @@ def keep_adapter_only(task: Task, accelerator: Accelerator) -> None:
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(restore)
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """Return the finished ones, oldest first."""
-    return sorted(p for p in (out / "checkpoints").glob("step-*") if p.is_dir() and p.suffix == "")
 
 
 def save_checkpoint(accelerator: Accelerator, out: Path, step: int, args: argparse.Namespace) -> None:
@@ -244,26 +247,28 @@ def training_batches(rows: Any, first: int, task: Task, accelerator: Accelerator
     if not args.streaming:
         order = Steps(len(rows), args.batch_size, first * k * world, args.steps * k * world, args.seed)
         collate = getattr(rows, "collate", task.collate)
-        loader = DataLoader(rows, batch_sampler=order, num_workers=args.workers, collate_fn=collate)  # type: ignore[arg-type]
+        how = loading(accelerator.device, args.workers)
+        loader = DataLoader(rows, batch_sampler=order, collate_fn=collate, **how)  # type: ignore[arg-type]
         return accelerator.prepare(loader)
     rows.data = shuffled(rows.data, args.seed, args.shuffle_buffer)
     stream = Stream(rows, args.batch_size, first * k, accelerator.process_index, world, args.workers)
-    loader = DataLoader(stream, args.batch_size, num_workers=args.workers, collate_fn=task.collate)
+    loader = DataLoader(stream, args.batch_size, collate_fn=task.collate, **loading(accelerator.device, args.workers))
     batches = islice(loader, (args.steps - first) * k)
-    return (send_to_device(batch, accelerator.device) for batch in batches)
+    return (send_to_device(batch, accelerator.device, accelerator.non_blocking) for batch in batches)
 
 
 def validation_batches(rows: Rows, task: Task, accelerator: Accelerator, args: argparse.Namespace) -> DataLoader:
     """Return the loader of this rank's share; a stream is read by the first rank, which deals it out."""
     data: Any = Stream(rows, args.batch_size, workers=args.workers, endless=False) if args.streaming else rows
-    loader = DataLoader(data, args.batch_size, num_workers=args.workers, collate_fn=task.collate)
+    loader = DataLoader(data, args.batch_size, collate_fn=task.collate, **loading(accelerator.device, args.workers))
     return accelerator.prepare(loader)
 
 
 def placed(model: Any, accelerator: Accelerator, args: argparse.Namespace) -> Any:
-    """Put the model on its device, with ``--shard`` the frozen backbone in parts on all of them."""
+    """Put the model on its device, with ``--shard`` the frozen backbone in parts on all of them; ``--compile`` it."""
     model = model.to(accelerator.device)
-    return adaptkit.shard(model) if args.shard else model
+    model = adaptkit.shard(model) if args.shard else model
+    return compile_adapted(model, args.compile) if args.compile else model
 
 
 def train(
@@ -295,6 +300,7 @@ def train(
     def averaged() -> Any:
         return contextlib.nullcontext() if average is None else average.applied()
 
+    finite = Finite(accelerator, out)
     log, started = Log(task.percent, out, accelerator, args, first), time.time()
     for i, batch in enumerate(loader):
         step = first + i // k
@@ -302,8 +308,7 @@ def train(
         set_seed(args.seed * 1_000_003 + first * k + i, device_specific=True)
         with accelerator.accumulate(model):
             loss = task.loss(model, batch, args)
-            if not torch.isfinite(accelerator.gather(loss.detach())).all():
-                stop_at_nan(out, step)
+            finite.see(step, loss)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(trained, args.clip)
@@ -315,11 +320,14 @@ def train(
         done = step + 1
         if average is not None:
             average.update(done)
+        scores, saves = (n and done % n == 0 and done < args.steps for n in (args.eval_every, args.save_every))
+        if scores or saves or done % EVERY == 0 or done == args.steps:
+            finite.check(done)
         log.step(done, loss, args.batch_size * world * k, schedule.get_last_lr()[0])
-        if args.eval_every and done % args.eval_every == 0 and done < args.steps:
+        if scores:
             with averaged():
                 log.score(done, evaluate(task, model, val, accelerator, args))
-        if args.save_every and done % args.save_every == 0 and done < args.steps:
+        if saves:
             save_checkpoint(accelerator, out, done, args)
     seconds = time.time() - started
     if average is not None:
@@ -328,13 +336,6 @@ def train(
     log.score(args.steps, metrics)
     log.close()
     return metrics, seconds
-
-
-def stop_at_nan(out: Path, step: int) -> None:
-    """End the run before the update, and say what is left of it."""
-    kept = checkpoints(out)
-    where = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
-    raise SystemExit(f"the loss is not finite at step {step}: stopped before the update; {where}. Try a smaller --lr")
 
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -356,6 +357,7 @@ def start(task: Task, args: argparse.Namespace) -> tuple[Path, Accelerator]:
         gradient_accumulation_steps=args.accumulate,
         log_with=args.tracker,
         project_dir=str(out),
+        dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
     )
     if made.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from adaptkit.file import write_atomic
 
+EVERY = 10  # steps between two looks at the loss, each of which waits for the device
+
 
 class Log:
     """A progress bar with loss, images/s and time left; metrics.jsonl; and the tracker of the user's choice."""
@@ -42,15 +44,16 @@ class Log:
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def step(self, step: int, loss: Tensor, images: int, lr: float) -> None:
-        """Count one step; every tenth is written."""
+        """Count one step; every tenth is written, and the last."""
         self.images += images
         self.bar.advance(self.row)
-        if step % 10 and self.bar.tasks[0].remaining:  # reading the loss waits for the device
+        if step % EVERY and self.bar.tasks[0].remaining:
             return
         rate = self.images / (time.time() - self.clock)
         self.images, self.clock = 0, time.time()
-        self.bar.update(self.row, say=f"loss {loss.item():.3f}  {rate:.1f} images/s")
-        self.write({"step": step, "loss": loss.item(), "images_per_s": round(rate, 2), "lr": lr})
+        value = loss.item()
+        self.bar.update(self.row, say=f"loss {value:.3f}  {rate:.1f} images/s")
+        self.write({"step": step, "loss": value, "images_per_s": round(rate, 2), "lr": lr})
 
     def score(self, step: int, metrics: dict[str, float]) -> None:
         """Write the metrics of an evaluation."""

@@ -14,6 +14,7 @@ import torch
 
 from . import normalisation
 
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
 CONFIGS = Path(__file__).parent / "configs"
 OPTIONS_HELP = """e.g. '{"injector": false}'; with several adapters '{"lora": {...}, "vit-adapter": {...}}'"""
 
@@ -33,6 +34,9 @@ FLIP_HELP = """mirror what the backbone saw, left and right exchanged, every oth
 TRAIN_HELP = """parts of the backbone to train as well, by names of its modules or parameters or patterns of them:
 blocks.11 norm, or '*.bias'. They are saved in the file"""
 DECAY_HELP = "of the learning rate of --train-backbone, from each block to the one before it, e.g. 0.8"
+COMPILE_HELP = """run backbone, adapters and a head of adaptkit's through torch.compile, in training and
+evaluation; a network around it (detectors, upernet, mask2former) is left as it is. default,
+reduce-overhead (CUDA graphs), max-autotune, max-autotune-no-cudagraphs"""
 PRECISION_HELP = """of the forward pass; auto: bf16 where the GPU or the processor computes in it, else no. On a
 processor that does not, bf16 takes two to three times as long as float32"""
 
@@ -78,6 +82,7 @@ def parser(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentPars
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     p.add_argument("--ema", type=float, default=0.0, metavar="DECAY", help="score and save the average of the weights")
     p.add_argument("--mixed-precision", default="no", choices=["no", "bf16", "fp16", "auto"], help=PRECISION_HELP)
+    p.add_argument("--compile", nargs="?", const="default", choices=MODES, metavar="MODE", help=COMPILE_HELP)
     p.add_argument("--views", type=int, default=0, metavar="K", help=VIEWS_HELP)
     p.add_argument("--cache-features", metavar="DIR", help=CACHE_HELP)
     p.add_argument("--cache-dtype", default="float16", choices=["float16", "bfloat16", "float32"],

@@ -106,14 +106,15 @@ def merge(
         return result
     scores, labels = scores[keep], labels[keep]
     inside = F.interpolate(masks[keep][None].float(), size, mode="bilinear", align_corners=False)[0].sigmoid()
-    owner = (scores[:, None, None] * inside).argmax(0)
-    for query, label in enumerate(labels.tolist()):
-        whole = inside[query] >= 0.5
-        visible = whole & (owner == query)
-        if visible.sum() > 0 and visible.sum() >= thresholds[1] * whole.sum():
-            segment = query + 1 if label in things else 0
-            result[visible] = torch.tensor([label, segment], device=result.device)
-    return result
+    owner = (scores[:, None, None] * inside).argmax(0)  # (H, W)
+    whole = inside >= 0.5
+    visible = whole.gather(0, owner[None])[0]  # pixels that lie inside the mask of their owner
+    seen = torch.zeros_like(labels).scatter_add_(0, owner.flatten(), visible.flatten().long())  # pixels of each query
+    kept = (seen > 0) & (seen >= thresholds[1] * whole.sum((1, 2)))
+    is_thing = torch.isin(labels, torch.tensor(sorted(things), device=labels.device))
+    number = torch.arange(1, len(labels) + 1, device=labels.device)
+    segment = torch.stack([labels, number * is_thing], dim=-1)  # (Q, 2)
+    return torch.where((visible & kept[owner])[..., None], segment[owner], result)
 
 
 def predict(model: Any, batch: Any) -> tuple[list[Tensor], list[Tensor]]:

@@ -85,7 +85,8 @@ def predict(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def metric(args: argparse.Namespace) -> MetricCollection:
-    miou = MulticlassJaccardIndex(args.num_classes, ignore_index=args.ignore_index, sync_on_compute=False)
+    common: dict[str, Any] = {"sync_on_compute": False, "validate_args": False}  # the masks were checked when read
+    miou = MulticlassJaccardIndex(args.num_classes, ignore_index=args.ignore_index, **common)
     return MetricCollection({"miou": miou})
 
 

@@ -49,7 +49,9 @@ def pixels(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
 def set_loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> Tensor:
     """Mask2Former's: each class in an image is one mask, matched with one query; zero where no pixel has a label."""
     image, mask = batch
-    present = [[int(v) for v in torch.unique(m) if v != args.ignore_index] for m in mask]
+    ids = torch.where(mask == args.ignore_index, args.num_classes, mask).flatten(1)
+    there = torch.zeros(len(ids), args.num_classes + 1, device=ids.device).scatter_(1, ids, 1.0)
+    present = [row.nonzero().flatten().tolist() for row in there[:, :-1].cpu()]  # one question for the whole batch
     masks = [
         torch.stack([m == v for v in p]).float() if p else m.new_zeros(0, *m.shape).float()
         for m, p in zip(mask, present)

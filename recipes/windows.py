@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torch.utils.data import default_collate as stacked
 
 from adaptkit import AdaptedModel
 from adaptkit.recorded import Recorded
@@ -88,16 +89,21 @@ class Windowed(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Any, Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Any, Place]:
         image, target = self.rows[key]
         place = self.windows.draw(*key)
-        return image, self.windows.cut_target(target, place), torch.tensor(place)
+        return image, self.windows.cut_target(target, place), place
+
+    def collate(self, samples: list[tuple[Tensor, Any, Place]]) -> tuple[Tensor, Any, list[Place]]:
+        """Samples -> batch, with the places as numbers: as a tensor on a GPU they would have to be asked for."""
+        images, targets, places = zip(*samples)
+        return stacked(images), stacked(targets), list(places)
 
     def recorded(self, batches: Iterable[Any], model: AdaptedModel) -> Iterator[tuple[Recorded, Any]]:
         """Run the backbone on whole images and yield (what it saw in their windows, targets)."""
         for image, target, places in batches:
             seen = model.record(image)
-            parts = [self.windows.cut(seen.part(i, i + 1), Place(*p)) for i, p in enumerate(places.tolist())]
+            parts = [self.windows.cut(seen.part(i, i + 1), p) for i, p in enumerate(places)]
             yield Recorded.join(parts), target
 
 

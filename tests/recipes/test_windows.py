@@ -132,7 +132,7 @@ def test_a_batch_is_recorded_whole_and_each_image_cut_at_its_own_place_with_its_
     windows = Windows((16, 32), True, (40, 64), 16)
     model = adaptkit.attach(create_backbone("demo", pretrained=False), "sfp").eval()
     rows, keys = Windowed(Labelled(list(range(4))), windows), [(1, 3), (1, 0), (2, 1)]
-    loader = DataLoader(rows, batch_sampler=[keys])
+    loader = DataLoader(rows, batch_sampler=[keys], collate_fn=rows.collate)
     ((seen, labels),) = rows.recorded(loader, model)
     assert labels.tolist() == [3, 0, 1]
     assert (seen.size, seen.states[0].shape[1]) == ((16, 32), 1 + 2)
