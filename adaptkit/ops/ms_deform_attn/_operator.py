@@ -97,9 +97,9 @@ def _second(ctx, *grads):
 
     def first(grad, *inputs):
         """Do what `operator_backward` does, in steps that autograd can follow."""
-        inputs = [x if x.requires_grad else x.detach().requires_grad_() for x in inputs]
-        value, locations, weights = inputs
-        return torch.autograd.grad(gather(value, levels, locations, weights), inputs, grad, create_graph=True)
+        leaves = [x if x.requires_grad else x.detach().requires_grad_() for x in inputs]
+        value, locations, weights = leaves
+        return torch.autograd.grad(gather(value, levels, locations, weights), leaves, grad, create_graph=True)
 
     return *seam.twice(first, ctx.saved_tensors, *grads), None, None
 
