@@ -18,16 +18,28 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-__all__ = ["FastPath", "accelerated", "bound", "fast_path", "fast_paths", "is_reference", "may_be_fast", "reference"]
+__all__ = [
+    "FastPath",
+    "accelerated",
+    "bound",
+    "fast_path",
+    "fast_paths",
+    "is_reference",
+    "is_transformed",
+    "may_be_fast",
+    "reference",
+    "twice",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -129,11 +141,21 @@ def may_be_fast(args: Iterable[Any]) -> bool:
     """
     if _reference.get() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    if torch.is_autocast_enabled("cpu") or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.is_autocast_enabled("cpu") or is_transformed():
         return False
     if torch._C._len_torch_dispatch_stack():
         return False
     return all(_is_plain(arg) for arg in args)
+
+
+def is_transformed() -> bool:
+    """Whether this runs inside a transform of ``torch.func``, or with tangents of forward-mode differentiation."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+# A compiler asks while it traces, inside of the transform that it traces. This is what
+# `torch.compiler.assume_constant_result` does, without importing the compiler.
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_plain(arg: Any) -> bool:
@@ -167,3 +189,41 @@ def _is_untouched(module: nn.Module) -> bool:
             if not all(value is None or _is_plain_tensor(value) for value in values):
                 return False
     return True
+
+
+# ------------------------------------------------------------------------------------------- derivatives of derivatives
+
+
+def twice(text: Callable[..., Any], args: Sequence[Any], *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of ``text(*args)`` that can be differentiated again, one for each of ``args``.
+
+    A fast path has a backward pass of its own, which autograd cannot look into. Where its gradients are to have
+    gradients (``create_graph=True``, so that gradients are enabled inside of it) it asks the text for them::
+
+        class Fast(torch.autograd.Function):
+            @staticmethod
+            def backward(ctx, grad):
+                if torch.is_grad_enabled():
+                    return seam.twice(text, (*ctx.saved_tensors, ctx.scale), grad)
+                ...  # the fast way
+
+    ``args`` are what the function's forward was given, ``grads`` the gradients of its outputs. The text must be a
+    function of ``args`` alone: what is drawn, like a dropped path, is one of them, and so are the parameters that want
+    a gradient (``torch.func.functional_call`` puts them into a module).
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad(), reference():
+        # Names of their own: what one argument owes to another is for the graph outside.
+        own = [arg.view_as(arg) if isinstance(arg, Tensor) and arg.requires_grad else arg for arg in args]
+        out = text(*own)
+        pairs = [
+            (y, grad)
+            for y, grad in zip((out,) if isinstance(out, Tensor) else out, grads, strict=True)
+            if grad is not None and y.requires_grad
+        ]
+        wanted = [arg for arg in own if isinstance(arg, Tensor) and arg.requires_grad]
+        if not pairs or not wanted:
+            return (None,) * len(own)
+        outputs, given = zip(*pairs)
+        made = iter(torch.autograd.grad(outputs, wanted, given, create_graph=create_graph, allow_unused=True))
+    return tuple(next(made) if isinstance(arg, Tensor) and arg.requires_grad else None for arg in own)

@@ -22,9 +22,9 @@ queries. Rotary keys are rotated at the places they moved to; a relative bias of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,8 @@ from adaptkit.adapters.base import BlockAdapter, Trace
 from adaptkit.layers import check_choice, parameter_dtype
 from adaptkit.mixers.dat import (
     Bias,
+    Grid,
+    Keys,
     attention_weights,
     check_heads,
     log_cpb,
@@ -45,11 +47,13 @@ from adaptkit.mixers.dat import (
     table_bias,
     to_cells,
 )
-from adaptkit.ops.device import pair
+from adaptkit.ops.grid import pair
 from adaptkit.registry import register_adapter
 from adaptkit.vit import Block, Fn, Spec
 
 __all__ = ["DATKV", "DATConfig"]
+
+Rotation = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -94,24 +98,17 @@ class DATConfig:
         return replace(self, groups=groups, blocks=places)
 
 
-class Keys(NamedTuple):
-    """Queries, and the keys and values they read."""
+class DATBlock(nn.Module):
+    """One frozen block whose keys and values are read at learned places.
 
-    q: Tensor  #: (B, heads, P+N, E)
-    k: Tensor  #: (B, heads, P+n, E)
-    v: Tensor  #: (B, heads, P+n, E)
-    bias: Tensor | None  #: broadcast to (B, heads, P+N, P+n)
-    points: Tensor  #: (B, g, Hk, Wk, 2) of the n = Hk * Wk keys that are no prefix token
-
-
-class Deform(nn.Module):
-    """What is learned for one block: the offset network, the position bias, and the gate in mode ``add``."""
+    What is learned: the offset network, the position bias, and in mode ``add`` the gate.
+    """
 
     def __init__(self, spec: Spec, config: DATConfig) -> None:
         super().__init__()
-        groups = config.groups or 1
+        self.groups, self.offset_range = config.groups or 1, config.offset_range
         add = config.mode == "add"
-        self.conv_offset = offset_net(spec.dim // groups, config.kernel_size, config.stride, config.convention)
+        self.conv_offset = offset_net(spec.dim // self.groups, config.kernel_size, config.stride, config.convention)
         self.rpe_table: nn.Parameter | nn.Module | None = None
         if config.bias == "table":
             side = 2 * config.bias_grid - 1
@@ -119,12 +116,79 @@ class Deform(nn.Module):
             if add:
                 nn.init.trunc_normal_(self.rpe_table, std=0.01)
         elif config.bias == "log-cpb":
-            self.rpe_table = log_cpb(spec.heads // groups)
+            self.rpe_table = log_cpb(spec.heads // self.groups)
             if not add:
                 nn.init.zeros_(self.rpe_table[-1].weight)
         self.gamma = nn.Parameter(torch.zeros(spec.dim)) if add else None
         if not add:
             nn.init.zeros_(self.conv_offset[-1].weight)
+
+    def forward(self, block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, P+N, D) -> the same shape, and where the keys were read (B, g, Hk, Wk, 2)."""
+        h = block.norm1(x)
+        q, k, v, bias, points = self.keys(block, h)
+        z = block.out(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=block.scale))
+        if self.gamma is None:
+            x = x + block.scale1(z)
+        else:
+            x = x + block.scale1(block.attn(h)) + (self.gamma * z).to(x.dtype)
+        return x + block.scale2(block.mlp(block.norm2(x))), points
+
+    def weights(self, block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, P+N, D) -> the attention (B, heads, P+N, P+n) on the moved keys, and their points."""
+        q, k, _, bias, points = self.keys(block, block.norm1(x))
+        return attention_weights(q, k, bias, block.scale), points
+
+    def keys(self, block: Block, h: Tensor) -> Keys:
+        """Normed tokens (B, P+N, D) -> all of them as queries; prefix tokens and n moved patches as keys and values."""
+        if block.grid is None:
+            raise ValueError("DAT-KV needs the grid of the patches, which this block does not know; use attach()")
+        grid = block.grid
+        prefix = h.shape[1] - grid[0] * grid[1]
+        q, k, v = _unplaced(block, h)  # (B, heads, P+N, E)
+        points = self.points(_to_map(q, prefix, grid, self.groups))  # (B*g, Hk, Wk, 2)
+        k_moved, v_moved = self._read(k, v, prefix, grid, points)  # (B, heads, n, E)
+        if block.rotate is not None:
+            q, k_moved = self._rotate(block.rotate, q, k_moved, prefix, grid, points)
+        points = points.unflatten(0, (-1, self.groups))  # (B, g, Hk, Wk, 2)
+        bias = self.bias(grid, points, prefix)
+        if block.bias is not None:
+            frozen = _moved_bias(block.bias, prefix, grid, points)
+            bias = frozen if bias is None else frozen + bias
+        k, v = torch.cat([k[:, :, :prefix], k_moved], dim=2), torch.cat([v[:, :, :prefix], v_moved], dim=2)
+        return Keys(q, k, v, None if bias is None else bias.to(q.dtype), points)
+
+    def points(self, q: Tensor) -> Tensor:
+        """Queries of a group (B*g, C, h, w) -> points (B*g, Hk, Wk, 2)."""
+        offset = self.conv_offset(q.to(parameter_dtype(self.conv_offset)))  # (B*g, 2, Hk, Wk)
+        reference = reference_points((offset.shape[2], offset.shape[3]), "exact", offset)
+        return move(offset, reference, self.offset_range, "exact")
+
+    def bias(self, grid: Grid, points: Tensor, prefix: int) -> Tensor | None:
+        """B for pairs of patches, zero where one of the two is a prefix token: (B, heads, P+N, P+n)."""
+        if self.rpe_table is None:
+            return None
+        at = points.flatten(2, 3)
+        if isinstance(self.rpe_table, nn.Module):
+            bias = log_cpb_bias(self.rpe_table, grid, at, "exact")
+        else:
+            bias = table_bias(self.rpe_table, grid, at, "exact")
+        return F.pad(bias, (prefix, 0, prefix, 0))
+
+    def _read(self, k: Tensor, v: Tensor, prefix: int, grid: Grid, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, heads, P+N, E) at the points (B*g, Hk, Wk, 2) -> two of (B, heads, n, E)."""
+        maps = torch.cat([_to_map(t, prefix, grid, self.groups) for t in (k, v)], dim=1)
+        k_moved, v_moved = read(maps, points, "exact").chunk(2, dim=1)  # (B*g, heads/g * E, n)
+        return _to_heads(k_moved, self.groups, k.shape[1]), _to_heads(v_moved, self.groups, k.shape[1])
+
+    def _rotate(
+        self, rotate: Rotation, q: Tensor, k: Tensor, prefix: int, grid: Grid, points: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Turn queries (B, heads, P+N, E) where they stand, and keys (B, heads, n, E) where they moved to."""
+        cells = (reference_points(grid, "exact", points) + 1) * pair(*grid, points) / 2 - 0.5  # (h, w, 2)
+        places = to_cells(points, grid, "exact").flatten(1, 2).unflatten(0, (-1, self.groups))  # (B, g, n, 2)
+        q = torch.cat([q[:, :, :prefix], rotate(q[:, :, prefix:], cells.flatten(0, 1))], dim=2)
+        return q, rotate(k, places.repeat_interleave(q.shape[1] // self.groups, dim=1))
 
 
 @register_adapter("dat", DATConfig)
@@ -139,71 +203,19 @@ class DATKV(BlockAdapter):
 
     def __init__(self, spec: Spec, config: DATConfig) -> None:
         super().__init__(spec, config.resolve(spec))
-        self.blocks = nn.ModuleDict({str(i): Deform(spec, self.config) for i in self.config.blocks})
+        self.blocks = nn.ModuleDict({str(i): DATBlock(spec, self.config) for i in self.config.blocks})
 
     def wrap(self, block: Block, index: int, trace: Trace) -> Fn:
         """(B, P+N, D) -> (B, P+N, D)."""
-        return partial(self._run, block, index, trace) if str(index) in self.blocks else block
+        if index not in self.config.blocks:
+            return block
+        deformed = self.blocks[str(index)]
 
-    def _run(self, block: Block, index: int, trace: Trace, x: Tensor) -> Tensor:
-        h = block.norm1(x)
-        keys = self.keys(block, index, h)
-        trace[f"points.{index}"] = keys.points
-        z = F.scaled_dot_product_attention(keys.q, keys.k, keys.v, attn_mask=keys.bias, scale=block.scale)
-        gamma, z = self._of(index).gamma, block.out(z)
-        if gamma is None:
-            x = x + block.scale1(z)
-        else:
-            x = x + block.scale1(block.attn(h)) + (gamma * z).to(x.dtype)
-        return x + block.scale2(block.mlp(block.norm2(x)))
+        def run(x: Tensor) -> Tensor:
+            x, trace[f"points.{index}"] = deformed(block, x)
+            return x
 
-    def weights(self, block: Block, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the attention (B, heads, P+N, P+n) that block ``index`` has on its moved keys, and their points."""
-        keys = self.keys(block, index, block.norm1(x))
-        return attention_weights(keys.q, keys.k, keys.bias, block.scale), keys.points
-
-    def keys(self, block: Block, index: int, h: Tensor) -> Keys:
-        """Normed tokens (B, P+N, D) -> queries, moved keys and values, and what is added to their logits."""
-        if block.grid is None:
-            raise ValueError("DAT-KV needs the grid of the patches, which this block does not know; use attach()")
-        own, grid, groups = self._of(index), block.grid, self.config.groups
-        q, k, v = _unplaced(block, h)
-        prefix = h.shape[1] - grid[0] * grid[1]
-        points = self._points(own, _to_map(q, prefix, grid, groups))  # (B*g, Hk, Wk, 2)
-        places = to_cells(points, grid, "exact").flatten(1, 2).unflatten(0, (-1, groups))  # (B, g, n, 2)
-        moved = read(torch.cat([_to_map(t, prefix, grid, groups) for t in (k, v)], dim=1), points, "exact")
-        k_moved, v_moved = (_to_heads(t, groups, q.shape[1]) for t in moved.chunk(2, dim=1))
-        if block.rotate is not None:
-            cells = (reference_points(grid, "exact", points) + 1) * pair(*grid, points) / 2 - 0.5
-            q = torch.cat([q[:, :, :prefix], block.rotate(q[:, :, prefix:], cells.flatten(0, 1))], dim=2)
-            k_moved = block.rotate(k_moved, places.repeat_interleave(q.shape[1] // groups, dim=1))
-        points = points.unflatten(0, (-1, groups))
-        bias = self._bias(own, grid, points, prefix)
-        if block.bias is not None:
-            frozen = _moved_bias(block.bias, prefix, grid, points)
-            bias = frozen if bias is None else frozen + bias
-        k, v = torch.cat([k[:, :, :prefix], k_moved], dim=2), torch.cat([v[:, :, :prefix], v_moved], dim=2)
-        return Keys(q, k, v, None if bias is None else bias.to(q.dtype), points)
-
-    def _of(self, index: int) -> Deform:
-        return cast(Deform, self.blocks[str(index)])
-
-    def _points(self, own: Deform, q: Tensor) -> Tensor:
-        """Queries of a group (B*g, C, h, w) -> points (B*g, Hk, Wk, 2)."""
-        offset = own.conv_offset(q.to(parameter_dtype(own.conv_offset)))
-        reference = reference_points((offset.shape[2], offset.shape[3]), "exact", offset)
-        return move(offset, reference, self.config.offset_range, "exact")
-
-    def _bias(self, own: Deform, grid: tuple[int, int], points: Tensor, prefix: int) -> Tensor | None:
-        """B for pairs of patches, zero where one of the two is a prefix token: (B, heads, P+N, P+n)."""
-        if own.rpe_table is None:
-            return None
-        at = points.flatten(2, 3)
-        if isinstance(own.rpe_table, nn.Module):
-            bias = log_cpb_bias(own.rpe_table, grid, at, "exact")
-        else:
-            bias = table_bias(own.rpe_table, grid, at, "exact")
-        return F.pad(bias, (prefix, 0, prefix, 0))
+        return run
 
 
 def _unplaced(block: Block, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,7 +225,7 @@ def _unplaced(block: Block, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return block.qkv_at(h, torch.full((h.shape[1],), -1, device=h.device))
 
 
-def _to_map(t: Tensor, prefix: int, grid: tuple[int, int], groups: int) -> Tensor:
+def _to_map(t: Tensor, prefix: int, grid: Grid, groups: int) -> Tensor:
     """(B, heads, P+N, E) -> (B*g, heads/g * E, h, w)."""
     t = t[:, :, prefix:].transpose(2, 3).unflatten(1, (groups, -1))  # (B, g, heads/g, E, N)
     return t.flatten(2, 3).flatten(0, 1).unflatten(2, grid)
@@ -225,7 +237,7 @@ def _to_heads(t: Tensor, groups: int, heads: int) -> Tensor:
     return t.flatten(1, 2).transpose(2, 3)
 
 
-def _moved_bias(bias: Tensor, prefix: int, grid: tuple[int, int], points: Tensor) -> Tensor:
+def _moved_bias(bias: Tensor, prefix: int, grid: Grid, points: Tensor) -> Tensor:
     """Read the host's own bias at the moved keys: (., heads, P+N, P+N) -> (B, heads, P+N, P+n).
 
     For a query it is a map over the keys, and by displacement bilinear reading of the table is the same as of this map.

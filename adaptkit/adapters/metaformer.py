@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.adapters.base import BlockAdapter, Trace
-from adaptkit.layers import check_choice
+from adaptkit.layers import check_choice, parameter_dtype
 from adaptkit.mixers import list_mixers, mixer
 from adaptkit.ops.grid import map_to_tokens, tokens_to_map
 from adaptkit.registry import register_adapter
@@ -183,7 +183,7 @@ class MetaBlock(nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, P+N, D) -> what is added to the block's output."""
         patches = grid[0] * grid[1]
-        z = self.down(self.norm(x.to(self.up.weight.dtype), patches))
+        z = self.down(self.norm(x.to(parameter_dtype(self)), patches))
         z = self._mix(z, grid)
         if self.norm2 is not None and self.fc1 is not None and self.fc2 is not None:
             y = self.fc2(self.act(self.fc1(self.norm2(z, patches))))

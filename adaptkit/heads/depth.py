@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from adaptkit.heads.fpn import FPNHead, FPNHeadConfig
+from adaptkit.heads.fpn import FPN, FPNHeadConfig
 from adaptkit.layers import Norm
 from adaptkit.ops.grid import resample_map
 from adaptkit.registry import register_head
@@ -51,13 +51,13 @@ class DepthHead(nn.Module):
         super().__init__()
         self.config = config
         fpn = FPNHeadConfig(max(config.bins, 1), config.channels, config.dropout, config.norm)
-        self.fpn = FPNHead(spec, fpn, strides)
+        self.fpn = FPN(spec, fpn, strides)
         centres = torch.linspace(config.min_depth, config.max_depth, max(config.bins, 1))
         self.register_buffer("centres", centres, persistent=False)
 
     def forward(self, features: Features) -> Tensor:
         """Features -> depth (B, 1, H, W) at the image's own size, between ``min_depth`` and ``max_depth``."""
-        depth = self.depth(self.fpn.finest(features).float())
+        depth = self.depth(self.fpn(features).float())
         return resample_map(depth, self.fpn.strides[0], 1, features.size)
 
     def depth(self, logits: Tensor) -> Tensor:

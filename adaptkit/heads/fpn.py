@@ -12,7 +12,7 @@ from adaptkit.registry import register_head
 from adaptkit.staged import StagedSpec
 from adaptkit.vit import Features, Spec
 
-__all__ = ["FPNHead", "FPNHeadConfig"]
+__all__ = ["FPN", "FPNHead", "FPNHeadConfig"]
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,8 @@ class FPNHeadConfig:
             raise ValueError(f"num_classes={self.num_classes} and channels={self.channels} must be at least 1")
 
 
-@register_head("fpn", FPNHeadConfig)
-class FPNHead(nn.Module):
-    """Panoptic FPN's semantic branch on the pyramid, or on the tokens where there is none.
+class _FPN(nn.Module):
+    """Panoptic FPN's semantic branch up to its finest stride.
 
     Top-down sums over the pyramid, a 3x3 convolution per level, all summed at the finest stride and classified.
     Without a pyramid (no side adapter) the patch tokens are its only level.
@@ -55,10 +54,6 @@ class FPNHead(nn.Module):
         self.apply(init_weights)
         nn.init.normal_(self.classifier.weight, std=0.01)
 
-    def forward(self, features: Features) -> Tensor:
-        """Features -> logits (B, classes, H, W) at the image's own size."""
-        return resample_map(self.finest(features), self.strides[0], 1, features.size)
-
     def finest(self, features: Features) -> Tensor:
         """Features -> logits (B, classes, h, w) at the finest stride."""
         maps = features.maps if self.pyramid else (tokens_to_map(features.tokens, features.grid),)
@@ -73,3 +68,20 @@ class FPNHead(nn.Module):
             fine = resample_map(self.smooth[level](x), self.strides[level], finest, size)
             total = fine if total is None else total + fine
         return self.classifier(self.dropout(total))
+
+
+class FPN(_FPN):
+    """The branch as a part of other heads."""
+
+    def forward(self, features: Features) -> Tensor:
+        """Features -> logits (B, classes, h, w) at the finest stride."""
+        return self.finest(features)
+
+
+@register_head("fpn", FPNHeadConfig)
+class FPNHead(_FPN):
+    """Panoptic FPN's semantic branch on the pyramid, or on the tokens where there is none."""
+
+    def forward(self, features: Features) -> Tensor:
+        """Features -> logits (B, classes, H, W) at the image's own size."""
+        return resample_map(self.finest(features), self.strides[0], 1, features.size)

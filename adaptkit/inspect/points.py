@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.adapters.base import BlockAdapter, SideAdapter, Trace, WrappedViT
-from adaptkit.adapters.dat import DATKV
+from adaptkit.adapters.dat import DATKV, DATBlock
 from adaptkit.inspect.draw import sheet, to_picture
 from adaptkit.mixers.dat import Convention, DeformableAttention, to_cells
 from adaptkit.model import AdaptedModel
@@ -199,7 +199,7 @@ class _Watch(BlockAdapter):
         return partial(self._run, run, block, index) if index in self.dat.config.blocks else run
 
     def _run(self, run: Fn, block: Block, index: int, x: Tensor) -> Tensor:
-        weights, points = self.dat.weights(block, index, x)
+        weights, points = cast(DATBlock, self.dat.blocks[str(index)]).weights(block, x)
         grid, patch = cast(tuple[int, int], block.grid), self.spec.patch
         prefix = x.shape[1] - grid[0] * grid[1]
         at = _pixels(points, grid, "exact", patch)

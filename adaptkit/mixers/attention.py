@@ -5,6 +5,9 @@ There is no bias on the keys: it would add the same to every logit of a query, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,8 +19,11 @@ from adaptkit.ops.windows import Windows
 __all__ = ["GlobalAttention", "GlobalCrossAttention", "WindowAttention", "WindowCrossAttention"]
 
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  #: q, k, v of (B, heads, N, E) -> (B, heads, N, E)
+
+
 class _SelfAttention(nn.Module):
-    """Projections of one map to q, k, v and back."""
+    """``proj(attend(q, k, v))`` with q, k, v = qkv(x): who attends to whom is told."""
 
     def __init__(self, dim: int, heads: int | None) -> None:
         super().__init__()
@@ -27,14 +33,10 @@ class _SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.proj = nn.Linear(dim, dim)
 
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, C) -> three of (B, heads, N, E)."""
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
-
-    def join(self, x: Tensor) -> Tensor:
-        """(B, heads, N, E) -> (B, N, C)."""
-        return self.proj(x.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # three of (B, heads, N, E)
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class GlobalAttention(Mixer):
@@ -46,8 +48,8 @@ class GlobalAttention(Mixer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        y = F.scaled_dot_product_attention(*self.attn.split(map_to_tokens(x)))
-        return tokens_to_map(self.attn.join(y), (x.shape[-2], x.shape[-1]))
+        y = self.attn(map_to_tokens(x), F.scaled_dot_product_attention)
+        return tokens_to_map(y, (x.shape[-2], x.shape[-1]))
 
 
 class WindowAttention(Mixer):
@@ -61,12 +63,11 @@ class WindowAttention(Mixer):
         """(B, C, H, W) -> (B, C, H, W)."""
         grid = (x.shape[-2], x.shape[-1])
         windows = Windows.of((grid,), _counts(grid, self.window), x.device)
-        q, k, v = self.attn.split(map_to_tokens(x))
-        return tokens_to_map(self.attn.join(_attend_in(windows, windows, q, k, v)), grid)
+        return tokens_to_map(self.attn(map_to_tokens(x), partial(_attend_in, windows, windows)), grid)
 
 
 class _CrossAttention(nn.Module):
-    """Projections of queries and values of D channels to heads, ``width`` channels wide, and back."""
+    """``output_proj(attend(q, k, v))`` of queries and values of D channels, ``width`` channels wide inside."""
 
     def __init__(self, dim: int, width: int, heads: int) -> None:
         super().__init__()
@@ -76,15 +77,11 @@ class _CrossAttention(nn.Module):
         self.value_proj = nn.Linear(dim, width)
         self.output_proj = nn.Linear(width, dim)
 
-    def split(self, query: Tensor, feat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, Q, D), (B, S, D) -> q (B, heads, Q, E), k and v (B, heads, S, E)."""
-        pairs = ((self.query_proj, query), (self.key_proj, feat), (self.value_proj, feat))
-        q, k, v = (proj(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for proj, x in pairs)
-        return q, k, v
-
-    def join(self, x: Tensor) -> Tensor:
-        """(B, heads, Q, E) -> (B, Q, D)."""
-        return self.output_proj(x.transpose(1, 2).flatten(2))
+    def forward(self, query: Tensor, feat: Tensor, attend: Attend) -> Tensor:
+        """Query (B, Q, D), feat (B, S, D) -> (B, Q, D)."""
+        q, k, v = self.query_proj(query), self.key_proj(feat), self.value_proj(feat)
+        q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, Q or S, E)
+        return self.output_proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class GlobalCrossAttention(CrossMixer):
@@ -96,7 +93,7 @@ class GlobalCrossAttention(CrossMixer):
 
     def forward(self, query: Tensor, feat: Tensor, layout: Layout) -> Tensor:
         """Query (B, Q, D), feat (B, S, D) -> (B, Q, D)."""
-        return self.attn.join(F.scaled_dot_product_attention(*self.attn.split(query, feat)))
+        return self.attn(query, feat, F.scaled_dot_product_attention)
 
 
 class WindowCrossAttention(CrossMixer):
@@ -117,7 +114,7 @@ class WindowCrossAttention(CrossMixer):
         rows, columns = _counts(base, self.window)
         counts = (min(rows, *(h for h, _ in grids)), min(columns, *(w for _, w in grids)))
         ours, theirs = (Windows.of(g, counts, query.device) for g in (layout.queries, layout.values))
-        return self.attn.join(_attend_in(ours, theirs, *self.attn.split(query, feat)))
+        return self.attn(query, feat, partial(_attend_in, ours, theirs))
 
 
 def _counts(grid: tuple[int, int], window: int) -> tuple[int, int]:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.layers import check_choice
-from adaptkit.ops.device import pair
+from adaptkit.ops.grid import pair
 from adaptkit.ops.sample import coordinate_dtype, sample
 
 __all__ = ["Convention", "DeformableAttention", "Read"]
@@ -176,6 +176,16 @@ def _displacement(grid: Grid, points: Tensor, convention: Convention) -> Tensor:
 # ---- the mixer
 
 
+class Keys(NamedTuple):
+    """Queries, and the keys and values that they share."""
+
+    q: Tensor  #: (B, heads, N, E)
+    k: Tensor  #: (B, heads, n, E)
+    v: Tensor  #: (B, heads, n, E)
+    bias: Tensor | None  #: of the logits, broadcast to (B, heads, N, n)
+    points: Tensor  #: (B, g, Hk, Wk, 2) where they were read
+
+
 class Read(NamedTuple):
     """What one deformable attention did."""
 
@@ -232,31 +242,41 @@ class DeformableAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        return self.read(x).output
+        q, k, v, bias, _ = self.keys(x)
+        z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, heads, H*W, E)
+        return self.proj_out(z.transpose(2, 3).flatten(1, 2).unflatten(2, x.shape[2:]))
 
-    def read(self, x: Tensor, weights: bool = False) -> Read:
-        """As ``forward``, and tell the points; with ``weights`` also the attention, which is then materialised."""
-        grid = (x.shape[2], x.shape[3])
+    def keys(self, x: Tensor) -> Keys:
+        """Map (B, C, H, W) -> queries of all its H*W cells, and the n = Hk*Wk keys and values that were read there."""
         q = self.proj_q(x)
-        offset = self.conv_offset(_fold(q, self.groups))  # (B*g, 2, Hk, Wk)
-        reference = reference_points((offset.shape[2], offset.shape[3]), self.convention, offset)
-        points = move(offset, reference, self.factor, self.convention)
+        points = self._points(_fold(q, self.groups))  # (B*g, Hk, Wk, 2)
         sampled = read(_fold(x, self.groups), points, self.convention)  # (B*g, C/g, n)
         sampled = sampled.unflatten(0, (x.shape[0], -1)).flatten(1, 2)[..., None]  # (B, C, n, 1)
-        points = points.unflatten(0, (x.shape[0], -1))
+        points = points.unflatten(0, (x.shape[0], -1))  # (B, g, Hk, Wk, 2)
         q, k, v = (self._split(t) for t in (q, self.proj_k(sampled), self.proj_v(sampled)))
-        bias = self._bias(grid, points.flatten(2, 3), q)
-        z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        output = self.proj_out(z.transpose(2, 3).flatten(1, 2).unflatten(2, grid))
-        attention = attention_weights(q, k, bias) if weights else None
-        return Read(output, points, reference.expand_as(points), attention)
+        bias = self._bias((x.shape[2], x.shape[3]), points.flatten(2, 3))
+        return Keys(q, k, v, None if bias is None else bias.to(q.dtype), points)
 
-    def _bias(self, grid: Grid, points: Tensor, q: Tensor) -> Tensor | None:
+    def read(self, x: Tensor, weights: bool = False) -> Read:
+        """Run ``forward`` and tell the points; with ``weights`` also the attention, which is then materialised."""
+        q, k, _, bias, points = self.keys(x)
+        reference = reference_points((points.shape[2], points.shape[3]), self.convention, points)
+        attention = attention_weights(q, k, bias) if weights else None
+        return Read(self(x), points, reference.expand_as(points), attention)
+
+    def _points(self, q: Tensor) -> Tensor:
+        """Queries of a group (B*g, C/g, H, W) -> where its keys are read (B*g, Hk, Wk, 2)."""
+        offset = self.conv_offset(q)  # (B*g, 2, Hk, Wk)
+        reference = reference_points((offset.shape[2], offset.shape[3]), self.convention, offset)
+        return move(offset, reference, self.factor, self.convention)
+
+    def _bias(self, grid: Grid, points: Tensor) -> Tensor | None:
+        """B for points (B, g, n, 2): (B, heads, H*W, n)."""
         if self.rpe_table is None:
             return None
         if isinstance(self.rpe_table, nn.Module):
-            return log_cpb_bias(self.rpe_table, grid, points, self.convention).to(q.dtype)
-        return table_bias(self.rpe_table, grid, points, self.convention).to(q.dtype)
+            return log_cpb_bias(self.rpe_table, grid, points, self.convention)
+        return table_bias(self.rpe_table, grid, points, self.convention)
 
     def _split(self, x: Tensor) -> Tensor:
         """(B, C, ., .) -> (B, heads, n, C/heads)."""

@@ -16,8 +16,7 @@ from adaptkit.layers import LayerNorm2d
 from adaptkit.mixers.base import CrossMixer, Layout
 from adaptkit.mixers.dat import DeformableAttention
 from adaptkit.ops import ms_deform_attn
-from adaptkit.ops.device import pair
-from adaptkit.ops.grid import map_to_tokens, tokens_to_map
+from adaptkit.ops.grid import map_to_tokens, pair, tokens_to_map
 
 __all__ = ["DeformableCrossAttention", "dat"]
 
@@ -71,8 +70,7 @@ class DeformableCrossAttention(CrossMixer):
     def _points(self, q: Tensor, places: Tensor) -> Tensor:
         """Q (B, width, h, w) -> where the keys are read (B, n, 2), as (x, y) over the extent of the levels."""
         stride = -(-max(q.shape[-2:]) // SIDE)
-        conv = self.offset_conv
-        offset = F.conv2d(q, conv.weight, conv.bias, stride, conv.padding, groups=conv.groups)
+        offset = self.offset_conv(q)[:, :, ::stride, ::stride]  # the convolution with this stride
         offset = self.offset_proj(F.gelu(self.offset_norm(offset))).to(places.dtype)  # (B, 2, h', w')
         reference = tokens_to_map(places[None], (q.shape[-2], q.shape[-1]))
         if stride > 1:  # a point stands at the mean of the cells that it is for

@@ -80,11 +80,10 @@ class Stage(nn.Module):
         x = self.proj(x)
         norms = zip(self.layer_norms[::2], self.layer_norms[1::2])
         for i, ((norm1, norm2), attn, mlp, drop_path) in enumerate(zip(norms, self.attns, self.mlps, self.drop_path)):
+            h = norm1(x)
             if points is not None and isinstance(attn, DeformableAttention):
-                y, points[i], *_ = attn.read(norm1(x))
-            else:
-                y = attn(norm1(x))
-            x = x + drop_path(y)
+                points[i] = attn.keys(h).points
+            x = x + drop_path(attn(h))
             x = x + drop_path(mlp(norm2(x)))
         return x
 

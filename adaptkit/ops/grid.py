@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ __all__ = [
     "check_strides",
     "map_to_tokens",
     "pad_to_multiple",
+    "pair",
+    "pairs",
     "resample_lines",
     "resample_map",
     "tokens_to_map",
@@ -32,6 +34,19 @@ def check_strides(strides: Iterable[int], known: tuple[int, ...]) -> tuple[int, 
     if not asked or len(set(asked)) < len(asked) or not set(asked) <= set(known):
         raise ValueError(f"strides={list(asked)} must be some of {', '.join(map(str, known))}, each once")
     return tuple(sorted(asked))
+
+
+def pair(first: float, second: float, like: Tensor) -> Tensor:
+    """Return two numbers as a tensor (2,) like this one.
+
+    They are written on its device: a copy from the host would make a GPU wait.
+    """
+    return torch.stack([like.new_full((), first), like.new_full((), second)])
+
+
+def pairs(values: Sequence[tuple[float, float]], like: Tensor) -> Tensor:
+    """Return pairs of numbers as a tensor (n, 2) like this one, written as `pair` does it."""
+    return torch.stack([like.new_full((), number) for value in values for number in value]).unflatten(0, (-1, 2))
 
 
 def cell_centres(grid: tuple[int, int], stride: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptkit.ops.device import pair
+from adaptkit.ops.grid import pair
+from adaptkit.seam import is_transformed
 
 __all__ = ["coordinate_dtype", "sample"]
 
@@ -30,7 +31,8 @@ def sample(x: Tensor, places: Tensor, padding: Literal["zeros", "border"] = "zer
     At whole coordinates, where bilinear interpolation has a kink, the derivative is the one to the right.
     """
     dtype = coordinate_dtype(x)
-    read = _gather if torch.compiler.is_exporting() else _grid_sample
+    plain = torch.compiler.is_exporting() or is_transformed()
+    read = _gather if plain else _grid_sample
     return read(x.to(dtype), places.to(dtype), padding).to(x.dtype)
 
 
@@ -41,10 +43,10 @@ def _grid_sample(x: Tensor, places: Tensor, padding: str) -> Tensor:
 
 
 def _gather(x: Tensor, places: Tensor, padding: str) -> Tensor:
-    """Read the four neighbours one by one: plain operators, for runtimes without a sampling operator."""
+    """Read the four neighbours one by one: for runtimes without a sampling operator, and in forward mode."""
     last = [n - 1 for n in x.shape[-2:]]
     if padding == "border":
-        places = torch.stack([p.clamp(0, n) for p, n in zip(places.unbind(-1), last)], dim=-1)
+        places = torch.stack([_clamp(p, n) for p, n in zip(places.unbind(-1), last)], dim=-1)
     first = places.floor()
     after = places - first
     out = torch.zeros_like(x[:, :, 0, :1])
@@ -58,3 +60,8 @@ def _gather(x: Tensor, places: Tensor, padding: str) -> Tensor:
         rows = index.long()[:, None].expand(-1, x.shape[1], -1)  # (B, C, n)
         out = out + weight[:, None] * x.flatten(2).gather(2, rows)
     return out
+
+
+def _clamp(x: Tensor, last: int) -> Tensor:
+    """``x.clamp(0, last)``; on the border its derivative is zero, as beyond it and as that of `grid_sample`."""
+    return torch.where((x > 0) & (x < last), x, x.detach().clamp(0, last))

@@ -123,7 +123,7 @@ def test_keys_moved_by_one_cell_are_the_neighbours_keys(name):
     block = replace(blocks[0], grid=cells)
     h = block.norm1(tokens)
     prefix = model.spec.prefix
-    keys = adapter.keys(block, 0, h)
+    keys = adapter.blocks["0"].keys(block, h)
     q, k, v = block.qkv(h)
     there = (torch.arange(16).view(4, 4)[:, [1, 2, 3, 3]]).flatten() + prefix  # the last column stays in the map
     # A point half a cell beyond the last centre lies on the border: the last key, rotated to that edge.
@@ -141,7 +141,7 @@ def test_keys_moved_by_one_cell_are_the_neighbours_keys(name):
 def test_the_bias_is_added_between_patches_only():
     model = randomise(attach("timm-dinov2-reg"))
     block = replace(model.vit.begin(image("timm-dinov2-reg"))[1][0], grid=(4, 4))
-    keys = model.adapters["dat"].keys(block, 0, torch.randn(1, 21, 32))
+    keys = model.adapters["dat"].blocks["0"].keys(block, torch.randn(1, 21, 32))
     assert keys.bias.shape == (1, 2, 21, 21)
     assert (keys.bias[:, :, :5] == 0).all()
     assert (keys.bias[..., :5] == 0).all()

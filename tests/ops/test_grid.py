@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from adaptkit.ops.grid import cells, map_to_tokens, pad_to_multiple, resample_map, tokens_to_map
+from adaptkit.ops.grid import cells, map_to_tokens, pad_to_multiple, pair, pairs, resample_map, tokens_to_map
 
 
 def ramp(size, stride):
@@ -60,3 +61,13 @@ def test_tokens_and_maps_are_inverse():
     assert x.shape == (2, 4, 3, 5)
     assert torch.equal(x[0, :, 1, 2], tokens[0, 7])
     assert torch.equal(map_to_tokens(x), tokens)
+
+
+def test_numbers_of_the_host_have_the_dtype_and_the_device_of_a_tensor():
+    x = torch.ones(1, dtype=torch.float64)
+    assert torch.equal(pair(3, 0.5, x), torch.tensor([3, 0.5], dtype=torch.float64))
+    assert torch.equal(pairs([(3, 4), (5, 6)], x), torch.tensor([[3, 4], [5, 6]], dtype=torch.float64))
+    with FakeTensorMode():
+        y = torch.empty(1, device="cuda", dtype=torch.bfloat16)
+        for made, shape in ((pair(3, 4, y), (2,)), (pairs([(3, 4), (5, 6), (7, 8)], y), (3, 2))):
+            assert (made.shape, made.device, made.dtype) == (shape, y.device, y.dtype)

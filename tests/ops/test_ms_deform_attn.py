@@ -241,19 +241,104 @@ def test_the_c_kernel_gives_the_same_bits_with_any_number_of_threads(threads, di
     assert all(map(torch.equal, run_backward(inputs, shapes, "c"), first))
 
 
+# -------- derivatives of derivatives, and transforms
+
+SMALL = [(3, 4), (2, 2)]
+
+
+def clear_of_the_kinks(dtype=torch.float64):
+    """A small call whose points are away from whole coordinates, where a second derivative would not exist."""
+    value, locations, weights = make(SMALL, batch=1, queries=3, heads=2, dim=2, points=2, dtype=dtype)
+    size = torch.tensor([(w, h) for h, w in SMALL], dtype=dtype)[:, None]
+    pixels = locations * size - 0.5
+    whole = pixels.floor()
+    locations = (whole + (pixels - whole).clamp(0.05, 0.95) + 0.5) / size
+    return [tensor.requires_grad_() for tensor in (value, locations, weights)]
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_second_derivatives_are_those_of_finite_differences(backend):
+    leaves = clear_of_the_kinks()
+    fast_mode = backend == "triton"  # its interpreter is slow
+    assert torch.autograd.gradgradcheck(lambda *t: run(t, SMALL, backend), leaves, fast_mode=fast_mode)
+
+
 @pytest.mark.parametrize("backend", OPERATOR)
-def test_the_operator_says_that_it_has_no_second_derivative(backend):
-    leaves = [tensor.requires_grad_() for tensor in make()]
-    (gradient,) = torch.autograd.grad(run(leaves, PYRAMID, backend).sum(), leaves[1], create_graph=True)
-    with pytest.raises(RuntimeError, match=rf"{backend}.*differentiable once.*backend='gather'"):
-        gradient.sum().backward()
+def test_third_derivatives_are_those_of_finite_differences(backend):
+    def gradients(*leaves):
+        return torch.autograd.grad(run(leaves, SMALL, backend).square().sum(), leaves, create_graph=True)
+
+    assert torch.autograd.gradgradcheck(gradients, clear_of_the_kinks(), fast_mode=True)
 
 
-def test_gather_has_a_second_derivative():
-    value, locations, weights = make(batch=1, queries=2, heads=1, dim=2, points=1)
-    leaves = [tensor.requires_grad_() for tensor in (value, weights)]
-    gradgradcheck = torch.autograd.gradgradcheck
-    assert gradgradcheck(lambda v, w: run((v, locations, w), PYRAMID, "gather"), leaves)
+@pytest.mark.parametrize("backend", OPERATOR)
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 2)], ids=str)
+def test_second_derivatives_equal_those_of_gather(which, backend):
+    def penalty(backend):
+        """The gradient of a norm of gradients, where some inputs want none and depend on one another."""
+        inputs = make(PYRAMID)
+        leaf = torch.ones((), dtype=torch.float64, requires_grad=True)
+        inputs = [x * leaf if i in which else x for i, x in enumerate(inputs)]
+        wanted = [inputs[i] for i in which]
+        first = torch.autograd.grad(run(inputs, PYRAMID, backend).sin().sum(), wanted, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaf)[0]
+
+    torch.testing.assert_close(penalty(backend), penalty("gather"), rtol=1e-12, atol=0)
+
+
+def of_one_item(value, locations, weights):
+    return run((value[None], locations[None], weights[None]), SMALL, "auto")[0].sin()
+
+
+TRANSFORMS = {
+    "grad": lambda f, *args: torch.func.grad(lambda *x: f(*x).sum(), (0, 1, 2))(*args),
+    "vjp": lambda f, *args: torch.func.vjp(f, *args)[1](torch.ones_like(f(*args))),
+    "jvp": lambda f, *args: torch.func.jvp(f, args, tuple(x.cos() for x in args)),
+    "vmap": lambda f, *args: torch.func.vmap(f)(*(torch.stack([x, 2 * x]) for x in args)),
+    "hessian": lambda f, *args: torch.func.hessian(lambda w: f(*args[:2], w).sum())(args[2]),
+    "per-sample": lambda f, *args: torch.func.vmap(torch.func.grad(lambda *x: f(*x).sum(), (0, 1, 2)))(
+        *(torch.stack([x, 2 * x]) for x in args)
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_torch_func_work_and_say_what_gather_says(transform):
+    args = [x.detach()[0] for x in clear_of_the_kinks()]
+
+    def plain(value, locations, weights):
+        return run((value[None], locations[None], weights[None]), SMALL, "gather")[0].sin()
+
+    found, expected = (torch.utils._pytree.tree_leaves(TRANSFORMS[transform](f, *args)) for f in (of_one_item, plain))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_a_transform_says_what_autograd_says_of_the_fast_backends():
+    leaves = [x.detach()[0].requires_grad_() for x in clear_of_the_kinks()]
+    expected = torch.autograd.grad(of_one_item(*leaves).sum(), leaves)
+    assert_near(TRANSFORMS["grad"](of_one_item, *leaves), expected)
+
+
+def test_forward_mode_works():
+    value, locations, weights = (x.detach() for x in clear_of_the_kinks())
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(locations, torch.ones_like(locations))
+        _, tangent = torch.autograd.forward_ad.unpack_dual(run((value, dual, weights), SMALL, "auto"))
+    step = 1e-6
+    ahead, behind = (run((value, locations + s, weights), SMALL, "auto") for s in (step, -step))
+    torch.testing.assert_close(tangent, (ahead - behind) / (2 * step), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
+def test_a_compiler_traces_the_transforms(transform):
+    torch._dynamo.reset()
+    args = [x.detach()[0] for x in clear_of_the_kinks()]
+    compiled = torch.compile(lambda *x: TRANSFORMS[transform](of_one_item, *x), backend="eager", fullgraph=True)
+    expected = torch.utils._pytree.tree_leaves(TRANSFORMS[transform](of_one_item, *args))
+    assert_near(torch.utils._pytree.tree_leaves(compiled(*args)), expected)
+
+
+# -------- the same bits
 
 
 def test_64_bit_indices_give_the_same_bits(monkeypatch):
@@ -369,8 +454,8 @@ def test_the_forward_operator_passes_opcheck(backend):
 @pytest.mark.parametrize("backend", OPERATOR)
 def test_the_backward_operator_passes_opcheck(backend):
     sides = [side for shape in PYRAMID for side in shape]
-    inputs = make()
-    grad = run(inputs, PYRAMID, backend)
+    grad = run(make(), PYRAMID, backend).requires_grad_()
+    inputs = [tensor.requires_grad_() for tensor in make()]
     torch.library.opcheck(torch.ops.adaptkit.ms_deform_attn_backward.default, (grad, *inputs, sides, backend))
 
 

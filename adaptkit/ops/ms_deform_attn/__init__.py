@@ -46,9 +46,10 @@ def ms_deform_attn(
         sampling_locations: (N, Q, H, L, P, 2) as (x, y); [0, 1] spans a level from edge to edge, and a point outside
             reads zeros. N, H and L may be 1: they broadcast.
         attention_weights: (N, Q, H, L, P), used as they are (no softmax here). Any size may be 1: it broadcasts.
-        backend: "c" (CPU, compiled on first use), "triton" (CUDA) and "embedding_bag" (both) are the fast ones,
-            differentiable once. "gather" is made of plain operators that export. "grid_sample" is the reference form,
-            for every device. "auto" takes "gather" under `torch.export`; then what `set_backend`, `use_backend` or the
+        backend: "c" (CPU, compiled on first use), "triton" (CUDA) and "embedding_bag" (both) are the fast ones; their
+            second derivatives are those of "gather", which is made of plain operators that export and transform.
+            "grid_sample" is the reference form, for every device, differentiable once. "auto" takes "gather" under
+            `torch.export`, `torch.func` and forward-mode differentiation; then what `set_backend`, `use_backend` or the
             environment variable ADAPTKIT_OPS say; then "c" on CPU, "triton" on CUDA (unless torch was asked for
             deterministic algorithms), "embedding_bag" where these cannot run ("grid_sample" if the call is tiny), and
             "grid_sample" on other devices.

@@ -5,7 +5,7 @@
 | ``"c"`` | CPU, where a C compiler is found | ``kernel.c``, compiled on first use and kept in the user's cache |
 | ``"triton"`` | CUDA, where Triton is installed | kernels of ``_triton.py`` |
 | ``"embedding_bag"`` | CPU and CUDA | plain torch with a backward of its own; the same bits each time |
-| ``"gather"`` | everywhere | plain operators that export and have second derivatives |
+| ``"gather"`` | everywhere | plain operators: for exports and for the transforms of ``torch.func`` |
 | ``"grid_sample"`` | everywhere | the papers' own form, the reference |
 
 The first three are modules with a ``forward`` and a ``backward``, run inside one custom operator.
@@ -19,6 +19,8 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from adaptkit.seam import is_transformed
 
 NAMES = ("auto", "c", "triton", "embedding_bag", "gather", "grid_sample")
 _MODULES = {"c": "_c", "triton": "_triton", "embedding_bag": "_bag"}
@@ -63,7 +65,7 @@ def choose(name: str, value: Tensor, weights: Tensor) -> str:
     "auto" is settled inside of the operator, so that no compiler traces into it.
     """
     if _known(name, "backend") == "auto":
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() or is_transformed():
             return "gather"
         name = _known(_default, _source)
     if name != "auto":

@@ -1,9 +1,15 @@
-"""One custom operator for all fast backends: `torch.compile` sees a single node, whichever of them runs inside."""
+"""One custom operator for all fast backends: `torch.compile` sees a single node, whichever of them runs inside.
+
+Its gradient is an operator as well. What comes after that, the second derivative and all others, is that of the
+"gather" form, in which autograd sees every step.
+"""
 
 import torch
 from torch import Tensor
 
+from adaptkit import seam
 from adaptkit.ops.ms_deform_attn import _backends
+from adaptkit.ops.ms_deform_attn._plain import gather
 
 
 def _check(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int], grad: Tensor | None = None) -> None:
@@ -80,16 +86,23 @@ def _backward(ctx, grad):
     return *operator_backward(grad, *ctx.saved_tensors, ctx.shapes, ctx.backend), None, None
 
 
-def _backward_twice(ctx, *grads):
-    raise RuntimeError(
-        f"ms_deform_attn with backend={ctx.backend!r} is differentiable once and this backward asks for a second "
-        "derivative; use backend='gather'"
-    )
+def _save_for_second(ctx, inputs, output):
+    *tensors, ctx.shapes, _ = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _save_backend(ctx, inputs, output):
-    ctx.backend = inputs[-1]
+def _second(ctx, *grads):
+    sides = ctx.shapes
+    levels = list(zip(sides[::2], sides[1::2], strict=True))
+
+    def first(grad, *inputs):
+        """Do what `operator_backward` does, in steps that autograd can follow."""
+        leaves = [x if x.requires_grad else x.detach().requires_grad_() for x in inputs]
+        value, locations, weights = leaves
+        return torch.autograd.grad(gather(value, levels, locations, weights), leaves, grad, create_graph=True)
+
+    return *seam.twice(first, ctx.saved_tensors, *grads), None, None
 
 
 operator.register_autograd(_backward, setup_context=_save_inputs)
-operator_backward.register_autograd(_backward_twice, setup_context=_save_backend)
+operator_backward.register_autograd(_second, setup_context=_save_for_second)
