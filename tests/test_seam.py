@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -87,6 +88,31 @@ def test_other_dtypes_get_the_text_bit_for_bit(text, example):
         return path.text(*args)
 
     outcome(marked, example, torch.float64)
+
+
+def second(run, example: Example, dtype) -> list[Tensor]:
+    """Gradients of the squared gradients."""
+    args = example.make(dtype=dtype)
+    torch.manual_seed(1)  # dropped paths
+    out = [t for t in tree_leaves(run(*args)) if isinstance(t, Tensor) and t.requires_grad]
+    wanted = inputs(args)
+    grads = torch.autograd.grad([t.square().sum() for t in out], wanted, create_graph=True, materialize_grads=True)
+    squares = sum(g.square().sum() for g in grads)
+    return [g.detach() for g in torch.autograd.grad(squares, wanted, materialize_grads=True)]
+
+
+@pytest.mark.parametrize(("text", "example"), [c for c in CALLS if c.values[1].training])
+def test_second_derivatives_are_those_of_the_text(text, example):
+    """In float32 both are as far from float64 as rounding takes them; a wrong derivative is off by its own size."""
+    path = seam.fast_paths()[text]
+    with sdpa_kernel(SDPBackend.MATH):  # torch's fused attention has no second derivative
+        exact = second(path.text, example, torch.float64)
+        largest = max(float(g.norm()) for g in exact)
+        with seam.reference():
+            plain = second(path.text, example, torch.float32)
+        for wanted, by_text, by_path in zip(exact, plain, second(path.run, example, torch.float32), strict=True):
+            rounding = float((by_text - wanted).norm()) + 1e-5 * float(wanted.norm()) + 1e-7 * largest
+            assert float((by_path - wanted).norm()) <= 20 * rounding
 
 
 # ------------------------------------------------------------------------------------------------- the predicate

@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adaptkit._cpu.linear import linear, row_slices
 from adaptkit.ops.grid import resample_lines, resample_map
+from adaptkit.seam import twice
 
 __all__ = ["add_resampled", "add_upsampled"]
 
@@ -49,12 +51,16 @@ def _rows(coarse: Tensor) -> Tensor:
     return coarse.flatten(1).t()
 
 
+def _upsampled(coarse: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv_transpose2d(coarse, weight, bias, stride=2)
+
+
 class _AddUpsampled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, fine: Tensor, coarse: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.mark_dirty(fine)
-        ctx.save_for_backward(coarse, weight)
-        kernel, bias = _matrix(weight), bias.repeat(4)
+        ctx.save_for_backward(coarse, weight, bias)
+        kernel, bias = _matrix(weight), bias.repeat(4)  # (4 D', D)
         for out, x in zip(fine, coarse):
             blocks = _blocks(out)
             for s in _lines(coarse):
@@ -63,7 +69,9 @@ class _AddUpsampled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        coarse, weight = ctx.saved_tensors
+        coarse, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return grad, *twice(_upsampled, (coarse, weight, bias), grad)
         kernel = _matrix(weight)
         grad_coarse, grad_kernel = torch.empty_like(coarse), torch.zeros_like(kernel)
         for g, x, grad_x in zip(grad, coarse, grad_coarse):
@@ -95,6 +103,9 @@ class _AddResampled(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return grad, None, None, None
         (x,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            size = (grad.shape[2], grad.shape[3])
+            return grad, *twice(resample_map, (x, *ctx.strides, size), grad)[:3]
         grad_x = torch.empty_like(x)
         for s in _channels(grad):
             with torch.enable_grad():  # what is linear has the gradient of any x

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from adaptkit._cpu.linear import row_slices
 from adaptkit.ops import pool
+from adaptkit.seam import twice
 
 __all__ = ["norm_large", "norm_pool", "norm_relu_conv", "suits"]
 
@@ -33,18 +33,18 @@ def suits(norm: nn.Module, x: Tensor) -> bool:
 
 def norm_relu_conv(x: Tensor, norm: nn.BatchNorm2d, kernel: Tensor) -> Tensor:
     """``conv2d(relu(norm(x)), kernel, padding=1)``: (B, C, H, W), (C', C, 3, 3) -> (B, C', H, W)."""
-    return _NormThen.apply(x, norm.weight, norm.bias, *_statistics(norm, x), kernel)
+    return _NormThen.apply(x, norm.weight, norm.bias, *_statistics(norm, x), kernel, norm.eps)
 
 
 def norm_pool(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     """``max_pool2d(norm(x), 3, stride=2, padding=1)``: (B, C, H, W) -> (B, C, H/2, W/2)."""
-    return _NormThen.apply(x, norm.weight, norm.bias, *_statistics(norm, x), None)
+    return _NormThen.apply(x, norm.weight, norm.bias, *_statistics(norm, x), None, norm.eps)
 
 
 def norm_large(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     """``norm(x)``, (B, C, H, W), channels-last and in memory of an earlier such map."""
     x = x.contiguous(memory_format=torch.channels_last)
-    return _Norm.apply(x, norm.weight, norm.bias, *_statistics(norm, x))
+    return _Norm.apply(x, norm.weight, norm.bias, *_statistics(norm, x), norm.eps)
 
 
 @torch.no_grad()
@@ -63,21 +63,28 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
 
 
+def _norm(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, eps: float) -> Tensor:
+    """The text of ``_Norm``: mean and rstd are x's own."""
+    return F.batch_norm(x, None, None, gamma, beta, training=True, eps=eps)
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, eps: float) -> Tensor:
         scale = gamma * rstd
         shift = beta - mean * scale
-        ctx.save_for_backward(x, mean, rstd, scale)
+        ctx.save_for_backward(x, mean, rstd, scale, gamma, beta)
+        ctx.eps = eps
         out = pool.empty_like(x)
         for one, o in zip(x.split(1), out.split(1)):
             torch.addcmul(_per_channel(shift), one, _per_channel(scale), out=o)
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, mean, rstd, scale = ctx.saved_tensors
+        x, mean, rstd, scale, gamma, beta = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return twice(_norm, (x, gamma, beta, mean, rstd, ctx.eps), grad)
         out = pool.empty(x.shape, x.dtype, torch.channels_last)
         pixels, g = (t.movedim(1, 3).flatten(0, 2) for t in (x, grad))  # (B*H*W, C)
         grad_x = out.movedim(1, 3).view(pixels.shape)
@@ -89,7 +96,7 @@ class _Norm(torch.autograd.Function):
         slope, level = _of_statistics(x, mean, rstd, scale, summed, along)
         for s in slices:
             torch.addcmul(level, pixels[s], slope, out=grad_x[s]).addcmul_(g[s], scale)
-        return out, rstd * along, summed, None, None
+        return out, rstd * along, summed, None, None, None
 
 
 def _of_statistics(
@@ -105,10 +112,18 @@ def _of_statistics(
     return slope, -scale * summed / count - slope * mean
 
 
+def _norm_then(
+    x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, kernel: Tensor | None, eps: float
+) -> Tensor:
+    """The text of ``_NormThen``."""
+    y = _norm(x, gamma, beta, mean, rstd, eps)
+    return F.max_pool2d(y, *_POOL) if kernel is None else F.conv2d(y.relu(), kernel, padding=1)
+
+
 class _NormThen(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, kernel: Tensor | None
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, kernel: Tensor | None, eps: float
     ) -> Tensor:
         scale = gamma * rstd
         shift = beta - mean * scale
@@ -122,13 +137,15 @@ class _NormThen(torch.autograd.Function):
                 places.append(place)
             else:
                 out[i] = F.conv2d(y.relu_(), kernel, padding=1)[0]
-        ctx.save_for_backward(x, mean, rstd, scale, shift, kernel, *places)
+        ctx.save_for_backward(x, gamma, beta, mean, rstd, scale, shift, kernel, *places)
+        ctx.eps = eps
         return torch.cat(pooled) if out is None else out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, mean, rstd, scale, shift, kernel, *places = ctx.saved_tensors
+        x, gamma, beta, mean, rstd, scale, shift, kernel, *places = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return twice(_norm_then, (x, gamma, beta, mean, rstd, kernel, ctx.eps), grad)
         grad_x, grad_kernel = pool.empty_like(x), None if kernel is None else torch.zeros_like(kernel)
         y = torch.empty_like(x[:1])
         summed, along = torch.zeros_like(mean), torch.zeros_like(mean)
@@ -146,4 +163,4 @@ class _NormThen(torch.autograd.Function):
         slope, level = _of_statistics(x, mean, rstd, scale, summed, along)
         for g, one in zip(grad_x.split(1), x.split(1)):
             g.mul_(_per_channel(scale)).addcmul_(one, _per_channel(slope)).add_(_per_channel(level))
-        return grad_x, rstd * along, summed, None, None, grad_kernel
+        return grad_x, rstd * along, summed, None, None, grad_kernel, None

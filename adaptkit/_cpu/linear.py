@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from adaptkit.ops import pool
+from adaptkit.seam import twice
 
 __all__ = ["add_linear", "branch_linear", "linear", "norm_linear", "row_slices", "wide_linear"]
 
@@ -70,12 +70,19 @@ def add_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     return _AddLinear.apply(x.flatten(0, -2), y.flatten(0, -2), weight, bias).view_as(x)
 
 
+def _norm_linear(
+    x: Tensor, gamma: Tensor, beta: Tensor, eps: float, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The text of ``_NormLinear``."""
+    return F.linear(F.layer_norm(x, gamma.shape, gamma, beta, eps), weight, bias), x
+
+
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, gamma, beta, weight)
+        ctx.save_for_backward(x, gamma, beta, weight, bias)
         ctx.set_materialize_grads(False)
         ctx.eps = eps
         rows = x.flatten(0, -2)
@@ -85,11 +92,12 @@ class _NormLinear(torch.autograd.Function):
         return out.unflatten(0, x.shape[:-1]), x
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, beside: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad is None:
             return beside, None, None, None, None, None
-        x, gamma, beta, weight = ctx.saved_tensors
+        x, gamma, beta, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return twice(_norm_linear, (x, gamma, beta, ctx.eps, weight, bias), grad, beside)
         of_x, of_gamma, of_beta, _, of_weight, of_bias = ctx.needs_input_grad
         behind = [of_x, of_gamma, of_beta]  # what lies behind the product
         shape, x, grad = x.shape, x.flatten(0, -2), grad.flatten(0, -2)

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend
 
 from adaptkit.ops import build
+from adaptkit.seam import twice
 
 __all__ = ["attention", "suits"]
 
@@ -55,6 +56,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     return _Attention.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
+def _text(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -65,11 +70,12 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         library = _library()
         assert library is not None  # else there was no forward
         q, k, v, out, lse = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return twice(_text, (q, k, v, ctx.scale), grad)
         return *_gradients(library, grad, q, k, v, out, lse, ctx.scale), None
 
 
