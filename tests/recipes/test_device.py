@@ -1,7 +1,6 @@
 """How the loop treats a device: it does not wait for it in a step, feeds it from pinned memory, and may be compiled."""
 
 import sys
-import traceback
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fake_cuda import Questions
+from fake_cuda import Questions, Stalls
 
 import adaptkit
 from recipes import classify, depth, devices, engine, segment, semantic
@@ -41,26 +40,10 @@ def segmentation(pictures, *more):
 # ---------------------------------------------------------------------------------------------------- a training step
 
 
-class Stalls(Questions):
-    """What training asks of tensors; not what reads the data, and AdamW's count of its steps, which is on the CPU."""
-
-    ELSEWHERE = ("/torch/utils/data/", "/torch/optim/", "/recipes/order.py")
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        before = len(self.asked)
-        out = super().__torch_function__(func, types, args, kwargs)
-        if len(self.asked) > before:
-            frames = [(frame.f_code.co_filename, frame.f_code.co_name) for frame, _ in traceback.walk_stack(None)]
-            trains = any(file == engine.__file__ and name == "train" for file, name in frames)
-            if not trains or any(place in file for file, _ in frames for place in self.ELSEWHERE):
-                self.asked.pop()
-        return out
-
-
 def asked(main, argv, steps, out, monkeypatch):
     """Questions of so many steps, the last of which alone is looked at, without the evaluation behind them."""
     monkeypatch.setattr(engine, "evaluate", lambda task, *rest: {task.score: 0.0})
-    with adaptkit.reference(), Stalls() as stalls:  # the text, which is what a GPU runs
+    with adaptkit.reference(), Stalls(engine.train) as stalls:  # the text, which is what a GPU runs
         main([*argv, "--steps", str(steps), "--out", str(out)])
     return stalls.asked
 
