@@ -37,11 +37,13 @@ from adaptkit.inspect import kept_patches, usage_by_depth
 from adaptkit.losses import agreement_loss, annealed_budget, check_budget, macs_loss, usage
 
 from . import normalisation
-from .devices import together
+from .devices import BACKEND, together
 from .engine import cosine
+from .finite import Finite
 from .labelled import Labelled, open_labelled
+from .log import EVERY
 from .normalisation import source_of
-from .options import PRECISION_HELP, command, precision
+from .options import MODES, PRECISION_HELP, command, precision
 
 # ---------------------------------------------------------------------------------------------------- arguments
 
@@ -61,6 +63,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--lr", type=float, default=5e-3)
     p.add_argument("--weight", type=float, default=4.0, help="of the budget's loss")
     p.add_argument("--mixed-precision", default="no", choices=["no", "bf16", "fp16", "auto"], help=PRECISION_HELP)
+    p.add_argument("--compile", nargs="?", const="default", choices=MODES, metavar="MODE",
+                   help="train through torch.compile; evaluation packs what is kept, and runs as it is")  # fmt: skip
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="runs/adavit")
     args = p.parse_args(argv)
@@ -115,13 +119,14 @@ def train(model: nn.Module, data: Labelled, accelerator: Accelerator, args: argp
     gates, source = AdaViT.of(model), source_of(adapted.vit, args)
     costs = accounting.costs(adapted, (args.size, args.size))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
+    model = torch.compile(model, backend=BACKEND, mode=args.compile) if args.compile else model
     model, optimizer = accelerator.prepare(model, optimizer)
     generator = torch.Generator().manual_seed(args.seed * 1000 + accelerator.process_index)
+    order = torch.randint(len(data.labels), (args.steps * args.batch_size,), generator=generator)
+    batches, finite = data.batches(order, args.batch_size, source, accelerator.device), Finite(accelerator)
     with Progress(accelerator, args) as progress:
-        for step in range(args.steps):
+        for step, (image, label) in enumerate(batches):
             optimizer.param_groups[0]["lr"] = args.lr * cosine(step, args.steps, 0.05)
-            chosen = torch.randint(len(data.labels), (args.batch_size,), generator=generator)
-            image, label = next(data.batches(chosen, args.batch_size, source, accelerator.device))
             with gates.opened(), torch.no_grad(), accelerator.autocast():
                 full = model(image).logits.float()
             features = model(image)
@@ -129,15 +134,15 @@ def train(model: nn.Module, data: Labelled, accelerator: Accelerator, args: argp
             budget = annealed_budget(step, args.steps // 2, args.budget)
             task = F.cross_entropy(logits, label) + agreement_loss(logits, full)
             loss = task + args.weight * macs_loss(spent, costs.dense, budget)
-            if not torch.isfinite(loss):
-                raise SystemExit(
-                    f"the loss is not finite at step {step}: stopped before the update. Try a smaller --lr"
-                )
+            finite.see(step, loss)
             optimizer.zero_grad()
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            progress.step(step, task, features.aux, gates, float(spent.detach().mean() / costs.dense), budget)
+            if step % EVERY == 0 or step == args.steps - 1:
+                finite.check(step + 1)
+                progress.write(step, task, features.aux, gates, spent.detach().mean() / costs.dense, budget)
+            progress.advance()
 
 
 class Progress:
@@ -163,12 +168,13 @@ class Progress:
         if self.file is not None:
             self.file.close()
 
-    def step(self, step: int, task: Tensor, aux: Any, gates: AdaViT, share: float, budget: float) -> None:
+    def advance(self) -> None:
         self.bar.advance(self.task)
-        if step % 10:
-            return
-        self.bar.update(self.task, say=f"loss {task.item():.3f}  MACs {share:.0%} for {budget:.0%}")
-        row = {"step": step, "loss": task.item(), "macs": share, "budget": budget}
+
+    def write(self, step: int, task: Tensor, aux: Any, gates: AdaViT, share: Tensor, budget: float) -> None:
+        loss, macs = task.item(), share.item()
+        self.bar.update(self.task, say=f"loss {loss:.3f}  MACs {macs:.0%} for {budget:.0%}")
+        row = {"step": step, "loss": loss, "macs": macs, "budget": budget}
         for name, decisions in (("sampled", usage(aux)), ("thresholded", usage(gates.thresholded(aux)))):
             row.update({f"{name}_{kind}": kept.item() for kind, kept in decisions.items()})
         if self.file is not None:
@@ -223,8 +229,8 @@ def evaluate(model: Any, data: Labelled, order: Tensor, args: argparse.Namespace
         hits.append(features.logits.argmax(1) == label)
         if features.aux:
             spent.append(accounting.macs(costs, features.aux) / costs.dense)
-            kept.append({k: v.cpu() for k, v in features.aux.items() if k.endswith("_keep")})
-    aux = {k: torch.cat([part[k] for part in kept]) for k in (kept[0] if kept else {})}
+            kept.append({k: v for k, v in features.aux.items() if k.endswith("_keep")})
+    aux = {k: torch.cat([part[k] for part in kept]).cpu() for k in (kept[0] if kept else {})}
     macs = accounting.summary(torch.cat(spent)) if spent else accounting.Summary(1.0, 1.0, 1.0)
     return Score(float(torch.cat(hits).float().mean()), macs, {k: float(v) for k, v in usage(aux).items()}, aux)
 

@@ -18,7 +18,8 @@ class Finite:
     and before it saves or scores: what was trained after a loss that is not finite is in no checkpoint.
     """
 
-    def __init__(self, accelerator: Accelerator, out: Path) -> None:
+    def __init__(self, accelerator: Accelerator, out: Path | None = None) -> None:
+        """``out``: the folder of a run that writes checkpoints."""
         self.accelerator, self.out = accelerator, out
         self.first = torch.full((1,), NEVER, device=accelerator.device)
 
@@ -31,7 +32,7 @@ class Finite:
         first = int(self.accelerator.gather(self.first).min())
         if first == NEVER:
             return
-        kept = checkpoints(self.out)
+        kept = checkpoints(self.out) if self.out else []
         where = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
         raise SystemExit(
             f"the loss is not finite at step {first}: stopped after step {done - 1}, and nothing of steps "

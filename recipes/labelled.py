@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 from adaptkit.vit import Source
 
 from .data import filled, open_dataset, open_rows, renamed
+from .devices import sent
 from .normalisation import normalise
 from .order import Rows, undecoded
 from .pictures import class_ids, colours, pair, read_row
@@ -36,7 +37,7 @@ class Labelled(NamedTuple):
         mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (source.mean, source.std))
         white = 255 if self.images.dtype == torch.uint8 else 1
         for chosen in order.split(size):
-            yield (self.images[chosen].to(device) / white - mean) / std, self.labels[chosen].to(device)
+            yield (sent(self.images[chosen], device) / white - mean) / std, sent(self.labels[chosen], device)
 
 
 def in_memory(images: list[Tensor]) -> Tensor:

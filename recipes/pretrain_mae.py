@@ -32,8 +32,9 @@ from tqdm.auto import tqdm
 from adaptkit.demo.canvas import Canvas
 from adaptkit.demo.formula import FAMILIES, boundaries, crops, draw
 
-from .devices import together
+from .devices import BACKEND, together
 from .muon import Muon
+from .options import MODES
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -65,6 +66,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=100, help="steps between two checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="of the matrix products")
+    parser.add_argument("--compile", nargs="?", const="default", choices=MODES, metavar="MODE",
+                        help="run model and losses through torch.compile, anew where the network grows")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -248,8 +251,8 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
 
 def out_of_time(args: argparse.Namespace, accelerator: Accelerator, seconds: float) -> bool:
     """Tell whether the time limit is reached; all processes give the same answer, so that all stop together."""
-    if args.minutes == math.inf:
-        return False
+    if args.minutes == math.inf or accelerator.num_processes == 1:
+        return seconds > 60 * args.minutes
     average = accelerator.reduce(torch.tensor(seconds, device=accelerator.device), "mean")
     return average.item() > 60 * args.minutes
 
@@ -257,6 +260,8 @@ def out_of_time(args: argparse.Namespace, accelerator: Accelerator, seconds: flo
 def train(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) -> dict:
     """Train to the last step or to the time limit; return what the card says about the run."""
     pictures = Pictures(args, accelerator.process_index, accelerator.device)
+    if args.compile:
+        model.compile(backend=BACKEND, mode=args.compile)  # in place: names stay as they are
     model, *optimizers = accelerator.prepare(model, *optimisers(args, model))
     run = restore(args, accelerator) if args.resume else {"step": 0, "seconds": 0.0, "losses": {}}
 
@@ -285,7 +290,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) 
             run["losses"] = {name: round(value.item(), 4) for name, value in losses.items()}
             bar.set_postfix(run["losses"])
         run |= {"step": step + 1, "seconds": before + time.monotonic() - start}
-        late = out_of_time(args, accelerator, run["seconds"] - before)
+        # Several processes agree by a question to their devices, which waits: not in every step.
+        asks = accelerator.num_processes == 1 or (step + 1) % 10 == 0
+        late = asks and out_of_time(args, accelerator, run["seconds"] - before)
         if late or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             store(args, accelerator, run)
         if late:

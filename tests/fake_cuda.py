@@ -65,6 +65,29 @@ class Questions(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
 
 
+class Stalls(Questions):
+    """The questions of one function, with all that it calls.
+
+    Not of what reads the data, nor AdamW's count of its steps: both are on the CPU whatever the device.
+    """
+
+    ELSEWHERE = ("/torch/utils/data/", "/torch/optim/", "/recipes/order.py")
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.code = function.__code__
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = len(self.asked)
+        out = super().__torch_function__(func, types, args, kwargs)
+        if len(self.asked) > before:
+            codes = [frame.f_code for frame, _ in traceback.walk_stack(None)]
+            elsewhere = any(place in code.co_filename for code in codes for place in self.ELSEWHERE)
+            if self.code not in codes or elsewhere:
+                self.asked.pop()
+        return out
+
+
 def _origin() -> str:
     """The innermost lines of this project that are running."""
     frames = [f for f in traceback.extract_stack() if "/adaptkit/" in f.filename or "/timm/" in f.filename

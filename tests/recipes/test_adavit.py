@@ -1,9 +1,16 @@
 """The AdaViT recipe, small: it ends with a table, a file that attaches, and pictures."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from fake_cuda import Stalls
 
 import adaptkit
 from recipes import adavit
@@ -44,6 +51,43 @@ def test_it_draws_what_was_kept(finished):
 
     assert Image.open(finished / "kept_patches.png").size[0] > 200
     assert Image.open(finished / "usage.png").size == (640, 220)
+
+
+def test_training_asks_the_device_at_its_looks_at_the_loss_alone(tmp_path):
+    def asked(steps):
+        args = adavit.parse(["--data", "digits", *SMALL, "--out", str(tmp_path), "--steps", str(steps)])
+        model = adavit.build(data, args, torch.device("cpu"))
+        with adaptkit.reference(), Stalls(adavit.train) as stalls:
+            adavit.train(model, data, Accelerator(cpu=True), args)
+        return stalls.asked
+
+    data = open_labelled("digits", "train", 32)
+    assert asked(3) == asked(7)  # two looks each: at the first step and at the last
+
+
+def test_a_compiled_run_trains_the_same_gates(tmp_path, monkeypatch):
+    """Backend eager: what is compiled is run as it is, so sampled decisions are the same."""
+    monkeypatch.setattr(adavit, "BACKEND", "eager")
+    data, trained = open_labelled("digits", "train", 32), []
+    for more in ([], ["--compile"]):
+        torch.compiler.reset()
+        args = adavit.parse(["--data", "digits", *SMALL, "--out", str(tmp_path), *more])
+        torch.manual_seed(0)
+        model = adavit.build(data, args, torch.device("cpu"))
+        torch.manual_seed(0)
+        with adaptkit.reference():
+            adavit.train(model, data, Accelerator(cpu=True), args)
+        trained.append(dict(adavit.AdaViT.of(model).named_parameters()))
+        assert model._compiled_call_impl is None
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch.compiler.reset()
+    torch.testing.assert_close(trained[1], trained[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(adavit, "agreement_loss", lambda *args: torch.tensor(float("nan")))
+    with pytest.raises(SystemExit, match="the loss is not finite at step 0: stopped after step 0"):
+        adavit.main(["--data", "digits", *SMALL, "--out", str(tmp_path)])
 
 
 def test_a_budget_outside_zero_to_one_is_refused_before_anything_is_read():

@@ -1,7 +1,6 @@
 """How the loop treats a device: it does not wait for it in a step, feeds it from pinned memory, and may be compiled."""
 
 import sys
-import traceback
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fake_cuda import Questions
+from fake_cuda import Questions, Stalls
 
 import adaptkit
 from recipes import classify, depth, devices, engine, segment, semantic
@@ -41,26 +40,11 @@ def segmentation(pictures, *more):
 # ---------------------------------------------------------------------------------------------------- a training step
 
 
-class Stalls(Questions):
-    """What a step asks of tensors; not what reads the data, and AdamW's count of its steps, which is on the CPU."""
-
-    ELSEWHERE = ("/torch/utils/data/", "/torch/optim/", "/recipes/order.py")
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        before = len(self.asked)
-        out = super().__torch_function__(func, types, args, kwargs)
-        if len(self.asked) > before and any(
-            place in f.filename for f in traceback.extract_stack() for place in self.ELSEWHERE
-        ):
-            self.asked.pop()
-        return out
-
-
-def asked(task, argv, steps, out, monkeypatch):
-    """Questions of so many steps, the last of which alone is logged, without the evaluation behind them."""
+def asked(main, argv, steps, out, monkeypatch):
+    """Questions of so many steps, the last of which alone is looked at, without the evaluation behind them."""
     monkeypatch.setattr(engine, "evaluate", lambda task, *rest: {task.score: 0.0})
-    with adaptkit.reference(), Stalls() as stalls:  # the text, which is what a GPU runs
-        task(argv(out, "--steps", str(steps)))
+    with adaptkit.reference(), Stalls(engine.train) as stalls:  # the text, which is what a GPU runs
+        main([*argv, "--steps", str(steps), "--out", str(out)])
     return stalls.asked
 
 
@@ -75,27 +59,17 @@ TASKS = {
 
 
 @pytest.mark.parametrize("case", TASKS)
-def test_a_step_between_two_looks_at_the_loss_asks_the_device_nothing(case, pictures, tmp_path, monkeypatch):
+def test_training_asks_the_device_at_its_looks_at_the_loss_alone(case, pictures, tmp_path, monkeypatch):
     main, own = TASKS[case]
-    common = segmentation(pictures) if main is segment.main else SMALL
-
-    def argv(out, *more):
-        return [*common, *own, "--out", str(out), *more]
-
-    few, many = (asked(main, argv, n, tmp_path / str(n), monkeypatch) for n in (2, 5))
-    assert few == many
-    assert "item" in few  # the last step's loss, for the log
+    argv = [*(segmentation(pictures) if main is segment.main else SMALL), *own]
+    assert asked(main, argv, 5, tmp_path, monkeypatch) == ["__int__", "item"]  # whether it was finite; for the log
 
 
 def test_a_loss_that_is_read_in_each_step_is_seen(pictures, tmp_path, monkeypatch):
     loss = segment.TASK.loss
     monkeypatch.setitem(segment.TASK.__dict__, "loss", lambda *args: loss(*args) + 0 * loss(*args).item())
-
-    def argv(out, *more):
-        return segmentation(pictures, "--adapter", "none", "--out", str(out), *more)
-
-    few, many = (asked(segment.main, argv, n, tmp_path / str(n), monkeypatch) for n in (2, 5))
-    assert len(many) == len(few) + 3
+    found = asked(segment.main, segmentation(pictures, "--adapter", "none"), 5, tmp_path, monkeypatch)
+    assert found == ["item"] * 5 + ["__int__", "item"]
 
 
 def test_a_loss_that_is_not_finite_is_found_at_the_next_look_and_named(pictures, tmp_path, monkeypatch):

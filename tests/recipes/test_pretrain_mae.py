@@ -38,6 +38,20 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, monkeypatch):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_a_compiled_run_trains_and_publishes_under_the_same_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain_mae, "BACKEND", "eager")
+    plain = pretrain(monkeypatch, tmp_path / "plain", "--steps", "4")
+    torch.compiler.reset()
+    compiled = pretrain(monkeypatch, tmp_path / "compiled", "--steps", "4", "--compile")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch.testing.assert_close(compiled, plain, atol=2e-3, rtol=0)  # stored in fp16
+    kept = tmp_path / "compiled" / "checkpoint"
+    resumed = pretrain(monkeypatch, tmp_path / "compiled", "--steps", "4", "--compile", "--resume")
+    assert kept.is_dir()
+    assert all(torch.equal(resumed[name], compiled[name]) for name in compiled)
+    torch.compiler.reset()
+
+
 def test_blocks_start_as_the_identity():
     model = timm.create_model(pretrain_mae.ARCHITECTURE, num_classes=0)
     pretrain_mae.initialise(model)
