@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from adaptkit.ops import attention
 from adaptkit.ops.device import eager_cpu
 from adaptkit.ops.linear import linear
-from adaptkit.ops.onednn import PLAIN
 
 __all__ = ["frozen_block"]
 
+PLAIN = (Tensor, nn.Parameter)  # and no subclass, sharded or quantised
 _NOT_PLAIN = ("attn_mask", "dropout_p", "is_causal", "enable_gqa")
 
 
