@@ -8,7 +8,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from errors import assert_rounds_to, transformer
-from fake_cuda import Questions
 from families import DEPTH, HEADS, HOSTS
 
 import adaptkit
@@ -92,26 +91,6 @@ def test_packed_equals_masked(name, mode, policy):
     with model.adapters["adavit"].deciding(POLICIES[policy]()):
         assert model.verify(images(name)) <= 1e-5
         assert model.verify(images(name, 1)) <= 1e-5
-
-
-@pytest.mark.parametrize("policy", ["random", "no head", "one patch", "no layer at all"])
-@pytest.mark.parametrize("last", ["all", "class"])
-@pytest.mark.parametrize("name", ["timm-vit", "timm-dinov3", "timm-beit"])
-def test_packed_equals_masked_by_the_operators_of_a_gpu(name, last, policy):
-    model = loosen(build(name, first_block=0, last_block=last))
-    with reference(), model.adapters["adavit"].deciding(POLICIES[policy]()):
-        assert model.verify(images(name)) <= 1e-5
-        assert model.verify(images(name, 1)) <= 1e-5
-
-
-@pytest.mark.parametrize("count", [1, 3])
-@torch.no_grad()
-def test_a_gpu_is_asked_once_in_each_block_what_is_decided(count, monkeypatch):
-    monkeypatch.setattr("adaptkit._cpu.adavit._is_profitable", lambda *a: False)
-    model = loosen(build("timm-vit"))
-    with reference(), Questions() as questions:
-        model(images("timm-vit", count))
-    assert len(questions.asked) == DEPTH - 1  # all but the first have gates
 
 
 @pytest.mark.parametrize("last", ["all", "class"])
