@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from adaptkit import _cpu, registry  # noqa: F401  fast paths are registered by importing them
 from adaptkit.adapters._peft import existing_layers
 from adaptkit.adapters.adavit import AdaViT
-from adaptkit.adapters.base import Trace, wrapped
+from adaptkit.adapters.base import BlockAdapter, Trace, wrapped
 from adaptkit.card import card_beside
 from adaptkit.facts import Facts
 from adaptkit.file import describe_backbone, write_folder
@@ -102,14 +102,22 @@ def list_heads() -> list[str]:
 
 def run(vit: View, acting: AdapterSet, image: Tensor) -> Features:
     """Run a backbone with these adapters and their head: image (B, 3, H, W) -> features."""
-    trace: Trace = {}
-    view: Any = wrapped(vit, acting, trace)
-    features = view.features(image) if acting.side is None else acting.side(view, image, trace)
-    features = features._replace(aux={**features.aux, **trace})
+    is_done = False
+    while not is_done:
+        features, is_done = _once(vit, acting, image)
     logits = vit.logits(features) if acting.head is None else acting.head(features)
     if acting.leaves_unread and acting.training and torch.is_grad_enabled():
         logits = _with_all(logits, features)
     return features._replace(logits=logits)
+
+
+def _once(vit: View, acting: AdapterSet, image: Tensor) -> tuple[Features, bool]:
+    """Run up to the head; also return whether that holds, or an adapter asks for another run."""
+    trace: Trace = {}
+    view: Any = wrapped(vit, acting, trace)
+    features = view.features(image) if acting.side is None else acting.side(view, image, trace)
+    repeats = [adapter.must_repeat(trace) for adapter in acting if isinstance(adapter, BlockAdapter)]
+    return features._replace(aux={**features.aux, **trace}), not any(repeats)
 
 
 def _with_all(logits: Any, features: Features) -> Any:
@@ -251,7 +259,8 @@ class AdaptedModel(Facts, NamedSets):
             with gates.executing("masked"):
                 reference = self(image)
             with gates.executing("packed"), gates.deciding(gates.given(reference.aux)):
-                packed = self(image)
+                self(image)  # on a GPU it tells what is kept,
+                packed = self(image)  # and that is what is gathered here
             pairs = {"packed execution differs from masked": (packed, reference)}
             for execution in ("masked", "packed"):
                 with gates.executing(execution):

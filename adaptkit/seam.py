@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
@@ -34,9 +34,13 @@ __all__ = [
     "bound",
     "fast_path",
     "fast_paths",
+    "full_precision",
     "is_reference",
+    "is_timeable",
+    "is_traced",
     "is_transformed",
     "may_be_fast",
+    "must_wait",
     "reference",
     "twice",
 ]
@@ -189,6 +193,36 @@ def _is_untouched(module: nn.Module) -> bool:
             if not all(value is None or _is_plain_tensor(value) for value in values):
                 return False
     return True
+
+
+# ---------------------------------------------------------------------------------------------- what a text may ask
+
+
+def is_traced() -> bool:
+    """Whether a graph is being recorded, to be run on other numbers: no shape may depend on one."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def must_wait(x: Tensor) -> bool:
+    """Whether to read a number of ``x`` the host must wait for a device that works beside it: for any but a CPU.
+
+    Under :func:`reference` a CPU counts as one, so that what runs on a GPU can be followed there.
+    """
+    return x.device.type != "cpu" or is_reference()
+
+
+def is_timeable(x: Tensor) -> bool:
+    """Whether operators on ``x`` take the time that they take: it is no fake tensor, and nobody traces or counts."""
+    return type(x) is Tensor and not torch._C._len_torch_dispatch_stack() and not is_traced()
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Inside, autocast is off for the device of ``x``."""
+    if not torch.is_autocast_enabled(x.device.type):  # a graph need not hold what changes nothing
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 # ------------------------------------------------------------------------------------------- derivatives of derivatives

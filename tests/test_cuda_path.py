@@ -11,10 +11,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_cuda import Recorder, backward, fake_cuda, moved
-from families import HOSTS
+from families import DEPTH, HOSTS
 from reference import stir
 
 import adaptkit
+from adaptkit.adapters.adavit.capacity import Capacities
 from adaptkit.mixers import list_mixers
 from adaptkit.seam import reference
 
@@ -32,6 +33,7 @@ ADAPTERS = {
     "vit-adapter-checkpoint": [("vit-adapter", {**SMALL, "checkpoint": True})],
     **{f"vit-adapter-{m}": [("vit-adapter", {**SMALL, **LIGHT, "attention": m})] for m in list_mixers() if m != "msda"},
     "sfp": ["sfp"],
+    "adavit": ["adavit"],
     "adavit-masked": [("adavit", {"execution": "masked"})],
     "adavit-class": [("adavit", {"execution": "masked", "patch_policy": "class", "head_mode": "partial",
                                  "bottleneck": 4, "last_block": "class"})],
@@ -125,6 +127,40 @@ def test_nothing_is_computed_twice_unless_it_is_asked_for(adapter):
         assert operators[once] == forward[once] > 0
     again = runs("vit-adapter-checkpoint", "timm-vit", "fpn")
     assert again["training", 2].operators["aten.gelu.default"] > again["eval", 2].operators["aten.gelu.default"]
+
+
+# ------------------------------------------------------------------------------------------- AdaViT, packed
+
+
+@pytest.mark.parametrize("last", ["all", "class"])
+@pytest.mark.parametrize("name", ["timm-vit", "timm-dinov2-reg", "timm-dinov3", "timm-beit", "hf-dinov2"])
+def test_packing_asks_the_device_once_in_a_forward(name, last, monkeypatch):
+    """Fake tensors hold no numbers: what each block keeps is told by hand, in the place where it is read."""
+    asked = []
+
+    def read(counts):
+        asked.append(counts.shape)
+        return [[0.7, 0.7, 0.3, 0.0]] * len(counts)
+
+    monkeypatch.setattr("adaptkit.adapters.adavit.adapter.read", read)
+    host = HOSTS[name]
+    torch.manual_seed(0)
+    model = adaptkit.attach(host.build(), ("adavit", {"execution": "packed", "last_block": last})).eval()
+    found = {}
+    with fake_cuda() as mode, torch.no_grad():
+        moved(model, mode)
+        for batch in BATCHES:
+            for when in ("unknown", "known"):
+                if when == "unknown":
+                    model.adapters["adavit"].capacities = Capacities()
+                with Recorder() as recorder:
+                    model(torch.empty(batch, 3, host.size, host.size, device="cuda"))
+                assert (recorder.copies, recorder.waits) == ([], [])
+                recorder.operators["aten.slice.Tensor"] += recorder.operators.pop("aten.alias.default", 0)  # of all
+                found[when, batch] = recorder.operators
+    assert asked == [(DEPTH - 1, 4)] * 4  # once in each forward, by all blocks that have gates
+    assert found["known", 2] == found["known", 16]
+    assert found["unknown", 2] == found["unknown", 16]
 
 
 # ----------------------------------------------------------------------------------------- the recorder itself

@@ -57,6 +57,13 @@ class BlockAdapter(Adapter):
         Called once more, with a trace of its own, where a checkpointed block runs again in the backward pass.
         """
 
+    def must_repeat(self, trace: Trace) -> bool:
+        """Look at what a forward has reported, once it has run; whether it must be run once more, with a fresh trace.
+
+        What is for no one else is taken out of the trace here.
+        """
+        return False
+
 
 class SideAdapter(Adapter):
     """Owns the loop over the blocks, and may make a pyramid."""

@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from adaptkit.ops.device import pairs
+from adaptkit.ops.grid import pairs
 
 __all__ = ["CrossMixer", "Layout", "Mixer", "even_heads"]
 

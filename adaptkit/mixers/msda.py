@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from adaptkit.mixers.base import CrossMixer, Layout, Mixer, even_heads
 from adaptkit.ops import ms_deform_attn
-from adaptkit.ops.device import pair
-from adaptkit.ops.grid import cell_centres, map_to_tokens, tokens_to_map
+from adaptkit.ops.grid import cell_centres, map_to_tokens, pair, tokens_to_map
 from adaptkit.seam import accelerated
 
 __all__ = ["MSDeformAttn", "MSDeformMixer"]

@@ -8,14 +8,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from errors import assert_rounds_to, transformer
-from fake_cuda import Questions
 from families import DEPTH, HEADS, HOSTS
 
 import adaptkit
-from adaptkit.adapters import _adavit_run
+from adaptkit._cpu import adavit as fast
+from adaptkit._cpu import onednn
 from adaptkit.adapters.adavit import AdaViT, Decision, Random
 from adaptkit.losses import usage, usage_loss
-from adaptkit.ops import onednn
 from adaptkit.seam import reference
 
 # One host for each thing that packing must get right.
@@ -94,26 +93,6 @@ def test_packed_equals_masked(name, mode, policy):
         assert model.verify(images(name, 1)) <= 1e-5
 
 
-@pytest.mark.parametrize("policy", ["random", "no head", "one patch", "no layer at all"])
-@pytest.mark.parametrize("last", ["all", "class"])
-@pytest.mark.parametrize("name", ["timm-vit", "timm-dinov3", "timm-beit"])
-def test_packed_equals_masked_by_the_operators_of_a_gpu(name, last, policy):
-    model = loosen(build(name, first_block=0, last_block=last))
-    with reference(), model.adapters["adavit"].deciding(POLICIES[policy]()):
-        assert model.verify(images(name)) <= 1e-5
-        assert model.verify(images(name, 1)) <= 1e-5
-
-
-@pytest.mark.parametrize("count", [1, 3])
-@torch.no_grad()
-def test_a_gpu_is_asked_once_in_each_block_what_is_decided(count, monkeypatch):
-    monkeypatch.setattr("adaptkit.adapters.adavit._pays", lambda *a: False)
-    model = loosen(build("timm-vit"))
-    with reference(), Questions() as questions:
-        model(images("timm-vit", count))
-    assert len(questions.asked) == DEPTH - 1  # all but the first have gates
-
-
 @pytest.mark.parametrize("last", ["all", "class"])
 @pytest.mark.parametrize("mode", ["full", "partial"])
 @pytest.mark.parametrize("name", KINDS_OF_HOST)
@@ -124,7 +103,7 @@ def test_one_image_through_onednn_equals_masked(name, mode, last, monkeypatch):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
     seen, there = [], torch.Tensor.to_mkldnn
-    monkeypatch.setattr("adaptkit.ops.onednn.LARGE", 1)
+    monkeypatch.setattr("adaptkit._cpu.onednn.LARGE", 1)
     monkeypatch.setattr(torch.Tensor, "to_mkldnn", lambda x: seen.append(len(x)) or there(x))
     model = loosen(build(name, head_mode=mode, first_block=0, last_block=last))
     for policy in ("random", "no head", "one patch", "no patch"):
@@ -146,14 +125,14 @@ def test_one_image_with_weights_laid_out_equals_masked(name, mode, last):
             with gates.deciding(POLICIES[policy]()):
                 assert model.verify(image) <= 1e-5
         split = model.vit.begin(image)[1][0].projections() is not None
-        assert bool(layouts._held) == (split and onednn._prepacks())
-        before = len(layouts._held)
+        assert bool(layouts.held) == (split and onednn._prepacks())
+        before = len(layouts.held)
         with torch.no_grad():
             for parameter in model.vit.host.parameters():
                 parameter.mul_(1.1)
         with gates.deciding(POLICIES["random"]()):
             assert model.verify(image) <= 1e-5  # changed weights are laid out anew,
-        assert len(layouts._held) == before  # in the place of the old
+        assert len(layouts.held) == before  # in the place of the old
     assert gates.layouts is None
     with gates.prepacked(layouts):
         assert gates.layouts is layouts
@@ -167,7 +146,7 @@ def test_auto_equals_masked(name, mode, last, monkeypatch):
     """What it chooses depends on what pays; here packing always does, image by image never."""
     if last == "class" and name == "timm-siglip":
         pytest.skip("no class token")
-    monkeypatch.setattr("adaptkit.adapters.adavit._pays", lambda *a: True)
+    monkeypatch.setattr("adaptkit._cpu.adavit._is_profitable", lambda *a: True)
     model = loosen(build(name, head_mode=mode, last_block=last))
     gates = model.adapters["adavit"]
     with gates.deciding(Random(0.5, 0.6, 0.7, seed=1)), gates.executing("masked"):
@@ -221,11 +200,9 @@ def test_the_result_of_an_image_does_not_depend_on_its_batch_mates():
 
 
 def test_verify_finds_a_packing_that_is_wrong(monkeypatch):
-    from adaptkit.adapters import _adavit_run
-
     model = loosen(build(first_block=0))
-    right = _adavit_run.by_image
-    monkeypatch.setattr(_adavit_run, "by_image", lambda *arguments: 1.01 * right(*arguments))
+    right = fast.by_image
+    monkeypatch.setattr(fast, "by_image", lambda *arguments: 1.01 * right(*arguments))
     with pytest.raises(RuntimeError, match="packed execution differs from masked"):
         model.verify(images())
 
@@ -273,12 +250,12 @@ def test_with_large_layers_what_keeps_everything_goes_through_onednn(count, monk
     seen, there = [], onednn.mlp
     monkeypatch.setattr(onednn, "LARGE", 1)
     monkeypatch.setattr(onednn, "mlp", lambda h, *layers: seen.append(len(h)) or there(h, *layers))
-    monkeypatch.setattr(_adavit_run, "TILE", 16)
+    monkeypatch.setattr(fast, "TILE", 16)
     model, plain, x = build(first_block=0), HOSTS["timm-vit"].build(), images(count=count)
     assert_rounds_to(model(x).logits, plain(x), *SUMS)
     rows = model(x).tokens.shape[1] + model(x).prefix.shape[1]
     assert set(seen) == ({rows} if count == 1 else {16})
-    with onednn.avoided():
+    with reference():
         assert torch.equal(model(x).logits, plain(x))
 
 

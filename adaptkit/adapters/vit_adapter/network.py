@@ -31,8 +31,16 @@ from adaptkit.adapters.vit_adapter.config import STRIDES, ViTAdapterConfig
 from adaptkit.layers import DropPath, Norm, init_weights, norm2d, parameter_dtype
 from adaptkit.mixers import CrossMixer, Layout, cross_mixer
 from adaptkit.mixers.msda import MSDeformAttn
-from adaptkit.ops.device import pair, pairs
-from adaptkit.ops.grid import cell_centres, cells, map_to_tokens, pad_to_multiple, resample_map, tokens_to_map
+from adaptkit.ops.grid import (
+    cell_centres,
+    cells,
+    map_to_tokens,
+    pad_to_multiple,
+    pair,
+    pairs,
+    resample_map,
+    tokens_to_map,
+)
 from adaptkit.registry import register_adapter
 from adaptkit.seam import accelerated
 from adaptkit.vit import Features, Fn, Spec, ViT

@@ -1,9 +1,6 @@
 """AdaViT (Meng et al., CVPR 2022): which patches, heads and sub-layers each image uses, decided block by block.
 
-Before each gated block small linear layers look at the tokens and decide, per image::
-
-    keep = 1[sigmoid((logits + noise) / temperature) > threshold]      noise in training only
-
+Before each gated block small linear layers look at the tokens and decide (:mod:`~adaptkit.adapters.adavit.gates`).
 Patch tokens that are off, heads and sub-layers (MSA, FFN) are skipped: an off token passes by and is judged again by
 the next block. Class and register tokens are always kept. Unlike the paper's, the backbone is frozen; the gates start
 with everything on, so that step 0 is the pretrained model: bit for bit, but in float32 inference on a CPU to rounding
@@ -13,84 +10,29 @@ off is not computed (``execution``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from adaptkit.adapters._adavit_gates import Decision, Gates, Given, Policy, Random, Usage
-from adaptkit.adapters._adavit_run import Way, dense, masked, packed
+from adaptkit.adapters.adavit.capacity import EVERYTHING, Capacities, counts, packed_to
+from adaptkit.adapters.adavit.config import AdaViTConfig
+from adaptkit.adapters.adavit.execution import How, Masks, masked
+from adaptkit.adapters.adavit.gain import gain
+from adaptkit.adapters.adavit.gates import Decision, Gates, Given, Policy
+from adaptkit.adapters.adavit.layouts import Layouts
+from adaptkit.adapters.adavit.packed import packed, skipping
 from adaptkit.adapters.base import BlockAdapter, Trace, wrapped
 from adaptkit.layers import check_choice, parameter_dtype
 from adaptkit.losses import KINDS
-from adaptkit.ops.kept import SHORT
-from adaptkit.ops.onednn import Prepacked
 from adaptkit.registry import register_adapter
+from adaptkit.seam import is_traced, must_wait
 from adaptkit.vit import Block, Features, Fn, Spec, ViT
 
-__all__ = ["AdaViT", "AdaViTConfig", "Decision", "Given", "Random"]
-
-Run = Callable[[Block, Tensor, Tensor, Decision, Way], Tensor]
-
-CALL_MACS = 4e6  #: what one more call per image costs on a CPU core, in MACs that it could have done instead
-
-
-@dataclass(frozen=True)
-class AdaViTConfig:
-    """What is gated, from which block on, and how it is decided and run."""
-
-    gates: tuple[str, ...] = KINDS  #: any of "patch", "head", "layer"
-    patch_policy: Literal["token", "class"] = "token"  #: each patch decides for itself, or the class token for all
-    head_mode: Literal["full", "partial"] = "full"  #: an off head gives nothing, or passes each token's own value
-    first_block: int = 1  #: the first block with gates
-    first_patch_block: int | None = None  #: the first with a patch gate; None: the same
-    patch_threshold: float = 0.5
-    head_threshold: float = 0.5
-    layer_threshold: float = 0.5
-    temperature: float = 1.0  #: of the sigmoid, in training and evaluation alike
-    keep_bias: float = 3.0  #: the gates' logits at the start; above 0 keeps everything
-    grid: tuple[int, int] = (14, 14)  #: patches that ``patch_policy="class"`` decides on, resampled to another grid
-    bottleneck: int = 0  #: width of a zero-initialised bottleneck on all tokens of a gated block; 0: none
-    last_block: Literal["all", "class"] = "all"  #: "class": its patch tokens are read but not updated
-    execution: Literal["auto", "packed", "masked"] = "auto"  #: in inference; training is always masked
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "gates", tuple(self.gates))
-        object.__setattr__(self, "grid", tuple(int(n) for n in self.grid))
-        for kind in self.gates:
-            check_choice("gates", kind, KINDS)
-        check_choice("patch_policy", self.patch_policy, ("token", "class"))
-        check_choice("head_mode", self.head_mode, ("full", "partial"))
-        check_choice("last_block", self.last_block, ("all", "class"))
-        check_choice("execution", self.execution, ("auto", "packed", "masked"))
-        for option in ("patch_threshold", "head_threshold", "layer_threshold"):
-            value = getattr(self, option)
-            if not 0.0 < value < 1.0:
-                raise ValueError(f"{option}={value}, and a sigmoid lies between 0 and 1; choose one inside, as 0.5")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0; 1.0 is the plain sigmoid")
-        if len(self.grid) != 2 or min(self.grid) < 1:
-            raise ValueError(f"grid={self.grid} is no (rows, columns) of patches; give two numbers of at least 1")
-        if self.bottleneck < 0:
-            raise ValueError(f"bottleneck={self.bottleneck} must be at least 0; 0 is none")
-        if not self.gates:
-            raise ValueError("gates=() leaves nothing to decide; give some of 'patch', 'head', 'layer'")
-
-    def resolve(self, spec: Spec) -> AdaViTConfig:
-        """Fill in what depends on the backbone. ``ValueError`` where the two do not fit."""
-        first_patch = self.first_block if self.first_patch_block is None else self.first_patch_block
-        for option, first in (("first_block", self.first_block), ("first_patch_block", first_patch)):
-            if not 0 <= first < spec.depth:
-                raise ValueError(
-                    f"{option}={first} is none of the {spec.depth} blocks 0..{spec.depth - 1}; choose one of them"
-                )
-        if self.last_block == "class" and spec.prefix == 0:
-            raise ValueError("last_block='class' needs a class token and this backbone has none; use 'all'")
-        return replace(self, first_patch_block=first_patch)
+__all__ = ["AdaViT"]
 
 
 class Bottleneck(nn.Module):
@@ -133,7 +75,8 @@ class AdaViT(BlockAdapter):
         self.execution: str = config.execution
         self.policy: Policy | None = None
         self.open = False
-        self.layouts: Prepacked | None = None
+        self.layouts: Layouts | None = None
+        self.capacities = Capacities()
 
     @staticmethod
     def of(model: nn.Module) -> AdaViT:
@@ -163,23 +106,45 @@ class AdaViT(BlockAdapter):
             decision = self.policy(index, decision)
         self._record(trace, index, decision, logits)
         only_prefix = index == self.spec.depth - 1 and self.config.last_block == "class"
-        way = Way(self.config.head_mode, only_prefix, prepacked=self.layouts)
-        run, way = self._choose(x, decision, way)
-        x = run(block, x, h, decision, way)
+        how = How(self.config.head_mode, only_prefix, self.layouts)
+        x = self._execute(index, trace, block, x, h, decision, how)
         return self.bottlenecks[str(index)](x) if self.config.bottleneck else x
 
-    def _choose(self, x: Tensor, decision: Decision, way: Way) -> tuple[Run, Way]:
-        """Masked in training and for the compiler, which cannot follow shapes that depend on the data."""
-        masks = self.training or torch.compiler.is_compiling() or self.execution == "masked"
-        if masks or (self.execution == "auto" and torch.is_grad_enabled()):
-            return masked, way
-        if self.execution == "packed" or len(x) == 1:
-            return packed, way
-        usage = decision.usage()
-        if usage.everything and not way.only_prefix:
-            return dense, way
-        way = way._replace(by_image=decision.head is not None and _heads_pay(x, decision, usage))
-        return (packed if _pays(x, usage, way) else masked), way
+    def _execute(
+        self, index: int, trace: Trace, block: Block, x: Tensor, h: Tensor, decision: Decision, how: How
+    ) -> Tensor:
+        """Mask in training and in a graph, which cannot follow shapes that depend on the data; else as it is asked."""
+        learns = self.training or (torch.is_grad_enabled() and (self.execution == "auto" or must_wait(x)))
+        if learns or is_traced() or self.execution == "masked":
+            return masked(block, x, h, decision, how)
+        if must_wait(x):
+            return self._without_waiting(index, trace, block, x, h, decision, how)
+        return (packed if self.execution == "packed" else skipping)(block, x, h, decision, how)
+
+    def _without_waiting(
+        self, index: int, trace: Trace, block: Block, x: Tensor, h: Tensor, decision: Decision, how: How
+    ) -> Tensor:
+        """Pack to the block's capacity; with ``"auto"`` only where one is known and that is known to be faster."""
+        known = self.capacities.of(index)
+        mask = partial(masked, block, x, h, decision, how)
+        pack = partial(packed_to, block=block, x=x, h=h, decision=decision, how=how)
+        packs = self.execution == "packed"
+        if not packs:
+            gained = gain(x, mask, pack)
+            if not gained.is_profitable(0.0):
+                return mask()
+            packs = known is not None and gained.is_profitable(known.share)
+        capacity = known if packs and known is not None else EVERYTHING
+        trace[f"adavit.{index}.counts"] = counts(Masks.of(block, x, decision, how), x, capacity)
+        return pack(capacity) if packs else mask()
+
+    def must_repeat(self, trace: Trace) -> bool:
+        """Read what the blocks counted, all at once. Where one had more on than its capacity, nothing holds."""
+        names = {int(i): f"adavit.{i}.counts" for i in self.gates if f"adavit.{i}.counts" in trace}
+        if not names:
+            return False
+        numbers = read(torch.stack([trace.pop(name) for name in names.values()]))
+        return self.capacities.learn(dict(zip(names, numbers)))
 
     def _record(self, trace: Trace, index: int, decision: Decision, logits: Decision) -> None:
         """Keep what was decided; the last block stacks it, (B, gated blocks, ...)."""
@@ -223,7 +188,7 @@ class AdaViT(BlockAdapter):
         x, blocks = vit.begin(image)
         _, gated = wrapped(vit, [self], {}).begin(image)  # type: ignore[attr-defined]
         theirs, ours = x, x
-        with self.deciding(_everything):
+        with self.deciding(_everything), self._knowing_nothing():
             for index, block in enumerate(blocks):
                 theirs, ours = block(theirs), gated[index](ours)
                 if str(index) in self.bottlenecks:
@@ -232,6 +197,15 @@ class AdaViT(BlockAdapter):
         if self.config.last_block == "class":  # the patches of the last block are not computed
             return features[0]._replace(tokens=x[:, :0]), features[1]._replace(tokens=x[:, :0])
         return features
+
+    @contextmanager
+    def _knowing_nothing(self) -> Iterator[None]:
+        """Inside, a block is given the capacity for everything."""
+        before, self.capacities = self.capacities, Capacities()
+        try:
+            yield
+        finally:
+            self.capacities = before
 
     @contextmanager
     def executing(self, execution: Literal["auto", "packed", "masked"]) -> Iterator[None]:
@@ -244,14 +218,15 @@ class AdaViT(BlockAdapter):
             self.execution = before
 
     @contextmanager
-    def prepacked(self, layouts: Prepacked | None = None) -> Iterator[Prepacked]:
+    def prepacked(self, layouts: Layouts | None = None) -> Iterator[Layouts]:
         """Inside, inference of single images on a CPU in float32 lays each of the backbone's weights out but once.
 
         The layouts, copies of the linear layers (of queries, keys and values one whole and one by head), are made at
         first use and dropped at the end, so a server stays inside, or gives what it got to the next time:
-        ``layouts``. See :class:`adaptkit.ops.onednn.Prepacked` for when a weight may change.
+        ``layouts``. A weight that is changed in place or replaced is laid out anew, but not one that is changed behind
+        autograd's back, through ``.data``.
         """
-        before, self.layouts = self.layouts, layouts or Prepacked()
+        before, self.layouts = self.layouts, layouts or Layouts()
         try:
             yield self.layouts
         finally:
@@ -272,16 +247,6 @@ def _everything(_: int, decision: Decision) -> Decision:
     return Decision(*(None if keep is None else torch.ones_like(keep) for keep in decision))
 
 
-def _heads_pay(x: Tensor, decision: Decision, usage: Usage) -> bool:
-    """Whether the heads that are off outweigh running attention image by image, each with weights of its own."""
-    rows = x.shape[1] if decision.patch is None else usage.patch * decision.patch.shape[1]
-    return 4 * rows * x.shape[2] ** 2 * (1.0 - usage.head) > CALL_MACS
-
-
-def _pays(x: Tensor, usage: Usage, way: Way) -> bool:
-    """Whether the work that is off outweighs gathering rows and calling image by image."""
-    count, tokens, dim = x.shape
-    keep, on = usage.patch, usage.layer
-    saved = (1.0 - (keep if not way.only_prefix else 0.0) * on) * count * tokens * 12 * dim * dim
-    one_by_one = way.by_image or keep * tokens > SHORT
-    return saved > CALL_MACS * (1 + (count * on if one_by_one else 2))
+def read(counts: Tensor) -> list[list[float]]:
+    """Numbers of the device (blocks, 4): the one time that a forward waits for them."""
+    return counts.tolist()

@@ -8,9 +8,7 @@ anew; ``Prepacked`` does so once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,37 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.ops.device import eager_cpu
-from adaptkit.ops.kept import index
+from adaptkit._cpu.packed_attention import index
+from adaptkit.adapters.adavit.layouts import Layouts
 
-__all__ = ["Prepacked", "avoided", "linear", "linear_of_heads", "mlp", "pays", "rounded", "usable"]
+__all__ = ["Prepacked", "is_available", "is_profitable", "linear", "linear_of_heads", "mlp", "rounded"]
 
 LARGE = 2**18  # numbers in a weight, from which on the product outweighs the way there and back
 ROWS = 128  # for which weights are laid out
 PLAIN = (Tensor, nn.Parameter)  # and no subclass, sharded or quantised
 
 _OPS = torch.ops.mkldnn
-_avoided: ContextVar[bool] = ContextVar("avoided", default=False)
 
 
-@contextmanager
-def avoided() -> Iterator[None]:
-    """Inside, no product goes there and no row is added: for who counts."""
-    token = _avoided.set(True)
-    try:
-        yield
-    finally:
-        _avoided.reset(token)
-
-
-def usable(x: Tensor) -> bool:
-    """Whether products of ``x`` may go there: it keeps no gradient here, and knows float32 alone."""
-    if not eager_cpu(x) or x.dtype != torch.float32:
-        return False
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return False
-    here = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
-    return here and not _avoided.get()
+def is_available() -> bool:
+    """Whether torch was built with it and nobody has switched it off."""
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
 
 
 def rounded(rows: int) -> int:
@@ -61,8 +43,8 @@ def rounded(rows: int) -> int:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` of rows (R, D) that are ``usable``."""
-    return F.linear(x.to_mkldnn(), weight, bias).to_dense() if pays(weight) else F.linear(x, weight, bias)
+    """``F.linear`` of rows (R, D)."""
+    return F.linear(x.to_mkldnn(), weight, bias).to_dense() if is_profitable(weight) else F.linear(x, weight, bias)
 
 
 def linear_of_heads(x: Tensor, weight: Tensor, bias: Tensor | None, places: list[int]) -> Tensor:
@@ -76,8 +58,8 @@ def linear_of_heads(x: Tensor, weight: Tensor, bias: Tensor | None, places: list
 
 
 def mlp(x: Tensor, fc1: nn.Linear, act: Callable[[Tensor], Tensor], fc2: nn.Linear) -> Tensor:
-    """``fc2(act(fc1(x)))`` of rows (R, D) that are ``usable``."""
-    if not (pays(fc1.weight) and pays(fc2.weight)):
+    """``fc2(act(fc1(x)))`` of rows (R, D)."""
+    if not (is_profitable(fc1.weight) and is_profitable(fc2.weight)):
         return fc2(act(fc1(x)))
     hidden = F.linear(x.to_mkldnn(), fc1.weight, fc1.bias)
     exact = isinstance(act, nn.GELU) and act.approximate == "none"
@@ -86,21 +68,18 @@ def mlp(x: Tensor, fc1: nn.Linear, act: Callable[[Tensor], Tensor], fc2: nn.Line
 
 
 class Prepacked:
-    """The same products with weights that are laid out for oneDNN once, at their first use, and held.
+    """The same products with weights that are laid out for oneDNN once, at their first use, and held in ``layouts``.
 
     Each takes its memory a second time. The layout is one for some hundred rows of any number. A weight that was
     changed in place or replaced is laid out anew, but not one that was changed behind autograd's back, through
     ``.data``. ``torch.compile`` emits the same operators for frozen weights.
     """
 
-    def __init__(self) -> None:
-        self._held: dict[tuple[int, torch.Size, tuple[int, ...]], _Held] = {}
-
-    def __reduce__(self) -> tuple[type[Prepacked], tuple[()]]:  # oneDNN's layouts cannot be copied nor saved
-        return Prepacked, ()
+    def __init__(self, layouts: Layouts) -> None:
+        self._held: dict[tuple[int, torch.Size, tuple[int, ...]], _Held] = layouts.held
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``F.linear`` of rows (R, D) that are ``usable``."""
+        """``F.linear`` of rows (R, D)."""
         if not _prepackable(weight):
             return F.linear(x, weight, bias)
         return _OPS._linear_pointwise(x, self._laid_out(weight)[0], bias, "none", [], "")
@@ -118,7 +97,7 @@ class Prepacked:
         return torch.stack(found, 1).view(len(x), len(places), weight.shape[0], weight.shape[2]).transpose(1, 2)
 
     def mlp(self, x: Tensor, fc1: nn.Linear, act: Callable[[Tensor], Tensor], fc2: nn.Linear) -> Tensor:
-        """``fc2(act(fc1(x)))`` of rows (R, D) that are ``usable``."""
+        """``fc2(act(fc1(x)))`` of rows (R, D)."""
         if isinstance(act, nn.GELU) and _prepackable(fc1.weight):
             hidden = _OPS._linear_pointwise(x, self._laid_out(fc1.weight)[0], fc1.bias, "gelu", [], act.approximate)
         else:
@@ -163,7 +142,7 @@ def _prepackable(weight: Tensor) -> bool:
     return type(weight) in PLAIN and weight.dtype == torch.float32 and _prepacks()
 
 
-def pays(weight: Tensor) -> bool:
+def is_profitable(weight: Tensor) -> bool:
     """Whether the product with this weight outweighs the way there and back."""
     plain = type(weight) in PLAIN and weight.dtype == torch.float32 and weight.is_contiguous()
     return plain and weight.numel() >= LARGE

@@ -13,7 +13,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from errors import assert_rounds_to
 
-from adaptkit.ops import onednn
+from adaptkit._cpu import onednn
+from adaptkit.adapters.adavit.layouts import Layouts
 
 
 @pytest.fixture
@@ -57,20 +58,6 @@ def test_small_weights_and_those_of_another_kind_stay_where_they_are(calls, monk
     assert calls == []
 
 
-def test_it_is_not_for_gradients_other_dtypes_autocast_or_who_counts(calls):
-    x = torch.randn(4, 24)
-    assert not onednn.usable(x)  # gradients are on
-    with torch.no_grad():
-        assert onednn.usable(x)
-        assert not onednn.usable(x.double())
-        assert not onednn.usable(x.to("meta"))
-        with torch.autocast("cpu", torch.bfloat16):
-            assert not onednn.usable(x)
-        with onednn.avoided():
-            assert not onednn.usable(x)
-        assert onednn.usable(x)
-
-
 def test_the_numbers_of_rows_are_few_and_hardly_too_many():
     wide = {n: onednn.rounded(n) for n in range(1, 1025)}
     assert all(n <= m <= n + n / 16 and wide.get(m, m) == m for n, m in wide.items())
@@ -81,7 +68,7 @@ def test_the_numbers_of_rows_are_few_and_hardly_too_many():
 def prepacked():
     if not onednn._prepacks():
         pytest.skip("this torch does not lay weights out")
-    return onednn.Prepacked()
+    return onednn.Prepacked(Layouts())
 
 
 @pytest.mark.parametrize("rows", [1, 96, 200])
@@ -129,9 +116,11 @@ def test_a_changed_weight_is_laid_out_anew_and_another_kind_never(prepacked):
 
 @torch.no_grad()
 def test_layouts_are_not_copied_nor_saved(prepacked):
-    prepacked.linear(torch.randn(8, 24), torch.randn(40, 24), None)
-    assert not copy.deepcopy(prepacked)._held
-    assert not pickle.loads(pickle.dumps(prepacked))._held
+    layouts = Layouts()
+    onednn.Prepacked(layouts).linear(torch.randn(8, 24), torch.randn(40, 24), None)
+    assert layouts.held
+    assert not copy.deepcopy(layouts).held
+    assert not pickle.loads(pickle.dumps(layouts)).held
 
 
 @torch.no_grad()
@@ -139,7 +128,7 @@ def test_a_torch_without_these_operators_goes_the_plain_way(monkeypatch):
     monkeypatch.setattr(onednn, "_OPS", object())
     onednn._prepacks.cache_clear()
     try:
-        prepacked, x, fc1, fc2 = onednn.Prepacked(), torch.randn(8, 24), nn.Linear(24, 40), nn.Linear(40, 24)
+        prepacked, x, fc1, fc2 = onednn.Prepacked(Layouts()), torch.randn(8, 24), nn.Linear(24, 40), nn.Linear(40, 24)
         assert not onednn._prepacks()
         assert torch.equal(prepacked.linear(x, fc1.weight, fc1.bias), fc1(x))
         assert torch.equal(prepacked.mlp(x, fc1, nn.GELU(), fc2), fc2(F.gelu(fc1(x))))

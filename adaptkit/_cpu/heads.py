@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptkit.ops.kept import attention, index
+from adaptkit._cpu.packed_attention import attention, index
 from adaptkit.vit import Projections
 
 __all__ = ["PLAIN", "Products", "by_image"]

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptkit.adapters.adavit.config import AdaViTConfig
 from adaptkit.losses import KINDS
 from adaptkit.ops.gumbel import gumbel_sigmoid
+from adaptkit.seam import full_precision
 from adaptkit.vit import Spec
 
-__all__ = ["Decision", "Gates", "Given", "Policy", "Random", "Usage"]
-
-
-class Usage(NamedTuple):
-    """How much a decision keeps."""
-
-    everything: bool  #: whether nothing is off
-    patch: float  #: share of the patches that is kept, over all images; 1 without such a gate
-    head: float
-    layer: float
+__all__ = ["Decision", "DecisionHead", "Gates", "Given", "Policy", "Random"]
 
 
 class Decision(NamedTuple):
@@ -33,12 +25,10 @@ class Decision(NamedTuple):
     head: Tensor | None  #: (B, heads)
     layer: Tensor | None  #: (B, 2): MSA, FFN
 
-    def usage(self) -> Usage:
-        """Read how much is kept: the one time that the host waits for the device."""
+    def keeps_everything(self) -> bool:
+        """Whether nothing is off: reads one number."""
         given = [keep for keep in self if keep is not None]
-        numbers = iter(torch.stack([number for keep in given for number in (keep.min(), keep.mean())]).tolist())
-        pairs = [(1.0, 1.0) if keep is None else (next(numbers), next(numbers)) for keep in self]
-        return Usage(min(least for least, _ in pairs) > 0, *(mean for _, mean in pairs))
+        return bool(torch.stack([keep.min() for keep in given]).min() > 0)
 
 
 Policy = Callable[[int, Decision], Decision]  #: block index and the gates' own decision -> what is done
@@ -73,64 +63,68 @@ class Given:
 
 
 class Gates(nn.Module):
-    """The gates of one block: a linear layer each, on the class token or on every patch token.
+    """The gates of one block, a linear layer each (AdaViT, section 3.2)::
 
-    The layers start with zero weights and a bias that keeps everything, so that at the start the decision is the
-    same for every image: all on.
+        keep = 1[sigmoid((logits + noise) / temperature) > threshold]      noise in training only
+
+    The patch gate looks at every patch token (``patch_policy="token"``) or at the class token (``"class"``), the others
+    at the class token. The layers start with zero weights and a bias that keeps everything, so that at the start the
+    decision is the same for every image: all on.
     """
 
-    def __init__(self, spec: Spec, config: Any, kinds: Sequence[str]) -> None:
+    def __init__(self, spec: Spec, config: AdaViTConfig, kinds: Sequence[str]) -> None:
         super().__init__()
         self.config = config
         cells = 1 if config.patch_policy == "token" else config.grid[0] * config.grid[1]
-        self.patch = self._layer(spec.dim, cells) if "patch" in kinds else None
-        self.head = self._layer(spec.dim, spec.heads) if "head" in kinds else None
-        self.layer = self._layer(spec.dim, 2) if "layer" in kinds else None
-
-    def _layer(self, dim: int, out: int) -> nn.Linear:
-        layer = nn.Linear(dim, out)
-        nn.init.zeros_(layer.weight)
-        nn.init.constant_(layer.bias, self.config.keep_bias)
-        return layer
+        self.patch = DecisionHead(spec.dim, cells, config.keep_bias) if "patch" in kinds else None
+        self.head = DecisionHead(spec.dim, spec.heads, config.keep_bias) if "head" in kinds else None
+        self.layer = DecisionHead(spec.dim, 2, config.keep_bias) if "layer" in kinds else None
 
     def forward(self, x: Tensor, h: Tensor, grid: tuple[int, int]) -> tuple[Decision, Decision]:
         """Tokens x (B, P+N, D) and their first norm h -> the decisions and their logits.
 
         The class token decides as it enters the block, before the norm; where a host has none, the mean of the
-        patch tokens does. Everything is computed in float32 (or float64), whatever the autocast dtype: a rounded
-        logit may decide otherwise.
+        patch tokens does.
         """
-        prefix = x.shape[1] - grid[0] * grid[1]
-        kind = x.device.type
-        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-            token = x[:, 0] if prefix else x.mean(1)
+        with full_precision(x):  # a rounded logit may decide otherwise
+            token = x[:, 0] if x.shape[1] > grid[0] * grid[1] else x.mean(1)  # (B, D)
             logits = Decision(
-                self._patch_logits(token, h, grid),
-                None if self.head is None else _linear(self.head, token),
-                None if self.layer is None else _linear(self.layer, token),
+                None if self.patch is None else self._patch_logits(self.patch, token, h, grid),
+                None if self.head is None else self.head(token),
+                None if self.layer is None else self.layer(token),
             )
-            c = self.config
-            thresholds = (c.patch_threshold, c.head_threshold, c.layer_threshold)
-            keep = (
-                None if z is None else gumbel_sigmoid(z, c.temperature, t, noise=self.training)
-                for z, t in zip(logits, thresholds)
-            )
-            return Decision(*keep), logits
+            return self.decide(logits), logits
 
-    def _patch_logits(self, token: Tensor, h: Tensor, grid: tuple[int, int]) -> Tensor | None:
+    def decide(self, logits: Decision) -> Decision:
+        """Logits -> zeros and ones, in training sampled."""
+        c = self.config
+        thresholds = (c.patch_threshold, c.head_threshold, c.layer_threshold)
+        return Decision(
+            *(
+                None if z is None else gumbel_sigmoid(z, c.temperature, threshold, noise=self.training)
+                for z, threshold in zip(logits, thresholds)
+            )
+        )
+
+    def _patch_logits(self, gate: DecisionHead, token: Tensor, h: Tensor, grid: tuple[int, int]) -> Tensor:
         """Class token (B, D) or normed tokens (B, P+N, D) -> (B, N)."""
-        if self.patch is None:
-            return None
         if self.config.patch_policy == "token":  # the prefix tokens go along: cutting them off would copy the rest
-            return _linear(self.patch, h)[:, -grid[0] * grid[1] :, 0]
-        logits = _linear(self.patch, token).unflatten(1, (1, *self.config.grid))
+            return gate(h)[:, -grid[0] * grid[1] :, 0]
+        logits = gate(token).unflatten(1, (1, *self.config.grid))  # (B, 1, rows, columns)
         if tuple(self.config.grid) != tuple(grid):
             logits = F.interpolate(logits, size=grid, mode="bilinear", align_corners=False)
         return logits.flatten(1)
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-    if x.dtype == layer.weight.dtype == dtype:
-        return F.linear(x, layer.weight, layer.bias)
-    return F.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
+class DecisionHead(nn.Linear):
+    """A linear layer that keeps everything at the start, and computes in float32 or more whatever it is stored in."""
+
+    def __init__(self, dim: int, decisions: int, keep_bias: float) -> None:
+        super().__init__(dim, decisions)
+        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, keep_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> logits (..., decisions)."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
