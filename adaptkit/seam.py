@@ -168,8 +168,8 @@ def must_wait(x: Tensor) -> bool:
 
 
 def is_timeable(x: Tensor) -> bool:
-    """Whether operators on ``x`` take the time that they take: it is no fake tensor, and nobody traces or counts."""
-    return type(x) is Tensor and not torch._C._len_torch_dispatch_stack() and not is_traced()
+    """Whether operators on ``x`` really run, and nobody counts or traces them: it is no fake tensor."""
+    return type(x) is Tensor and not x.is_meta and not torch._C._len_torch_dispatch_stack() and not is_traced()
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
