@@ -39,6 +39,7 @@ __all__ = [
     "is_traced",
     "may_be_fast",
     "must_wait",
+    "product_dtype",
     "reference",
 ]
 
@@ -177,6 +178,12 @@ def full_precision(x: Tensor) -> AbstractContextManager[object]:
     if not torch.is_autocast_enabled(x.device.type):  # a graph need not hold what changes nothing
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which ``x`` is multiplied: that of autocast where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 # -------------------------------------------------------------------------------------------- the predicate

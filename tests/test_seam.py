@@ -261,7 +261,7 @@ def test_full_precision_switches_autocast_off_and_on_again():
     layer, x = nn.Linear(2, 2), torch.zeros(1, 2)
     with torch.autocast("cpu", torch.bfloat16):
         with seam.full_precision(x):
-            assert layer(x).dtype == torch.float32
-        assert layer(x).dtype == torch.bfloat16
+            assert layer(x).dtype == seam.product_dtype(x) == torch.float32
+        assert layer(x).dtype == seam.product_dtype(x) == torch.bfloat16
     with seam.full_precision(x):
         assert layer(x).dtype == torch.float32
