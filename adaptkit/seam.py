@@ -41,6 +41,7 @@ __all__ = [
     "is_transformed",
     "may_be_fast",
     "must_wait",
+    "product_dtype",
     "reference",
     "twice",
 ]
@@ -214,8 +215,8 @@ def must_wait(x: Tensor) -> bool:
 
 
 def is_timeable(x: Tensor) -> bool:
-    """Whether operators on ``x`` take the time that they take: it is no fake tensor, and nobody traces or counts."""
-    return type(x) is Tensor and not torch._C._len_torch_dispatch_stack() and not is_traced()
+    """Whether operators on ``x`` really run, and nobody counts or traces them: it is no fake tensor."""
+    return type(x) is Tensor and not x.is_meta and not torch._C._len_torch_dispatch_stack() and not is_traced()
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
@@ -223,6 +224,12 @@ def full_precision(x: Tensor) -> AbstractContextManager[object]:
     if not torch.is_autocast_enabled(x.device.type):  # a graph need not hold what changes nothing
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which ``x`` is multiplied: that of autocast where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 # ------------------------------------------------------------------------------------------- derivatives of derivatives

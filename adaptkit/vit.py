@@ -146,6 +146,7 @@ class Block:
     projections: Callable[[], Projections | None] = no_projections
     perceptron: Callable[[], Perceptron | None] = no_perceptron  #: ``mlp`` layer by layer, where it is that simple
     grid: tuple[int, int] | None = None  #: (h, w) of the patch tokens, as a block adapter gets the block
+    repeatable: bool = True  #: whether the forward may run again: not where several processes must run in step
 
     @accelerated
     def __call__(self, x: Tensor) -> Tensor:

@@ -254,3 +254,46 @@ def test_a_checkpoint_computes_again_what_it_computed(model):
         y = checkpoint(seam.bound(run), x, use_reentrant=False)
     y.sin().sum().backward()
     assert set(seen) == {False}
+
+
+# ----------------------------------------------------------------------------------------------- what a text may ask
+
+
+def test_a_text_can_ask_whether_reading_a_number_waits():
+    x = torch.zeros(2)
+    assert not seam.must_wait(x)
+    assert seam.must_wait(x.to("meta"))
+    with seam.reference():
+        assert seam.must_wait(x)
+
+
+def test_a_text_can_ask_whether_it_is_traced():
+    class Asks(nn.Module):
+        def forward(self, x):
+            return x + 1 if seam.is_traced() else x - 1
+
+    model, x = Asks(), torch.zeros(2)
+    assert torch.equal(model(x), -torch.ones(2))
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), torch.ones(2))
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), torch.ones(2))
+    assert torch.equal(torch.jit.trace(model, x, check_trace=False)(x), torch.ones(2))
+
+
+def test_only_what_really_runs_can_be_timed():
+    x = torch.zeros(2)
+    assert seam.is_timeable(x)
+    assert not seam.is_timeable(x.to("meta"))
+    with FlopCounterMode(display=False):
+        assert not seam.is_timeable(x)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert not seam.is_timeable(mode.from_tensor(x))
+
+
+def test_full_precision_switches_autocast_off_and_on_again():
+    layer, x = nn.Linear(2, 2), torch.zeros(1, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        with seam.full_precision(x):
+            assert layer(x).dtype == seam.product_dtype(x) == torch.float32
+        assert layer(x).dtype == seam.product_dtype(x) == torch.bfloat16
+    with seam.full_precision(x):
+        assert layer(x).dtype == torch.float32

@@ -59,7 +59,7 @@ def skipping(block: Block, x: Tensor, h: Tensor, decision: Decision, how: How) -
     usage = Usage.of(decision)
     if usage.everything and not how.only_prefix:
         return _dense(block, x, h, how)
-    slices = decision.head is not None and _heads_pay(x, decision, usage)
+    slices = decision.head is not None and _slicing_is_profitable(x, decision, usage)
     if not _is_profitable(x, usage, how, slices):
         return masked(block, x, h, decision, how)
     return _together(block, x, h, decision, how, slices)
@@ -73,7 +73,7 @@ def packed(block: Block, x: Tensor, h: Tensor, decision: Decision, how: How) -> 
     return _together(block, x, h, decision, how, slices=True)
 
 
-def _heads_pay(x: Tensor, decision: Decision, usage: Usage) -> bool:
+def _slicing_is_profitable(x: Tensor, decision: Decision, usage: Usage) -> bool:
     """Whether the heads that are off outweigh running attention image by image, each with weights of its own."""
     rows = x.shape[1] if decision.patch is None else usage.patch * decision.patch.shape[1]
     return 4 * rows * x.shape[2] ** 2 * (1.0 - usage.head) > CALL_MACS
@@ -93,7 +93,7 @@ def _is_profitable(x: Tensor, usage: Usage, how: How, slices: bool) -> bool:
 
 def _dense(block: Block, x: Tensor, h: Tensor, how: How) -> Tensor:
     """Everything is kept: the FFN in tiles through oneDNN where that is faster."""
-    if not _gains(block, how):
+    if not _onednn_is_faster(block, how):
         return text.dense(block, x, h)  # as the host does it, bit for bit
     x = (x + block.scale1(block.attn(h))).contiguous()  # a new one, which may be changed
     for tile in x.view(-1, x.shape[2]).split(TILE):
@@ -108,7 +108,7 @@ def _together(block: Block, x: Tensor, h: Tensor, decision: Decision, how: How, 
     masks = Masks.of(block, x, decision, how)
     on = x.new_ones(len(x)) if decision.layer is None else decision.layer[:, 0]
     rows = x.reshape(-1, dim).clone()  # (B*T, D)
-    kept = Kept.of((masks.keys > 0) & (on > 0)[:, None])
+    kept = PackedRows.of((masks.keys > 0) & (on > 0)[:, None])
     if kept.lengths:
         normed = h.reshape(-1, dim).index_select(0, kept.places)
         places = kept.places[kept.of_prefix(prefix)] if how.only_prefix else kept.places
@@ -124,7 +124,7 @@ def _add(rows: Tensor, places: Tensor, update: Tensor) -> None:
     rows.index_copy_(0, places, rows.index_select(0, places) + update)
 
 
-class Kept(NamedTuple):
+class PackedRows(NamedTuple):
     """Rows that attend, image after image; images without any are left out."""
 
     places: Tensor  #: (R,) in the flattened (B * T)
@@ -133,11 +133,11 @@ class Kept(NamedTuple):
     tokens: int  #: T
 
     @staticmethod
-    def of(keep: Tensor) -> Kept:
+    def of(keep: Tensor) -> PackedRows:
         """From (B, T) booleans."""
         lengths = keep.sum(1).tolist()
         images = [i for i, n in enumerate(lengths) if n]
-        return Kept(keep.flatten().nonzero()[:, 0], images, [lengths[i] for i in images], keep.shape[1])
+        return PackedRows(keep.flatten().nonzero()[:, 0], images, [lengths[i] for i in images], keep.shape[1])
 
     def positions(self) -> Tensor:
         """Place (R,) of each row in its own image."""
@@ -149,7 +149,7 @@ class Kept(NamedTuple):
 
 
 def _attention(
-    block: Block, h: Tensor, kept: Kept, head: Tensor | None, how: How, prefix: int, slices: bool = True
+    block: Block, h: Tensor, kept: PackedRows, head: Tensor | None, how: How, prefix: int, slices: bool = True
 ) -> Tensor:
     """Normed rows h (R, D) -> their update before LayerScale (R, D), or (R', D) of the prefix tokens alone."""
     part = kept.of_prefix(prefix) if how.only_prefix else None
@@ -177,7 +177,7 @@ def _by_image(
     block: Block,
     weights: Projections,
     h: Tensor,
-    kept: Kept,
+    kept: PackedRows,
     on: Sequence[list[float] | None],
     how: How,
     prefix: int,
@@ -190,7 +190,7 @@ def _by_image(
     return by_image(weights, h.split(kept.lengths), on, biases, block.scale, how.head_mode, queries, keys, products)
 
 
-def _biases(bias: Tensor, kept: Kept, heads: int) -> list[Tensor]:
+def _biases(bias: Tensor, kept: PackedRows, heads: int) -> list[Tensor]:
     """Relative bias among the kept rows of each image, (1, H, n, n)."""
     places = kept.positions().split(kept.lengths)
     bias = bias.expand(-1, heads, -1, -1)
@@ -217,7 +217,9 @@ def _alone(block: Block, x: Tensor, h: Tensor, decision: Decision, how: How) -> 
     weights = block.projections()
     count, fast = len(chosen), weights is not None and onednn.is_available()
     whole = count == tokens and not how.only_prefix
-    if whole and (on is None or all(on)) and not (fast and _gains(block, how)):  # as the host does it, bit for bit
+    if (
+        whole and (on is None or all(on)) and not (fast and _onednn_is_faster(block, how))
+    ):  # as the host does it, bit for bit
         x = x + block.scale1(block.attn(h)) if msa else x
         return x + block.scale2(block.mlp(block.norm2(x))) if ffn else x
     if not chosen:
@@ -228,7 +230,7 @@ def _alone(block: Block, x: Tensor, h: Tensor, decision: Decision, how: How) -> 
     rows = x[0] if whole else x[0].index_select(0, places[:prefix] if how.only_prefix else places)
     if msa:
         normed = h[0] if whole else h[0].index_select(0, places)
-        kept = Kept(places, [0], [len(chosen)], tokens)
+        kept = PackedRows(places, [0], [len(chosen)], tokens)
         if weights is None:
             update = _attention(block, normed, kept, decision.head, how, prefix)
         else:
@@ -247,7 +249,7 @@ def _alone(block: Block, x: Tensor, h: Tensor, decision: Decision, how: How) -> 
 # --------------------------------------------------------------------------------------------------- through oneDNN
 
 
-def _gains(block: Block, how: How) -> bool:
+def _onednn_is_faster(block: Block, how: How) -> bool:
     """Whether its layers are so large that oneDNN outweighs what the decision costs."""
     layers = block.perceptron()
     if not onednn.is_available():

@@ -2,7 +2,8 @@
 
 A *block adapter* wraps one frozen block; any number of them, in the order given. A *side adapter* runs a stream
 beside the blocks and owns the loop over them; at most one. Both can be attached at once: the side adapter then sees
-wrapped blocks. Nothing is written to ``self`` in a forward: what it gathers goes into the ``trace``.
+wrapped blocks. Nothing is written to ``self`` in a forward: what it gathers goes into the ``trace``, which it may look
+at once the forward has run.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class BlockAdapter(Adapter):
     def must_repeat(self, trace: Trace) -> bool:
         """Look at what a forward has reported, once it has run; whether it must be run once more, with a fresh trace.
 
-        What is for no one else is taken out of the trace here.
+        What is for no one else is taken out of the trace here. Only where all blocks are ``repeatable`` may it say so.
         """
         return False
 
@@ -159,7 +160,8 @@ def _wrap(block: Block, index: int, adapters: Sequence[BlockAdapter], trace: Tra
 
 def _wrap_all(view: Any, blocks: Sequence[Block], first: int, grid: tuple[int, int]) -> list[Fn]:
     """Wrap these blocks, the first of which has index ``first``; checkpoint those that are."""
-    builds = [partial(_build, view, replace(b, grid=grid), i) for i, b in enumerate(blocks, first)]
+    told = [replace(b, grid=grid, repeatable=not view.vit.sharded) for b in blocks]
+    builds = [partial(_build, view, b, i) for i, b in enumerate(told, first)]
     how: Checkpointing = view.how
     return [
         Checkpointed(build, view.trace, view.trained, how.options) if how.of(i) else build(view.trace)

@@ -177,6 +177,21 @@ def test_with_gradients_everything_is_masked():
         assert_rounds_to(outputs(features), outputs(model(x)), *SUMS)
 
 
+def test_where_processes_run_in_step_none_runs_a_forward_again():
+    class Whole:
+        def run_whole(self, run, x):
+            return run(x)
+
+    model, x = build(), images()
+    compared(model, x, off)
+    model.vit.sharded = [Whole()] * DEPTH
+    with Questions() as questions:
+        features = model(x)
+    assert questions.asked == []
+    with model.adapters["adavit"].executing("masked"):
+        assert torch.equal(features.tokens, model(x).tokens)
+
+
 # ------------------------------------------------------------------------------------------------- whether it pays
 
 

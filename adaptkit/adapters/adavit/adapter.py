@@ -114,8 +114,9 @@ class AdaViT(BlockAdapter):
         self, index: int, trace: Trace, block: Block, x: Tensor, h: Tensor, decision: Decision, how: How
     ) -> Tensor:
         """Mask in training and in a graph, which cannot follow shapes that depend on the data; else as it is asked."""
-        learns = self.training or (torch.is_grad_enabled() and (self.execution == "auto" or must_wait(x)))
-        if learns or is_traced() or self.execution == "masked":
+        if self.training or is_traced() or self.execution == "masked":
+            return masked(block, x, h, decision, how)
+        if torch.is_grad_enabled() and (self.execution == "auto" or must_wait(x)):
             return masked(block, x, h, decision, how)
         if must_wait(x):
             return self._without_waiting(index, trace, block, x, h, decision, how)
@@ -125,8 +126,10 @@ class AdaViT(BlockAdapter):
         self, index: int, trace: Trace, block: Block, x: Tensor, h: Tensor, decision: Decision, how: How
     ) -> Tensor:
         """Pack to the block's capacity; with ``"auto"`` only where one is known and that is known to be faster."""
-        known = self.capacities.of(index)
         mask = partial(masked, block, x, h, decision, how)
+        if not block.repeatable:
+            return mask()
+        known = self.capacities.of(index)
         pack = partial(packed_to, block=block, x=x, h=h, decision=decision, how=how)
         packs = self.execution == "packed"
         if not packs:

@@ -6,8 +6,8 @@ and those first. The equation of :mod:`~adaptkit.adapters.adavit.execution` then
 what was gathered beyond what is on changes nothing.
 
 Capacities come from what the last forwards kept (:class:`Capacities`). Each block also counts what is on, and the
-counts of all blocks are read once, at the end. Where a block had more on than its capacity the forward runs again,
-masked: so the result is exact in any case, with one wait for a forward, or two.
+counts of all blocks are read once, at the end. Where a block had more on than its capacity the forward runs again, with
+capacity for everything: so the result is exact in any case, with one wait for a forward, or two.
 """
 
 from __future__ import annotations

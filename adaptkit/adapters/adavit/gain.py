@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adaptkit.adapters.adavit.capacity import EVERYTHING, Capacity
 from adaptkit.ops.timing import seconds
-from adaptkit.seam import is_timeable
+from adaptkit.seam import is_timeable, product_dtype
 
 __all__ = ["Gain", "gain"]
 
@@ -36,7 +36,7 @@ _measured: dict[Sizes, Gain] = {}
 
 def gain(x: Tensor, masked: Callable[[], Tensor], packed: Callable[[Capacity], Tensor]) -> Gain:
     """Return what packing gains on tokens like x (B, T, D); runs both ways some times at the first such question."""
-    sizes = x.device, x.dtype, tuple(x.shape)
+    sizes = x.device, product_dtype(x), tuple(x.shape)
     if sizes not in _measured:
         if not is_timeable(x):
             return NEVER
