@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend
 
+from adaptkit import seam
 from adaptkit.ops import build
 
 __all__ = ["attention", "suits"]
@@ -51,8 +51,12 @@ def suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """``F.scaled_dot_product_attention(q, k, v, scale=scale)`` of what ``suits``; differentiable once."""
+    """``F.scaled_dot_product_attention(q, k, v, scale=scale)`` of what ``suits``."""
     return _Attention.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _formula(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return (scale * q @ k.mT).softmax(-1) @ v
 
 
 class _Attention(torch.autograd.Function):
@@ -65,11 +69,12 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, out, lse = ctx.saved_tensors
+        if torch.is_grad_enabled():  # its gradient is to have one
+            return seam.twice(_formula, (q, k, v, ctx.scale), grad)
         library = _library()
         assert library is not None  # else there was no forward
-        q, k, v, out, lse = ctx.saved_tensors
         return *_gradients(library, grad, q, k, v, out, lse, ctx.scale), None
 
 
