@@ -107,7 +107,9 @@ def fast_paths() -> dict[str, FastPath]:
 def reference() -> Iterator[None]:
     """Inside, every method runs as its paper writes it: no fast path is taken.
 
-    The environment variable ``ADAPTKIT_REFERENCE=1`` does so for a whole process.
+    The environment variable ``ADAPTKIT_REFERENCE=1`` does so for a whole process. What torch's own kernels cannot do
+    is not changed by it: its flash attention has no second derivative, so run the forward pass inside of
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` for those.
     """
     token = _reference.set(True)
     try:

@@ -297,3 +297,106 @@ def test_full_precision_switches_autocast_off_and_on_again():
         assert layer(x).dtype == seam.product_dtype(x) == torch.bfloat16
     with seam.full_precision(x):
         assert layer(x).dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------- derivatives of derivatives
+
+
+def softened(x, weight, scale):
+    """A text of two outputs, tanh(scale x w) and its square."""
+    y = (scale * x @ weight).tanh()
+    return y, y.square()
+
+
+class Softened(torch.autograd.Function):
+    """A fast path for it, with a backward pass that autograd cannot look into."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale):
+        ctx.save_for_backward(x, weight)
+        ctx.scale = scale
+        return softened(x, weight, scale)
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_square):
+        if torch.is_grad_enabled():
+            return seam.twice(softened, (*ctx.saved_tensors, ctx.scale), grad_y, grad_square)
+        x, weight = (t.detach() for t in ctx.saved_tensors)
+        y = (ctx.scale * x @ weight).tanh()
+        grad = ctx.scale * (grad_y + 2 * y * grad_square) * (1 - y.square())
+        return grad @ weight.mT, x.mT @ grad, None
+
+
+def numbers(*shapes):
+    return [torch.randn(s, dtype=torch.float64).requires_grad_() for s in shapes]
+
+
+def fast_softened(x, weight):
+    return Softened.apply(x, weight, 0.5)
+
+
+def test_a_fast_path_has_second_and_third_derivatives_by_its_text():
+    leaves = numbers((3, 2), (2, 4))
+    assert torch.autograd.gradcheck(fast_softened, leaves)
+    assert torch.autograd.gradgradcheck(fast_softened, leaves)
+
+    def gradients(*leaves):
+        return torch.autograd.grad(fast_softened(*leaves)[1].sum(), leaves, create_graph=True)
+
+    assert torch.autograd.gradgradcheck(gradients, leaves)
+
+
+def test_an_output_without_a_gradient_and_an_input_that_wants_none_are_left_out():
+    x, weight = numbers((3, 2), (2, 4))
+    _, square = fast_softened(x, weight.detach())
+    (found,) = torch.autograd.grad(square.sum(), x, create_graph=True)
+    _, expected_square = softened(x, weight.detach(), 0.5)
+    (expected,) = torch.autograd.grad(expected_square.sum(), x, create_graph=True)
+    assert torch.equal(found, expected)
+    assert torch.equal(*(torch.autograd.grad(g.sin().sum(), x)[0] for g in (found, expected)))
+
+
+def test_what_one_argument_owes_to_another_is_counted_once():
+    """The weight is made of x, and the path is taken twice with one weight: its text must not look behind its inputs."""
+
+    def loss(run, x):
+        weight = x.mT.sin()
+        y, square = run(run(x, weight)[0] @ weight.mT, weight)
+        return (y * square).sum()
+
+    (x,) = numbers((3, 3))
+    results = []
+    for run in (fast_softened, lambda x, w: softened(x, w, 0.5)):
+        (first,) = torch.autograd.grad(loss(run, x), x, create_graph=True)
+        results += [first, *torch.autograd.grad(first.square().sum(), x)]
+    torch.testing.assert_close(results[:2], results[2:])
+
+
+def test_parameters_of_a_module_are_arguments_of_its_text():
+    layer = nn.Sequential(nn.Linear(2, 3), nn.Tanh()).double()
+    names = [n for n, _ in layer.named_parameters()]
+
+    def text(x, *parameters):
+        return torch.func.functional_call(layer, dict(zip(names, parameters)), (x,))
+
+    class Fast(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            ctx.save_for_backward(*args)
+            return text(*args)
+
+        @staticmethod
+        def backward(ctx, grad):
+            assert torch.is_grad_enabled()
+            return seam.twice(text, ctx.saved_tensors, grad)
+
+    leaves = numbers((4, 2)) + list(layer.parameters())
+    assert torch.autograd.gradgradcheck(Fast.apply, leaves)
+
+
+def test_the_text_of_a_second_derivative_takes_no_fast_path(model):
+    """Else a fast path, whose backward asks its text, would ask itself."""
+    x = torch.zeros(1, 2, requires_grad=True)
+    seen = []
+    seam.twice(lambda x: (seen.append(is_fast(model)), x * 2)[1], (x,), torch.ones(1, 2))
+    assert seen == [False]

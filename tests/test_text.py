@@ -58,8 +58,8 @@ every_case = pytest.mark.parametrize(("adapter", "head"), CASES)
 SUMS = transformer(2 * DEPTH, DIM, (SIDE // PATCH) ** 2 + 1)
 
 
-def attach(adapter, head=None, **options):
-    sizes = {"img_size": SIDE, "patch_size": PATCH, "embed_dim": DIM, "depth": DEPTH, "num_heads": HEADS}
+def attach(adapter, head=None, depth=DEPTH, **options):
+    sizes = {"img_size": SIDE, "patch_size": PATCH, "embed_dim": DIM, "depth": depth, "num_heads": HEADS}
     torch.manual_seed(0)
     host = randomise(VisionTransformer(**sizes, num_classes=3))
     name, own = ADAPTERS[adapter]
@@ -115,7 +115,7 @@ def test_every_module_that_owns_parameters_is_called(adapter, head, training):
         hooked = outputs(model.train(training), x)
         for hook in hooks:
             hook.remove()
-        assert set(called) == set(parts)
+        assert sorted(set(parts) - set(called)) == []
         moved = outputs(attach(adapter, head).train(training), one_rounding_off(x))
         assert_rounds_to(hooked, outputs(attach(adapter, head).train(training), x), *SUMS, moved=moved)
 
@@ -128,7 +128,7 @@ def test_backward_hooks_are_called(adapter, head):
     for name, module in parts.items():
         module.register_full_backward_hook(lambda *_, n=name: called.add(n))
     scalar(outputs(model, image(SIDE))).backward()
-    assert called == set(parts)
+    assert sorted(set(parts) - called) == []
 
 
 # ----------------------------------------------------------------------------------------------------- derivatives
@@ -213,8 +213,9 @@ compiled = pytest.mark.parametrize(
 @compiled
 def test_compiled_training_says_what_eager_says(adapter):
     torch._dynamo.reset()
-    short = {"interaction_indexes": [[0, 1]]} if adapter.startswith("vit-adapter") else {}
-    model, x = attach(adapter, **short).train(), image(SIDE)
+    name, _ = ADAPTERS[adapter]
+    short = {"vit-adapter": {"interaction_indexes": [[0, 0]]}, "adavit": {"first_block": 0}}.get(name, {})
+    model, x = attach(adapter, depth=1, **short).train(), image(SIDE)
 
     def run(model):
         out = outputs(model, x)

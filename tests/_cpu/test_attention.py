@@ -107,6 +107,19 @@ def test_any_strides_of_the_gradient():
 
 
 @needs_kernel
+def test_second_derivatives_are_those_of_the_formula():
+    results = []
+    for dtype, run in (
+        (torch.float32, lambda q, k, v: ops.attention(q, k, v, 0.5)),
+        (torch.float64, lambda q, k, v: (0.5 * q @ k.mT).softmax(-1) @ v),
+    ):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in heads(1, 9, 2, 16)]
+        first = torch.autograd.grad(run(*leaves).sin().sum(), leaves, create_graph=True)
+        results.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)])
+    assert_rounds_to(*results, *2 * (16, 9, 9, 16))
+
+
+@needs_kernel
 def test_the_same_bits_with_any_number_of_threads():
     q, k, v = heads(2, 70, 3, 32)
     grad, before, found = torch.randn(2, 3, 70, 32), torch.get_num_threads(), []

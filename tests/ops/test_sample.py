@@ -42,3 +42,30 @@ def test_half_precision_maps_are_read_in_float32():
     x, places = X.bfloat16(), PLACES.float()
     assert sample(x, places).dtype == torch.bfloat16
     assert torch.equal(sample(x, places), sample(x.float(), places).bfloat16())
+
+
+@pytest.mark.parametrize("padding", ["zeros", "border"])
+def test_both_forms_have_the_same_derivative_at_the_cells_and_on_the_border(padding):
+    cells = torch.stack(torch.meshgrid(torch.arange(-1.0, 5), torch.arange(-1.0, 6), indexing="ij"), -1)
+    results = []
+    for form in (module._grid_sample, module._gather):
+        places = cells.flatten(0, 1).expand(2, -1, -1).double().requires_grad_()
+        (grad,) = torch.autograd.grad(form(X[..., :4, :4], places, padding).square().sum(), places)
+        results.append(grad)
+    assert results[0].any()
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("padding", ["zeros", "border"])
+def test_transforms_of_torch_func_say_what_autograd_says(padding):
+    x, places = X.clone().requires_grad_(), PLACES.clone().requires_grad_()
+
+    def loss(x, places):
+        return sample(x, places, padding).sin().sum()
+
+    expected = torch.autograd.grad(loss(x, places), (x, places))
+    torch.testing.assert_close(torch.func.grad(loss, (0, 1))(x, places), expected)
+    _, tangent = torch.func.jvp(loss, (x, places), (x.cos(), places.cos()))
+    torch.testing.assert_close(tangent, sum((g * t.cos()).sum() for g, t in zip(expected, (x, places))))
+    one_by_one = torch.func.vmap(lambda x, p: sample(x[None], p[None], padding)[0])(x, places)
+    torch.testing.assert_close(one_by_one, sample(x, places, padding))

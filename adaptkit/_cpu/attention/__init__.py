@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
@@ -52,12 +51,12 @@ def suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """``F.scaled_dot_product_attention(q, k, v, scale=scale)`` of what ``suits``; differentiable once."""
+    """``F.scaled_dot_product_attention(q, k, v, scale=scale)`` of what ``suits``."""
     return _Attention.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def _text(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+def _formula(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return (scale * q @ k.mT).softmax(-1) @ v
 
 
 class _Attention(torch.autograd.Function):
@@ -71,11 +70,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, out, lse = ctx.saved_tensors
+        if torch.is_grad_enabled():  # its gradient is to have one
+            return twice(_formula, (q, k, v, ctx.scale), grad)
         library = _library()
         assert library is not None  # else there was no forward
-        q, k, v, out, lse = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return twice(_text, (q, k, v, ctx.scale), grad)
         return *_gradients(library, grad, q, k, v, out, lse, ctx.scale), None
 
 
