@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import DataLoaderConfiguration, parse_flag_from_env
 from torch import Tensor
 
 from adaptkit import AdaptedModel
@@ -41,6 +41,11 @@ def on_cpu() -> bool:
 def loading(device: torch.device, workers: int) -> dict[str, Any]:
     """Options of a ``DataLoader``: batches for a GPU lie in pinned memory, from which copies need not wait."""
     return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": device.type == "cuda"}
+
+
+def copying() -> DataLoaderConfiguration:
+    """What an Accelerator is told: copies to a GPU do not wait for it."""
+    return DataLoaderConfiguration(non_blocking=torch.cuda.is_available())
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, send_to_device, set_seed
+from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -43,7 +43,7 @@ from adaptkit.trained import TrainedBackbone
 
 from .average import Average
 from .cached import Views, cached
-from .devices import compile_adapted, loading, together
+from .devices import compile_adapted, copying, loading, together
 from .finite import Finite, checkpoints
 from .log import EVERY, Log, said, shown
 from .normalisation import to_record
@@ -357,7 +357,7 @@ def start(task: Task, args: argparse.Namespace) -> tuple[Path, Accelerator]:
         gradient_accumulation_steps=args.accumulate,
         log_with=args.tracker,
         project_dir=str(out),
-        dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
+        dataloader_config=copying(),
     )
     if made.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(

@@ -29,11 +29,12 @@ from adaptkit.file import check_writable, write_atomic
 from adaptkit.hosts import create_backbone
 
 from . import normalisation
-from .devices import together
+from .devices import copying, loading, together
 from .labelled import LabelledData, open_images
 from .options import PRECISION_HELP, command, precision, validation
 from .order import plain_errors
 
+TOGETHER = 32  # batches that are fetched from the device in one go
 BIAS = 100.0  # the constant feature: so large that the ridge leaves the intercept alone
 
 
@@ -71,16 +72,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 @torch.inference_mode()
 def features(model: Any, loader: DataLoader, pool: str, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
     """Return what the frozen model makes of each image once, (N, D) float32 and the labels (N,), on the CPU."""
-    rows, labels = [], []
+    found: list[list[Tensor]] = []
+    waiting: list[tuple[Tensor, Tensor]] = []
     for image, label in loader:
         with accelerator.autocast():
             out = model(image)
         parts = {"token": [out.prefix[:, :1].flatten(1)], "avg": [out.tokens.mean(1)]}
         parts["both"] = parts["token"] + parts["avg"]
-        x, y = accelerator.gather_for_metrics((torch.cat(parts[pool], 1).float(), label))
-        rows.append(x.cpu())
-        labels.append(y.cpu())
+        waiting.append(accelerator.gather_for_metrics((torch.cat(parts[pool], 1).float(), label)))
+        if len(waiting) == TOGETHER:
+            found.append(fetched(waiting))
+            waiting = []
+    rows, labels = zip(*found, *([fetched(waiting)] if waiting else []))
     return torch.cat(rows), torch.cat(labels)
+
+
+def fetched(batches: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Bring batches to the CPU in one go: the device is waited for once."""
+    return [torch.cat(parts).cpu() for parts in zip(*batches)]
 
 
 def draw(labels: Tensor, shots: int, seed: int) -> Tensor:
@@ -168,7 +177,8 @@ def table(rows: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(argv)
     out = check_writable(args.out)
-    accelerator = together(Accelerator, mixed_precision=precision(args.mixed_precision))
+    mixed_precision = precision(args.mixed_precision)
+    accelerator = together(Accelerator, mixed_precision=mixed_precision, dataloader_config=copying())
     torch.manual_seed(0)  # a random backbone is the same random one on every rank
     backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
     saved = adaptkit.load(args.adapter) if args.adapter else None
@@ -182,7 +192,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     for name, split in ((args.train, "train"), (validation(args), "validation")):
         data = open_images(name, split, (args.image_column, args.label_column))[0]
         rows = LabelledData(data, args.size, source, 0, args.augment, train=False, name=name)
-        loader = accelerator.prepare(DataLoader(rows, args.batch_size, num_workers=args.workers))
+        how = loading(accelerator.device, args.workers)
+        loader = accelerator.prepare(DataLoader(rows, args.batch_size, **how))
         found.append(features(model, loader, pool, accelerator))
     results = accuracies(found[0], found[1], args)
     if accelerator.is_main_process:

@@ -1,6 +1,7 @@
 """How much of the MACs that AdaViT skips is time saved? A DeiT-S at 224 pixels beside its dense self, in one run.
 
     python -m recipes.bench.adavit
+    python -m recipes.bench.adavit --reference         # and the same inside adaptkit.reference()
 
 Decisions are drawn at random with fixed rates, for every image and block anew, so the figures need no training. The
 ideal is the ratio of MACs, dense to adaptive (gates included, counted by ``adaptkit.accounting``); "of ideal" is the
@@ -28,7 +29,7 @@ POLICIES = {  # kept shares of patches, heads, sub-layers
 }
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="deit_small_patch16_224", help="a timm name; weights are random")
@@ -39,7 +40,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--head-mode", default="full", choices=["full", "partial"])
     parser.add_argument("--last-block", default="all", choices=["all", "class"])
     parser.add_argument("--device", default="cpu")
-    return parser.parse_args()
+    parser.add_argument("--reference", action="store_true", help="columns more: each way with no fast path taken")
+    return parser.parse_args(argv)
 
 
 def timed(run: Callable[[Tensor], object], batches: list[Tensor]) -> float:
@@ -70,9 +72,9 @@ class Recorded:
         self.share = float(torch.cat(spent).mean()) / costs.dense
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Print one table."""
-    args = arguments()
+    args = arguments(argv)
     import timm
 
     torch.manual_seed(0)
@@ -85,13 +87,12 @@ def main() -> None:
     device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     print(f"{args.backbone}, {args.size} pixels, {args.rounds} rounds of {args.images} images; {device}, ", end="")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print(
-        "| patches / heads / sub-layers | batch | MACs | ideal | packed | of ideal | prepacked | of ideal | auto | "
-        "masked | dense ms/image |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    ways = ("packed", "auto", "masked")
+    head = ["patches / heads / sub-layers", "batch", "MACs", "ideal", "packed", "of ideal", "prepacked", "of ideal"]
+    head += ["auto", "masked", "dense ms/image", *(f"{way} with reference()" for way in ways if args.reference)]
+    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     with torch.inference_mode():
-        for name, rates in POLICIES.items():
+        for policy, rates in POLICIES.items():
             for size in args.batches:
                 batches = list((images if size > 1 else images[: -(-args.images // 2)]).split(size))
                 recorded = Recorded(model, batches, rates)
@@ -105,26 +106,30 @@ def main() -> None:
 
                     return forward
 
-                ways = ("packed", "auto", "masked")
-                seconds: dict[str, list[float]] = {way: [] for way in ("dense", "prepacked", *ways)}
+                texts = {way: f"{way}, text" for way in ways if args.reference}
+                names = ("dense", "prepacked", *ways, *texts.values())
+                seconds: dict[str, list[float]] = {name: [] for name in names}
                 with gates.prepacked() as layouts:
                     timed(run("packed"), batches)  # lays the weights out
                 for _ in range(args.rounds):
                     seconds["dense"].append(timed(dense_host, batches))
                     for way in ways:
                         seconds[way].append(timed(run(way), batches))
+                    for way, name in texts.items():
+                        with adaptkit.reference():
+                            seconds[name].append(timed(run(way), batches))
                     with gates.prepacked(layouts):
                         seconds["prepacked"].append(timed(run("packed"), batches))
                 median = {way: statistics.median(s) for way, s in seconds.items()}
                 gain = {way: median["dense"] / median[way] for way in median}
                 ideal = 1 / recorded.share
-                print(
-                    f"| {name} | {size} | {recorded.share:.1%} | {ideal:.2f}x | {gain['packed']:.2f}x | "
-                    f"{gain['packed'] / ideal:.0%} | {gain['prepacked']:.2f}x | {gain['prepacked'] / ideal:.0%} | "
-                    f"{gain['auto']:.2f}x | {gain['masked']:.2f}x | "
-                    f"{1000 * median['dense'] / sum(map(len, batches)):.1f} |",
-                    flush=True,
-                )
+                cells = [policy, str(size), f"{recorded.share:.1%}", f"{ideal:.2f}x"]
+                for way in ("packed", "prepacked"):
+                    cells += [f"{gain[way]:.2f}x", f"{gain[way] / ideal:.0%}"]
+                cells += [f"{gain['auto']:.2f}x", f"{gain['masked']:.2f}x"]
+                cells += [f"{1000 * median['dense'] / sum(map(len, batches)):.1f}"]
+                cells += [f"{gain[name]:.2f}x" for name in texts.values()]
+                print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python -m recipes.bench.step                       # ViT-S, 512 pixels, batch 2, all four maps
     python -m recipes.bench.step --rounds 9 --modes "authors' data flow" injectors
     python -m recipes.bench.step --backbone vit_base_patch16_224 --device cuda --amp bfloat16
+    python -m recipes.bench.step --reference           # and the same modes as their papers write them
 
 A step is forward, backward from given gradients of every map (for the plain ViT, of its tokens) and AdamW. The modes
 take turns in one process and medians are printed; memory is what one step adds to the peak of a process of its own,
@@ -45,6 +46,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", choices=["bfloat16", "float16"], help="autocast; float32 without")
     parser.add_argument("--compile", metavar="BACKEND", help="run through torch.compile, for instance by inductor")
+    parser.add_argument("--reference", action="store_true", help="a column more: ours inside adaptkit.reference()")
     parser.add_argument("--no-memory", action="store_true", help="time alone")
     parser.add_argument("--peak", help=argparse.SUPPRESS)  # the memory of one mode, in a process of its own
     return parser.parse_args(argv)
@@ -135,6 +137,17 @@ MODES: dict[str, Callable[[argparse.Namespace], Step]] = {
     "extractors only": lambda args: ours(args, injector=False),
     "extractors only, cached": cached,
 }
+PEERS = ("authors' data flow", "plain ViT, fully trained")  # the modes in which nothing is ours
+
+
+def as_text(step: Step) -> Step:
+    """The same step with no fast path taken."""
+
+    def run(image: Tensor) -> None:
+        with adaptkit.reference():
+            step(image)
+
+    return run
 
 
 @torch.no_grad()
@@ -195,6 +208,8 @@ def main(argv: list[str] | None = None) -> None:
     off = check(args)
     image = image_of(args, args.size)
     steps = {mode: MODES[mode](args) for mode in args.modes}
+    if args.reference:
+        steps |= {f"{mode}, text": as_text(step) for mode, step in steps.items() if mode not in PEERS}
     took = in_turns({mode: lambda s=step: s(image) for mode, step in steps.items()}, args.rounds, args.device)  # type: ignore[misc]
     taken = {} if args.no_memory else {mode: memory(args, mode) for mode in args.modes}
     first = args.modes[0]
@@ -204,14 +219,14 @@ def main(argv: list[str] | None = None) -> None:
         f"{precision}; medians of {args.rounds} on {machine(args.threads, args.device)}. Maps of "
         f"'injectors' and of the authors' data flow differ by {off:.0e} (float64).\n"
     )
-    print(
-        "| mode | ms per step | times faster | MiB | of the first |"
-        if taken
-        else "| mode | ms per step | times faster |"
-    )
-    print("|---|---|---|---|---|" if taken else "|---|---|---|")
-    for mode, spent in took.items():
-        cells = [mode, f"{1e3 * spent:.0f}", f"{took[first] / spent:.2f}"]
+    head = ["mode", "ms per step", "times faster"]
+    head += ["with reference()"] if args.reference else []
+    head += ["MiB", "of the first"] if taken else []
+    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
+    for mode in args.modes:
+        text = took.get(f"{mode}, text")
+        cells = [mode, f"{1e3 * took[mode]:.0f}", f"{took[first] / took[mode]:.2f}"]
+        cells += ["" if text is None else f"{took[first] / text:.2f}"] if args.reference else []
         cells += [f"{taken[mode]:.0f}", f"{taken[mode] / taken[first]:.2f}"] if taken else []
         print("| " + " | ".join(cells) + " |")
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes.bench import load, serve, step
+import adaptkit
+from recipes.bench import adavit, load, serve, step
 
 
 def cells(text):
@@ -34,6 +35,32 @@ def test_a_step_compares_the_maps_and_prints_every_mode(capsys):
     assert [row[0] for row in table[2:]] == list(step.MODES)
     assert all(float(row[1]) > 0 for row in table[2:])
     assert table[2][2] == "1.00"
+
+
+def test_a_step_with_reference_says_beside_each_of_our_modes_what_the_text_takes(capsys, monkeypatch):
+    said, reference = [], adaptkit.reference
+    monkeypatch.setattr(step.adaptkit, "reference", lambda: said.append(1) or reference())
+    modes = ["authors' data flow", "injectors", "extractors only, cached"]
+    step.main(["--backbone", "vit_tiny_patch16_224", "--size", "64", "--batch", "1", "--rounds", "1", "--threads", "1",
+               "--no-memory", "--reference", "--modes", *modes])  # fmt: skip
+    table = cells(capsys.readouterr().out)
+    assert table[0] == ["mode", "ms per step", "times faster", "with reference()"]
+    assert [row[0] for row in table[2:]] == modes
+    assert table[2][3] == ""
+    assert all(float(row[3]) > 0 for row in table[3:])
+    assert len(said) == 2 * 2  # two of our modes, to warm up and to be timed
+
+
+@pytest.mark.parametrize("more", [[], ["--reference"]])
+def test_adavit_prints_a_row_for_each_policy_and_batch(more, capsys):
+    adavit.main(["--backbone", "deit_tiny_patch16_224", "--size", "64", "--batches", "2", "--images", "2", "--rounds",
+                 "1", *more])  # fmt: skip
+    table = cells(capsys.readouterr().out)
+    assert [row[0] for row in table[2:]] == list(adavit.POLICIES)
+    ways = ["packed with reference()", "auto with reference()", "masked with reference()"]
+    assert table[0][11:] == (ways if more else [])
+    assert {len(row) for row in table} == {14 if more else 11}
+    assert all(float(cell.rstrip("x")) > 0 for row in table[2:] for cell in row[11:])
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from /proc")

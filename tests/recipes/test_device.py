@@ -2,6 +2,7 @@
 
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,29 @@ def test_nothing_is_saved_or_scored_that_a_loss_without_a_number_has_trained(loo
     ):
         segment.main(argv)
     assert seen == []
+
+
+SCORES = {
+    "classify": (classify, ["--train", "digits", "--num-classes", "10"], (2, 10), (2,)),
+    "depth": (depth, ["--train", "drawn:1", "--max-depth", "10"], (2, 1, 4, 6), (2, 1, 4, 6)),
+}
+
+
+@pytest.mark.parametrize("case", SCORES)
+def test_a_score_is_read_once_however_many_batches_it_adds_up(case):
+    module, argv, prediction, target = SCORES[case]
+    asked = []
+    for count in (1, 4):
+        batches = [
+            (torch.rand(prediction) + 1, torch.randint(3, target) if len(target) == 1 else 3 * torch.rand(target))
+            for _ in range(count)
+        ]
+        task = Namespace(metric=module.metric, predict=lambda model, batch: batch, ragged=False)
+        there = Namespace(device=torch.device("cpu"), autocast=nullcontext, gather_for_metrics=lambda pair: pair)
+        with Questions() as questions:
+            engine.evaluate(task, torch.nn.Identity(), batches, there, module.parse(argv))
+        asked.append(questions.asked)
+    assert asked[0] == asked[1]
 
 
 def test_classes_of_an_image_are_masks_of_their_own_and_found_with_one_question():

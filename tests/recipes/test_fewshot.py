@@ -1,8 +1,17 @@
 """Few-shot evaluation: the closed forms are those of the papers, the draws are fair."""
 
+import sys
+from argparse import Namespace
+from contextlib import nullcontext
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from fake_cuda import Questions
 
 from recipes import fewshot
 from recipes.labelled import open_images
@@ -73,6 +82,19 @@ def test_mean_and_spread_are_over_the_seeds():
     assert few["ridge"]["std"] == pytest.approx(np.std(values, ddof=1))
     assert everything["shots"] == "all"
     assert everything["knn"]["std"] == 0.0
+
+
+@pytest.mark.parametrize("batches", [1, 2, 3, 5])
+def test_features_are_fetched_together_and_in_order(batches, monkeypatch):
+    monkeypatch.setattr(fewshot, "TOGETHER", 2)
+    loader = [(torch.full((2, 3), float(i)), torch.tensor([2 * i, 2 * i + 1])) for i in range(batches)]
+    there = Namespace(autocast=nullcontext, gather_for_metrics=lambda pair: pair)
+    model = lambda image: Namespace(prefix=image[:, None], tokens=image[:, None])  # noqa: E731
+    with Questions() as questions:
+        rows, labels = fewshot.features(model, loader, "avg", there)
+    assert labels.tolist() == list(range(2 * batches))
+    assert rows[:, 0].tolist() == [i // 2 for i in range(2 * batches)]
+    assert questions.asked.count("cpu") == 2 * -(-batches // 2)  # features and labels of two batches at a time
 
 
 def test_from_images_to_a_table(tmp_path, capsys):
