@@ -1,36 +1,37 @@
 """adaptkit: small trainable modules for frozen vision transformers.
 
 ``adaptkit.attach(model, "vit-adapter")`` is the call that everybody uses. Every module of the package is an attribute,
-imported when it is first asked for: ``adaptkit.interop``, ``adaptkit.export``, ``adaptkit.inspect``.
+imported when it is first asked for: ``adaptkit.interop``, ``adaptkit.export``, ``adaptkit.analysis``.
 """
 
 import importlib
 import pkgutil
 from typing import Any
 
+from adaptkit import _moved
 from adaptkit.adapters.adavit import AdaViTConfig
 from adaptkit.adapters.dat import DATConfig
 from adaptkit.adapters.metaformer import MetaFormerConfig
 from adaptkit.adapters.sfp import SimpleFeaturePyramidConfig
 from adaptkit.adapters.vit_adapter import ViTAdapterConfig
+from adaptkit.core.hierarchical import StagedSpec
+from adaptkit.core.registry import register_adapter, register_family, register_head, view
+from adaptkit.core.view import Features, Spec
 from adaptkit.demo import demo_backbone
-from adaptkit.file import AdapterFile
 from adaptkit.heads.classifier import ClassifierHeadConfig
 from adaptkit.heads.depth import DepthHeadConfig
 from adaptkit.heads.fpn import FPNHeadConfig
 from adaptkit.heads.linear import LinearHeadConfig
-from adaptkit.hub import load
-from adaptkit.many import ManyTasks, attach_many
+from adaptkit.hub.file import AdapterFile
+from adaptkit.hub.repository import load
 from adaptkit.mixers import list_mixers, register_mixer
-from adaptkit.model import AdaptedModel, attach, list_adapters, list_heads
+from adaptkit.model.adapted import AdaptedModel, attach, list_adapters, list_heads
+from adaptkit.model.many import ManyTasks, attach_many
+from adaptkit.model.pyramid import as_pyramid
+from adaptkit.model.sharding import shard
 from adaptkit.pretrained import from_pretrained
-from adaptkit.pyramid import as_pyramid
-from adaptkit.registry import register_adapter, register_family, register_head, view
 from adaptkit.seam import reference
-from adaptkit.sharding import shard
-from adaptkit.staged import StagedSpec
 from adaptkit.version import __version__
-from adaptkit.vit import Features, Spec
 
 __all__ = [
     "AdaViTConfig",
@@ -68,12 +69,15 @@ __all__ = [
 ]
 
 
+_moved.install()
+
+
 def _modules() -> list[str]:
     return [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _modules():
+    if name in _modules() or f"{__name__}.{name}" in _moved.MOVED:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

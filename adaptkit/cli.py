@@ -89,7 +89,7 @@ def _first_line(thing: Any) -> str:
 
 
 def _list(args: argparse.Namespace) -> None:
-    from adaptkit import registry
+    from adaptkit.core import registry
 
     for title, entries in (("adapters", registry.adapters()), ("heads", registry.heads())):
         _table(title, [(name, _first_line(entry.module)) for name, entry in sorted(entries.items())])
@@ -160,8 +160,8 @@ def _recipes() -> tuple[str, Path]:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from adaptkit.file import say_spec
-    from adaptkit.hub import load
+    from adaptkit.hub.file import say_spec
+    from adaptkit.hub.repository import load
 
     file = load(args.file)
     if args.json:
@@ -200,11 +200,11 @@ def _inspect(args: argparse.Namespace) -> None:
 def _doctor(args: argparse.Namespace) -> None:
     import torch
 
-    from adaptkit import registry
-    from adaptkit.file import say_spec
-    from adaptkit.hosts import create_backbone
-    from adaptkit.model import attach
-    from adaptkit.vit import Spec
+    from adaptkit.core import registry
+    from adaptkit.core.view import Spec
+    from adaptkit.create import create_backbone
+    from adaptkit.hub.file import say_spec
+    from adaptkit.model.adapted import attach
 
     model = create_backbone(args.model, pretrained=args.pretrained)
     vit = registry.view(model)

@@ -61,7 +61,8 @@ def macs_loss(macs: Tensor, dense: float, budget: float, form: Form = "absolute"
     """Return the distance of the batch's mean share of MACs from one budget.
 
     Args:
-        macs: (B,) MACs of each image, differentiable in the decisions: ``adaptkit.accounting.macs(costs, aux)``.
+        macs: (B,) MACs of each image, differentiable in the decisions:
+            ``adaptkit.analysis.accounting.macs(costs, aux)``.
         dense: MACs of the whole model: ``costs.dense``.
         budget: the share of ``dense`` to spend, in (0, 1].
         form: as in :func:`usage_loss`.

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from adaptkit import registry
-from adaptkit.hosts import create_backbone
-from adaptkit.hub import load
-from adaptkit.model import AdaptedModel, attach
+from adaptkit.core import registry
+from adaptkit.create import create_backbone
+from adaptkit.hub.repository import load
+from adaptkit.model.adapted import AdaptedModel, attach
 
 __all__ = ["from_pretrained"]
 
@@ -31,7 +31,7 @@ def from_pretrained(
     Args:
         source: a saved folder, or ``"org/name"`` on the Hub.
         backbone: in place of the one that the file records: a module, or a name for
-            :func:`adaptkit.hosts.create_backbone`.
+            :func:`adaptkit.create.create_backbone`.
         head: where the saved one is a module of your own.
         strict: make other backbone weights than those it was trained on an error instead of a warning.
         revision: of the adapter's repository. The backbone is built at the revision that the file records.

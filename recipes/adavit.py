@@ -29,11 +29,10 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 import adaptkit
-from adaptkit import accounting
 from adaptkit.adapters.adavit import AdaViT, Random
-from adaptkit.file import check_writable
-from adaptkit.hosts import create_backbone
-from adaptkit.inspect import kept_patches, usage_by_depth
+from adaptkit.analysis import accounting, kept_patches, usage_by_depth
+from adaptkit.create import create_backbone
+from adaptkit.hub.file import check_writable
 from adaptkit.losses import agreement_loss, annealed_budget, check_budget, macs_loss, usage
 
 from . import normalisation

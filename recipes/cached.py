@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.data import default_collate as stacked
 
-from adaptkit.cache import FeatureCache, checksum
-from adaptkit.recorded import Recorded
+from adaptkit.features.cache import FeatureCache, checksum
+from adaptkit.features.recorded import Recorded
 
 from .devices import sent
 from .order import Rows

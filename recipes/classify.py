@@ -21,8 +21,8 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 import adaptkit
-from adaptkit.file import check_writable
-from adaptkit.hosts import create_backbone
+from adaptkit.create import create_backbone
+from adaptkit.hub.file import check_writable
 from adaptkit.losses import check_budget, usage, usage_loss
 
 from .data import warn_unseen

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from adaptkit.vit import Source
+from adaptkit.core.view import Source
 
 from .normalisation import normalise
 from .order import Rows, undecoded

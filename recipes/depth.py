@@ -20,7 +20,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import adaptkit
-from adaptkit.hosts import create_backbone
+from adaptkit.create import create_backbone
 from adaptkit.losses import silog_loss
 
 from .data import open_dataset, some

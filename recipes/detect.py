@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import adaptkit
-from adaptkit.hosts import create_backbone
+from adaptkit.create import create_backbone
 
 from . import network
 from .coco import Detection, Instances, as_lists, as_results, average_precision, locate, read_instances

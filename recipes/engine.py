@@ -37,9 +37,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import adaptkit
-from adaptkit.file import check_writable, write_atomic
-from adaptkit.hosts import create_backbone
-from adaptkit.trained import TrainedBackbone
+from adaptkit.create import create_backbone
+from adaptkit.hub.file import check_writable, write_atomic
+from adaptkit.model.trained import TrainedBackbone
 
 from .average import Average
 from .cached import Views, cached

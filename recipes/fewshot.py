@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import adaptkit
-from adaptkit.file import check_writable, write_atomic
-from adaptkit.hosts import create_backbone
+from adaptkit.create import create_backbone
+from adaptkit.hub.file import check_writable, write_atomic
 
 from . import normalisation
 from .devices import copying, loading, together

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from adaptkit.vit import Source
+from adaptkit.core.view import Source
 
 from .data import filled, open_dataset, open_rows, renamed
 from .devices import sent

@@ -33,10 +33,10 @@ from torch import Tensor
 
 import adaptkit
 from adaptkit.adapters.metaformer import MetaFormer
-from adaptkit.file import check_writable
-from adaptkit.hosts import create_backbone
+from adaptkit.core.view import Source, Spec
+from adaptkit.create import create_backbone
+from adaptkit.hub.file import check_writable
 from adaptkit.mixers import list_mixers
-from adaptkit.vit import Source, Spec
 
 from . import normalisation
 from .data import SegmentationData, check_labels, open_dataset

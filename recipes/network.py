@@ -21,8 +21,8 @@ from typing import Any
 from torch import nn
 
 import adaptkit
-from adaptkit.hosts import create_backbone
-from adaptkit.pyramid import Pyramid
+from adaptkit.create import create_backbone
+from adaptkit.model.pyramid import Pyramid
 
 
 class Network(nn.Module):

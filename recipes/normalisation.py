@@ -7,7 +7,7 @@ from typing import Any
 
 from torchvision.transforms import v2
 
-from adaptkit.vit import Source
+from adaptkit.core.view import Source
 
 from .pictures import CHANNELS
 

@@ -197,8 +197,8 @@ def adapters(args: argparse.Namespace) -> list[Any]:
 
 def makes_pyramid(args: argparse.Namespace) -> list[str]:
     """Return the side adapters among ``--adapter``: what they learn is read from the pyramid alone."""
-    from adaptkit import registry
     from adaptkit.adapters.base import SideAdapter
+    from adaptkit.core import registry
 
     known = registry.adapters()
     return [n for n in args.adapter if n in known and issubclass(known[n].module, SideAdapter)]

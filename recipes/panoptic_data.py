@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from adaptkit.vit import Source
+from adaptkit.core.view import Source
 
 from .coco import MOST, check_images, image_row, read_json
 from .normalisation import normalise

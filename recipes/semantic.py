@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import adaptkit
-from adaptkit.hosts import create_backbone
+from adaptkit.create import create_backbone
 
 from . import network
 from .engine import Task

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from adaptkit.file import check_writable, write_atomic
+from adaptkit.hub.file import check_writable, write_atomic
 
 CATEGORIES = [
     {"id": 1, "name": "disc", "isthing": 1},

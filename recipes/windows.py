@@ -2,8 +2,8 @@
 
 ``--crop-features H W`` and ``--flip-features`` act on the tokens of the whole image, which are read from a cache or
 recorded on the spot; the image, where an adapter reads it, and the target are cut alike. The tokens of a window are
-those of the whole image, value for value (``adaptkit.recorded``), so a cached run trains what an uncached one trains.
-They are near to what the backbone would say of the window alone, not equal: it saw more.
+those of the whole image, value for value (``adaptkit.features.recorded``), so a cached run trains what an uncached one
+trains. They are near to what the backbone would say of the window alone, not equal: it saw more.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from torch.utils.data import default_collate as stacked
 
 from adaptkit import AdaptedModel
-from adaptkit.recorded import Recorded
+from adaptkit.features.recorded import Recorded
 
 
 class Place(NamedTuple):

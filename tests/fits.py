@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from families import HOSTS
 
 import adaptkit
-from adaptkit import registry
+from adaptkit.core import registry
 
 START, STOP = "<!-- fits:start -->", "<!-- fits:stop -->"
 OPTIONS = {"vit-adapter": {"conv_inplane": 8}, "metaformer": {"width": 8}}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import adaptkit
-from adaptkit.registry import view
+from adaptkit.core.registry import view
 
 
 def image(side: int, batch: int = 2, seed: int = 0) -> Tensor:

@@ -14,7 +14,7 @@ from families import DEPTH, DIM, HOSTS
 
 import adaptkit
 from adaptkit.adapters.base import BlockAdapter
-from adaptkit.registry import register_adapter, view
+from adaptkit.core.registry import register_adapter, view
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ def test_an_aot_package_gives_what_the_model_gives(tmp_path):
 
 def test_the_command_line_exports_a_saved_folder(tmp_path, capsys):
     hf_dinov2().save_pretrained(tmp_path / "backbone")
-    backbone = adaptkit.hosts.create_backbone(str(tmp_path / "backbone"))
+    backbone = adaptkit.create.create_backbone(str(tmp_path / "backbone"))
     adaptkit.attach(backbone, PLAIN).save(tmp_path / "saved")
     out = tmp_path / "model.pt2"
     assert main(["export", str(tmp_path / "saved"), "--out", str(out), "--size", "56", "56"]) == 0

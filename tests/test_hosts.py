@@ -9,8 +9,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from families import HOSTS
 
-from adaptkit.hosts import create_backbone
-from adaptkit.registry import view
+from adaptkit.core.registry import view
+from adaptkit.create import create_backbone
 
 
 def test_a_timm_name_builds_the_timm_model():

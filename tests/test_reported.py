@@ -19,7 +19,7 @@ from families import DEPTH, HOSTS
 from reference import State, distance, equal, image, outputs, plain, said, stir, stirred
 
 import adaptkit
-from adaptkit.registry import view
+from adaptkit.core.registry import view
 
 SMALL = ("vit-adapter", {"conv_inplane": 8, "norm": "group"})
 EPS = torch.finfo(torch.float32).eps
@@ -1142,8 +1142,8 @@ def test_metadata_are_converted_or_named_and_survive_load_and_save(tmp_path):
 def test_what_readme_writes_as_an_attribute_is_there_after_the_import():
     import subprocess
 
-    code = "import adaptkit; adaptkit.interop.from_official, adaptkit.export, adaptkit.inspect.kept_patches"
-    code += ", adaptkit.accounting"
+    code = "import adaptkit; adaptkit.interop.from_official, adaptkit.export, adaptkit.analysis.kept_patches"
+    code += ", adaptkit.analysis.accounting"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

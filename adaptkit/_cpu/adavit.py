@@ -20,8 +20,8 @@ from adaptkit._cpu.packed_attention import SHORT, index, packed_attention
 from adaptkit.adapters.adavit import packed as text
 from adaptkit.adapters.adavit.execution import How, Masks, masked, num_prefix_tokens
 from adaptkit.adapters.adavit.gates import Decision
+from adaptkit.core.view import Block, Projections
 from adaptkit.seam import fast_path
-from adaptkit.vit import Block, Projections
 
 TILE = 512  #: rows that go through the FFN together, so that its hidden layer stays in the cache
 CALL_MACS = 4e6  #: what one more call per image costs on a core, in MACs that it could have done instead

@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from adaptkit._cpu import attention
 from adaptkit._cpu.linear import linear
+from adaptkit.core.view import Block
 from adaptkit.seam import fast_path
-from adaptkit.vit import Block
 
 __all__ = ["frozen_block"]
 

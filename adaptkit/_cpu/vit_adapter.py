@@ -20,7 +20,7 @@ from adaptkit._cpu.norms import conv_norm, norm_again, norm_map
 from adaptkit._cpu.softmax import grouped_softmax
 from adaptkit.adapters.vit_adapter.config import STRIDES
 from adaptkit.adapters.vit_adapter.network import ConvFFN, Extractor, Grids, Injector, SpatialPrior, finest_map
-from adaptkit.layers import SyncBatchNorm2d
+from adaptkit.core.layers import SyncBatchNorm2d
 from adaptkit.mixers import Layout
 from adaptkit.mixers.msda import MSDeformAttn
 from adaptkit.ops import ms_deform_attn

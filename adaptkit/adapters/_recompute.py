@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import adaptkit.ops.ms_deform_attn  # noqa: F401  the operator that is kept
-from adaptkit.checkpointing import Checkpointed
+from adaptkit.core.checkpointing import Checkpointed
 from adaptkit.seam import bound
 
 __all__ = ["recompute"]

@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from adaptkit.checkpointing import OFF, Checkpointed, Checkpointing, Trace
-from adaptkit.staged import StagedViT
-from adaptkit.vit import Block, Features, Fn, Source, View, ViT
+from adaptkit.core.checkpointing import OFF, Checkpointed, Checkpointing, Trace
+from adaptkit.core.hierarchical import StagedViT
+from adaptkit.core.view import Block, Features, Fn, Source, View, ViT
 
 __all__ = ["Adapter", "BlockAdapter", "SideAdapter", "Trace", "WeightAdapter", "WrappedStages", "WrappedViT", "wrapped"]
 

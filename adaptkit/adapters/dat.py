@@ -31,7 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.adapters.base import BlockAdapter, Trace
-from adaptkit.layers import check_choice, parameter_dtype
+from adaptkit.core.layers import check_choice, parameter_dtype
+from adaptkit.core.registry import register_adapter
+from adaptkit.core.view import Block, Fn, Spec
 from adaptkit.mixers.dat import (
     Bias,
     Grid,
@@ -48,8 +50,6 @@ from adaptkit.mixers.dat import (
     to_cells,
 )
 from adaptkit.ops.grid import pair
-from adaptkit.registry import register_adapter
-from adaptkit.vit import Block, Fn, Spec
 
 __all__ = ["DATKV", "DATConfig"]
 

@@ -31,12 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.adapters.base import BlockAdapter, Trace
-from adaptkit.layers import check_choice, parameter_dtype
+from adaptkit.core.hierarchical import StagedSpec
+from adaptkit.core.layers import check_choice, parameter_dtype
+from adaptkit.core.registry import register_adapter
+from adaptkit.core.view import Block, Fn, Spec, identity
 from adaptkit.mixers import list_mixers, mixer
 from adaptkit.ops.grid import map_to_tokens, tokens_to_map
-from adaptkit.registry import register_adapter
-from adaptkit.staged import StagedSpec
-from adaptkit.vit import Block, Fn, Spec, identity
 
 __all__ = ["MetaFormer", "MetaFormerConfig"]
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from adaptkit.adapters.base import SideAdapter, Trace
-from adaptkit.layers import LayerNorm2d, init_weights, parameter_dtype
+from adaptkit.core.layers import LayerNorm2d, init_weights, parameter_dtype
+from adaptkit.core.registry import register_adapter
+from adaptkit.core.view import Features, Spec, ViT
 from adaptkit.ops.grid import cells, check_strides, resample_map, tokens_to_map
-from adaptkit.registry import register_adapter
-from adaptkit.vit import Features, Spec, ViT
 
 __all__ = ["SimpleFeaturePyramid", "SimpleFeaturePyramidConfig"]
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from adaptkit.backbones._processor import normalisation
 from adaptkit.backbones._timm import class_name, is_bare, joined
-from adaptkit.tree import unwrapped
-from adaptkit.vit import Block, Perceptron, Projections, Source, Spec, ViT, identity
+from adaptkit.core.tree import unwrapped
+from adaptkit.core.view import Block, Perceptron, Projections, Source, Spec, ViT, identity
 
 #: Attribute of a model whose files lie in a cache of the Hub that is not the default one: the folder.
 HUB_CACHE = "_adaptkit_hub_cache"

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.tree import unwrapped
-from adaptkit.vit import Fn, Perceptron, Projections, Source, View, identity
+from adaptkit.core.tree import unwrapped
+from adaptkit.core.view import Fn, Perceptron, Projections, Source, View, identity
 
 REMEDY = (
-    "use a backbone without it, or register a family of its own: subclass adaptkit.vit.ViT and decorate it with "
+    "use a backbone without it, or register a family of its own: subclass adaptkit.core.view.ViT and decorate it with "
     "@adaptkit.register_family('package.module.Class')"
 )
 

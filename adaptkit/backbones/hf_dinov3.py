@@ -14,9 +14,9 @@ from torch import Tensor
 from adaptkit.backbones._hf import HfViT, dino_block, hf_spec, project_qkv
 from adaptkit.backbones._rotary import axial
 from adaptkit.backbones._timm import block_list
-from adaptkit.registry import register_family
-from adaptkit.tree import unwrapped
-from adaptkit.vit import Block, no_projections
+from adaptkit.core.registry import register_family
+from adaptkit.core.tree import unwrapped
+from adaptkit.core.view import Block, no_projections
 
 
 @register_family(

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from adaptkit.backbones._hf import HfViT, clip_block, hf_spec, is_native, tower
 from adaptkit.backbones._timm import block_list
-from adaptkit.registry import register_family
-from adaptkit.tree import unwrapped
-from adaptkit.vit import Block, ViT
+from adaptkit.core.registry import register_family
+from adaptkit.core.tree import unwrapped
+from adaptkit.core.view import Block, ViT
 
 
 @register_family("transformers.models.siglip.modeling_siglip.SiglipVisionModel")

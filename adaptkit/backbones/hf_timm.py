@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from adaptkit.backbones._timm import cfg_source
-from adaptkit.registry import register_family, view
-from adaptkit.vit import ViT
+from adaptkit.core.registry import register_family, view
+from adaptkit.core.view import ViT
 
 _WRAPPERS = "transformers.models.timm_wrapper.modeling_timm_wrapper"
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from adaptkit.backbones._hf import HfViT, hf_spec, is_native, vit_block
 from adaptkit.backbones._timm import block_list
-from adaptkit.registry import register_family
-from adaptkit.tree import unwrapped
-from adaptkit.vit import Block
+from adaptkit.core.registry import register_family
+from adaptkit.core.tree import unwrapped
+from adaptkit.core.view import Block
 
 
 @register_family(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from adaptkit.registry import register_family, view
-from adaptkit.vit import ViT
+from adaptkit.core.registry import register_family, view
+from adaptkit.core.view import ViT
 
 
 @register_family("peft.peft_model.PeftModel")  # type: ignore[type-var]

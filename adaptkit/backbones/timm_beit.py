@@ -28,9 +28,9 @@ from adaptkit.backbones._timm import (
     timm_sizes,
     timm_source,
 )
-from adaptkit.registry import register_family
-from adaptkit.tree import unwrapped
-from adaptkit.vit import Block, Source, Spec, ViT, identity
+from adaptkit.core.registry import register_family
+from adaptkit.core.tree import unwrapped
+from adaptkit.core.view import Block, Source, Spec, ViT, identity
 
 
 @register_family("timm.models.beit.Beit")

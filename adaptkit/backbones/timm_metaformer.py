@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from adaptkit.backbones._timm import block_list, is_checkpointing, joined, timm_source
+from adaptkit.core.hierarchical import StagedSpec, StagedViT
+from adaptkit.core.registry import register_family
+from adaptkit.core.tree import unwrapped
+from adaptkit.core.view import Block, Fn, Source
 from adaptkit.ops.grid import map_to_tokens, tokens_to_map
-from adaptkit.registry import register_family
-from adaptkit.staged import StagedSpec, StagedViT
-from adaptkit.tree import unwrapped
-from adaptkit.vit import Block, Fn, Source
 
 
 @register_family("timm.models.metaformer.MetaFormer")

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptkit.backbones._timm import block_list, channels, is_checkpointing, timm_source
-from adaptkit.registry import register_family
-from adaptkit.staged import StagedSpec, StagedViT
-from adaptkit.tree import unwrapped
-from adaptkit.vit import Block, Fn, Source
+from adaptkit.core.hierarchical import StagedSpec, StagedViT
+from adaptkit.core.registry import register_family
+from adaptkit.core.tree import unwrapped
+from adaptkit.core.view import Block, Fn, Source
 
 
 @register_family("timm.models.swin_transformer.SwinTransformer")

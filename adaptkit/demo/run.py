@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptkit.file import check_writable
-from adaptkit.model import AdaptedModel, attach
+from adaptkit.hub.file import check_writable
+from adaptkit.model.adapted import AdaptedModel, attach
 
 __all__ = ["Row", "demo", "picture", "table"]
 

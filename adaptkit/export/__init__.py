@@ -21,7 +21,7 @@ import torch
 
 from adaptkit.export.check import compare, in_place, need, onnx_run, target_path
 from adaptkit.export.trace import Graph, refuse_antialias, traced
-from adaptkit.model import AdaptedModel
+from adaptkit.model.adapted import AdaptedModel
 
 __all__ = ["output_names", "to_aot_package", "to_exported_program", "to_onnx"]
 

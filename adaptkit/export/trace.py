@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from adaptkit.adapters.adavit import AdaViT
 from adaptkit.adapters.base import SideAdapter, WeightAdapter
-from adaptkit.model import AdaptedModel
-from adaptkit.staged import StagedSpec
+from adaptkit.core.hierarchical import StagedSpec
+from adaptkit.model.adapted import AdaptedModel
 
 __all__ = ["Graph", "another", "refuse_antialias", "traced"]
 

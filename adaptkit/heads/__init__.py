@@ -1,1 +1,1 @@
-"""Task heads: each takes :class:`adaptkit.vit.Features` and returns logits; found by folder."""
+"""Task heads: each takes :class:`adaptkit.core.view.Features` and returns logits; found by folder."""

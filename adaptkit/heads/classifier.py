@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from adaptkit.layers import check_choice, parameter_dtype
-from adaptkit.registry import register_head
-from adaptkit.vit import Features, Spec
+from adaptkit.core.layers import check_choice, parameter_dtype
+from adaptkit.core.registry import register_head
+from adaptkit.core.view import Features, Spec
 
 __all__ = ["ClassifierHead", "ClassifierHeadConfig"]
 

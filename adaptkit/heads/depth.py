@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from adaptkit.core.hierarchical import StagedSpec
+from adaptkit.core.layers import Norm
+from adaptkit.core.registry import register_head
+from adaptkit.core.view import Features, Spec
 from adaptkit.heads.fpn import FPN, FPNHeadConfig
-from adaptkit.layers import Norm
 from adaptkit.ops.grid import resample_map
-from adaptkit.registry import register_head
-from adaptkit.staged import StagedSpec
-from adaptkit.vit import Features, Spec
 
 __all__ = ["DepthHead", "DepthHeadConfig"]
 

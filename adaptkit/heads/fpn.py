@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from adaptkit.layers import Norm, check_choice, init_weights, norm2d, parameter_dtype
+from adaptkit.core.hierarchical import StagedSpec
+from adaptkit.core.layers import Norm, check_choice, init_weights, norm2d, parameter_dtype
+from adaptkit.core.registry import register_head
+from adaptkit.core.view import Features, Spec
 from adaptkit.ops.grid import resample_map, tokens_to_map
-from adaptkit.registry import register_head
-from adaptkit.staged import StagedSpec
-from adaptkit.vit import Features, Spec
 
 __all__ = ["FPN", "FPNHead", "FPNHeadConfig"]
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from adaptkit.layers import parameter_dtype
+from adaptkit.core.layers import parameter_dtype
+from adaptkit.core.registry import register_head
+from adaptkit.core.view import Features, Spec
 from adaptkit.ops.grid import resample_map, tokens_to_map
-from adaptkit.registry import register_head
-from adaptkit.vit import Features, Spec
 
 __all__ = ["LinearHead", "LinearHeadConfig"]
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit import registry
+from adaptkit.core import registry
+from adaptkit.core.registry import view
+from adaptkit.core.view import Spec
 from adaptkit.interop.vit_adapter import resampled_positions
 from adaptkit.losses import KINDS
-from adaptkit.model import AdaptedModel, attach
-from adaptkit.parts import check_tensors
-from adaptkit.registry import view
-from adaptkit.vit import Spec
+from adaptkit.model.adapted import AdaptedModel, attach
+from adaptkit.model.parts import check_tensors
 
 _GATE = re.compile(r"blocks\.(\d+)\.(?:attn\.token_select|(head|layer)_select)\.mlp_head\.(weight|bias)$")
 OFFICIAL = {"patch_threshold": 0.6, "head_threshold": 0.5, "layer_threshold": 0.5, "temperature": 1.0}

@@ -6,10 +6,10 @@ import json
 import os
 from pathlib import Path
 
-from adaptkit.adapters.lora import LoRA
-from adaptkit.file import CONFIG, WEIGHTS, serialised, write_together
-from adaptkit.model import AdaptedModel
-from adaptkit.peft_folder import to_peft_layout
+from adaptkit.adapters.lora.adapter import LoRA
+from adaptkit.adapters.lora.peft_folder import to_peft_layout
+from adaptkit.hub.file import CONFIG, WEIGHTS, serialised, write_together
+from adaptkit.model.adapted import AdaptedModel
 
 __all__ = ["to_peft"]
 

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit import registry
 from adaptkit.adapters.vit_adapter import ViTAdapterConfig, even_groups
-from adaptkit.model import AdaptedModel, attach
-from adaptkit.parts import check_tensors
-from adaptkit.registry import view
-from adaptkit.vit import Spec
+from adaptkit.core import registry
+from adaptkit.core.registry import view
+from adaptkit.core.view import Spec
+from adaptkit.model.adapted import AdaptedModel, attach
+from adaptkit.model.parts import check_tensors
 
 # The adapter's keys, anchored: `norm1.` at the top is the pyramid's, `blocks.0.norm1.` is the ViT's.
 _ADAPTER_KEY = re.compile(r"(level_embed$|spm\.|interactions\.\d+\.|up\.|norm[1-4]\.)")

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.layers import check_choice
+from adaptkit.core.layers import check_choice
 from adaptkit.ops.grid import pair
 from adaptkit.ops.sample import coordinate_dtype, sample
 

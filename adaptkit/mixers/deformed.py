@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.layers import LayerNorm2d
+from adaptkit.core.layers import LayerNorm2d
 from adaptkit.mixers.base import CrossMixer, Layout
 from adaptkit.mixers.dat import DeformableAttention
 from adaptkit.ops import ms_deform_attn

@@ -27,7 +27,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from adaptkit.layers import DropPath
+from adaptkit.core.layers import DropPath
 from adaptkit.mixers.dat import ChannelNorm, DeformableAttention
 from adaptkit.mixers.window import WindowAttention
 from adaptkit.ops.grid import cells, pad_to_multiple

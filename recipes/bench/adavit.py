@@ -4,8 +4,8 @@
     python -m recipes.bench.adavit --reference         # and the same inside adaptkit.reference()
 
 Decisions are drawn at random with fixed rates, for every image and block anew, so the figures need no training. The
-ideal is the ratio of MACs, dense to adaptive (gates included, counted by ``adaptkit.accounting``); "of ideal" is the
-ratio of times over it. Each way sees the same images; they take turns, and the medians over the rounds are compared.
+ideal is the ratio of MACs, dense to adaptive (gates included, counted by ``adaptkit.analysis.accounting``); "of ideal"
+is the ratio of times over it. Each way sees the same images; they take turns, and the medians over the rounds are compared.
 "prepacked" is "packed" with the backbone's weights laid out beforehand (``AdaViT.prepacked``).
 """
 
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import adaptkit
-from adaptkit import accounting
 from adaptkit.adapters.adavit import Given, Random
+from adaptkit.analysis import accounting
 
 POLICIES = {  # kept shares of patches, heads, sub-layers
     "0.5 / 0.65 / 0.8": (0.5, 0.65, 0.8),

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.layers import DropPath
+from adaptkit.core.layers import DropPath
 
 from .ops import core
 

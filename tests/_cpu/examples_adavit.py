@@ -15,7 +15,7 @@ from fast_paths import Example
 from adaptkit.adapters.adavit.execution import How
 from adaptkit.adapters.adavit.gates import Decision
 from adaptkit.adapters.adavit.layouts import Layouts
-from adaptkit.registry import view
+from adaptkit.core.registry import view
 
 KINDS = ("patch", "head", "layer")
 SIZES = {  # (h, w) in pixels; None: the host's own

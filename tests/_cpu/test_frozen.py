@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from errors import assert_rounds_to
 
 from adaptkit._cpu import frozen
+from adaptkit.core.view import Block, identity
 from adaptkit.seam import reference
-from adaptkit.vit import Block, identity
 
 SUMS = (12, 20, 12, 20)  # of the terms of each product, there and back
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adaptkit._cpu.norms import conv_norm, norm_again, norm_map
-from adaptkit.layers import norm2d
+from adaptkit.core.layers import norm2d
 
 KINDS = ["batch", "sync", "group", "layer"]
 

@@ -13,8 +13,8 @@ from families import HOSTS, randomise
 
 import adaptkit
 from adaptkit.adapters.dat import DATConfig
-from adaptkit.registry import view
-from adaptkit.vit import Spec
+from adaptkit.core.registry import view
+from adaptkit.core.view import Spec
 
 SPLIT = sorted(n for n, h in HOSTS.items() if h.splits)
 VARIETY = ["timm-vit", "timm-dinov2-reg", "timm-siglip", "timm-dinov3", "timm-rope-mixed", "timm-beit", "hf-dinov3"]
@@ -181,7 +181,7 @@ def test_replace_agrees_with_the_backbone_under_autocast():
 def test_a_block_of_a_small_vit_has_the_parameters_of_the_specification():
     # 14x14, three groups, kernel 5: 3,840 for the offsets, 4,374 for the table, 384 for the gate.
     spec = Spec("timm-vit", dim=384, depth=12, heads=6, patch=16, prefix=1)
-    adapter = adaptkit.registry.adapters()["dat"].module(spec, DATConfig())
+    adapter = adaptkit.core.registry.adapters()["dat"].module(spec, DATConfig())
     assert sum(p.numel() for p in adapter.parameters()) == 12 * 8598
 
 

@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from families import HOSTS
 
 import adaptkit
-from adaptkit.adapters._layer_names import default_targets, resolve_targets
+from adaptkit.adapters.lora.layer_names import default_targets, resolve_targets
+from adaptkit.core.registry import view
 from adaptkit.interop import to_peft
-from adaptkit.registry import view
 
 x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SMALL = {"conv_inplane": 8}

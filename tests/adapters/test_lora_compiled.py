@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from families import HOSTS
 
 import adaptkit
-from adaptkit.adapters._traceable import make_traceable
+from adaptkit.adapters.lora.traceable import make_traceable
 
 METHODS = {
     "lora": {"r": 4},

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from families import DEPTH, DIM, HEADS, HOSTS, randomise
 
 import adaptkit
-from adaptkit.registry import view
+from adaptkit.core.registry import view
 
 transformers = pytest.importorskip("transformers")
 SIDE, HF = 32, {"hidden_size": DIM, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "image_size": 32}

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from errors import assert_rounds_to, transformer
 
 import adaptkit
-from adaptkit.registry import view
-from adaptkit.staged import StagedSpec
+from adaptkit.core.hierarchical import StagedSpec
+from adaptkit.core.registry import view
 
 DIMS, DEPTHS = (16, 24, 32, 64), (1, 1, 2, 1)
 SUMS = transformer(8, 128, 64)  # of the largest host, at its widest

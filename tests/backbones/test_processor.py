@@ -12,7 +12,7 @@ from families import HOSTS
 
 import adaptkit
 from adaptkit.backbones._processor import normalisation
-from adaptkit.registry import view
+from adaptkit.core.registry import view
 
 transformers = pytest.importorskip("transformers")
 
@@ -100,7 +100,7 @@ def test_the_image_half_of_a_pair_of_models_is_told_by_the_whole(name, given, tm
         inner = getattr(transformers, f"{kind}VisionModel").from_pretrained(tmp_path)
         host = peft.get_peft_model(inner, peft.LoraConfig(target_modules=["q_proj"]))
     else:
-        host = adaptkit.hosts.create_backbone(str(tmp_path))
+        host = adaptkit.create.create_backbone(str(tmp_path))
     source = view(host).source()
     assert (source.mean, source.std) == PROCESSORS[name][2]
     assert source.id == str(tmp_path)

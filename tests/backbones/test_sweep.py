@@ -16,8 +16,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from families import HOSTS, randomise
 
-from adaptkit.proof import prove
-from adaptkit.registry import families, view
+from adaptkit.core.registry import families, view
+from adaptkit.model.proof import prove
 
 MODULES = ("vision_transformer", "deit", "eva", "beit", "vision_transformer_hybrid")
 SHRUNK = {"embed_dim": 128, "depth": 2, "num_heads": 2, "num_classes": 5}

@@ -9,7 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from families import DEPTH, DIM, HEADS, HOSTS
 
-from adaptkit.registry import view
+from adaptkit.core.registry import view
 
 hosts = pytest.mark.parametrize("name", sorted(HOSTS))
 

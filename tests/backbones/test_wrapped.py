@@ -13,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from families import HOSTS
 
 import adaptkit
-from adaptkit.proof import prove
-from adaptkit.registry import view
-from adaptkit.sharding import blocks_of
-from adaptkit.tree import unwrapped
+from adaptkit.core.registry import view
+from adaptkit.core.tree import unwrapped
+from adaptkit.model.proof import prove
+from adaptkit.model.sharding import blocks_of
 
 _spec = importlib.util.spec_from_file_location("hierarchical", Path(__file__).with_name("test_hierarchical.py"))
 hierarchical = importlib.util.module_from_spec(_spec)

@@ -9,7 +9,7 @@ import timm
 import torch
 from safetensors import safe_open
 
-from adaptkit.hosts import create_backbone
+from adaptkit.create import create_backbone
 from adaptkit.mixers.window import WindowAttention
 from adaptkit.models import DAT
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from adaptkit.vit import Source
+from adaptkit.core.view import Source
 from recipes.data import SegmentationData, check_labels, label_table, open_dataset
 
 HALF = Source(mean=(0.5,) * 3, std=(0.5,) * 3)

@@ -113,7 +113,7 @@ def test_training_moves_image_and_depth_together_and_scales_no_depth():
     args = Namespace(seed=0, depth_scale=1000.0, min_depth=1e-3, max_depth=10.0, size=[64, 96])
     grey = np.random.default_rng(0).integers(1, 250, (8, 12)).repeat(12, 0).repeat(12, 1).astype(np.uint8)
     row = {"image": Image.fromarray(grey).convert("RGB"), "mask": Image.fromarray(grey.astype(np.uint16) * 40)}
-    rows = depth.DepthData([row], adaptkit.vit.Source(mean=(0.5,) * 3, std=(0.5,) * 3), args, train=True)
+    rows = depth.DepthData([row], adaptkit.core.view.Source(mean=(0.5,) * 3, std=(0.5,) * 3), args, train=True)
     rows.transform.transforms = [
         t for t in rows.transform.transforms if type(t).__name__ not in ("ColorJitter", "Normalize")
     ]

@@ -15,7 +15,7 @@ pytest.importorskip("faster_coco_eval")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import adaptkit
-from adaptkit.hosts import create_backbone
+from adaptkit.create import create_backbone
 from recipes import coco, detect, network, shapes
 from recipes.coco import Detection, as_lists, average_precision, read_instances
 

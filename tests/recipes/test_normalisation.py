@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import adaptkit
-from adaptkit.hosts import create_backbone
-from adaptkit.vit import Source
+from adaptkit.core.view import Source
+from adaptkit.create import create_backbone
 from recipes import depth, detect, fewshot, network, normalisation, segment, shapes
 from recipes.data import SegmentationData
 from recipes.normalisation import source_of

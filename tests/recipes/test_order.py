@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from adaptkit.vit import Source
+from adaptkit.core.view import Source
 from recipes.data import SegmentationData, open_dataset
 from recipes.order import Rows, Stream, shuffled
 

@@ -18,7 +18,7 @@ pytest.importorskip("scipy")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import adaptkit
-from adaptkit.hosts import create_backbone
+from adaptkit.create import create_backbone
 from recipes import network, panoptic, shapes
 from recipes.panoptic_data import PanopticData, locate, read_segments, segment_ids, stacked
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from adaptkit.vit import Source
+from adaptkit.core.view import Source
 from recipes import coco, pictures, shapes
 from recipes.coco import Detection, read_instances
 from recipes.data import SegmentationData, open_dataset

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import adaptkit
-from adaptkit.hosts import create_backbone
+from adaptkit.create import create_backbone
 from recipes import network, segment, semantic
 
 QUICK = ["--num-classes", "3", "--backbone", "test_vit", "--random-backbone", "--adapter-options", '{"conv_inplane": 8}',

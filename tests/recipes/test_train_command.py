@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import adaptkit.cli as cli
-from adaptkit import registry
+from adaptkit.core import registry
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 RECIPE = {"ade20k": "segment", "cityscapes": "segment", "imagenet1k": "classify", "vtab": "vtab", "nyu": "depth"}

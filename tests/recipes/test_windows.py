@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_segment import write_folder  # noqa: E402
 
 import adaptkit  # noqa: E402
-from adaptkit.hosts import create_backbone  # noqa: E402
+from adaptkit.create import create_backbone  # noqa: E402
 from recipes import segment  # noqa: E402
 from recipes.order import Rows  # noqa: E402
 from recipes.windows import Place, Windowed, Windows  # noqa: E402

@@ -26,11 +26,11 @@ from adaptkit.adapters.adavit.gates import Decision, Gates, Given, Policy
 from adaptkit.adapters.adavit.layouts import Layouts
 from adaptkit.adapters.adavit.packed import packed, skipping
 from adaptkit.adapters.base import BlockAdapter, Trace, wrapped
-from adaptkit.layers import check_choice, parameter_dtype
+from adaptkit.core.layers import check_choice, parameter_dtype
+from adaptkit.core.registry import register_adapter
+from adaptkit.core.view import Block, Features, Fn, Spec, ViT
 from adaptkit.losses import KINDS
-from adaptkit.registry import register_adapter
 from adaptkit.seam import is_traced, must_wait
-from adaptkit.vit import Block, Features, Fn, Spec, ViT
 
 __all__ = ["AdaViT"]
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from adaptkit.adapters.adavit.execution import How, Masks, among_heads, num_prefix_tokens
 from adaptkit.adapters.adavit.gates import Decision
+from adaptkit.core.view import Block
 from adaptkit.ops.masked_attention import masked_attention
-from adaptkit.vit import Block
 
 __all__ = ["EVERYTHING", "Capacities", "Capacity", "counts", "packed_to"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from adaptkit.layers import check_choice
+from adaptkit.core.layers import check_choice
+from adaptkit.core.view import Spec
 from adaptkit.losses import KINDS
-from adaptkit.vit import Spec
 
 __all__ = ["AdaViTConfig"]
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from adaptkit.adapters.adavit.gates import Decision
 from adaptkit.adapters.adavit.layouts import Layouts
+from adaptkit.core.view import Block
 from adaptkit.ops.masked_attention import masked_attention
-from adaptkit.vit import Block
 
 __all__ = ["How", "Masks", "among_heads", "masked", "num_prefix_tokens"]
 

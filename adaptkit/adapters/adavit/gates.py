@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.adapters.adavit.config import AdaViTConfig
+from adaptkit.core.view import Spec
 from adaptkit.losses import KINDS
 from adaptkit.ops.gumbel import gumbel_sigmoid
 from adaptkit.seam import full_precision
-from adaptkit.vit import Spec
 
 __all__ = ["Decision", "DecisionHead", "Gates", "Given", "Policy", "Random"]
 

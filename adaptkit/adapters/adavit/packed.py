@@ -12,8 +12,8 @@ from torch import Tensor
 
 from adaptkit.adapters.adavit.execution import How, among_heads, num_prefix_tokens
 from adaptkit.adapters.adavit.gates import Decision
+from adaptkit.core.view import Block, Projections
 from adaptkit.seam import accelerated
-from adaptkit.vit import Block, Projections
 
 __all__ = ["dense", "packed", "skipping"]
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from adaptkit.layers import Norm, check_choice
+from adaptkit.core.layers import Norm, check_choice
+from adaptkit.core.view import Spec
 from adaptkit.mixers import list_mixers
 from adaptkit.ops.grid import check_strides
-from adaptkit.vit import Spec
 
 __all__ = ["STRIDES", "ViTAdapterConfig", "even_groups"]
 

@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from adaptkit.adapters._recompute import recompute
 from adaptkit.adapters.base import SideAdapter, Trace
 from adaptkit.adapters.vit_adapter.config import STRIDES, ViTAdapterConfig
-from adaptkit.layers import DropPath, Norm, init_weights, norm2d, parameter_dtype
+from adaptkit.core.layers import DropPath, Norm, init_weights, norm2d, parameter_dtype
+from adaptkit.core.registry import register_adapter
+from adaptkit.core.view import Features, Fn, Spec, ViT
 from adaptkit.mixers import CrossMixer, Layout, cross_mixer
 from adaptkit.mixers.msda import MSDeformAttn
 from adaptkit.ops.grid import (
@@ -41,9 +43,7 @@ from adaptkit.ops.grid import (
     resample_map,
     tokens_to_map,
 )
-from adaptkit.registry import register_adapter
 from adaptkit.seam import accelerated
-from adaptkit.vit import Features, Fn, Spec, ViT
 
 __all__ = ["ConvFFN", "Extractor", "Grids", "Injector", "Interaction", "SpatialPrior", "ViTAdapter", "finest_map"]
 

@@ -1,0 +1,310 @@
+"""LoRA and its kin, built by peft, inside the layers of the frozen host.
+
+    W' = W + (alpha / r) B A,      A (r, in) random, B (out, r) zero
+
+so that the model starts as the pretrained one. Source: LoRA (Hu et al., ICLR 2022), eq. 3; DoRA (Liu et al., ICML
+2024) by ``use_dora=True``; the other methods by ``peft_type=``.
+
+LoRA is the one adapter whose tensors carry names of the host's layers: a file made on timm's fused ``qkv`` does not
+fit the three layers of transformers. It needs the host to be built, and nothing of the host is changed by it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptkit.adapters.base import WeightAdapter
+from adaptkit.adapters.lora.layer_names import meaning, resolved
+from adaptkit.adapters.lora.peft_layers import ADAPTER, Kept, wrap
+from adaptkit.core.proxy import LayerProxy, WeightProxy, edges, in_place, missing, put, restore
+from adaptkit.core.registry import register_adapter
+from adaptkit.core.tree import locate, nested
+
+__all__ = ["LoRA", "LoRAConfig"]
+
+#: Methods of peft that change single layers and keep their tensors there.
+TYPES = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "HRA", "IA3")
+#: How the names of their tensors begin.
+PARAMETER = re.compile(r"\.(lora_|hada_|lokr_|oft_|boft_|hra_|ia3_)")
+#: Those whose change is added to the weight.
+ADDITIVE = ("LORA", "LOHA", "LOKR")
+#: Those that act beside a layer, whatever its weight is.
+BESIDE = (*ADDITIVE, "IA3")
+#: Options of these that act beside the weight.
+BESIDE_THE_WEIGHT = ("lora_bias", "lora_dropout", "rank_dropout", "module_dropout")
+#: Options that would train or rewrite the backbone itself, and what to do instead.
+REFUSED = {
+    "modules_to_save": "it trains a copy of the host's own layers; a head is given by head=",
+    "trainable_token_indices": "a vision transformer has no vocabulary",
+    "target_parameters": "name layers by target_modules",
+    "layer_replication": "it changes the number of blocks",
+    "megatron_config": "it needs layers of Megatron",
+    "alora_invocation_tokens": "a vision transformer has no vocabulary",
+}
+#: What peft records beside the method; the file says it in its own words.
+RECORDS = ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+           "inference_mode", "runtime_config")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """A method of peft and its options, by peft's own names: ``attach(model, "lora", r=16, lora_alpha=32)``."""
+
+    peft_type: str = "LORA"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def configure(cls, options: dict[str, Any]) -> LoRAConfig:
+        """From options as a user or a file gives them; ``ValueError`` for one that peft's config does not have."""
+        kind = str(options.get("peft_type", "LORA")).upper()
+        saved = set(options) == {"peft_type", "options"} and isinstance(options["options"], dict)
+        own = options["options"] if saved else {k: v for k, v in options.items() if k != "peft_type"}
+        config = cls(kind, _plain(own))
+        config.to_peft()
+        return config
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> LoRAConfig:
+        """From the ``adapter_config.json`` of peft, of any version: what is unknown here and unset is left out."""
+        kind = str(saved["peft_type"]).upper()
+        default = cls(kind).to_peft().to_dict()
+        given = {k: v for k, v in saved.items() if k not in RECORDS and (v or k in default) and v != default.get(k)}
+        given.pop("modules_to_save", None)  # layers of its own head, which are not LoRA
+        return cls.configure({"peft_type": kind, "options": given})
+
+    @classmethod
+    def from_peft(cls, config: Any) -> LoRAConfig:
+        """From a config of peft: what differs from peft's defaults."""
+        default = type(config)().to_dict()
+        given = {k: v for k, v in config.to_dict().items() if k not in RECORDS and v != default[k]}
+        return cls.configure({"peft_type": _type(config), "options": given})
+
+    @classmethod
+    def converted(cls, arg: Any) -> LoRAConfig | None:
+        """Recognise a config of peft among the arguments of ``attach``."""
+        return cls.from_peft(arg) if hasattr(arg, "peft_type") and hasattr(arg, "to_dict") else None
+
+    def to_peft(self) -> Any:
+        """Build peft's config. Raises ``ValueError`` for another kind of method or an option that cannot be."""
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS
+
+        if self.peft_type not in TYPES or self.peft_type not in CONFIGS:
+            raise ValueError(f"peft_type={self.peft_type!r} is no method that works layer by layer; the methods are "
+                             f"{', '.join(t for t in TYPES if t in CONFIGS)}")  # fmt: skip
+        for name, why in REFUSED.items():
+            if self.options.get(name):
+                raise ValueError(f"lora option {name} is not for a frozen backbone: {why}")
+        if self.options.get("bias", "none") != "none":
+            raise ValueError(f"bias={self.options['bias']!r} would train biases of the backbone; leave it 'none'")
+        start = self.options.get("init_lora_weights", True)
+        if not (isinstance(start, bool) or start in ("gaussian", "orthogonal")):
+            raise ValueError(
+                f"init_lora_weights={start!r} rewrites the weights of the backbone, which stays frozen here; use True, "
+                "False, 'gaussian' or 'orthogonal'"
+            )
+        kind = CONFIGS[self.peft_type]  # type: ignore[index]
+        try:
+            return kind(**self.options)
+        except TypeError as error:
+            known = sorted(set(kind().to_dict()) - set(RECORDS) - set(REFUSED))
+            raise ValueError(f"{self.peft_type}: {error}; its options are {', '.join(known)}") from error
+
+
+def _type(config: Any) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def _plain(value: Any) -> Any:
+    """Options as JSON has them: sets and tuples become lists."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+@register_adapter("lora", LoRAConfig)
+class LoRA(WeightAdapter):
+    """Low-rank and other small changes of the host's linear layers (peft: LoRA, DoRA, LoHa, LoKr, OFT, IA3, ...)."""
+
+    def __init__(self, spec: Any, config: LoRAConfig, host: nn.Module) -> None:
+        # What the names were resolved to is kept, so that the file says exactly which layers it changes.
+        config = LoRAConfig(config.peft_type, resolved(host, config.peft_type, config.options))
+        super().__init__(spec, config)
+        self._place(host, wrap(host, config.to_peft()))
+
+    def _place(self, host: nn.Module, wrappers: dict[str, nn.Module]) -> None:
+        self.layers = nn.Module()  # the wrappers by their path in the host: layers.blocks.0.attn.qkv.lora_A...
+        for path, wrapper in wrappers.items():
+            parent, _, name = path.rpartition(".")
+            nested(self.layers, parent).add_module(name, wrapper)
+        #: what takes the place of each layer, by its plain path; unregistered, for the layers belong to the host
+        self.__dict__["proxies"] = {p: self._proxy(host, p, w) for p, w in wrappers.items()}
+        self._kept: dict[str, Kept] = {}
+        for parameter in self.parameters():  # a half-precision host gets its change trained in float32
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = parameter.data.float()
+
+    def _proxy(self, host: nn.Module, path: str, wrapper: Any) -> LayerProxy:
+        """Return what takes the place of the layer; ``ValueError`` where nothing can."""
+        parent, name = locate(host, path)
+        self._check_quantised(path, wrapper.base_layer)
+        if name != "qkv" or getattr(parent, "q_bias", None) is None:
+            return LayerProxy(wrapper, wrapper.base_layer)
+        reads = f"{type(parent).__name__} reads the weight of {path} and does not call it, so that"
+        if self.config.peft_type not in ADDITIVE or self.config.options.get("use_dora"):
+            raise ValueError(
+                f"{reads} only a change that is added to the weight reaches it ({', '.join(ADDITIVE)}, without DoRA), "
+                f"not {self.config.peft_type}; choose one of these, or leave qkv out of target_modules"
+            )
+        for option in BESIDE_THE_WEIGHT:
+            if self.config.options.get(option):
+                raise ValueError(f"{reads} {option} would not act there: leave it out, or qkv out of target_modules")
+        return WeightProxy(wrapper, wrapper.base_layer)
+
+    def _check_quantised(self, path: str, layer: Any) -> None:
+        """Refuse what computes with a weight as it is stored, where that is quantised."""
+        weight = layer._parameters.get("weight")
+        if weight is None or _is_plain(weight):
+            return
+        packed = tuple(weight.shape) != (layer.out_features, layer.in_features)
+        if (
+            self.config.peft_type not in BESIDE
+            or self.config.options.get("use_dora")
+            or (packed and self.config.peft_type in ("LOHA", "LOKR"))
+        ):
+            dora = " with DoRA" if self.config.options.get("use_dora") else ""
+            raise ValueError(
+                f"{path} is quantised ({type(weight).__name__} of {weight.dtype}), and {self.config.peft_type}{dora} "
+                "computes with the weight as it is stored: use plain LORA, which acts beside it"
+            )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether each row of a batch can have its own: not where the host reads a weight, which all rows share."""
+        return not any(isinstance(proxy, WeightProxy) for proxy in self.proxies.values())
+
+    @property
+    def proxies(self) -> dict[str, LayerProxy]:
+        """What takes the place of each layer, by the plain path of the layer."""
+        return self.__dict__["proxies"]
+
+    def install(self, host: nn.Module) -> None:
+        """Put the proxies into the host, all of them or none."""
+        put(host, self.proxies)
+        self.__dict__["_edges"] = edges(host, self.proxies.values())
+
+    def check(self, host: nn.Module) -> None:
+        """Raise ``RuntimeError`` where a layer that LoRA is in was replaced; wrapped it may be."""
+        if in_place(self.__dict__["_edges"]):
+            return
+        gone = missing(host, self.proxies)
+        if gone:
+            raise RuntimeError(
+                f"{', '.join(gone[:3])}: somebody has replaced these layers, or what they are in, while LoRA was in "
+                "them, and it would be ignored: detach(), replace, and attach again"
+            )
+        self.__dict__["_edges"] = edges(host, self.proxies.values())
+
+    def remove(self, host: nn.Module) -> None:
+        """Take them out: the host is as it was, bit for bit."""
+        self.unmerge()
+        restore(host, self.proxies)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the host's weights hold the change."""
+        return bool(self._kept)
+
+    def check_merges(self) -> None:
+        """Raise ``TypeError`` where a weight is quantised: what is merged into it would be rounded."""
+        for path, proxy in self.proxies.items():
+            for name, tensor in proxy.layer._parameters.items():
+                if tensor is not None and not _is_plain(tensor):
+                    raise TypeError(
+                        f"{path}.{name} is a quantised {type(tensor).__name__} of {tensor.dtype}, and what is merged "
+                        "into it would be rounded: keep the adapter beside it, or merge it in full precision"
+                    )
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the change to the host's weights, to all layers or none; the weights are kept for :meth:`unmerge`.
+
+        Raises ``ValueError`` where a merged weight would not be finite, and as :meth:`check_merges`.
+        """
+        if self.merged:
+            return
+        self.check_merges()
+        self._kept = {path: Kept.of(proxy.layer) for path, proxy in self.proxies.items()}
+        try:
+            for path, proxy in self.proxies.items():
+                wrapper: Any = vars(proxy)["wrapper"]
+                try:
+                    wrapper.merge(safe_merge=True, adapter_names=[ADAPTER])
+                except ValueError as error:
+                    raise ValueError(f"{path} cannot be merged: {error}") from error
+        except BaseException:
+            self.unmerge()
+            raise
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the kept weights back: exactly, where a subtraction would leave rounding."""
+        for path, kept in self._kept.items():
+            wrapper: Any = vars(self.proxies[path])["wrapper"]
+            wrapper.merged_adapters.clear()
+            kept.put_back(self.proxies[path].layer)
+        self._kept = {}
+
+    def originals(self) -> dict[str, Tensor]:
+        """While merged, the weights as they were before."""
+        return {f"{path}.{name}": t for path, kept in self._kept.items() for name, t in kept.tensors.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return a copy of every tensor of the layers that it is in, by name, as they are now."""
+        return {f"{path}.{name}": t for path, p in self.proxies.items() for name, t in Kept.of(p.layer).tensors.items()}
+
+    def translated(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a file by this host's paths: layers that another version of a library calls otherwise.
+
+        A tensor goes to the layer of the same block whose name means the same. Raises ``ValueError`` where a file
+        names layers that this host does not have.
+        """
+        own = set(self.state_dict())
+        if set(tensors) <= own:
+            return tensors
+        places = {meaning(path): path for path in self.proxies}
+        renamed, strange = {}, []
+        for key, tensor in tensors.items():
+            path, parameter = _split(key)
+            target = places.get(meaning(path), path)
+            renamed[f"layers.{target}.{parameter}"] = tensor
+            strange += [] if f"layers.{target}.{parameter}" in own else [path]
+        if strange:
+            mine = sorted({re.sub(r"\d+", "N", path) for path in self.proxies})
+            theirs = sorted({re.sub(r"\d+", "N", path) for path in strange})
+            raise ValueError(
+                f"this LoRA changes {', '.join(theirs)}, this backbone has {', '.join(mine)}: LoRA is bound to the "
+                "layers of the library it was trained in; build the backbone there, or train it again here"
+            )
+        return renamed
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether this is a weight as torch makes it: neither of integers, nor of a class that packs them."""
+    from torch.distributed.tensor import DTensor  # here, for it takes time to import
+
+    inner = tensor.data if type(tensor) is nn.Parameter else tensor
+    return tensor.is_floating_point() and (type(inner) is Tensor or isinstance(inner, DTensor))
+
+
+def _split(key: str) -> tuple[str, str]:
+    """``layers.blocks.0.attn.qkv.lora_A.default.weight`` -> the layer, and its parameter."""
+    path = re.sub(r"^layers\.", "", key)
+    at = PARAMETER.search(path)
+    return (path, "") if at is None else (path[: at.start()], path[at.start() + 1 :])

@@ -1,0 +1,194 @@
+"""Which layers of a host LoRA changes: one layer has many names over libraries and their versions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from adaptkit.core.proxy import own_layer
+from adaptkit.core.tree import named_modules
+
+__all__ = ["default_targets", "meaning", "resolve_targets", "resolved"]
+
+#: One layer, as different hosts and versions of transformers call it.
+ALIASES = (
+    ("q_proj", "query"),
+    ("k_proj", "key"),
+    ("v_proj", "value"),
+    ("o_proj", "out_proj", "proj", "dense"),
+    ("fc1", "up_proj"),
+    ("fc2", "down_proj"),
+)
+QKV = ("q_proj", "k_proj", "v_proj")
+#: What is adapted if nothing is said: the attention, as in LoRA (Hu et al. 2022, section 4.2), else the MLP.
+DEFAULTS = (("qkv",), ("q_proj", "v_proj"), ("query", "value"), ("fc1", "fc2"))
+
+
+def resolved(host: nn.Module, peft_type: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return peft's options with the names of layers as this host has them.
+
+    ``layers_to_transform`` (with ``layers_pattern``) becomes the full paths of these layers. Raises ``ValueError`` as
+    :func:`resolve_targets`, and where a layer of that number is not there.
+    """
+    options = dict(options)
+    targets = options.get("target_modules")
+    found = default_targets(host) if targets is None else resolve_targets(host, targets)
+    numbers, pattern = options.pop("layers_to_transform", None), options.pop("layers_pattern", None)
+    if numbers is not None:
+        found = _of_layers(host, found, [numbers] if isinstance(numbers, int) else numbers, pattern)
+    options["target_modules"] = found
+    for option in ("rank_pattern", "alpha_pattern"):
+        _check_patterns(host, option, options.get(option) or {}, found)
+    if peft_type == "IA3":  # which of them take their change at the input
+        last = [name for name in found if name.rpartition(".")[2] in ("fc2", "down_proj")]
+        options.setdefault("feedforward_modules", last)
+    return options
+
+
+def _check_patterns(host: nn.Module, option: str, patterns: dict[str, Any], targets: str | list[str]) -> None:
+    """Raise ``ValueError`` for a pattern that means none of the layers: peft would leave it out."""
+    paths = list(_modules(host)) if isinstance(targets, str) else _matches(host, targets)
+    for pattern in patterns:
+        if not any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths):
+            raise ValueError(
+                f"{option} names {pattern!r}, which is none of the layers that are changed: {paths[:3]}, ..."
+            )
+
+
+def _of_layers(host: nn.Module, targets: str | list[str], numbers: Sequence[int], pattern: Any) -> list[str]:
+    """Full paths of the targets in the blocks of these numbers; ``pattern`` names the list that holds the blocks."""
+    if isinstance(targets, str):
+        raise ValueError(
+            f"target_modules={targets!r} is a regular expression and layers_to_transform={list(numbers)} numbers of "
+            "layers: say both in the expression, or name the layers in a list"
+        )
+    lists = [pattern] if isinstance(pattern, str) else list(pattern or ())
+    found: dict[int, list[str]] = {}
+    for path in _matches(host, targets):
+        parts = path.split(".")
+        at = [i for i, part in enumerate(parts) if part.isdigit() and (not lists or parts[i - 1] in lists)]
+        if at:
+            found.setdefault(int(parts[at[0]]), []).append(path)
+    missing = [n for n in numbers if n not in found]
+    if missing or not numbers:
+        raise ValueError(
+            f"layers_to_transform={list(numbers)}: {', '.join(targets)} stand in the layers "
+            f"{', '.join(map(str, sorted(found))) or 'none'} of {type(host).__name__}, not in "
+            f"{', '.join(map(str, missing)) or 'an empty list'}"
+        )
+    return sorted(path for n in numbers for path in found[n])
+
+
+def _modules(host: nn.Module) -> dict[str, nn.Module]:
+    """The host's own layers by plain path: without what adapters have put around them."""
+    found: dict[str, nn.Module] = {}
+    inside: list[str] = []
+    for path, module in named_modules(host):
+        if any(path.startswith(outer) for outer in inside[-1:]):
+            continue
+        own = own_layer(module)
+        if own is not module:
+            inside.append(path + ".")
+        found[path] = own
+    return found
+
+
+def _leaves(host: nn.Module) -> dict[str, list[str]]:
+    """Linear layers and convolutions of the blocks by their last name: those below a number, not the stem or head."""
+    leaves: dict[str, list[str]] = {}
+    for path, module in _modules(host).items():
+        parts = path.split(".")
+        if _is_matrix(module) and not parts[-1].isdigit() and any(map(str.isdigit, parts)):
+            leaves.setdefault(parts[-1], []).append(path)
+    return leaves
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    """Linear layers and convolutions over all channels; a depthwise one has no rank to be low."""
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+
+
+def default_targets(host: nn.Module) -> list[str]:
+    """Return what LoRA adapts in this host by default: the fused ``qkv``, else q and v, else the MLP."""
+    leaves = _leaves(host)
+    for names in DEFAULTS:
+        if all(name in leaves for name in names):
+            return _only_blocks(host, list(names), leaves)
+    raise ValueError(
+        f"{type(host).__name__} has none of the layers that LoRA adapts by default; say which: target_modules= some of "
+        f"{', '.join(sorted(leaves))}"
+    )
+
+
+def resolve_targets(host: nn.Module, targets: str | Sequence[str]) -> str | list[str]:
+    """Translate names of layers into those of this host: ``query`` or ``q_proj`` into the fused ``qkv``, and so on.
+
+    A name that the host has is kept, so is a regular expression (a string); ``"all-linear"`` is every layer of the
+    blocks. Raises ``ValueError`` for a name that nothing in the host answers to.
+    """
+    leaves, modules = _leaves(host), _modules(host)
+    if targets == "all-linear":
+        return _only_blocks(host, sorted(leaves), leaves)
+    if isinstance(targets, str):
+        return targets
+    found: list[str] = []
+    for target in targets:
+        named = [path for path in modules if _names(path, target)]
+        if any(_is_matrix(modules[path]) for path in named):
+            found.append(target)
+            continue
+        if named:
+            raise ValueError(
+                f"{target!r} names {type(modules[named[0]]).__name__} layers of {type(host).__name__}, which have no "
+                f"matrix to change; its blocks have {', '.join(sorted(leaves))}"
+            )
+        own = [name for name in _aliases(target) if name in leaves]
+        if not own:
+            raise ValueError(
+                f"{type(host).__name__} has no layer named {target!r}; its blocks have {', '.join(sorted(leaves))}"
+            )
+        found += own
+    return _only_blocks(host, list(dict.fromkeys(found)), leaves)
+
+
+def _aliases(name: str) -> Iterable[str]:
+    if name == "qkv":
+        return [alias for part in QKV for alias in _aliases(part)]
+    group = next((names for names in ALIASES if name in names), ())
+    return [*group, "qkv"] if set(group) & set(QKV) else group
+
+
+def meaning(path: str) -> tuple[str, ...]:
+    """Return the numbers of a path and what its last name means: the same for one layer in different versions."""
+    *parents, name = path.split(".")
+    group = next((names[0] for names in ALIASES if name in names), name)
+    if name == "dense" and "output" in parents and "attention" not in parents:
+        group = "fc2"
+    if name == "dense" and "intermediate" in parents:
+        group = "fc1"
+    return (*filter(str.isdigit, parents), group)
+
+
+def _names(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _matches(host: nn.Module, names: Sequence[str]) -> list[str]:
+    return [p for p, m in _modules(host).items() if _is_matrix(m) and any(_names(p, n) for n in names)]
+
+
+def _only_blocks(host: nn.Module, names: list[str], leaves: dict[str, list[str]]) -> list[str]:
+    """Names as they are if peft finds by each of them the blocks' layers only; else full paths.
+
+    ``proj`` is also in the stem, and means the blocks' own. A name that the blocks do not have (``head``, or a full
+    path) means just the layer that it names.
+    """
+    wanted = []
+    for name in names:
+        everywhere = _matches(host, [name])
+        in_blocks = [path for path in everywhere if path in leaves.get(path.rpartition(".")[2], ())]
+        wanted += in_blocks or everywhere
+    return names if len(set(wanted)) == len(_matches(host, names)) else sorted(set(wanted))

@@ -1,0 +1,152 @@
+"""What LoRA needs of peft: its layers built for a backbone that is not touched, and those that a backbone came with."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from adaptkit.core.proxy import own_layer
+from adaptkit.core.tree import locate, named_modules, skeleton
+
+__all__ = ["ADAPTER", "Existing", "existing_layers", "wrap"]
+
+ADAPTER = "default"  #: the name by which every wrapper knows its one adapter
+
+
+def wrap(host: nn.Module, config: Any) -> dict[str, nn.Module]:
+    """Build peft's layers for this host, by the plain path of the layer that each wraps. The host is not touched.
+
+    Args:
+        host: the module whose layers are meant.
+        config: peft's config, its ``target_modules`` resolved.
+
+    Raises ``ValueError`` where peft finds nothing to adapt or refuses the config.
+    """
+    from peft import inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from adaptkit.adapters.lora.traceable import make_traceable  # here, for it imports peft
+
+    model = skeleton(host, own_layer)
+    vars(model).pop("peft_config", None)
+    flags = [(p, p.requires_grad) for p in host.parameters()]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*peft_config. attribute.*")
+            inject_adapter_in_model(config, model, ADAPTER)
+    except (TypeError, NotImplementedError) as error:
+        raise ValueError(f"peft cannot put {config.peft_type} into {type(host).__name__}: {error}") from error
+    finally:
+        for parameter, flag in flags:  # the copy shares them, and peft freezes what is not its own
+            parameter.requires_grad_(flag)
+    found: dict[str, Any] = {path: m for path, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    for wrapper in found.values():
+        wrapper.__dict__["base_layer"] = wrapper._modules.pop("base_layer")  # still read by it, no longer its child
+        make_traceable(wrapper)
+    return found
+
+
+class Existing:
+    """The LoRA that a backbone came with (a ``PeftModel``), out of its places for as long as adapters are attached."""
+
+    def __init__(self, config: Any, name: str, wrappers: dict[str, Any]) -> None:
+        self.config = config  #: peft's, of the adapter that is active
+        self.name = name  #: its name in peft
+        self.wrappers = wrappers  #: peft's layers by plain path
+        self.stand_in: nn.Module | None = None
+
+    def share(self, adapter: nn.Module) -> None:
+        """Give these very parameters to the adapter that stands in for them, so that what is trained is the same.
+
+        Raises ``ValueError`` where the config of the ``PeftModel`` makes others; nothing is shared then.
+        """
+        pairs = []
+        for key, parameter in adapter.named_parameters():
+            path, name = self._theirs(key)
+            theirs = self.wrappers[path].get_parameter(name)
+            if theirs.shape != parameter.shape:
+                raise ValueError(f"{key} has shape {tuple(theirs.shape)}, its config makes {tuple(parameter.shape)}")
+            pairs.append((key, theirs))
+        for key, theirs in pairs:
+            set_parameter(adapter, key, theirs)
+        self.stand_in = adapter
+
+    def take_out(self, host: nn.Module) -> None:
+        """Put the backbone's own layers into the places of these."""
+        for path, wrapper in self.wrappers.items():
+            parent, name = locate(host, path)
+            parent._modules[name] = wrapper.get_base_layer()
+
+    def put_back(self, host: nn.Module) -> None:
+        """Put these where they were, with the parameters that the adapter has now."""
+        for path, wrapper in self.wrappers.items():
+            parent, name = locate(host, path)
+            if own_layer(parent._modules[name]) is wrapper.get_base_layer():  # type: ignore[arg-type]
+                parent._modules[name] = wrapper
+        for key, parameter in () if self.stand_in is None else list(self.stand_in.named_parameters()):
+            path, name = self._theirs(key)
+            set_parameter(self.wrappers[path], name, parameter)
+
+    def _theirs(self, key: str) -> tuple[str, str]:
+        """Path of the layer and name of the parameter in it, of a key of the adapter that stands in."""
+        rest = key.removeprefix("layers.")
+        path = next(p for p in self.wrappers if rest.startswith(p + "."))
+        return path, _renamed(rest[len(path) + 1 :], ADAPTER, self.name)
+
+
+def existing_layers(host: nn.Module) -> Existing | None:
+    """Look at a host that peft's layers are in; None for one without. Nothing is changed.
+
+    Raises ``ValueError`` where they are merged, disabled, or not one of them is active.
+    """
+    configs = getattr(host, "peft_config", None)
+    if not isinstance(configs, dict) or not configs:
+        return None
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    wrappers: dict[str, Any] = {path: m for path, m in named_modules(host) if isinstance(m, BaseTunerLayer)}
+    active = {name for wrapper in wrappers.values() for name in wrapper.active_adapters}
+    if any(getattr(wrapper, "merged", False) for wrapper in wrappers.values()):
+        raise ValueError("the LoRA of this PeftModel is merged: call unmerge_adapter() on it before it is attached")
+    if any(wrapper.disable_adapters for wrapper in wrappers.values()):
+        raise ValueError("the LoRA of this PeftModel is disabled: enable it, or unload() it, before it is attached")
+    if len(active) != 1:
+        raise ValueError(
+            f"this PeftModel has {len(active)} active adapters ({', '.join(sorted(active))}); set_adapter() one"
+        )
+    (name,) = active
+    return Existing(configs[name], name, wrappers)
+
+
+def set_parameter(module: nn.Module, key: str, parameter: nn.Parameter) -> None:
+    """Register a parameter under a dotted name, in place of the one that is there."""
+    path, _, name = key.rpartition(".")
+    module.get_submodule(path)._parameters[name] = parameter
+
+
+def _renamed(key: str, old: str, new: str) -> str:
+    """Parameter key with another adapter name: ``lora_A.default.weight`` or ``hada_w1_a.default``."""
+    *parents, before, last = key.split(".")
+    if last == old:
+        return ".".join([*parents, before, new])
+    return ".".join([*parents, new if before == old else before, last])
+
+
+class Kept(NamedTuple):
+    """The tensors of a layer as they were before a merge."""
+
+    tensors: dict[str, Any]
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Kept:
+        """Copy every parameter and buffer."""
+        there = {**layer._parameters, **layer._buffers}
+        return cls({name: tensor.detach().clone() for name, tensor in there.items() if tensor is not None})
+
+    def put_back(self, layer: nn.Module) -> None:
+        """Write them back, bit for bit."""
+        there: dict[str, Any] = {**layer._parameters, **layer._buffers}
+        for name, tensor in self.tensors.items():
+            there[name].data.copy_(tensor)

@@ -1,0 +1,160 @@
+"""What a decision costs: multiply-accumulates (MACs) of each image, from what AdaViT decided for it.
+
+With n rows kept (class and register tokens always among them), a share s of the heads, and the sub-layers m, a block
+of the frozen ViT costs::
+
+    m_msa * (n * s * (qkv + out) + n^2 * s * pair) + m_ffn * n * mlp
+
+and its gates cost what they cost. ``qkv``, ``out`` and ``mlp`` are the MACs of one row, ``pair`` those of one query
+with one key; they are read off the host itself by torch's flop counter, so that any family is counted alike. Norms,
+softmax and activations are not counted, as everywhere in the literature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from adaptkit.adapters.adavit import AdaViT
+from adaptkit.core.view import Block, Features
+from adaptkit.model.adapted import AdaptedModel
+
+__all__ = ["BlockCosts", "Costs", "Summary", "costs", "counted", "macs", "summary"]
+
+
+class BlockCosts(NamedTuple):
+    """MACs in one block."""
+
+    qkv: float  #: of one row
+    out: float  #: of one row
+    mlp: float  #: of one row
+    pair: float  #: of one query with one key, both products, all heads
+    gates: float  #: of its gates and its bottleneck, which see every row; 0 before the first gated block
+
+    def dense(self, rows: int) -> float:
+        """Return the MACs of the frozen block by itself."""
+        return rows * (self.qkv + self.out + self.mlp) + rows * rows * self.pair
+
+
+class Costs(NamedTuple):
+    """MACs in one model at one image size."""
+
+    blocks: tuple[BlockCosts, ...]
+    other: float  #: outside the blocks: patches, head, and whatever a side adapter adds
+    rows: int  #: tokens P+N
+    prefix: int  #: of which are prefix tokens P
+    adapter: AdaViT
+
+    @property
+    def dense(self) -> float:
+        """MACs of the same model without gates."""
+        return self.other + sum(block.dense(self.rows) for block in self.blocks)
+
+
+class Summary(NamedTuple):
+    """How a set of images spreads."""
+
+    mean: float
+    p50: float
+    p95: float
+
+
+def costs(model: AdaptedModel, size: tuple[int, int]) -> Costs:
+    """Count what one image of ``size`` (H, W) pixels costs, part by part; runs the model once.
+
+    Raises ``TypeError`` where the model has no AdaViT gates.
+    """
+    adapter = AdaViT.of(model)
+    with torch.no_grad(), _evaluating(model), adapter.opened():
+        parameter = next(model.backbone.parameters())
+        image = torch.zeros(1, model.spec.channels, *size, device=parameter.device, dtype=parameter.dtype)
+        grid = model.vit.grid(image)
+        features: list[Features] = []
+        total = counted(lambda: features.append(model(image)))
+        prefix = features[0].prefix.shape[1]  # none where a side adapter drops them
+        rows = prefix + grid[0] * grid[1]
+        x, frozen = model.vit.begin(image)
+        blocks = tuple(_block(adapter, i, block, x[:, -rows:], grid) for i, block in enumerate(frozen))
+    return Costs(blocks, total - sum(block.dense(rows) for block in blocks), rows, prefix, adapter)
+
+
+def macs(costs: Costs, aux: Mapping[str, Tensor]) -> Tensor:
+    """Return the MACs (B,) of each image, from ``Features.aux``; differentiable in the decisions.
+
+    What is counted is the work that the decisions leave, whichever way it was executed; ``costs.dense`` is the same
+    model without gates. Raises ``KeyError`` where ``aux`` is not that of this model.
+    """
+    adapter, c = costs.adapter, costs.adapter.config
+    some = aux[f"{c.gates[0]}_keep"]
+    one = some.new_ones(len(some))
+    total = one * costs.other
+    for i, block in enumerate(costs.blocks):
+        kept = {kind: aux[f"{kind}_keep"][:, i - adapter.first[kind]] for kind in c.gates if adapter.gated(kind, i)}
+        patches = kept["patch"].sum(1) if "patch" in kept else one * (costs.rows - costs.prefix)
+        share = kept["head"].mean(1) if "head" in kept else one
+        msa, ffn = kept["layer"].unbind(1) if "layer" in kept else (one, one)
+        only_prefix = c.last_block == "class" and i == len(costs.blocks) - 1
+        total = total + _spent(block, costs.prefix, patches, share, msa, ffn, only_prefix, c.head_mode) + block.gates
+    return total
+
+
+def _spent(
+    block: BlockCosts, prefix: int, patches: Tensor, share: Tensor, msa: Tensor, ffn: Tensor, only: bool, mode: str
+) -> Tensor:
+    """The equation of the module's head; with ``only``, the patch tokens are keys and values alone."""
+    keys = prefix + patches
+    queries = keys.new_tensor(prefix) if only else keys
+    each = block.qkv / 3
+    if mode == "full":
+        projections = share * (queries * each + keys * 2 * each + queries * block.out)
+    else:  # an off head still makes its values and hands them on
+        projections = queries * (share * each + block.out) + keys * (share + 1) * each
+    return msa * (projections + queries * keys * share * block.pair) + ffn * queries * block.mlp
+
+
+def summary(values: Tensor) -> Summary:
+    """Return mean, median and 95th percentile of MACs (or shares of them) over a set of images."""
+    values = values.detach().double()
+    p50, p95 = torch.quantile(values, values.new_tensor([0.5, 0.95])).tolist()
+    return Summary(float(values.mean()), p50, p95)
+
+
+def counted(run: Callable[[], Any]) -> float:
+    """Return the MACs of ``run()``, counted operator by operator while it runs."""
+    # The counter does not know all fused attention kernels; the plain one is two products.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return counter.get_total_flops() / 2
+
+
+def _block(adapter: AdaViT, index: int, block: Block, x: Tensor, grid: tuple[int, int]) -> BlockCosts:
+    row, place = x[:, :1], torch.full((1,), -1, device=x.device)
+    q = block.qkv(row)[0] if block.qkv_at is None else block.qkv_at(row, place)[0]  # (1, heads, 1, E)
+    name, gates = str(index), 0.0
+    if name in adapter.gates:
+        gates += counted(lambda: adapter.gates[name](x, x, grid))
+    if name in adapter.bottlenecks:
+        gates += counted(lambda: adapter.bottlenecks[name](x))
+    return BlockCosts(
+        qkv=counted(lambda: block.qkv(row) if block.qkv_at is None else block.qkv_at(row, place)),
+        out=counted(lambda: block.out(q)),
+        mlp=counted(lambda: block.mlp(row)),
+        pair=2.0 * q.shape[1] * q.shape[3],
+        gates=gates,
+    )
+
+
+@contextmanager
+def _evaluating(model: AdaptedModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

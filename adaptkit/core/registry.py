@@ -1,0 +1,197 @@
+"""Names to adapters and heads, class paths to backbone families.
+
+Nothing is listed by hand: the modules of ``adaptkit/backbones``, ``adaptkit/adapters`` and ``adaptkit/heads`` are
+imported on first use, and each registers what it defines. So are the modules that other installed packages name by an
+entry point of the group ``adaptkit.plugins``::
+
+    [project.entry-points."adaptkit.plugins"]
+    my-adapter = "my_package.my_adapter"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import os
+import pkgutil
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any, NamedTuple, TypeVar
+
+from torch import nn
+
+from adaptkit.core.tree import unwrapped
+from adaptkit.core.view import View
+
+__all__ = [
+    "Entry",
+    "adapters",
+    "configured",
+    "families",
+    "heads",
+    "register_adapter",
+    "register_family",
+    "register_head",
+    "view",
+]
+
+T = TypeVar("T", bound=type)
+
+
+class Entry(NamedTuple):
+    """A registered method: its module class and its config, a frozen dataclass."""
+
+    name: str
+    module: type[nn.Module]
+    config: type[Any]
+
+    def configure(self, options: dict[str, Any]) -> Any:
+        """Build the config from JSON-like options; an unknown option is a ``ValueError`` that names the known ones."""
+        if hasattr(self.config, "configure"):
+            return self.config.configure(options)
+        known = [f.name for f in dataclasses.fields(self.config)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ValueError(
+                f"{self.name!r} has no option {', '.join(map(repr, unknown))}; its options are {', '.join(known)}"
+            )
+        return self.config(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+
+
+_FAMILIES: dict[str, Callable[[nn.Module], View]] = {}
+_ADAPTERS: dict[str, Entry] = {}
+_HEADS: dict[str, Entry] = {}
+
+
+def register_family(*class_paths: str) -> Callable[[T], T]:
+    """Class decorator: this view sees hosts of these classes, given as ``"package.module.Class"``, and subclasses."""
+
+    def register(cls: T) -> T:
+        _FAMILIES.update(dict.fromkeys(class_paths, cls))
+        return cls
+
+    return register
+
+
+def _register(table: dict[str, Entry], name: str, config: type[Any]) -> Callable[[T], T]:
+    def register(cls: T) -> T:
+        table[name] = Entry(name, cls, config)
+        return cls
+
+    return register
+
+
+def register_adapter(name: str, config: type[Any]) -> Callable[[T], T]:
+    """Class decorator: ``attach(model, name)`` builds this adapter as ``cls(spec, config)``."""
+    return _register(_ADAPTERS, name, config)
+
+
+def register_head(name: str, config: type[Any]) -> Callable[[T], T]:
+    """Class decorator: ``attach(..., head=config)`` builds this head as ``cls(spec, config, pyramid)``."""
+    return _register(_HEADS, name, config)
+
+
+@functools.cache
+def _discover(folder: str) -> None:
+    package = importlib.import_module(f"adaptkit.{folder}")
+    for module in pkgutil.iter_modules(package.__path__):
+        if not module.name.startswith("_"):  # parts of the others, which register nothing
+            importlib.import_module(f"{package.__name__}.{module.name}")
+    _plugins()
+
+
+@functools.cache
+def _plugins() -> None:
+    """Import what other packages bring. One that fails is left out with a warning: it must not stop the others."""
+    for point in metadata.entry_points(group="adaptkit.plugins"):
+        try:
+            point.load()
+        except Exception as error:
+            package = point.dist.name if point.dist else "unknown"
+            warnings.warn(
+                f"the plug-in {point.name!r} of package {package} ({point.value}) could not be imported and is left "
+                f"out: {error!r}. Repair or uninstall that package",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+def families() -> dict[str, Callable[[nn.Module], View]]:
+    """Return every known host class path and the view that sees it."""
+    _discover("backbones")
+    return _FAMILIES
+
+
+def adapters() -> dict[str, Entry]:
+    """Return every adapter by name."""
+    _discover("adapters")
+    return _ADAPTERS
+
+
+def heads() -> dict[str, Entry]:
+    """Return every head by name."""
+    _discover("heads")
+    return _HEADS
+
+
+def view(model: nn.Module) -> Any:
+    """See ``model`` as a :class:`~adaptkit.core.view.ViT`, or as a :class:`~adaptkit.core.hierarchical.StagedViT`.
+
+    Raises ``TypeError`` for an unknown class, naming the known ones and how to add a family, and for a backbone that
+    was compiled or wrapped as a whole.
+    """
+    if unwrapped(model) is not model or model._compiled_call_impl is not None:
+        how = type(model).__name__ if unwrapped(model) is not model else f"{type(model).__name__}.compile()"
+        raise TypeError(
+            f"this backbone was compiled or wrapped as a whole ({how}), and adapters run its blocks one by one, past "
+            f"that; hand over the plain {type(unwrapped(model)).__name__} and compile the adapted model "
+            "(`torch.compile(adaptkit.attach(backbone, ...))`), or compile or wrap its blocks"
+        )
+    known = families()
+    for cls in type(model).__mro__:
+        family = known.get(f"{cls.__module__}.{cls.__qualname__}")
+        if family is not None:
+            try:
+                return family(model)
+            except AttributeError as error:
+                raise TypeError(
+                    f"this {type(model).__name__} is not built as {cls.__module__}.{cls.__qualname__}: {error}. Hand "
+                    "over one whose parts are that class's own, or register a family for it: subclass "
+                    "adaptkit.core.view.ViT and decorate it with @adaptkit.register_family('package.module.Class')"
+                ) from error
+    names = ", ".join(sorted({path.rpartition(".")[2] for path in known}))
+    raise TypeError(
+        f"no family sees {type(model).__module__}.{type(model).__qualname__}; known hosts: {names}. "
+        "A transformers model with a task head is attached through its base (`model.base_model`); another class "
+        "needs a family: subclass adaptkit.core.view.ViT and decorate it with "
+        "@adaptkit.register_family('package.module.Class')"
+    )
+
+
+def configured(arg: Any, known: dict[str, Entry], kind: str) -> tuple[Entry, Any]:
+    """Return the entry and config of a name, a config or a (name, options) pair; ``kind`` is "adapter" or "head".
+
+    Raises ``TypeError`` for anything else, ``ValueError`` for an unknown name or option.
+    """
+    for entry in known.values():
+        if dataclasses.is_dataclass(arg) and type(arg) is entry.config:
+            return entry, arg
+        if hasattr(entry.config, "converted") and entry.config.converted(arg) is not None:
+            return entry, entry.config.converted(arg)
+    name, options = arg if isinstance(arg, tuple) and len(arg) == 2 else (arg, {})
+    if not isinstance(name, str | os.PathLike) or not isinstance(options, dict):
+        raise TypeError(
+            f"{arg!r} is no {kind}: give a name ({', '.join(sorted(known))}), its config, a pair (name, options), or "
+            "a saved adapter"
+        )
+    if str(name) not in known:
+        raise ValueError(
+            f"no {kind} is named {str(name)!r} and no file is there; the {kind}s are {', '.join(sorted(known))}"
+        )
+    entry = known[str(name)]
+    try:
+        return entry, entry.configure(options)
+    except TypeError as error:  # a required option is missing
+        raise ValueError(f"{kind} {str(name)!r} needs more options: {error}") from error

@@ -1,0 +1,309 @@
+"""The one view of a frozen vision transformer.
+
+Every block of every host is seen as the MetaFormer equation (Yu et al. 2022, eq. 2-3)::
+
+    x = x + scale1(attn(norm1(x)))
+    x = x + scale2(mlp(norm2(x)))
+
+in timm's names, an absent part being the identity. A family file in ``adaptkit/backbones`` says how one host
+is seen this way. It calls the host's own modules and copies nothing, so that the view equals the host bitwise.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adaptkit.core.checkpointing import OFF, Checkpointing
+from adaptkit.ops.grid import cells, pad_to_multiple
+from adaptkit.seam import accelerated
+
+__all__ = [
+    "Block",
+    "Features",
+    "Perceptron",
+    "Projections",
+    "Source",
+    "Spec",
+    "ViT",
+    "View",
+    "identity",
+    "no_perceptron",
+    "no_projections",
+]
+
+Fn = Callable[[Tensor], Tensor]
+
+
+class Spec(NamedTuple):
+    """What an adapter may depend on, and what its file stores."""
+
+    family: str  #: how the host is seen, e.g. ``"timm-vit"``; never a condition for compatibility
+    dim: int  #: width D of the token stream
+    depth: int  #: number of blocks
+    heads: int  #: attention heads per block
+    patch: int  #: side of a square patch, in pixels
+    prefix: int  #: class and register tokens P before the patch tokens
+    channels: int = 3  #: of the image; a file that does not say has 3
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of each block."""
+        return (self.dim,) * self.depth
+
+
+class Source(NamedTuple):
+    """Where a backbone comes from, as far as it knows itself; empty where it does not."""
+
+    id: str = ""  #: Hub id, timm name or local folder
+    revision: str = ""  #: commit, where recorded
+    mean: tuple[float, ...] = ()  #: normalisation of the image, channel by channel, for values in 0..1
+    std: tuple[float, ...] = ()
+    classes: int = 0  #: of the host's own classifier
+
+
+class Features(NamedTuple):
+    """What a forward returns. A pytree: ``torch.compile``, ``torch.export`` and DDP take it as it is."""
+
+    tokens: Tensor  #: (B, N, D) patch tokens after the final norm, N = h * w row by row
+    prefix: Tensor  #: (B, P, D) class and register tokens after the final norm
+    maps: tuple[Tensor, ...]  #: pyramid, finest first: (B, D, H/4, W/4) ... (B, D, H/32, W/32); () if none is made
+    aux: dict[str, Tensor]  #: what adapters report, e.g. usage for a usage loss
+    logits: Tensor | None  #: of the head given to ``attach``, or of the backbone's own classifier
+    grid: tuple[int, int]  #: (h, w) of the patch tokens: the image size over the patch, rounded up
+    size: tuple[int, int]  #: (H, W) of the image, in pixels
+
+
+def no_projections() -> None:
+    """Return nothing: the attention of this block is more than linear layers around a softmax."""
+
+
+def no_perceptron() -> None:
+    """Return nothing: the FFN of this block is more than two linear layers around an activation."""
+
+
+def identity(x: Tensor) -> Tensor:
+    """Return ``x``: the part that a block does not have."""
+    return x
+
+
+class Projections(NamedTuple):
+    """The linear layers around one attention, head by head: views of the host's own weights.
+
+    ``norms[1](h @ key[head].T + key_bias[head])``, with ``key`` the second matrix in ``qkv``, is the key of one head,
+    and the heads' outputs are joined by ``out_weight``. Only for an attention that is nothing else: plain linear
+    layers, no position inside, no norm over several heads, one key and value for each query.
+    """
+
+    qkv: tuple[Tensor, ...]  #: (3, heads, E, D) where they are one layer of the host, else three of (1, heads, E, D)
+    qkv_bias: tuple[Tensor | None, ...]  #: (3, heads, E), or three of (1, heads, E)
+    norms: tuple[Fn, Fn]  #: of q and k, over E
+    out_weight: Tensor  #: (D, heads, E)
+    out_bias: Tensor | None  #: (D,)
+
+
+class Perceptron(NamedTuple):
+    """An FFN that is ``fc2(act(fc1(h)))`` and nothing else, from the host's own layers."""
+
+    fc1: nn.Linear
+    act: Fn
+    fc2: nn.Linear
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One frozen block, bound to one image (rotary angles, relative bias and masks are already inside).
+
+    ``run`` is the host's own forward and what ``block(x)`` calls. The parts say the same as an equation, for
+    adapters that need to step inside. ``attn`` itself comes apart as
+    ``out(softmax(q k^T * scale + bias) v)`` with ``q, k, v = qkv(h)``.
+    """
+
+    run: Fn  #: (B, P+N, D) -> (B, P+N, D)
+    norm1: Fn
+    attn: Fn
+    scale1: Fn
+    norm2: Fn
+    mlp: Fn
+    scale2: Fn
+    qkv: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  #: (B, P+N, D) -> three of (B, heads, P+N, E)
+    out: Fn  #: (B, heads, P+N, E) -> (B, P+N, D)
+    scale: float | None = None  #: of the logits; None is 1/sqrt(E)
+    bias: Tensor | None = None  #: added to the logits, broadcast to (B, heads, P+N, P+N)
+    #: ``qkv`` of some rows: (1, R, D) and their places (R,), the patch 0..N-1 or -1 for a prefix token -> three of
+    #: (1, heads, R, E). None: the place does not matter and ``qkv`` itself takes any rows.
+    qkv_at: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
+    #: Rotary hosts: q or k (B, heads, R, E) made at place -1, and places (R, 2) or (B, heads, R, 2), continuous, as
+    #: (y, x) in patches from the centre of the first one -> the same turned there. None: no position inside.
+    rotate: Callable[[Tensor, Tensor], Tensor] | None = None
+    #: Where heads can be computed one by one; None from it where the host's layers do not allow that.
+    projections: Callable[[], Projections | None] = no_projections
+    perceptron: Callable[[], Perceptron | None] = no_perceptron  #: ``mlp`` layer by layer, where it is that simple
+    grid: tuple[int, int] | None = None  #: (h, w) of the patch tokens, as a block adapter gets the block
+    repeatable: bool = True  #: whether the forward may run again: not where several processes must run in step
+
+    @accelerated
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run the host's own forward."""
+        return self.run(x)
+
+    def equation(self, x: Tensor) -> Tensor:
+        """Run the block from its parts: the MetaFormer equation above."""
+        x = x + self.scale1(self.attn(self.norm1(x)))
+        return x + self.scale2(self.mlp(self.norm2(x)))
+
+    def attention(self, h: Tensor) -> Tensor:
+        """``attn`` from ``qkv``, ``bias`` and ``out``: (B, P+N, D) -> (B, P+N, D)."""
+        q, k, v = self.qkv(h)
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias, scale=self.scale))
+
+
+class View(ABC):
+    """How a frozen host is seen, plain or hierarchical. It holds no parameter: everything is read from ``host``.
+
+    A family implements the abstract methods. Four more are what ``adaptkit.model.proof`` asks a copy of the host for,
+    which shares its weights and is in eval mode; a family that leaves them out is proven block by block only. The
+    others are final.
+    """
+
+    positions: str = "none"  #: the rule by which positions go to another grid, as the host does it
+    spec: Any  #: Spec of a plain ViT, StagedSpec of a hierarchical host
+
+    def __init__(self, host: nn.Module) -> None:
+        self.host = host
+        self.sharded: Sequence[nn.Module] = ()  #: the host's blocks, where their parameters lie on several devices
+        # Of the weights, from before they were sharded: see adaptkit.hub.file and adaptkit.hub.digest.
+        self.fingerprint: dict[str, list[float]] | None = None
+        self.digest: dict[str, str] | None = None
+        self.sums: dict[str, list[float]] | None = None
+        self.checkpointing: Checkpointing | None = None  #: what the model was told; None: as the host says
+        self.origin: Source | None = None  #: what a module around the host knows better than the host
+
+    @abstractmethod
+    def features(self, image: Tensor) -> Features:
+        """Image (B, C, H, W) of any size -> features of the plain forward, no adapter."""
+
+    @abstractmethod
+    def logits(self, features: Features) -> Tensor | None:
+        """Return the host's own logits (B, classes), or None."""
+
+    def is_checkpointing(self) -> bool:
+        """Whether the host was told to run its blocks a second time in the backward pass."""
+        return False
+
+    def how_checkpointing(self) -> Checkpointing:
+        """Return which blocks run a second time: what the model was told goes before what the host was."""
+        if self.checkpointing is not None:
+            return self.checkpointing
+        return Checkpointing() if self.is_checkpointing() else OFF
+
+    def check_image(self, image: Tensor) -> None:
+        """Raise ``ValueError`` for an image (B, C, H, W) of another number of channels than the host takes."""
+        if image.shape[1] != self.spec.channels:
+            raise ValueError(
+                f"image has shape {tuple(image.shape)}, so {image.shape[1]} channels; {type(self.host).__name__} takes "
+                f"{self.spec.channels}: give (batch, {self.spec.channels}, height, width)"
+            )
+
+    @abstractmethod
+    def fingerprint_tensors(self) -> dict[str, Tensor]:
+        """Return a few frozen tensors that every copy of these weights shares, whichever library holds them."""
+
+    @abstractmethod
+    def source(self) -> Source:
+        """Return what the host knows of its origin."""
+
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """Return sizes (H, W) in pixels that the host itself takes, its own first; ``()``: there is no reference."""
+        return ()
+
+    def reference(self, image: Tensor) -> Tensor | None:
+        """Image (1, C, H, W) of such a size -> tokens (1, P+N, D), or (1, N, D), by the host's own forward.
+
+        They are what :meth:`features` must give: after the final norm, all prefix tokens first. In the copy, cheap
+        functions stand in for the blocks.
+        """
+        return None
+
+    def answers(self, tokens: Tensor) -> Sequence[Tensor]:
+        """Tokens as :meth:`reference` gives them -> what the host may return for that image: it must be one of these.
+
+        None: whatever else the host returns is not looked at.
+        """
+        return ()
+
+    def accept(self, grid: tuple[int, int]) -> None:  # noqa: B027
+        """Make the host's blocks take this grid by their own forward, whatever grid they were built for."""
+
+
+class ViT(View):
+    """The view of a plain ViT: one width and one grid from the first block to the last."""
+
+    spec: Spec
+    prefix_optional: bool = True  #: whether the blocks also run without the prefix tokens
+    splits: bool = True  #: whether the attention of the blocks comes apart into ``qkv``, ``bias`` and ``out``
+    rebuilds: bool = False  #: whether the view computes that attention from its parts itself, on some grids
+
+    def __init__(self, host: nn.Module, spec: Spec) -> None:
+        super().__init__(host)
+        self.spec = spec
+
+    @abstractmethod
+    def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Image (B, C, h*patch, w*patch) -> tokens (B, P+N, D) as they enter the first block."""
+
+    @abstractmethod
+    def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
+        """Return the blocks, bound to this (padded) image."""
+
+    @abstractmethod
+    def norm(self, x: Tensor) -> Tensor:
+        """Apply the host's final norm to (B, P+N, D); the identity where the host has none."""
+
+    @abstractmethod
+    def classify(self, x: Tensor) -> Tensor | None:
+        """Normed tokens (B, P+N, D) -> the host's own logits (B, classes), or None where it has no classifier."""
+
+    def grid(self, image: Tensor) -> tuple[int, int]:
+        """Return (h, w), the patches that cover the image (B, C, H, W)."""
+        return cells(image.shape[-2], self.spec.patch), cells(image.shape[-1], self.spec.patch)
+
+    def begin(self, image: Tensor) -> tuple[Tensor, Sequence[Block]]:
+        """Image (B, C, H, W) of any size -> tokens (B, P+N, D) before the first block, and the blocks.
+
+        A size that is no multiple of the patch is padded with zeros at the right and the bottom.
+        """
+        self.check_image(image)
+        grid = self.grid(image)
+        image = pad_to_multiple(image.to(next(self.host.parameters()).dtype), self.spec.patch)
+        return self.embed(image, grid), self.blocks(image, grid)
+
+    def finish(
+        self, x: Tensor, image: Tensor, maps: Sequence[Tensor] = (), aux: dict[str, Tensor] | None = None
+    ) -> Features:
+        """Close the forward: final norm, prefix and patch tokens apart. x: (B, P+N, D), or (B, N, D) if dropped."""
+        grid = self.grid(image)
+        x = self.norm(x)
+        prefix, tokens = x.tensor_split([x.shape[1] - grid[0] * grid[1]], dim=1)
+        size = (image.shape[-2], image.shape[-1])
+        return Features(tokens, prefix, tuple(maps), dict(aux or {}), None, grid, size)
+
+    def features(self, image: Tensor) -> Features:
+        """Run the plain forward, no adapter: begin, every block, finish."""
+        x, blocks = self.begin(image)
+        for block in blocks:
+            x = block(x)
+        return self.finish(x, image)
+
+    def logits(self, features: Features) -> Tensor | None:
+        """Return the host's own logits (B, classes); None without a classifier or where the prefix was dropped."""
+        if features.prefix.shape[1] != self.spec.prefix:
+            return None
+        tokens = features.tokens  # as they lie in memory, where there is no prefix: a mean over them rounds by that
+        return self.classify(torch.cat([features.prefix, tokens], dim=1) if self.spec.prefix else tokens)

@@ -1,0 +1,412 @@
+"""The adapter file: one safetensors file that is whole by itself.
+
+Its header (one JSON string under the metadata key ``adaptkit``) holds the format version, the adapters and their
+configs, the head, the backbone's spec, origin, fingerprint and digest, and the image normalisation. Tensor keys are
+``<adapter>.<own key>`` and ``head.<own key>``: no module name of the backbone enters the file. Only safetensors is
+read, never pickle. Every write is atomic, and what is saved is serialised before the first byte is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from adaptkit.adapters.lora.peft_folder import from_peft_layout, peft_config_of
+from adaptkit.core.hierarchical import StagedSpec
+from adaptkit.core.view import Spec, View
+from adaptkit.hub.digest import block_sums, digest, other_blocks, other_layers
+from adaptkit.version import __version__
+
+__all__ = [
+    "AdapterFile",
+    "check_fits",
+    "check_writable",
+    "describe_backbone",
+    "load",
+    "load_into",
+    "metadata_of",
+    "normalisation_of",
+    "serialised",
+    "write_atomic",
+    "write_folder",
+    "write_together",
+]
+
+FORMAT = 2  #: the newest that is read; 2 may hold trained parts of the backbone, and is written where it does
+WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterFile:
+    """A saved adapter, ready to be attached: ``adaptkit.attach(model, adaptkit.load("folder"))``."""
+
+    path: Path
+    header: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def spec(self) -> Spec | StagedSpec:
+        """Spec of the backbone that the file was trained on; a folder that peft saved has none (``ValueError``)."""
+        if self.header["backbone"] is None:
+            raise ValueError(f"{self.path} was saved by peft, which does not record the backbone's structure")
+        saved = self.header["backbone"]["spec"]
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        return StagedSpec(**fields) if "depths" in fields else Spec(**fields)
+
+    def tensors_of(self, name: str) -> dict[str, Tensor]:
+        """Tensors of one adapter (or ``"head"``), by its own keys."""
+        return {k[len(name) + 1 :]: v for k, v in self.tensors.items() if k.startswith(name + ".")}
+
+
+def load(path: str | os.PathLike[str]) -> AdapterFile:
+    """Read a saved adapter: its folder, or the safetensors file in it. A folder that peft saved is a LoRA.
+
+    Raises ``FileNotFoundError`` where there is none, ``ValueError`` where the file is truncated, not an adapter file
+    or of a newer format.
+    """
+    file = Path(path)
+    file = file / WEIGHTS if file.is_dir() else file
+    if not file.is_file():
+        raise FileNotFoundError(f"no adapter at {path}: expected a folder with {WEIGHTS}, or that file itself")
+    try:
+        with safe_open(file, "pt") as f:
+            metadata = f.metadata() or {}
+            names = list(f.keys())
+            foreign = None if "adaptkit" in metadata else peft_config_of(file.parent)
+            wanted = "adaptkit" in metadata or foreign is not None
+            tensors = {k: f.get_tensor(k) for k in names} if wanted else {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file} ({file.stat().st_size} bytes) is not a complete safetensors file: {error}. "
+            "Copy or download it again"
+        ) from error
+    if foreign is not None:
+        return AdapterFile(file, *from_peft_layout(foreign, tensors))
+    if "adaptkit" not in metadata:
+        found = ", ".join(names[:3]) or "nothing"
+        raise ValueError(
+            f"{file} is a safetensors file of something else: no 'adaptkit' header; its tensors are {found}, ... "
+            "Point to a file that AdaptedModel.save wrote"
+        )
+    try:
+        header = json.loads(metadata["adaptkit"])
+        version = int(header["format"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} has a damaged adaptkit header: {error!r}. Copy or download it again") from error
+    if version > FORMAT:
+        raise ValueError(
+            f"{file} has format {version}, written by adaptkit {header.get('adaptkit')}; this is adaptkit "
+            f"{__version__}, which reads up to format {FORMAT}: upgrade adaptkit"
+        )
+    return AdapterFile(file, header, tensors)
+
+
+def metadata_of(files: Sequence[AdapterFile]) -> dict[str, Any]:
+    """Return what these files say beside tensors and configs, the later ones winning."""
+    return {key: value for file in files for key, value in (file.header.get("metadata") or {}).items()}
+
+
+def normalisation_of(metadata: Mapping[str, Any], channels: int) -> tuple[list[float], list[float]] | None:
+    """Return ``mean`` and ``std`` of metadata, a number for each channel; None where they are not there, or others."""
+    said = metadata.get("mean"), metadata.get("std")
+    whole = all(isinstance(v, list) and len(v) == channels and all(type(n) in (int, float) for n in v) for v in said)
+    return (said[0], said[1]) if whole else None  # type: ignore[return-value]
+
+
+def describe_backbone(vit: View, metadata: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """Return what the header says of the backbone.
+
+    The normalisation is that of the images that were trained on: ``mean`` and ``std`` of the metadata, where they are
+    given, go before what the backbone says of itself.
+    """
+    source = vit.source()
+    mean, std = normalisation_of(metadata, vit.spec.channels) or (list(source.mean), list(source.std))
+    return {
+        "spec": vit.spec._asdict(),
+        "class": f"{type(vit.host).__module__}.{type(vit.host).__qualname__}",
+        "positions": vit.positions,
+        "source": source.id,
+        "revision": source.revision,
+        "mean": mean,
+        "std": std,
+        "classes": source.classes,
+        "fingerprint": fingerprint(vit),
+        "digest": digest_of(vit),
+        "sums": sums_of(vit),
+    }
+
+
+def fingerprint(vit: View) -> dict[str, list[float]]:
+    """Return eight values each of a few frozen tensors: the same in timm, transformers and half precision."""
+    if vit.fingerprint is not None:
+        return vit.fingerprint
+    marks = {}
+    for name, tensor in vit.fingerprint_tensors().items():
+        if tensor.is_meta:  # no values yet
+            continue
+        flat = tensor.detach().flatten()
+        index = torch.linspace(0, flat.numel() - 1, 8, dtype=torch.float32, device="cpu").long().to(flat.device)
+        marks[name] = [float(f"{v:.6g}") for v in flat[index].float().tolist()]
+    return marks
+
+
+def digest_of(vit: View) -> dict[str, str]:
+    """Return the exact checksum of every layer; see :func:`adaptkit.hub.digest.digest`."""
+    return digest(vit.host) if vit.digest is None else vit.digest
+
+
+def sums_of(vit: View) -> dict[str, list[float]]:
+    """Return the sums over each block, which rounding hardly moves; see :func:`adaptkit.hub.digest.block_sums`."""
+    return block_sums(vit.host, len(vit.spec.widths)) if vit.sums is None else vit.sums
+
+
+def check_fits(file: AdapterFile, vit: View, strict: bool = False) -> None:
+    """Compare a file with a backbone.
+
+    Another structure is a ``ValueError``. Other weights of the same structure are a warning, or with ``strict`` a
+    ``ValueError`` too: the adapter runs, but was trained on other features. Every layer is compared: bit by bit where
+    both sides hold the same tensors, else block by block up to rounding. Other positions at other sizes, and another
+    normalisation, are warnings.
+    """
+    if file.header["backbone"] is None:  # a folder of peft knows the names of layers and nothing else
+        return
+    then, now = file.spec, vit.spec
+    if type(then) is not type(now):
+        raise ValueError(
+            f"{file.path} was trained on a {_kind(then)} ({say_spec(then)}), this backbone is a {_kind(now)} "
+            f"({vit.source().id or type(vit.host).__name__}: {say_spec(now)}); attach it to a {_kind(then)}"
+        )
+    for name in then._fields[1:]:  # whichever library holds them: the family does not matter
+        a, b = getattr(then, name), getattr(now, name)
+        if a != b:
+            saved = file.header["backbone"]
+            here = vit.source().id or type(vit.host).__name__
+            raise ValueError(
+                f"{file.path} was trained on {name}={a} ({saved['source'] or saved['class']}: {say_spec(then)}), this "
+                f"backbone has {name}={b} ({here}: {say_spec(now)}); attach it to "
+                f"a {_kind(then)} with {name}={a}"
+            )
+    saved, source = file.header["backbone"], vit.source()
+    other = _other_weights(file, vit)
+    if other:
+        message = (
+            f"{file.path} was trained on other weights of this structure (file: {saved['source'] or 'unnamed'}, "
+            f"backbone: {source.id or 'unnamed'}; they differ in {_listed(other)}): its results will differ. Load the "
+            "weights it was trained on"
+        )
+        if strict:
+            raise ValueError(message)
+        warnings.warn(message, UserWarning, stacklevel=3)
+    if saved.get("positions", vit.positions) != vit.positions:
+        warnings.warn(
+            f"{file.path} was trained where positions go to another grid as {saved['positions']!r}, this backbone "
+            f"({type(vit.host).__name__}) does it as {vit.positions!r}: results agree at the native size only. For "
+            "other sizes take the library that it was trained in",
+            UserWarning,
+            stacklevel=3,
+        )
+    mean, std = normalisation_of(file.header.get("metadata") or {}, now.channels) or (saved["mean"], saved["std"])
+    if mean and source.mean and (mean, std) != (list(source.mean), list(source.std)):
+        warnings.warn(
+            f"{file.path} was trained on images normalised by mean {mean}, std {std}; this backbone declares mean "
+            f"{list(source.mean)}, std {list(source.std)}. Normalise as the file says",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def say_spec(spec: Spec | StagedSpec) -> str:
+    """Return the numbers that a backbone must share with a file."""
+    return ", ".join(f"{name}={getattr(spec, name)}" for name in spec._fields[1:])
+
+
+def _kind(spec: Spec | StagedSpec) -> str:
+    return "ViT" if isinstance(spec, Spec) else "hierarchical host"
+
+
+def _other_weights(file: AdapterFile, vit: View) -> list[str]:
+    """Return the parts of the backbone whose weights are not those of the file."""
+    saved = file.header["backbone"]
+    then, now = saved.get("digest") or {}, digest_of(vit)
+    # The backbone's own classifier speaks where the adapter has no head.
+    other, complete = other_layers(then, now, classifier=file.header["head"] is None and saved.get("classes", 0) > 0)
+    if not complete:  # another library, another precision, or a file from before there were digests
+        if saved.get("sums"):
+            other += [f"block {i}" for i in other_blocks(saved["sums"], sums_of(vit))]
+        marks, mine = saved["fingerprint"], fingerprint(vit)
+        if not other and not _same_marks(marks, mine):
+            other = [f"{name!r}" for name in marks] or ["every layer"]
+    return other
+
+
+def _listed(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _same_marks(then: dict[str, list[float]], now: dict[str, list[float]]) -> bool:
+    """Equal up to the rounding of bf16 (8 bits), on every tensor that both sides name."""
+    shared = then.keys() & now.keys()
+    return bool(shared) and all(
+        len(then[k]) == len(now[k]) and all(abs(a - b) <= 1e-4 + 2e-2 * abs(b) for a, b in zip(then[k], now[k]))
+        for k in shared
+    )
+
+
+def write_folder(
+    folder: str | os.PathLike[str], header: dict[str, Any], tensors: Mapping[str, Tensor], card: str | None
+) -> Path:
+    """Write weights, config and card, all of them or nothing; returns the folder.
+
+    Everything is serialised before the folder is touched. The weights come last: whoever sees them sees it all. Without
+    a ``card`` the README.md that is there stays.
+
+    Raises ``ValueError`` for what cannot be written, ``OSError`` where the folder cannot be, and leaves it as it was.
+    """
+    header = {"format": 1, "adaptkit": __version__, **header}
+    data = {CONFIG: (json.dumps(header, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()}
+    if card is not None:
+        data[CARD] = card.encode()
+    # One metadata key: with several, safetensors does not promise their order, and equal adapters are equal bytes.
+    data[WEIGHTS] = serialised(tensors, {"adaptkit": json.dumps(header, sort_keys=True, allow_nan=False)})
+    return write_together(folder, data)
+
+
+def serialised(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """Return a safetensors file of these tensors; those that share memory are written one by one.
+
+    Raises ``ValueError`` for what is no plain tensor with values, by its key.
+    """
+    copies = {}
+    for key, tensor in sorted(tensors.items()):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{key} is a {type(tensor).__name__}, and a safetensors file holds tensors only")
+        own = tensor.detach()
+        if type(own) is not Tensor or own.layout != torch.strided or own.is_quantized or own.is_meta:
+            raise ValueError(
+                f"{key} is a {type(own).__name__} of {own.dtype}, {own.layout}, on {own.device}, and a safetensors "
+                "file holds plain tensors only: give the module plain ones before it is saved"
+            )
+        copies[key] = own.to("cpu", copy=True).contiguous()
+    try:
+        return to_bytes(copies, metadata)
+    except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        kinds = ", ".join(sorted({str(t.dtype) for t in copies.values()}))
+        raise ValueError(f"safetensors cannot hold all of these tensors ({kinds}): {error}") from error
+
+
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], strict: bool = True) -> None:
+    """Copy tensors into a module, as ``load_state_dict`` does, also where one of its own is an expanded view.
+
+    Several elements of such a tensor lie in one place, which torch does not write to; it gets memory of its own.
+    Tensors that are shared between modules stay shared.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.layout == torch.strided and any(
+            stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)
+        ):
+            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+    module.load_state_dict(tensors, strict=strict)
+
+
+def write_together(folder: str | os.PathLike[str], data: Mapping[str, bytes]) -> Path:
+    """Write files into a folder, the last of ``data`` last; where one fails, the folder is as it was before."""
+    new = not Path(folder).exists()
+    path = check_writable(folder)
+    written: dict[Path, Path] = {}
+    former: dict[Path, Path] = {}
+    try:
+        for name, content in data.items():
+            written[path / name] = _temporary(path / name, content)
+        for target in list(written)[:-1]:  # the last one is there or not: nothing comes after it
+            if target.exists():
+                former[target] = _beside(target)
+                shutil.copy2(target, former[target], follow_symlinks=False)
+        done: list[Path] = []
+        try:
+            for target, temporary in written.items():
+                os.replace(temporary, target)
+                done.append(target)
+        except BaseException:
+            for target in done:
+                _put_back(target, former.get(target))
+            raise
+    except BaseException:
+        for left in (*written.values(), *former.values()):
+            left.unlink(missing_ok=True)
+        if new:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+    for left in former.values():
+        left.unlink(missing_ok=True)
+    return path
+
+
+def _put_back(target: Path, former: Path | None) -> None:
+    if former is None:
+        target.unlink()
+        return
+    try:
+        os.replace(former, target)
+    except OSError:
+        shutil.copyfile(former, target)
+
+
+def check_writable(folder: str | os.PathLike[str]) -> Path:
+    """Make the folder and prove that a file can be written in it, before hours of work depend on it."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to {path}: {error}. Choose a folder that you may write to") from error
+    return path
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never half of one."""
+    temporary = _temporary(Path(path), data)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _temporary(target: Path, data: bytes) -> Path:
+    """Write ``data`` to the disk beside ``target``, ready to be renamed."""
+    path = _beside(target)
+    try:
+        with path.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        path.chmod(0o666 & ~umask)  # mkstemp makes it private; a shared folder wants the usual mode
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _beside(target: Path) -> Path:
+    """Return a new, empty file beside ``target``."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    return Path(name)

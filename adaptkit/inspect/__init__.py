@@ -1,6 +1,0 @@
-"""Pictures of what a model does with an image."""
-
-from adaptkit.inspect.kept import kept_patches, usage_by_depth
-from adaptkit.inspect.points import attended_keys, deformed_points
-
-__all__ = ["attended_keys", "deformed_points", "kept_patches", "usage_by_depth"]

@@ -1,0 +1,291 @@
+"""``attach``: a frozen backbone and trainable adapters in one module."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptkit import _cpu  # noqa: F401  fast paths are registered by importing them
+from adaptkit.adapters.adavit import AdaViT
+from adaptkit.adapters.base import BlockAdapter, Trace, wrapped
+from adaptkit.adapters.lora.peft_layers import existing_layers
+from adaptkit.core import registry
+from adaptkit.core.view import Features, View
+from adaptkit.features.recorded import Recorded
+from adaptkit.features.replay import Replay, Stored, replay
+from adaptkit.hub.card import card_beside
+from adaptkit.hub.file import describe_backbone, write_folder
+from adaptkit.hub.metadata import plain
+from adaptkit.hub.repository import Commit, push
+from adaptkit.model.facts import Facts
+from adaptkit.model.owner import Owner, check_free
+from adaptkit.model.parts import AdapterSet
+from adaptkit.model.proof import prove
+from adaptkit.model.sets import NamedSets, build_set, checked_name, ordinarily
+from adaptkit.model.trainable import check_trained
+
+__all__ = ["AdaptedModel", "attach", "list_adapters", "list_heads"]
+
+
+def attach(
+    model: nn.Module,
+    *adapters: Any,
+    head: Any = None,
+    name: str = "default",
+    strict: bool = False,
+    train_backbone: Sequence[str] = (),
+    **options: Any,
+) -> AdaptedModel:
+    """Freeze ``model`` and attach adapters to it, and optionally a head.
+
+    Args:
+        model: a timm or transformers ViT; see ``adaptkit doctor`` for what is seen of it. A ``PeftModel`` too: its
+            LoRA becomes the adapter ``"lora"``, is trained if it was, and is saved in the same file.
+        adapters: each a name (``"vit-adapter"``), a config (``ViTAdapterConfig(injector=False)``, or peft's
+            ``LoraConfig(r=16)``), a pair ``("vit-adapter", {"injector": False})``, or a saved adapter: its folder,
+            ``"org/name"`` on the Hub, or what ``adaptkit.load`` returns. A folder that peft saved is taken too.
+        head: a config (``LinearHeadConfig(num_classes=21)``), a pair ``("linear", {"num_classes": 21})``, or your
+            own module, called with :class:`~adaptkit.core.view.Features`. A saved adapter brings its own head.
+        name: of these adapters together, for :meth:`AdaptedModel.set_adapter`.
+        strict: make other backbone weights than those of the file an error instead of a warning.
+        train_backbone: parts of the backbone to train as well, by the names of its modules or parameters, or patterns
+            of them: ``("blocks.11", "norm")``, ``("*.bias",)``. They are saved in the file; ``detach()`` gives the
+            backbone back without them, ``detach(keep=True)`` with them.
+        options: of the adapter, where it is the only one and given by name: ``attach(m, "vit-adapter", norm="group")``.
+
+    Returns the adapted model on the backbone's device: in training mode, or in eval mode where a saved adapter is
+    attached. Nothing of ``model`` is changed before everything that can fail has been built and proved.
+
+    Raises ``TypeError`` for a host of an unknown class, or that computes something else than its class, and
+    ``ValueError`` for an unknown name or option, for a saved adapter that does not fit, for a backbone that another
+    adapted model has, and for adapters of which a part would never be trained.
+    """
+    if isinstance(model, AdaptedModel):
+        raise TypeError(
+            "this model has adapters already: attach all of them in one call, or detach() first; "
+            "add_adapter() adds a set under another name"
+        )
+    if options:
+        if len(adapters) != 1 or not isinstance(adapters[0], str):
+            raise TypeError(
+                f"{', '.join(options)}: options go with one adapter given by name; otherwise use (name, {{...}})"
+            )
+        adapters = ((adapters[0], options),)
+    checked_name(name)
+    with ordinarily():
+        vit = registry.view(model)
+        check_free(model, vit.host)
+        prove(vit)
+        existing = existing_layers(vit.host)
+        own = () if existing is None else (existing.config,)
+        built, loaded = build_set((*own, *adapters), head, vit, strict, train_backbone)
+        if existing is not None:
+            existing.share(built.adapters["lora"])
+        check_trained(vit, built, run)
+        return AdaptedModel(model, vit, built, name, Owner(existing)).train(not loaded)
+
+
+def list_adapters() -> list[str]:
+    """Return the names that ``attach`` takes."""
+    return sorted(registry.adapters())
+
+
+def list_heads() -> list[str]:
+    """Return the names that ``attach(head=...)`` takes."""
+    return sorted(registry.heads())
+
+
+def run(vit: View, acting: AdapterSet, image: Tensor) -> Features:
+    """Run a backbone with these adapters and their head: image (B, 3, H, W) -> features."""
+    is_done = False
+    while not is_done:
+        features, is_done = _once(vit, acting, image)
+    logits = vit.logits(features) if acting.head is None else acting.head(features)
+    if acting.leaves_unread and acting.training and torch.is_grad_enabled():
+        logits = _with_all(logits, features)
+    return features._replace(logits=logits)
+
+
+def _once(vit: View, acting: AdapterSet, image: Tensor) -> tuple[Features, bool]:
+    """Run up to the head; also return whether that holds, or an adapter asks for another run."""
+    trace: Trace = {}
+    view: Any = wrapped(vit, acting, trace)
+    features = view.features(image) if acting.side is None else acting.side(view, image, trace)
+    repeats = [adapter.must_repeat(trace) for adapter in acting if isinstance(adapter, BlockAdapter)]
+    return features._replace(aux={**features.aux, **trace}), not any(repeats)
+
+
+def _with_all(logits: Any, features: Features) -> Any:
+    """DDP waits for a gradient of every trained parameter: where the head reads no feature of one, it is zero."""
+    if isinstance(logits, dict):
+        return {**logits, **dict(zip(logits, [_with_all(next(iter(logits.values())), features)]))}
+    if isinstance(logits, list | tuple):
+        return type(logits)([_with_all(logits[0], features), *logits[1:]])
+    return logits + sum(x[..., :0].sum() for x in (features.tokens, features.prefix, *features.maps)).to(logits.dtype)
+
+
+class AdaptedModel(Facts, NamedSets):
+    """A frozen backbone with adapters, as :func:`attach` builds it; ``model(image)`` returns ``Features``.
+
+    The backbone is never trained: no parameter of it requires a gradient and it stays in eval mode whatever
+    ``train()`` is told. Several sets of adapters can be attached, each with a name; one is active at a time.
+    """
+
+    # ------------------------------------------------------------------------------------------------------ running
+
+    def forward(self, image: Tensor | Recorded) -> Features:
+        """Image (B, 3, H, W), normalised as the backbone wants it, of any size -> features.
+
+        Or what :meth:`record` made of such images: then the backbone does not run.
+        """
+        if isinstance(image, Recorded):
+            return run(Stored(self.vit, image), self._readers(), image.image_or_shape())
+        if image.ndim != 4:
+            raise ValueError(f"image has shape {tuple(image.shape)}; expected (batch, channels, height, width)")
+        vit = self.vit
+        if not torch.compiler.is_compiling():
+            self._owner.check(vit.host)
+        if self._disabled or self._active is None:
+            features = vit.features(image)
+            return features._replace(logits=vit.logits(features))
+        return run(vit, self._acting, image)
+
+    def _check_built(self, built: AdapterSet) -> None:
+        check_trained(self.vit, built, run)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError(
+            "nn.DataParallel copies modules piece by piece and would run the adapters on the first device's backbone: "
+            "use DistributedDataParallel, one process for each GPU"
+        )
+
+    @torch.no_grad()
+    def record(self, image: Tensor) -> Recorded:
+        """Run the backbone on (B, 3, H, W) and keep what the active adapters read of it: ``model(recorded)``.
+
+        Raises ``ValueError`` where an adapter changes what the blocks compute, and so needs them to run.
+        """
+        after, reads_image = self.reads()
+        seen = replay(self.vit, image)
+        if not isinstance(seen, Replay):
+            raise ValueError(
+                f"{type(self.vit.host).__name__} has stages, whose outputs are not recorded; use a plain ViT"
+            )
+        states = tuple(seen.states[i + 1] for i in after)
+        size = (image.shape[-2], image.shape[-1])
+        return Recorded(states, after, size, self.spec.patch, image if reads_image else None)
+
+    def reads(self) -> tuple[tuple[int, ...], bool]:
+        """Return the blocks whose outputs the active adapters read, and whether they read the image too.
+
+        Raises ``ValueError`` as :meth:`record`.
+        """
+        side = self._readers().side
+        taps = () if side is None else side.reads()
+        return tuple(sorted({*taps, self.spec.depth - 1})), side is not None and side.reads_image()
+
+    def _readers(self) -> AdapterSet:
+        acting = self._acting
+        if self._disabled or acting.why_alone():
+            raise ValueError(f"recorded features do not do for these adapters: {acting.why_alone() or 'disabled'}")
+        return acting
+
+    # -------------------------------------------------------------------------------------------------------- saving
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """Return the tensors that the file holds: ``<adapter>.<own key>`` and ``head.<own key>``."""
+        return self._acting.tensors()
+
+    def load_adapter_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Put such tensors back; ``ValueError`` names what is missing, unexpected or of another shape."""
+        self._load(self._acting, tensors)
+
+    def header(self, name: str | None = None, **metadata: Any) -> dict[str, Any]:
+        """Return the header of a set's file, by default the active one's; ``metadata`` as :meth:`save` takes them."""
+        chosen = self._acting if name is None else self.set_of(name)
+        said = plain({**chosen.metadata, **metadata})
+        return {**chosen.header(), "backbone": describe_backbone(self._given_view(), said), "metadata": said}
+
+    def _given_view(self) -> Any:
+        """The view of a copy of the backbone as it was given: nothing in it, nothing merged, nothing trained."""
+        given = copy.copy(self.vit)
+        given.host = self._owner.as_given(given.host)
+        return given
+
+    def check_untrained(self) -> None:
+        """Raise ``ValueError`` where the backbone itself has other weights than when it was attached to."""
+        self._owner.check_untrained(self._given_view().host)
+
+    def save(self, folder: str | os.PathLike[str], *, name: str | None = None, **metadata: Any) -> Path:
+        """Write a set of adapters and their head, the active one or ``name``, to ``folder``: weights, config and card.
+
+        All is serialised before anything is written, and all is written or nothing. ``metadata`` (e.g.
+        ``task="segmentation"``, ``classes=[...]``; see :func:`adaptkit.hub.metadata.plain`) is kept in the header
+        beside what the file that was loaded says; ``mean=`` and ``std=`` say how the images were normalised, where that is not
+        as the backbone says. A README.md in the folder that adaptkit did not write stays as it is. Of several processes
+        one should call this.
+
+        Raises ``ValueError`` for metadata that JSON cannot say, and for a backbone that was trained since it was
+        attached to but for ``train_backbone``; ``OSError`` where the folder cannot be written.
+        """
+        self.check_untrained()
+        chosen = self._acting if name is None else self.set_of(name)
+        header = self.header(name, **metadata)
+        return write_folder(folder, header, chosen.tensors(), card_beside(folder, header))
+
+    def push(self, repo_id: str, **options: Any) -> Commit:
+        """Upload what ``save`` writes to a model repository on the Hub; see :func:`adaptkit.hub.repository.push`."""
+        return push(self, repo_id, **options)
+
+    @torch.no_grad()
+    def verify(self, image: Tensor, tolerance: float = 1e-5) -> float:
+        """Prove AdaViT's execution: packed equals masked under the same decisions, and all on equals the host's blocks.
+
+        Args:
+            image: (B, 3, H, W).
+            tolerance: how far a value may be off, as a share of the largest value of its output (at least 1).
+
+        Returns the largest such difference over all outputs. Raises ``RuntimeError`` where it exceeds the tolerance,
+        and ``TypeError`` where nothing is skipped, for there are no gates.
+        """
+        gates, modes = AdaViT.of(self), [(m, m.training) for m in self.modules()]
+        self.eval()
+        try:
+            with gates.executing("masked"):
+                reference = self(image)
+            with gates.executing("packed"), gates.deciding(gates.given(reference.aux)):
+                self(image)  # on a GPU it tells what is kept,
+                packed = self(image)  # and that is what is gathered here
+            pairs = {"packed execution differs from masked": (packed, reference)}
+            for execution in ("masked", "packed"):
+                with gates.executing(execution):
+                    ours, theirs = gates.all_on(self.vit, image)
+                pairs[f"{execution} execution with everything on differs from the host's own blocks"] = ours, theirs
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        worst = 0.0
+        for what, (one, other) in pairs.items():
+            off = max(_distance(a, b) for a, b in zip(_outputs(one), _outputs(other)))
+            worst = max(worst, off)
+            if not off <= tolerance:
+                raise RuntimeError(
+                    f"{what} by {off:.1e}, more than {tolerance:.1e}; report the backbone "
+                    f"({type(self.backbone).__name__}) and use execution='masked' with it"
+                )
+        return worst
+
+
+def _outputs(features: Features) -> list[Tensor]:
+    logits = [] if features.logits is None else [features.logits]
+    return [x for x in (features.tokens, features.prefix, *features.maps, *logits) if x.numel()]
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1.0))

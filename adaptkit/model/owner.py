@@ -1,0 +1,164 @@
+"""The backbone belongs to the user. What adaptkit changes in it is changed, and put back, here and nowhere else.
+
+An :class:`Owner` keeps flags and modes by name, so that copies, ``load_state_dict(assign=True)``, ``to_empty`` and
+moves between devices leave the record right, and knows which weight adapters are in the backbone and whether they are
+merged. Going from one set of adapters to another is a transaction: all of it happens, or nothing.
+
+The backbone holds its owner (an attribute of the module that is seen, gone after release), so that a second ``attach``
+finds it taken.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from adaptkit.adapters.base import WeightAdapter
+from adaptkit.adapters.lora.peft_layers import Existing
+from adaptkit.core.proxy import own_layer, restore
+from adaptkit.core.tree import plain_name, skeleton
+from adaptkit.hub.digest import digest, other_layers
+
+__all__ = ["Owner", "check_free"]
+
+MARK = "_adaptkit_owner"
+
+
+def check_free(backbone: nn.Module, host: nn.Module) -> None:
+    """Raise ``ValueError`` where an adapted model has this backbone; what a forgotten one left is put back."""
+    owner: Owner | None = vars(host).get(MARK)
+    if owner is None:
+        return
+    if owner.model is not None:
+        raise ValueError(
+            f"this {type(backbone).__name__} has adapters already, those of another adapted model: add_adapter() there "
+            "adds a set beside them, attach_many() runs several at once, and detach() gives the backbone back"
+        )
+    owner.release(backbone, host)
+
+
+class Owner:
+    """What one adapted model has changed in one backbone.
+
+    Args:
+        existing: the layers of peft that it came with, as :func:`existing_layers` found them.
+    """
+
+    def __init__(self, existing: Existing | None = None) -> None:
+        self.existing = existing
+        self.installed: list[WeightAdapter] = []  #: adapters that are in the backbone now
+        self.merged = False  #: whether its weights hold their change
+        self.weights: dict[str, str] = {}  #: digest of the weights that can be trained, as they were taken
+        self._model: weakref.ref[nn.Module] | None = None
+        self._modes: dict[str, bool] = {}
+        self._flags: dict[str, bool] = {}
+
+    @property
+    def model(self) -> Any:
+        """The adapted model; None where it is gone."""
+        return None if self._model is None else self._model()
+
+    def belongs_to(self, model: nn.Module) -> None:
+        """Say which model this is of: after a copy it is another one."""
+        self._model = weakref.ref(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}
+
+    # --------------------------------------------------------------------------------------- taking and giving back
+
+    def take(self, backbone: nn.Module, host: nn.Module, model: nn.Module) -> None:
+        """Freeze the backbone. ``host`` is the part of it that is seen."""
+        self._modes = {n: m.training for n, m in backbone.named_modules(remove_duplicate=False)}
+        self._flags = {n: p.requires_grad for n, p in backbone.named_parameters(remove_duplicate=False)}
+        self.weights = digest(host, trainable=True)
+        vars(host)[MARK] = self
+        self.belongs_to(model)
+        if self.existing is not None:
+            self.existing.take_out(host)
+        backbone.requires_grad_(False)
+
+    def release(self, backbone: nn.Module, host: nn.Module) -> None:
+        """Leave the backbone as it was taken: layers, weights, flags and modes."""
+        self._remove(host)
+        restore(host)
+        if self.existing is not None:
+            self.existing.put_back(host)
+        vars(host).pop(MARK, None)
+        modes, flags = _by_plain_name(self._modes), _by_plain_name(self._flags)
+        for name, module in backbone.named_modules(remove_duplicate=False):
+            module.training = self._modes.get(name, modes.get(plain_name(name), module.training))
+        for name, parameter in backbone.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(self._flags.get(name, flags.get(plain_name(name), parameter.requires_grad)))
+
+    # ------------------------------------------------------------------------------------------------ what is in it
+
+    def install(self, host: nn.Module, adapters: Sequence[WeightAdapter], merged: bool = False) -> None:
+        """Have these adapters in the backbone and no others, merged or not. Raises what they raise; all or nothing."""
+        before, was_merged = list(self.installed), self.merged
+        try:
+            self._go(host, list(adapters), merged)
+        except BaseException:
+            self.installed = [*before, *(a for a in self.installed if a not in before)]
+            self._remove(host)  # wherever it stopped, all that was or came in goes out
+            self._go(host, before, was_merged)
+            raise
+
+    def _go(self, host: nn.Module, adapters: list[WeightAdapter], merged: bool) -> None:
+        if [id(a) for a in adapters] != [id(a) for a in self.installed]:
+            self._remove(host)
+            for adapter in adapters:
+                self.installed.append(adapter)
+                adapter.install(host)
+        for adapter in self.installed:
+            if merged and adapter.merges:
+                adapter.merge()
+            else:
+                adapter.unmerge()
+        self.merged = merged
+
+    def _remove(self, host: nn.Module) -> None:
+        for adapter in reversed(self.installed):
+            adapter.remove(host)
+        self.installed, self.merged = [], False
+
+    def as_given(self, host: nn.Module) -> nn.Module:
+        """Return a copy of the tree with the layers and tensors that are the backbone's own, whatever is in it now.
+
+        Nothing is touched: the model may run in another thread meanwhile.
+        """
+        given = skeleton(host, own_layer)
+        for adapter in reversed(self.installed):  # what the first one found there is the backbone's own
+            for name, tensor in adapter.originals().items():
+                path, _, key = name.rpartition(".")
+                module = given.get_submodule(path)
+                own: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
+                weight = own is module._parameters and not isinstance(tensor, nn.Parameter)
+                own[key] = nn.Parameter(tensor, requires_grad=False) if weight else tensor
+        return given
+
+    def check_untrained(self, host: nn.Module) -> None:
+        """Raise ``ValueError`` where somebody has trained the backbone: a file of adapters would lose that.
+
+        ``host``: :meth:`as_given`.
+        """
+        layers, _ = other_layers(self.weights, digest(host, trainable=True), classifier=True)
+        if layers:
+            raise ValueError(
+                f"the backbone has other weights than when it was attached to, in {', '.join(layers[:4])}"
+                f"{' and more' if len(layers) > 4 else ''}; a file of adapters does not hold them: name what you train "
+                f"when you attach, attach(..., train_backbone={tuple(layers[:2])}), and it is saved; or detach() and "
+                "save the backbone itself"
+            )
+
+    def check(self, host: nn.Module) -> None:
+        """Raise ``RuntimeError`` where somebody has replaced a layer that an adapter is in: it would be ignored."""
+        for adapter in self.installed:
+            adapter.check(host)
+
+
+def _by_plain_name(record: dict[str, bool]) -> dict[str, bool]:
+    return {plain_name(name): value for name, value in record.items()}

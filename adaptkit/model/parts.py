@@ -1,0 +1,292 @@
+"""From what ``attach`` is given to what it builds: names, configs, files -> parts -> one :class:`AdapterSet`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from adaptkit.adapters.base import Adapter, BlockAdapter, SideAdapter, WeightAdapter
+from adaptkit.core import registry
+from adaptkit.core.hierarchical import StagedSpec, StagedViT
+from adaptkit.core.registry import configured
+from adaptkit.core.view import View, ViT
+from adaptkit.hub.file import AdapterFile, check_fits, load_into, metadata_of
+from adaptkit.hub.repository import is_hub_id, load
+from adaptkit.model.saved_head import head_of
+from adaptkit.model.trained import TrainedBackbone, parameters
+
+__all__ = ["AdapterSet", "Part", "as_file", "check_tensors", "differences", "head_of", "parts_of"]
+
+
+class Part(NamedTuple):
+    """One adapter to build: what, how, and from which file its tensors come."""
+
+    entry: registry.Entry
+    config: Any
+    file: AdapterFile | None
+
+
+# --------------------------------------------------------------------------------------- what the user has given
+
+
+def as_file(arg: Any) -> AdapterFile | None:
+    """Return the saved adapter that is meant, or None for a name, a config or a pair."""
+    if isinstance(arg, AdapterFile):
+        return arg
+    if not isinstance(arg, str | os.PathLike) or str(arg) in registry.adapters():
+        return None
+    return load(arg) if Path(arg).exists() or is_hub_id(arg) else None
+
+
+def parts_of(args: Sequence[Any], vit: View, strict: bool) -> tuple[list[Part], list[AdapterFile]]:
+    """Return the parts to build for these arguments of ``attach``, and the files among them."""
+    parts: list[Part] = []
+    files: list[AdapterFile] = []
+    for arg in args:
+        file = as_file(arg)
+        if file is None:
+            parts.append(Part(*configured(arg, registry.adapters(), "adapter"), None))
+            continue
+        check_fits(file, vit, strict)
+        files.append(file)
+        saved = [(a["name"], a["config"]) for a in file.header["adapters"]]
+        parts += [Part(*configured(pair, registry.adapters(), "adapter"), file) for pair in saved]
+    return parts, files
+
+
+# ------------------------------------------------------------------------------------------------ what is built
+
+
+class AdapterSet(nn.Module):
+    """Adapters that act together, and their head: what one file holds. Building it leaves the host as it was.
+
+    Args:
+        vit: the view of the backbone.
+        parts: the adapters to build.
+        head: an entry and its config, or a module.
+        head_file: whose tensors the head gets.
+        train_backbone: names of parts of the backbone that are trained with it.
+        files: those that were loaded: their metadata are kept, and the trained parts of the backbone that they hold.
+    """
+
+    def __init__(
+        self,
+        vit: View,
+        parts: list[Part],
+        head: Any = None,
+        head_file: AdapterFile | None = None,
+        train_backbone: Sequence[str] = (),
+        files: Sequence[AdapterFile] = (),
+    ) -> None:
+        super().__init__()
+        names = [p.entry.name for p in parts]
+        if len(set(names)) != len(names):
+            raise ValueError(f"adapters {', '.join(names)}: each may be attached once")
+        _check_staged(parts, vit)
+        built = {p.entry.name: _build(p, vit) for p in parts}
+        _check_inside(built, vit)
+        sides = [a for a in built.values() if isinstance(a, SideAdapter)]
+        if len(sides) > 1:
+            both = " and ".join(name for name, a in built.items() if isinstance(a, SideAdapter))
+            raise ValueError(f"{both} each own the loop over the blocks; attach one of them")
+        spec = vit.spec
+        self.strides = spec.strides if isinstance(spec, StagedSpec) else sides[0].strides if sides else ()
+        self.owns_head = isinstance(head, nn.Module)  #: whether the head is the user's module
+        module, self.head_entry = _build_head(head, head_file, spec, self.strides)
+        self.adapters = nn.ModuleDict(built)
+        self.head: nn.Module | None = module
+        self.backbone = _build_backbone(vit, train_backbone, files)  #: parts of the backbone that are trained with it
+        self.metadata = metadata_of(files)  #: what the files that were loaded say beside their tensors
+        self.leaves_unread = False  #: whether the head leaves features unread that are trained
+        #: while it is not the active set: which of its parameters are trained when it is, by name
+        self.flags: dict[str, bool] | None = None
+        _follow(vit.host, self)
+
+    def __iter__(self) -> Iterator[Adapter]:
+        """Go through the adapters in the order in which they act."""
+        return (a for a in self.adapters.values() if isinstance(a, Adapter))
+
+    @property
+    def weight_adapters(self) -> list[WeightAdapter]:
+        """Those that act inside the host's layers, trained parts of the backbone first."""
+        own = [] if self.backbone is None else [self.backbone]
+        return [*own, *(a for a in self if isinstance(a, WeightAdapter))]
+
+    @property
+    def side(self) -> SideAdapter | None:
+        """The one that owns the loop over the blocks, if any."""
+        return next((a for a in self if isinstance(a, SideAdapter)), None)
+
+    def why_alone(self) -> str:
+        """Say why this set cannot read a pass of the backbone that others read too; empty where it can."""
+        if self.backbone is not None:
+            return f"it trains parts of the backbone ({', '.join(self.backbone.config)})"
+        inside = [n for n, a in zip(self.adapters, self) if isinstance(a, WeightAdapter | BlockAdapter)]
+        if inside:
+            return f"{', '.join(inside)} changes what the blocks compute"
+        return "" if self.side is None else self.side.why_alone()
+
+    def modules_by_name(self) -> dict[str, nn.Module]:
+        """Adapters by name, ``head``, and ``backbone``, the trained parts of it."""
+        own = dict(self.adapters.items())
+        own |= {} if self.head is None else {"head": self.head}
+        return own if self.backbone is None else {**own, "backbone": self.backbone.copies}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what the file holds: ``<adapter>.<own key>``, ``head.<own key>``, ``backbone.<name there>``."""
+        return {f"{n}.{k}": v for n, m in self.modules_by_name().items() for k, v in m.state_dict().items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put such tensors back; ``ValueError`` names what is missing, unexpected or of another shape."""
+        given: dict[str, Tensor] = {k: v for k, v in tensors.items() if k.partition(".")[0] not in self.adapters}
+        for name, module in self.adapters.items():
+            own = {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + ".")}
+            own = module.translated(own) if isinstance(module, WeightAdapter) else own
+            given.update({f"{name}.{k}": v for k, v in own.items()})
+        check_tensors(self.tensors(), given, "the tensors given")
+        for name, module in self.modules_by_name().items():
+            prefix = name + "."
+            load_into(module, {k[len(prefix) :]: v for k, v in given.items() if k.startswith(prefix)})
+
+    def header(self) -> dict[str, Any]:
+        """Return what the file says of adapters and head."""
+        adapters = [{"name": n, "config": dataclasses.asdict(a.config)} for n, a in zip(self.adapters, self)]
+        head = None
+        if self.head is not None:
+            entry = self.head_entry
+            cls = f"{type(self.head).__module__}.{type(self.head).__qualname__}"
+            config: Any = getattr(self.head, "config", None)
+            head = {"name": entry.name, "config": dataclasses.asdict(config)} if entry else {"name": None, "class": cls}
+        said: dict[str, Any] = {"adapters": adapters, "head": head}
+        # Only a reader that knows of trained parts may open such a file.
+        return said if self.backbone is None else {**said, "train_backbone": list(self.backbone.config), "format": 2}
+
+
+def _follow(host: nn.Module, built: AdapterSet) -> None:
+    """Move adapters and head to the backbone's device; peft's layers are each on their layer's device already."""
+    device = next(host.parameters()).device
+    for module in built.modules_by_name().values():
+        if not isinstance(module, WeightAdapter) and module is not getattr(built.backbone, "copies", None):
+            module.to(device)
+
+
+def _build_backbone(vit: View, given: Sequence[str], files: Sequence[AdapterFile]) -> TrainedBackbone | None:
+    saved = [f for f in files if f.header.get("train_backbone")]
+    given = (given,) if isinstance(given, str) else tuple(given)
+    parts = tuple(saved[0].header["train_backbone"]) if saved else given
+    if len(saved) > 1 or (saved and given and given != parts):
+        other = f"{saved[1].path}, too" if len(saved) > 1 else f"you give train_backbone={list(given)}"
+        raise ValueError(f"{saved[0].path} holds trained parts of the backbone ({', '.join(parts)}), and {other}: "
+                         "there is one backbone, so give one of them")  # fmt: skip
+    if not parts:
+        return None
+    if vit.sharded:
+        raise ValueError("the backbone is sharded: train parts of it before shard(), or train it whole elsewhere")
+    if not saved:
+        return TrainedBackbone(vit.spec, vit.host, parts)
+    tensors = saved[0].tensors_of("backbone")
+    strange = sorted(set(tensors) - {name for name, _ in parameters(vit.host)})
+    if strange:
+        raise ValueError(
+            f"{saved[0].path} holds trained tensors of a {saved[0].header['backbone']['class']}, this backbone is a "
+            f"{type(vit.host).__name__}, which calls them otherwise ({', '.join(strange[:3])}): attach it to a "
+            "backbone of the library it was trained in"
+        )
+    built = TrainedBackbone(vit.spec, vit.host, parts)
+    check_tensors(built.copies.state_dict(), tensors, f"{saved[0].path}, backbone")
+    built.copies.load_state_dict(tensors)
+    return built
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Go through what two headers say otherwise of adapters and head, each as two texts."""
+    saved, mine = ([*h["adapters"], *([h["head"]] if h["head"] else [])] for h in (one, other))
+    names = [" + ".join(str(m["name"]) for m in methods) or "nothing" for methods in (saved, mine)]
+    if names[0] != names[1]:
+        yield names[0], names[1]
+        return
+    for a, b in zip(saved, mine):
+        a, b = (
+            json.loads(json.dumps(m.get("config", m))) for m in (a, b)
+        )  # a file has lists where a config has tuples
+        for key in sorted(a.keys() | b.keys()):
+            if a.get(key) != b.get(key):
+                yield f"{key}={a.get(key)!r}", f"{key}={b.get(key)!r}"
+
+
+def _build(part: Part, vit: View) -> nn.Module:
+    cls: Any = part.entry.module
+    if issubclass(cls, WeightAdapter):
+        module: Any = cls(vit.spec, part.config, vit.host)
+    else:
+        module = cls(vit.spec, part.config)
+    if part.file is not None:
+        tensors = part.file.tensors_of(part.entry.name)
+        if isinstance(module, WeightAdapter):
+            tensors = module.translated(tensors)
+        check_tensors(module.state_dict(), tensors, f"{part.file.path}, adapter {part.entry.name!r}")
+        module.load_state_dict(tensors)
+    return module
+
+
+def _build_head(
+    head: Any, file: AdapterFile | None, spec: Any, strides: tuple[int, ...]
+) -> tuple[nn.Module | None, registry.Entry | None]:
+    if head is None:
+        return None, None
+    entry = None if isinstance(head, nn.Module) else head[0]
+    module = head if isinstance(head, nn.Module) else head[0].module(spec, head[1], strides)
+    if file is not None:
+        tensors = file.tensors_of("head")
+        check_tensors(module.state_dict(), tensors, f"{file.path}, head")
+        load_into(module, tensors)
+    return module, entry
+
+
+def check_tensors(own: dict[str, Tensor], given: dict[str, Tensor], where: str) -> None:
+    """Raise ``ValueError`` where the keys or shapes of ``given`` are not those of ``own``."""
+    missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{where}: {len(missing)} tensors are missing ({', '.join(missing[:3])}), {len(unexpected)} are not "
+            f"expected ({', '.join(unexpected[:3])}); the file does not match its own header: save it again"
+        )
+    for key, tensor in own.items():
+        if tensor.shape != given[key].shape:
+            raise ValueError(
+                f"{where}: {key} has shape {tuple(given[key].shape)}, this model needs {tuple(tensor.shape)}"
+            )
+
+
+def _check_staged(parts: list[Part], vit: View) -> None:
+    """On a host of several stages there is no one width and no one grid to build for."""
+    for part in parts:
+        if isinstance(vit, StagedViT) and not part.entry.module.staged:
+            fits = ", ".join(name for name, entry in sorted(registry.adapters().items()) if entry.module.staged)
+            raise TypeError(
+                f"{part.entry.name} needs one width and one grid from the first block to the last, "
+                f"{type(vit.host).__name__} has stages of {', '.join(map(str, vit.spec.dims))} channels at strides "
+                f"{', '.join(map(str, vit.spec.strides))}, its own pyramid; attach {fits} to it, or use a plain ViT"
+            )
+
+
+def _check_inside(built: dict[str, nn.Module], vit: View) -> None:
+    """Adapters that run a block from its parts need a host that has them, and the bare block."""
+    wrappers = [(name, a) for name, a in built.items() if isinstance(a, BlockAdapter)]
+    for place, (name, adapter) in enumerate(wrappers):
+        if adapter.inside and not (isinstance(vit, ViT) and vit.splits):
+            raise TypeError(
+                f"{name} steps inside the attention, and that of {type(vit.host).__name__} does not come apart into "
+                "q, k, v and an output; attach it to a ViT with plain attention"
+            )
+        if adapter.inside and place > 0:
+            raise ValueError(
+                f"{name} steps inside the blocks, but {wrappers[place - 1][0]} was given before it and would be left "
+                f"out; name {name} first, and only one adapter of this kind"
+            )

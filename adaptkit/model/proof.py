@@ -1,0 +1,446 @@
+"""Whether a view says what its host computes: proven on a few random tokens, for a class name proves nothing.
+
+A subclass may add positions of its own, a block may hide another attention, a method may have been replaced on one
+object. So both are run and compared, on a copy of the tree that shares the weights: the user's modules, modes, hooks
+and random numbers are left alone.
+
+1. *The forward*, at the sizes that the host takes. Each block is replaced by a cheap function of its own that also
+   depends on the arguments it gets, so that embedding, positions, order of the blocks and final norm run as the host's
+   class has them, and the whole costs little more than the embedding.
+2. *The blocks*, on a grid of a few tokens: one of each kind, ``run`` against the parts.
+
+Small parameters are stirred in the copy, since a bias of zero or a tiny LayerScale would hide what is added or scaled.
+Half precision is computed in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from adaptkit.core.hierarchical import StagedViT
+from adaptkit.core.tree import at_rest, skeleton
+from adaptkit.core.view import Block, View, ViT
+
+__all__ = ["prove"]
+
+GRID = (2, 3)  #: of the tokens that the blocks of a plain ViT are tried on; not square, so that h and w are told apart
+STAGED_GRID = (9, 10)  #: several windows of 7 or 8, so that a shift acts
+CHANNELS = 32  #: that a block's stand-in changes
+STIRRED = 2**22  #: elements of a parameter that is not too large to be stirred
+FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
+_MODULE = set(vars(nn.Module()))
+
+
+@torch.no_grad()
+def prove(view: View) -> None:
+    """Compare a view with the host it sees. Nothing is changed, but for ``view.splits``.
+
+    An attention whose inside is not what the view says sets ``view.splits`` to ``False``: adapters that step inside it
+    are then refused by name, and the others, which run the host's own blocks, attach.
+
+    Hosts on the meta device, of fake tensors, or with sharded parameters cannot be computed here and are passed over.
+
+    Raises ``TypeError`` that names what differs, by how much, and what to do.
+    """
+    parameters = list(view.host.parameters())
+    if not parameters or any(map(_is_out_of_reach, parameters)):
+        return
+    devices = {p.device for p in parameters if p.device.type != "cpu"}
+    with ExitStack() as stack:
+        for kind in {d.type for d in devices} or {"cuda"}:
+            own = [d for d in devices if d.type == kind]
+            stack.enter_context(torch.random.fork_rng(own, device_type=kind))
+        for kind in {p.device.type for p in parameters}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        _prove_blocks(view)
+        _prove_forward(view)
+
+
+def _is_out_of_reach(p: Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if p.is_meta or isinstance(p, FakeTensor):
+        return True
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(p, DTensor)
+
+
+# ------------------------------------------------------------------------------------------------------- the forward
+
+
+def _prove_forward(view: View) -> None:
+    sizes = view.sizes()
+    if not sizes:
+        return
+    seen, run = _Copy(view), _Run()
+    side = view.spec.patch if isinstance(view, ViT) else view.spec.strides[0]
+    blocks = seen.blocks((sizes[0][0] // side * side, sizes[0][1] // side * side))
+    seen.own(seen.view.host, but=blocks)
+    for index, module in enumerate(blocks):
+        _stand_in(module, index, run)
+    for size in sizes:
+        where = f"an image of {size[0]}x{size[1]} pixels"
+        image = seen.randn(1, seen.channels, *size)
+        run.taken()
+        said = _tried(view, where, partial(seen.view.reference, image))
+        if said is None:
+            return
+        theirs = run.taken()
+        whole = image[..., : size[0] // side * side, : size[1] // side * side]  # hosts drop a rest, a view pads it
+        features = _tried(view, where, partial(seen.view.features, whole))
+        _compare_tokens(seen, where, torch.cat([features.prefix, features.tokens], dim=1), said, run.taken(), theirs)
+        _compare_answer(seen, where, image, said)
+
+
+class _Run:
+    """What the stand-ins of the blocks saw: index and arguments of each, and the tokens before the first."""
+
+    def __init__(self) -> None:
+        self.blocks: list[tuple[int, float]] = []
+        self.first: Tensor | None = None
+
+    def taken(self) -> _Run:
+        """Return it, and start anew."""
+        taken = _Run()
+        taken.blocks, taken.first = self.blocks, self.first
+        self.blocks, self.first = [], None
+        return taken
+
+
+def _compare_tokens(seen: _Copy, where: str, tokens: Tensor, said: Tensor, ours: _Run, theirs: _Run) -> None:
+    """Raise where the tokens differ, and say from which step on."""
+    if said.ndim != 3 or said.shape[2] != tokens.shape[2] or said.shape[1] > tokens.shape[1]:
+        shapes = f"{tuple(said.shape)}, and {tuple(tokens.shape)} by the view: they"
+        raise _other(seen.original, f"the tokens for {where} have shape {shapes}", float("inf"))
+    off = _distance(tokens[:, tokens.shape[1] - said.shape[1] :], said)
+    if off <= seen.tolerance:
+        return
+    indices = [[index for index, _ in run.blocks] for run in (ours, theirs)]
+    if ours.first is not None and theirs.first is not None and not seen.agree(ours.first, theirs.first):
+        what = "the tokens before block 0 (patches, prefix, positions and the norm after them)"
+    elif indices[0] != indices[1]:
+        what = f"the blocks that run ({_listed(indices[1])}; by the view {_listed(indices[0])})"
+    else:
+        pairs = zip(indices[0], (d for _, d in ours.blocks), (d for _, d in theirs.blocks))
+        other = next((i for i, a, b in pairs if abs(a - b) > seen.tolerance * max(1.0, abs(b))), None)
+        what = (
+            "the tokens after the last block (the final norm)" if other is None else f"the arguments of block {other}"
+        )
+    raise _other(seen.original, f"{what} for {where}", off)
+
+
+def _compare_answer(seen: _Copy, where: str, image: Tensor, said: Tensor) -> None:
+    """Raise where what the host returns is not made from these tokens."""
+    allowed = seen.view.answers(said)
+    if not allowed:
+        return
+    answer = tree_leaves(_tried(seen.original, where, partial(seen.view.host, image)))
+    pairs = [(a, b) for a in answer if isinstance(a, Tensor) for b in allowed if a.shape == b.shape]
+    off = min((_distance(a, b) for a, b in pairs), default=float("inf"))
+    if not off <= seen.tolerance:
+        raise _other(seen.original, f"what it returns for {where} and what its tokens give", off)
+
+
+def _listed(indices: list[int]) -> str:
+    shown = ", ".join(map(str, indices[:8]))
+    return f"{shown}, ... {len(indices)} in all" if len(indices) > 8 else shown or "none"
+
+
+def _stand_in(module: nn.Module, index: int, run: _Run) -> None:
+    """Make a block of the copy a cheap function, of its place among the blocks and of the arguments it gets.
+
+    The function is not linear, so that no norm takes out what it does; tame, so that rounding does not grow; and every
+    token tells on all the others, as attention lets it.
+    """
+
+    def forward(self: nn.Module, x: Tensor, *args: Any, **given: Any) -> Tensor:
+        digest = _digest((args, {k: v for k, v in given.items() if not k.startswith("output_")}))
+        run.blocks.append((index, digest))
+        run.first = x if run.first is None else run.first
+        few = x[..., :CHANNELS]
+        mean = few.mean(dim=tuple(range(1, x.ndim - 1)), keepdim=True)
+        x = x.clone()
+        x[..., :CHANNELS] = few * 0.5 + torch.sin(few + index + digest) + torch.cos(mean + index)
+        return x
+
+    module.__dict__.pop("forward", None)
+    module.__class__ = type(module.__class__.__name__, (module.__class__,), {"forward": forward})
+
+
+def _digest(arguments: Any) -> float:
+    """Return one number that tells arguments apart; those that say nothing (None, False) count as not given.
+
+    What asks for more outputs (``output_hidden_states`` of transformers) is left out before.
+    """
+    total = 0.0
+    for leaf in tree_leaves(arguments):
+        if isinstance(leaf, Tensor):
+            x = torch.nan_to_num(leaf.detach().flatten().float(), neginf=-9.0, posinf=9.0)
+            total += float((x * torch.linspace(0.5, 1.5, x.numel(), device=x.device)).mean())
+        elif isinstance(leaf, bool | float):  # whole numbers are sizes, of the image with or without a rest
+            total += float(leaf)
+    return total
+
+
+# -------------------------------------------------------------------------------------------------------- the blocks
+
+
+def _prove_blocks(view: View) -> None:
+    seen = _Copy(view)
+    grid = GRID if isinstance(view, ViT) else STAGED_GRID
+    seen.view.accept(grid)
+    modules = [module for module, _, _ in seen.bound(grid)]
+    first: dict[Any, int] = {}  # of each kind of block
+    for index, module in enumerate(modules):
+        first.setdefault(index if module is None else _kind(module), index)
+    tried = set(first.values())
+    seen.own(seen.view.host, but=[m for i, m in enumerate(modules) if i not in tried])
+    splits = True
+    for index, (_, block, width) in enumerate(seen.bound(grid)):
+        if index in tried:
+            x = seen.randn(2, view.spec.prefix + grid[0] * grid[1], width)  # two, for one must not tell on the other
+            _compare_block(seen, f"block {index}", block, x)
+            splits = splits and _comes_apart(seen, block, x, grid)
+    if not isinstance(view, ViT) or splits or not view.splits:
+        return
+    if view.rebuilds:
+        raise TypeError(
+            f"{_name(view.host)}: the attention is not softmax(q k^T + bias) v of its own projections, and on other "
+            f"grids this view computes it so; {_remedy(view)}"
+        )
+    view.splits = False
+
+
+def _compare_block(seen: _Copy, where: str, block: Block, x: Tensor) -> None:
+    """Raise where what a block adds to its tokens is not what its parts add."""
+    view = seen.original
+    y = _tried(view, where, partial(block.run, x.clone()))
+    try:
+        z = block.equation(x)
+    except FAILURES as error:
+        if isinstance(view, StagedViT) and isinstance(error, TypeError):
+            return  # it says itself that it has no parts
+        raise TypeError(f"{_name(view.host)}: {where} does not run from its parts: {error}; {_remedy(view)}") from error
+    off = _distance(y - x, z - x) if isinstance(y, Tensor) and y.shape == z.shape == x.shape else float("inf")
+    if not off <= seen.tolerance:
+        kind = type(_module(block.run) or block.run).__name__
+        raise _other(view, f"{where} ({kind}) and x + attn(norm(x)), x + mlp(norm(x)) of its parts", off)
+
+
+def _comes_apart(seen: _Copy, block: Block, x: Tensor, grid: tuple[int, int]) -> bool:
+    """Whether the inside of an attention, and of an FFN, is what the block says of it."""
+    if not (isinstance(seen.original, ViT) and seen.original.splits):
+        return False
+    h, count = block.norm1(x), grid[0] * grid[1]
+    prefix = x.shape[1] - count
+    try:
+        pairs = [(block.attention(h), block.attn(h))]
+        pairs += _by_head(block, h)
+        perceptron = block.perceptron()
+        if perceptron is not None:
+            g = block.norm2(x)
+            pairs.append((perceptron.fc2(perceptron.act(perceptron.fc1(g))), block.mlp(g)))
+        if block.qkv_at is not None:
+            places = torch.cat([x.new_full((prefix,), -1).long(), torch.arange(count, device=x.device)])
+            pairs += list(zip(block.qkv_at(h, places), block.qkv(h)))
+    except FAILURES:
+        return False
+    if block.rotate is not None and block.qkv_at is not None:
+        cells = torch.stack([torch.arange(count) // grid[1], torch.arange(count) % grid[1]], dim=-1).to(x)
+        still = block.qkv_at(h[:, prefix:], torch.full((count,), -1, device=x.device))
+        with suppress(TypeError):  # a kind of rotation that says itself that it has no rule between cells
+            pairs.append((block.rotate(still[0], cells), block.qkv(h)[0][:, :, prefix:]))
+    return all(seen.agree(a, b) for a, b in pairs)
+
+
+def _by_head(block: Block, h: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """q, k, v and the output made from the weights by head, and by the layers."""
+    by_head = block.projections()
+    if by_head is None:
+        return []
+    weights = torch.cat([w.flatten(0, 1) for w in by_head.qkv])  # (3 * heads, E, D)
+    made = torch.einsum("bnd,hed->bhne", h, weights.to(h.dtype))
+    biases = [torch.zeros_like(w[..., 0]) if b is None else b for w, b in zip(by_head.qkv, by_head.qkv_bias)]
+    made = made + torch.cat([b.flatten(0, 1) for b in biases])[:, None]
+    q, k, v = made.chunk(3, dim=1)
+    said = block.qkv(h)
+    out = torch.einsum("bhne,dhe->bnd", said[2], by_head.out_weight)
+    out = out if by_head.out_bias is None else out + by_head.out_bias
+    return [*zip((by_head.norms[0](q), by_head.norms[1](k), v), said), (out, block.out(said[2]))]
+
+
+def _kind(module: nn.Module) -> Any:
+    """What decides how a block computes in eval mode, but for the numbers in its parameters."""
+    return tuple((name, type(m), _options(m), _shapes(m)) for name, m in module.named_modules())
+
+
+def _options(module: nn.Module) -> Any:
+    if type(module).__name__.endswith(("Dropout", "DropPath")):  # of another rate in each block
+        return ()
+    return _facts({name: value for name, value in vars(module).items() if name not in _MODULE})
+
+
+def _facts(value: Any) -> Any:
+    if isinstance(value, dict):
+        return tuple((str(k), _facts(v)) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(_facts, value))
+    return value if isinstance(value, bool | int | float | str | None) else id(value)
+
+
+def _shapes(module: nn.Module) -> Any:
+    tensors = {**module._parameters, **module._buffers}
+    return tuple((n, None if t is None else (type(t), t.shape, t.dtype)) for n, t in tensors.items())
+
+
+# ---------------------------------------------------------------------------------------------------------- the copy
+
+
+class _Copy:
+    """A view of a copy of the host, in eval mode and without hooks, that shares its large tensors."""
+
+    def __init__(self, view: View) -> None:
+        self.original, self.view = view, copy.copy(view)
+        self.view.host = host = skeleton(view.host)
+        at_rest(host)
+        parameters = list(view.host.parameters())
+        self.quantised = any(not _is_plain(p) for p in parameters)
+        floating = [p for p in parameters if p.is_floating_point()] or parameters
+        given = floating[0].dtype if floating[0].is_floating_point() else torch.float32
+        self.dtype = given if self.quantised or given == torch.float64 else torch.float32
+        self.device = parameters[0].device
+        self.channels = int(view.fingerprint_tensors()["patch"].shape[1])
+        self.generator = torch.Generator("cpu").manual_seed(0)
+        self.made: dict[int, Any] = {}
+
+    @property
+    def tolerance(self) -> float:
+        """Rounding of this dtype, a few operations deep, and sums in float32; a layer in 4 or 8 bits may round anew."""
+        eps = torch.finfo(self.dtype).eps
+        if self.device.type != "cpu" and self.dtype == torch.float32:
+            eps = 2**-10  # TF32
+        return 1e-4 + 16 * eps + 0.05 * self.quantised
+
+    def agree(self, a: Tensor, b: Tensor) -> bool:
+        """Whether two tensors (..., D) are the same but for rounding."""
+        return a.shape == b.shape and _distance(a, b) <= self.tolerance
+
+    def randn(self, *shape: int) -> Tensor:
+        """Random numbers that touch no state of others."""
+        x = torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu")
+        return x.to(self.device, self.dtype)
+
+    def bound(self, grid: tuple[int, int]) -> Iterator[tuple[nn.Module | None, Block, int]]:
+        """Go through the blocks bound to a grid: the module that runs, the block, its width."""
+        view: Any = self.view
+        if isinstance(view, ViT):
+            image = self.randn(1, self.channels, grid[0] * view.spec.patch, grid[1] * view.spec.patch)
+            for block in view.blocks(image, grid):
+                yield _module(block.run), block, view.spec.dim
+        elif isinstance(view, StagedViT):
+            for stage, width in enumerate(view.spec.dims):
+                for block in view.blocks(stage, grid):
+                    yield _module(block.run), block, width
+
+    def blocks(self, size: tuple[int, int]) -> list[nn.Module]:
+        """Return the blocks that run on an image of this size; ``[]`` where the view does not say which they are."""
+        view: Any = self.view
+        if isinstance(view, ViT):
+            grid = view.grid(torch.empty(1, 1, *size))
+            found = [_module(b.run) for b in view.blocks(self.randn(1, self.channels, *size), grid)]
+        else:
+            grids = [(size[0] // s, size[1] // s) for s in view.spec.strides]
+            found = [_module(b.run) for stage, grid in enumerate(grids) for b in view.blocks(stage, grid)]
+        distinct = {id(m) for m in found if m is not None}
+        return [m for m in found if m is not None] if len(distinct) == len(found) else []
+
+    def own(self, root: nn.Module, but: Iterable[nn.Module | None] = ()) -> None:
+        """Give the copy parameters of its own: in float32 where they were in half, the small ones stirred."""
+        left = {id(m) for kept in but if kept is not None for m in kept.modules()}
+        for module in root.modules():
+            if id(module) in left:
+                continue
+            for name, p in module._parameters.items():
+                if p is not None and _is_plain(p):
+                    module._parameters[name] = self._owned(p)
+            for name, b in module._buffers.items():
+                if b is not None and _is_plain(b):
+                    module._buffers[name] = b.to(self.dtype) if b.dtype in (torch.float16, torch.bfloat16) else b
+
+    def _owned(self, p: Tensor) -> Any:
+        if id(p) not in self.made:
+            x = p.detach().to(self.dtype) if p.dtype in (torch.float16, torch.bfloat16) else p.detach()
+            small = x.ndim < 4 and x.numel() <= STIRRED and (x.ndim != 2 or min(x.shape) <= 32)
+            if small:
+                x = x + 0.5 * self.randn(*x.shape).to(x)
+            self.made[id(p)] = nn.Parameter(x, requires_grad=False)
+            self.made[id(self.made[id(p)])] = self.made[id(p)]
+        return self.made[id(p)]
+
+
+def _is_plain(p: Tensor) -> bool:
+    return type(p) in (Tensor, nn.Parameter) and p.is_floating_point() and p.dtype.itemsize > 1
+
+
+def _module(run: Any) -> nn.Module | None:
+    """The module that a block runs, itself or inside a partial."""
+    if isinstance(run, nn.Module):
+        return run
+    if isinstance(run, partial):
+        return next((m for m in map(_module, (run.func, *run.args)) if m is not None), None)
+    return None
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """How far a token of ``a`` (..., D) is from that of ``b``, at most, as a share of its length. NaN equals NaN."""
+    if torch.equal(a, b):
+        return 0.0
+    a, b = a.detach().double(), b.detach().double()
+    off = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, a - b).norm(dim=-1)
+    if not off.numel():
+        return 0.0
+    length = torch.nan_to_num(b, posinf=0.0, neginf=0.0).norm(dim=-1)
+    share = off / torch.maximum(length, length.mean()).clamp_min(torch.finfo(torch.float64).tiny)
+    return float("inf") if bool(share.isnan().any()) else float(share.max())
+
+
+# --------------------------------------------------------------------------------------------------------- refusals
+
+
+def _tried(view: View, where: str, run: Callable[[], Any]) -> Any:
+    try:
+        return run()
+    except FAILURES as error:
+        raise TypeError(f"{_name(view.host)} could not be run on {where}: {error}; {_remedy(view)}") from error
+
+
+def _other(view: View, what: str, off: float) -> TypeError:
+    seen_by, by = type(view).__name__, "in shape" if off == float("inf") else f"by {off:.1%}"
+    return TypeError(f"{_name(view.host)} is not what {seen_by} sees of it: {what} differ {by}; {_remedy(view)}")
+
+
+def _remedy(view: View) -> str:
+    cls, base = type(view.host), "staged.StagedViT" if isinstance(view, StagedViT) else "vit.ViT"
+    return (
+        "hand over a plain model of the class that it derives from, or register a family of its own: subclass "
+        f"adaptkit.{base} and decorate it with @adaptkit.register_family('{cls.__module__}.{cls.__qualname__}')"
+    )
+
+
+def _name(host: nn.Module) -> str:
+    return f"{type(host).__module__}.{type(host).__qualname__}"

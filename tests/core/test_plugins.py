@@ -1,0 +1,124 @@
+"""One file adds an adapter, a head or a family from outside the package."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+ADAPTER = '''
+from dataclasses import dataclass
+
+import torch
+from adaptkit import register_adapter, register_head
+from adaptkit.adapters.base import BlockAdapter
+
+@dataclass(frozen=True)
+class BottleneckConfig:
+    width: int = 8
+
+@register_adapter("bottleneck", BottleneckConfig)
+class Bottleneck(BlockAdapter):
+    """A bottleneck after each block (Houlsby et al., ICML 2019), zero at the start."""
+
+    def __init__(self, spec, config):
+        super().__init__(spec, config)
+        self.down = torch.nn.ModuleList(torch.nn.Linear(spec.dim, config.width) for _ in range(spec.depth))
+        self.up = torch.nn.ModuleList(torch.nn.Linear(config.width, spec.dim) for _ in range(spec.depth))
+        for up in self.up:
+            torch.nn.init.zeros_(up.weight)
+            torch.nn.init.zeros_(up.bias)
+
+    def wrap(self, block, index, trace):
+        def run(x):
+            x = block(x)
+            return x + self.up[index](torch.relu(self.down[index](x)))
+        return run
+'''
+
+FAMILY = '''
+import torch
+from adaptkit import Spec, register_family
+from adaptkit.core.view import Block, Source, ViT, identity
+
+@register_family("torchvision.models.vision_transformer.VisionTransformer")
+class TorchvisionViT(ViT):
+    """torchvision's ViT at its own size."""
+
+    def __init__(self, host):
+        layers = host.encoder.layers
+        heads = layers[0].self_attention.num_heads
+        super().__init__(host, Spec("torchvision-vit", host.hidden_dim, len(layers), heads, host.patch_size, 1))
+
+    def embed(self, image, grid):
+        host = self.host
+        x = host._process_input(image)
+        return torch.cat([host.class_token.expand(len(x), -1, -1), x], dim=1) + host.encoder.pos_embedding
+
+    def blocks(self, image, grid):
+        def attention(layer):
+            return lambda h: layer.self_attention(h, h, h, need_weights=False)[0]
+        return [Block(run=b, norm1=b.ln_1, attn=attention(b), scale1=identity, norm2=b.ln_2, mlp=b.mlp,
+                      scale2=identity, qkv=None, out=None) for b in self.host.encoder.layers]
+
+    def norm(self, x):
+        return self.host.encoder.ln(x)
+
+    def classify(self, x):
+        return self.host.heads(x[:, 0])
+
+    def fingerprint_tensors(self):
+        return {"patch": self.host.conv_proj.weight}
+
+    def source(self):
+        return Source("torchvision-vit")
+'''
+
+USE = """
+import warnings
+import torch
+from torchvision.models.vision_transformer import VisionTransformer
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import adaptkit
+    assert "bottleneck" in adaptkit.list_adapters()
+said = [str(w.message) for w in caught if "plug-in" in str(w.message)]
+assert len(said) == 1 and "'broken' of package others (not_there)" in said[0], said
+
+torch.manual_seed(0)
+torch.set_grad_enabled(False)  # torchvision runs another attention kernel where gradients are recorded
+host = VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=5).eval()
+torch.nn.init.normal_(host.heads.head.weight)  # torchvision's classifier starts at zero
+x = torch.randn(2, 3, 32, 32)
+expected = host(x)
+model = adaptkit.attach(host, ("bottleneck", {"width": 4}), "sfp")
+features = model(x)
+assert torch.equal(features.logits, expected)
+assert [m.shape[-1] for m in features.maps] == [8, 4, 2, 1]
+with torch.no_grad():
+    for p in model.adapters.parameters():
+        p.add_(0.1)
+model.save("saved")
+torch.manual_seed(0)
+again = adaptkit.attach(VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=5), "saved")
+assert torch.equal(again(x).tokens, model(x).tokens)
+assert not torch.equal(again(x).tokens, features.tokens)
+print("works")
+"""
+
+
+def test_an_installed_package_adds_an_adapter_and_a_family_in_one_file_each(tmp_path):
+    (tmp_path / "bottleneck.py").write_text(ADAPTER)
+    (tmp_path / "torchvision_vit.py").write_text(FAMILY)
+    assert all(len(text.strip().splitlines()) <= 42 for text in (ADAPTER, FAMILY))
+    info = tmp_path / "others-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1.0\n")
+    points = "[adaptkit.plugins]\nbottleneck = bottleneck\ntorchvision = torchvision_vit\nbroken = not_there\n"
+    (info / "entry_points.txt").write_text(points)
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(root)!r}]\n" + textwrap.dedent(USE)],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "works"

@@ -1,0 +1,73 @@
+"""Every trained parameter gets a gradient with every head that attaches."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from families import HOSTS
+
+import adaptkit
+
+HEADS = {"linear": {"num_classes": 3}, "fpn": {"num_classes": 3, "channels": 8},
+         "classifier": {"num_classes": 3}, "depth": {"max_depth": 10.0}}  # fmt: skip
+OPTIONS = {"vit-adapter": {"conv_inplane": 8}, "metaformer": {"width": 8}}
+
+
+def host(name="timm-vit"):
+    return HOSTS[name].build()
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("adapter", ["adavit", "dat", "lora", "metaformer", "sfp", "vit-adapter"])
+def test_a_loss_on_the_logits_gives_every_trained_parameter_a_gradient(adapter, head):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = adaptkit.attach(host(), (adapter, OPTIONS.get(adapter, {})), head=(head, HEADS[head]))
+    features = model(torch.randn(2, 3, 40, 32))
+    (features.logits.square().sum() + sum(v.sum() for v in features.aux.values())).backward()
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    unread = adapter in ("sfp", "vit-adapter") and head in ("linear", "classifier")
+    assert any("does not read all that" in str(w.message) for w in caught) == unread
+
+
+def test_the_proof_leaves_the_host_the_random_numbers_and_the_statistics():
+    class Counting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(32)
+            self.fc = torch.nn.Linear(32, 2)
+
+        def forward(self, features):
+            return self.fc(self.norm(features.tokens.mean(1)))
+
+    head, base = Counting(), host().train()
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    adaptkit.attach(base, head=head)
+    assert torch.equal(torch.rand(3), expected)
+    assert int(head.norm.num_batches_tracked) == 0
+    assert not head.norm.running_mean.any()
+
+
+def test_a_head_of_ones_own_that_wants_another_size_attaches():
+    class Fixed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(1000, 2)
+
+        def forward(self, features):
+            return self.fc(features.tokens.flatten(1))
+
+    adaptkit.attach(host(), head=Fixed())
+
+
+def test_a_layer_whose_output_is_not_used_is_refused():
+    base = host()
+    with pytest.raises(ValueError, match=r"no gradient would reach .*head.*Leave these layers out of target_modules"):
+        adaptkit.attach(base, "lora", target_modules=["qkv", "head"], head=("linear", {"num_classes": 2}))
+    assert list(adaptkit.attach(base, "lora", target_modules=["qkv", "head"]).adapters["lora"].proxies)[-1] == "head"
