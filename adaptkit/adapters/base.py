@@ -9,7 +9,7 @@ at once the forward has run.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from adaptkit.core.checkpointing import OFF, Checkpointed, Checkpointing, Trace
 from adaptkit.core.hierarchical import StagedViT
+from adaptkit.core.proxy import LayerProxy
 from adaptkit.core.view import Block, Features, Fn, Source, View, ViT
 
 __all__ = ["Adapter", "BlockAdapter", "SideAdapter", "Trace", "WeightAdapter", "WrappedStages", "WrappedViT", "wrapped"]
@@ -40,6 +41,41 @@ class Adapter(nn.Module, ABC):
         super().__init__()
         self.spec = spec
         self.config = config
+
+    @classmethod
+    def existing(cls, backbone: nn.Module) -> ExistingLayers | None:
+        """Return the layers of another library in this backbone that this adapter takes the place of; None: none."""
+        return None
+
+    def ways(self, model: nn.Module, view: View, image: Tensor) -> dict[str, tuple[Features, Features]]:
+        """Run an image (B, C, H, W) in each way this adapter can, for :meth:`AdaptedModel.verify`.
+
+        Returns pairs that must be equal, by what is wrong where they are not; ``{}`` where there is one way only. The
+        model is in eval mode.
+        """
+        return {}
+
+
+class ExistingLayers(ABC):
+    """Layers that a backbone came with, which an adapter takes the place of for as long as it is attached."""
+
+    adapter: str  #: its registered name
+    config: Any  #: from which it is built
+
+    @abstractmethod
+    def share(self, adapter: nn.Module) -> None:
+        """Give these very parameters to the adapter that takes their place, so that what is trained is the same.
+
+        Raises ``ValueError`` where it has others; nothing is shared then.
+        """
+
+    @abstractmethod
+    def take_out(self, backbone: nn.Module) -> None:
+        """Put the backbone's own layers into the places of these."""
+
+    @abstractmethod
+    def restore(self, backbone: nn.Module) -> None:
+        """Put these where they were, with the parameters that the adapter has now."""
 
 
 class BlockAdapter(Adapter):
@@ -124,6 +160,16 @@ class WeightAdapter(Adapter):
     def originals(self) -> dict[str, Tensor]:
         """Return the tensors of the host, by plain name, that it keeps while others are in their places."""
         return {}
+
+    @property
+    def proxies(self) -> Mapping[str, LayerProxy]:
+        """What takes the place of layers in which it acts beside the backbone's own, by the path of the layer."""
+        return {}
+
+    @property
+    def mixes(self) -> bool:
+        """Whether each row of a batch may have another task's."""
+        return False
 
     def check(self, host: nn.Module) -> None:
         """Raise ``RuntimeError`` where, installed, it is no longer in place: somebody has replaced a layer."""

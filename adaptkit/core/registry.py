@@ -18,22 +18,26 @@ import pkgutil
 import warnings
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import View
 
 __all__ = [
     "Entry",
+    "Layout",
     "adapters",
     "configured",
     "families",
     "heads",
+    "layouts",
     "register_adapter",
     "register_family",
     "register_head",
+    "register_layout",
     "view",
 ]
 
@@ -60,9 +64,19 @@ class Entry(NamedTuple):
         return self.config(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
 
 
+class Layout(NamedTuple):
+    """How another library saves its adapters: a folder whose ``adapter_model.safetensors`` has no header of ours."""
+
+    #: the folder -> the config in it, or None where it is not of this layout
+    config_of: Callable[[Path], dict[str, Any] | None]
+    #: that config and the tensors -> header and tensors as our file has them
+    read: Callable[[dict[str, Any], dict[str, Tensor]], tuple[dict[str, Any], dict[str, Tensor]]]
+
+
 _FAMILIES: dict[str, Callable[[nn.Module], View]] = {}
 _ADAPTERS: dict[str, Entry] = {}
 _HEADS: dict[str, Entry] = {}
+_LAYOUTS: dict[str, Layout] = {}
 
 
 def register_family(*class_paths: str) -> Callable[[T], T]:
@@ -91,6 +105,11 @@ def register_adapter(name: str, config: type[Any]) -> Callable[[T], T]:
 def register_head(name: str, config: type[Any]) -> Callable[[T], T]:
     """Class decorator: ``attach(..., head=config)`` builds this head as ``cls(spec, config, pyramid)``."""
     return _register(_HEADS, name, config)
+
+
+def register_layout(name: str, layout: Layout) -> None:
+    """Let ``adaptkit.load`` read folders of another library."""
+    _LAYOUTS[name] = layout
 
 
 @functools.cache
@@ -128,6 +147,12 @@ def adapters() -> dict[str, Entry]:
     """Return every adapter by name."""
     _discover("adapters")
     return _ADAPTERS
+
+
+def layouts() -> dict[str, Layout]:
+    """Return every known layout of another library, by its name."""
+    _discover("adapters")
+    return _LAYOUTS
 
 
 def heads() -> dict[str, Entry]:

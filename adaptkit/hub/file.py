@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from adaptkit.adapters.lora.peft_folder import from_peft_layout, peft_config_of
 from adaptkit.core.hierarchical import StagedSpec
+from adaptkit.core.registry import Layout, layouts
 from adaptkit.core.view import Spec, View
 from adaptkit.hub.digest import block_sums, digest, other_blocks, other_layers
 from adaptkit.version import __version__
@@ -86,7 +86,7 @@ def load(path: str | os.PathLike[str]) -> AdapterFile:
         with safe_open(file, "pt") as f:
             metadata = f.metadata() or {}
             names = list(f.keys())
-            foreign = None if "adaptkit" in metadata else peft_config_of(file.parent)
+            foreign = None if "adaptkit" in metadata else _foreign(file.parent)
             wanted = "adaptkit" in metadata or foreign is not None
             tensors = {k: f.get_tensor(k) for k in names} if wanted else {}
     except (SafetensorError, OSError) as error:
@@ -95,7 +95,8 @@ def load(path: str | os.PathLike[str]) -> AdapterFile:
             "Copy or download it again"
         ) from error
     if foreign is not None:
-        return AdapterFile(file, *from_peft_layout(foreign, tensors))
+        layout, config = foreign
+        return AdapterFile(file, *layout.read(config, tensors))
     if "adaptkit" not in metadata:
         found = ", ".join(names[:3]) or "nothing"
         raise ValueError(
@@ -113,6 +114,12 @@ def load(path: str | os.PathLike[str]) -> AdapterFile:
             f"{__version__}, which reads up to format {FORMAT}: upgrade adaptkit"
         )
     return AdapterFile(file, header, tensors)
+
+
+def _foreign(folder: Path) -> tuple[Layout, dict[str, Any]] | None:
+    """Return the layout of another library that the folder has, and the config in it."""
+    found = ((layout, layout.config_of(folder)) for layout in layouts().values())
+    return next(((layout, config) for layout, config in found if config is not None), None)
 
 
 def metadata_of(files: Sequence[AdapterFile]) -> dict[str, Any]:

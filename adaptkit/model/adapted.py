@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit import _cpu  # noqa: F401  fast paths are registered by importing them
-from adaptkit.adapters.adavit import AdaViT
-from adaptkit.adapters.base import BlockAdapter, Trace, wrapped
-from adaptkit.adapters.lora.peft_layers import existing_layers
+from adaptkit.adapters.base import BlockAdapter, ExistingLayers, Trace, wrapped
 from adaptkit.core import registry
 from adaptkit.core.view import Features, View
 from adaptkit.features.recorded import Recorded
@@ -82,11 +80,12 @@ def attach(
         vit = registry.view(model)
         check_free(model, vit.host)
         prove(vit)
-        existing = existing_layers(vit.host)
+        found = (entry.module.existing(vit.host) for entry in registry.adapters().values())  # type: ignore[attr-defined]
+        existing: ExistingLayers | None = next((layers for layers in found if layers is not None), None)
         own = () if existing is None else (existing.config,)
         built, loaded = build_set((*own, *adapters), head, vit, strict, train_backbone)
         if existing is not None:
-            existing.share(built.adapters["lora"])
+            existing.share(built.adapters[existing.adapter])
         check_trained(vit, built, run)
         return AdaptedModel(model, vit, built, name, Owner(existing)).train(not loaded)
 
@@ -227,9 +226,9 @@ class AdaptedModel(Facts, NamedSets):
 
         All is serialised before anything is written, and all is written or nothing. ``metadata`` (e.g.
         ``task="segmentation"``, ``classes=[...]``; see :func:`adaptkit.hub.metadata.plain`) is kept in the header
-        beside what the file that was loaded says; ``mean=`` and ``std=`` say how the images were normalised, where that is not
-        as the backbone says. A README.md in the folder that adaptkit did not write stays as it is. Of several processes
-        one should call this.
+        beside what the file that was loaded says; ``mean=`` and ``std=`` say how the images were normalised, where that
+        is not as the backbone says. A README.md in the folder that adaptkit did not write stays as it is. Of several
+        processes one should call this.
 
         Raises ``ValueError`` for metadata that JSON cannot say, and for a backbone that was trained since it was
         attached to but for ``train_backbone``; ``OSError`` where the folder cannot be written.
@@ -245,31 +244,27 @@ class AdaptedModel(Facts, NamedSets):
 
     @torch.no_grad()
     def verify(self, image: Tensor, tolerance: float = 1e-5) -> float:
-        """Prove AdaViT's execution: packed equals masked under the same decisions, and all on equals the host's blocks.
+        """Prove that an adapter says the same in every way it runs: for ``"adavit"``, packed, masked and everything on.
 
         Args:
-            image: (B, 3, H, W).
+            image: (B, C, H, W).
             tolerance: how far a value may be off, as a share of the largest value of its output (at least 1).
 
         Returns the largest such difference over all outputs. Raises ``RuntimeError`` where it exceeds the tolerance,
-        and ``TypeError`` where nothing is skipped, for there are no gates.
+        and ``TypeError`` where no adapter runs in more than one way.
         """
-        gates, modes = AdaViT.of(self), [(m, m.training) for m in self.modules()]
+        modes = [(m, m.training) for m in self.modules()]
         self.eval()
         try:
-            with gates.executing("masked"):
-                reference = self(image)
-            with gates.executing("packed"), gates.deciding(gates.given(reference.aux)):
-                self(image)  # on a GPU it tells what is kept,
-                packed = self(image)  # and that is what is gathered here
-            pairs = {"packed execution differs from masked": (packed, reference)}
-            for execution in ("masked", "packed"):
-                with gates.executing(execution):
-                    ours, theirs = gates.all_on(self.vit, image)
-                pairs[f"{execution} execution with everything on differs from the host's own blocks"] = ours, theirs
+            pairs = {what: two for a in self._acting for what, two in a.ways(self, self.vit, image).items()}
         finally:
             for module, mode in modes:
                 module.training = mode
+        if not pairs:
+            raise TypeError(
+                f"{', '.join(self._acting.adapters) or 'no adapter'}: nothing to verify, it runs in one way; 'adavit' "
+                "runs in several"
+            )
         worst = 0.0
         for what, (one, other) in pairs.items():
             off = max(_distance(a, b) for a, b in zip(_outputs(one), _outputs(other)))

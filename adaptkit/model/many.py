@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.adapters.base import BlockAdapter
-from adaptkit.adapters.lora.adapter import LoRA
 from adaptkit.core.proxy import LayerProxy, Route, Routed, WeightProxy, put, routing
 from adaptkit.core.view import Features
 from adaptkit.features.replay import replay
@@ -100,14 +99,14 @@ class ManyTasks(nn.Module):
         if chosen.backbone is not None:
             raise ValueError("it trains parts of the backbone, which all tasks share: attach() it alone")
         new: dict[str, LayerProxy] = {}
-        for adapter in (a for a in chosen.weight_adapters if isinstance(a, LoRA)):
+        for adapter in chosen.weight_adapters:
             for path, proxy in adapter.proxies.items():
                 if path not in routed and path not in new:
                     kind = WeightProxy if isinstance(proxy, WeightProxy) else LayerProxy
                     new[path] = kind(Routed(proxy.layer), proxy.layer)
         put(self.model.vit.host, new)
         routed.update(new)
-        for adapter in (a for a in chosen.weight_adapters if isinstance(a, LoRA)):
+        for adapter in chosen.weight_adapters:
             for path, proxy in adapter.proxies.items():
                 proxy.bind(routed[path].layer)
                 vars(routed[path])["wrapper"].wrappers[name] = vars(proxy)["wrapper"]
@@ -178,7 +177,7 @@ class ManyTasks(nn.Module):
         one = self._set(name)
         reads = one.side is None or not one.side.why_alone()
         blocks = any(isinstance(adapter, BlockAdapter) for adapter in one)
-        return reads and not blocks and all(isinstance(a, LoRA) and a.mixes for a in one.weight_adapters)
+        return reads and not blocks and all(a.mixes for a in one.weight_adapters)
 
     def save(self, name: str, folder: str | os.PathLike[str], **metadata: Any) -> Path:
         """Write one task's adapters and head, as ``AdaptedModel.save`` does."""

@@ -16,8 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from adaptkit.adapters.base import WeightAdapter
-from adaptkit.adapters.lora.peft_layers import Existing
+from adaptkit.adapters.base import ExistingLayers, WeightAdapter
 from adaptkit.core.proxy import own_layer, restore
 from adaptkit.core.tree import plain_name, skeleton
 from adaptkit.hub.digest import digest, other_layers
@@ -44,10 +43,10 @@ class Owner:
     """What one adapted model has changed in one backbone.
 
     Args:
-        existing: the layers of peft that it came with, as :func:`existing_layers` found them.
+        existing: the layers of another library that it came with.
     """
 
-    def __init__(self, existing: Existing | None = None) -> None:
+    def __init__(self, existing: ExistingLayers | None = None) -> None:
         self.existing = existing
         self.installed: list[WeightAdapter] = []  #: adapters that are in the backbone now
         self.merged = False  #: whether its weights hold their change
@@ -86,7 +85,7 @@ class Owner:
         self._remove(host)
         restore(host)
         if self.existing is not None:
-            self.existing.put_back(host)
+            self.existing.restore(host)
         vars(host).pop(MARK, None)
         modes, flags = _by_plain_name(self._modes), _by_plain_name(self._flags)
         for name, module in backbone.named_modules(remove_duplicate=False):

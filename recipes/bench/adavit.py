@@ -5,8 +5,8 @@
 
 Decisions are drawn at random with fixed rates, for every image and block anew, so the figures need no training. The
 ideal is the ratio of MACs, dense to adaptive (gates included, counted by ``adaptkit.analysis.accounting``); "of ideal"
-is the ratio of times over it. Each way sees the same images; they take turns, and the medians over the rounds are compared.
-"prepacked" is "packed" with the backbone's weights laid out beforehand (``AdaViT.prepacked``).
+is the ratio of times over it. Each way sees the same images; they take turns, and the medians over the rounds are
+compared. "prepacked" is "packed" with the backbone's weights laid out beforehand (``AdaViT.prepacked``).
 """
 
 import argparse

@@ -208,7 +208,7 @@ def test_verify_finds_a_packing_that_is_wrong(monkeypatch):
 
 
 def test_verify_needs_gates():
-    with pytest.raises(TypeError, match="has no AdaViT gates; attach 'adavit'"):
+    with pytest.raises(TypeError, match="sfp: nothing to verify, it runs in one way; 'adavit' runs in several"):
         adaptkit.attach(HOSTS["timm-vit"].build(), "sfp").verify(images())
 
 

@@ -28,7 +28,7 @@ from adaptkit.adapters.adavit.packed import packed, skipping
 from adaptkit.adapters.base import BlockAdapter, Trace, wrapped
 from adaptkit.core.layers import check_choice, parameter_dtype
 from adaptkit.core.registry import register_adapter
-from adaptkit.core.view import Block, Features, Fn, Spec, ViT
+from adaptkit.core.view import Block, Features, Fn, Spec, View, ViT
 from adaptkit.losses import KINDS
 from adaptkit.seam import is_traced, must_wait
 
@@ -182,6 +182,22 @@ class AdaViT(BlockAdapter):
     def given(self, aux: Trace) -> Given:
         """Return the policy that repeats the decisions of another forward of the same images."""
         return Given(aux, self.first)
+
+    def ways(self, model: nn.Module, view: View, image: Tensor) -> dict[str, tuple[Features, Features]]:
+        """Packed and masked under the same decisions, and everything on against the backbone's own blocks."""
+        with self.executing("masked"):
+            reference = model(image)
+        with self.executing("packed"), self.deciding(self.given(reference.aux)):
+            model(image)  # on a GPU it tells what is kept,
+            packed = model(image)  # and that is what is gathered here
+        pairs = {"packed execution differs from masked": (packed, reference)}
+        for execution in ("masked", "packed"):
+            with self.executing(execution):  # type: ignore[arg-type]
+                pairs[f"{execution} execution with everything on differs from the host's own blocks"] = self.all_on(
+                    view,  # type: ignore[arg-type]
+                    image,
+                )
+        return pairs
 
     def all_on(self, vit: ViT, image: Tensor) -> tuple[Features, Features]:
         """Run the gated blocks with everything kept, and the host's own in their place: these must be equal.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from adaptkit.adapters.base import WeightAdapter
 from adaptkit.adapters.lora.layer_names import meaning, resolved
-from adaptkit.adapters.lora.peft_layers import ADAPTER, Kept, wrap
+from adaptkit.adapters.lora.peft_layers import ADAPTER, ExistingPeftLayers, Kept, existing_layers, wrap
 from adaptkit.core.proxy import LayerProxy, WeightProxy, edges, in_place, missing, put, restore
 from adaptkit.core.registry import register_adapter
 from adaptkit.core.tree import locate, nested
@@ -184,6 +184,11 @@ class LoRA(WeightAdapter):
                 "computes with the weight as it is stored: use plain LORA, which acts beside it"
             )
 
+    @classmethod
+    def existing(cls, backbone: nn.Module) -> ExistingPeftLayers | None:
+        """Those of a ``PeftModel``."""
+        return existing_layers(backbone)
+
     @property
     def mixes(self) -> bool:
         """Whether each row of a batch can have its own: not where the host reads a weight, which all rows share."""
@@ -258,7 +263,7 @@ class LoRA(WeightAdapter):
         for path, kept in self._kept.items():
             wrapper: Any = vars(self.proxies[path])["wrapper"]
             wrapper.merged_adapters.clear()
-            kept.put_back(self.proxies[path].layer)
+            kept.restore(self.proxies[path].layer)
         self._kept = {}
 
     def originals(self) -> dict[str, Tensor]:

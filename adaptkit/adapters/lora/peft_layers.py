@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from adaptkit.adapters.base import ExistingLayers
 from adaptkit.core.proxy import own_layer
 from adaptkit.core.tree import locate, named_modules, skeleton
 
-__all__ = ["ADAPTER", "Existing", "existing_layers", "wrap"]
+__all__ = ["ADAPTER", "ExistingPeftLayers", "existing_layers", "wrap"]
 
 ADAPTER = "default"  #: the name by which every wrapper knows its one adapter
 
@@ -48,17 +49,19 @@ def wrap(host: nn.Module, config: Any) -> dict[str, nn.Module]:
     return found
 
 
-class Existing:
+class ExistingPeftLayers(ExistingLayers):
     """The LoRA that a backbone came with (a ``PeftModel``), out of its places for as long as adapters are attached."""
+
+    adapter = "lora"
 
     def __init__(self, config: Any, name: str, wrappers: dict[str, Any]) -> None:
         self.config = config  #: peft's, of the adapter that is active
         self.name = name  #: its name in peft
         self.wrappers = wrappers  #: peft's layers by plain path
-        self.stand_in: nn.Module | None = None
+        self.in_place: nn.Module | None = None  #: the adapter that has taken their place
 
     def share(self, adapter: nn.Module) -> None:
-        """Give these very parameters to the adapter that stands in for them, so that what is trained is the same.
+        """Give these very parameters to the adapter that takes their place, so that what is trained is the same.
 
         Raises ``ValueError`` where the config of the ``PeftModel`` makes others; nothing is shared then.
         """
@@ -71,7 +74,7 @@ class Existing:
             pairs.append((key, theirs))
         for key, theirs in pairs:
             set_parameter(adapter, key, theirs)
-        self.stand_in = adapter
+        self.in_place = adapter
 
     def take_out(self, host: nn.Module) -> None:
         """Put the backbone's own layers into the places of these."""
@@ -79,24 +82,24 @@ class Existing:
             parent, name = locate(host, path)
             parent._modules[name] = wrapper.get_base_layer()
 
-    def put_back(self, host: nn.Module) -> None:
+    def restore(self, host: nn.Module) -> None:
         """Put these where they were, with the parameters that the adapter has now."""
         for path, wrapper in self.wrappers.items():
             parent, name = locate(host, path)
             if own_layer(parent._modules[name]) is wrapper.get_base_layer():  # type: ignore[arg-type]
                 parent._modules[name] = wrapper
-        for key, parameter in () if self.stand_in is None else list(self.stand_in.named_parameters()):
+        for key, parameter in () if self.in_place is None else list(self.in_place.named_parameters()):
             path, name = self._theirs(key)
             set_parameter(self.wrappers[path], name, parameter)
 
     def _theirs(self, key: str) -> tuple[str, str]:
-        """Path of the layer and name of the parameter in it, of a key of the adapter that stands in."""
+        """Path of the layer and name of the parameter in it, of a key of the adapter."""
         rest = key.removeprefix("layers.")
         path = next(p for p in self.wrappers if rest.startswith(p + "."))
         return path, _renamed(rest[len(path) + 1 :], ADAPTER, self.name)
 
 
-def existing_layers(host: nn.Module) -> Existing | None:
+def existing_layers(host: nn.Module) -> ExistingPeftLayers | None:
     """Look at a host that peft's layers are in; None for one without. Nothing is changed.
 
     Raises ``ValueError`` where they are merged, disabled, or not one of them is active.
@@ -117,7 +120,7 @@ def existing_layers(host: nn.Module) -> Existing | None:
             f"this PeftModel has {len(active)} active adapters ({', '.join(sorted(active))}); set_adapter() one"
         )
     (name,) = active
-    return Existing(configs[name], name, wrappers)
+    return ExistingPeftLayers(configs[name], name, wrappers)
 
 
 def set_parameter(module: nn.Module, key: str, parameter: nn.Parameter) -> None:
@@ -145,7 +148,7 @@ class Kept(NamedTuple):
         there = {**layer._parameters, **layer._buffers}
         return cls({name: tensor.detach().clone() for name, tensor in there.items() if tensor is not None})
 
-    def put_back(self, layer: nn.Module) -> None:
+    def restore(self, layer: nn.Module) -> None:
         """Write them back, bit for bit."""
         there: dict[str, Any] = {**layer._parameters, **layer._buffers}
         for name, tensor in self.tensors.items():
