@@ -204,26 +204,26 @@ def test_a_checkpoint_around_the_model_gives_the_same_gradients(adapter, reentra
 
 # -------------------------------------------------------------------------------------------------------- compilers
 
-ONE_OF_EACH = ("vit-adapter", "sfp", "adavit", "dat-add-table", "metaformer-pool", "lora")
-compiled = pytest.mark.parametrize(
-    "adapter", [pytest.param(a, marks=[] if a in ONE_OF_EACH else pytest.mark.full) for a in ADAPTERS]
-)
+# The C++ of a ViT-Adapter takes minutes to compile: its graphs, forward and backward, are run as they are.
+ONE_OF_EACH = ("sfp", "adavit", "dat-add-table", "metaformer-pool", "lora")
+COMPILED = [
+    pytest.param("vit-adapter", "aot_eager", id="vit-adapter-aot_eager"),
+    *(pytest.param(a, "inductor", id=a, marks=[] if a in ONE_OF_EACH else pytest.mark.full) for a in ADAPTERS),
+]
 
 
-@compiled
-def test_compiled_training_says_what_eager_says(adapter):
+@pytest.mark.parametrize(("adapter", "backend"), COMPILED)
+def test_compiled_training_says_what_eager_says(adapter, backend):
     torch._dynamo.reset()
     name, _ = ADAPTERS[adapter]
     short = {"vit-adapter": {"interaction_indexes": [[0, 0]]}, "adavit": {"first_block": 0}}.get(name, {})
     model, x = attach(adapter, depth=1, **short).train(), image(SIDE)
 
-    def run(model):
+    def run(model, x):
         out = outputs(model, x)
-        return [*out, *torch.autograd.grad(scalar(out), list(trained(model).values()), allow_unused=True)]
+        grads = torch.autograd.grad(scalar(out), list(trained(model).values()), allow_unused=True)
+        return [*out, *(g for g in grads if g is not None)]
 
     with inductor.config.patch(fallback_random=True):  # what is drawn is drawn by torch's own generator
-        found = run(torch.compile(model, fullgraph=True))
-    for a, b in zip(found, run(model), strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.detach().abs().max()))
+        found = run(torch.compile(model, fullgraph=True, backend=backend), x)
+    assert_rounds_to(found, run(model, x), *SUMS, *SUMS, moved=run(model, one_rounding_off(x)))
