@@ -14,7 +14,7 @@ from adaptkit.adapters.dat import DATConfig
 from adaptkit.adapters.metaformer import MetaFormerConfig
 from adaptkit.adapters.sfp import SimpleFeaturePyramidConfig
 from adaptkit.adapters.vit_adapter import ViTAdapterConfig
-from adaptkit.core.hierarchical import StagedSpec
+from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.registry import register_adapter, register_family, register_head, view
 from adaptkit.core.view import Features, Spec
 from adaptkit.demo import demo_backbone
@@ -42,12 +42,12 @@ __all__ = [
     "DepthHeadConfig",
     "FPNHeadConfig",
     "Features",
+    "HierarchicalSpec",
     "LinearHeadConfig",
     "ManyTasks",
     "MetaFormerConfig",
     "SimpleFeaturePyramidConfig",
     "Spec",
-    "StagedSpec",
     "ViTAdapterConfig",
     "__version__",
     "as_pyramid",
@@ -77,6 +77,8 @@ def _modules() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "StagedSpec":
+        return importlib.import_module("adaptkit.core.hierarchical").StagedSpec
     if name in _modules() or f"{__name__}.{name}" in _moved.MOVED:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -205,13 +205,14 @@ def _doctor(args: argparse.Namespace) -> None:
     from adaptkit.create import create_backbone
     from adaptkit.hub.file import say_spec
     from adaptkit.model.adapted import attach
+    from adaptkit.ops.grid import cells
 
     model = create_backbone(args.model, pretrained=args.pretrained)
     vit = registry.view(model)
     spec, source = vit.spec, vit.source()
     structure = ("structure", say_spec(spec))
     if isinstance(spec, Spec):
-        structure = ("width, depth, heads", f"{spec.dim}, {spec.depth}, {spec.heads}")
+        structure = ("width, depth, heads", f"{spec.embed_dim}, {spec.depth}, {spec.num_heads}")
     rows = [
         ("class", f"{type(vit.host).__module__}.{type(vit.host).__qualname__}"),
         ("family", spec.family),
@@ -219,9 +220,10 @@ def _doctor(args: argparse.Namespace) -> None:
         structure,
         (
             "patch",
-            f"{spec.patch} pixels; an image of 240x320 is a grid of {-(-240 // spec.patch)}x{-(-320 // spec.patch)}",
+            f"{spec.patch_size} pixels; an image of 240x320 is a grid of {cells(240, spec.patch_size)}x"
+            f"{cells(320, spec.patch_size)}",
         ),
-        ("prefix tokens", str(spec.prefix)),
+        ("prefix tokens", str(spec.num_prefix_tokens)),
         ("channels of the image", str(spec.channels)),
         ("positions", f"{vit.positions} to another grid"),
         (
@@ -229,7 +231,7 @@ def _doctor(args: argparse.Namespace) -> None:
             f"mean {list(source.mean)}, std {list(source.std)}" if source.mean else "not recorded by the model",
         ),
     ]
-    image = torch.zeros(1, spec.channels, 5 * spec.patch + 3, 7 * spec.patch)
+    image = torch.zeros(1, spec.channels, 5 * spec.patch_size + 3, 7 * spec.patch_size)
     for name in sorted(registry.adapters()):
         rows.append((f"attach {name!r}", _try(attach, model, name, image)))
     _table(args.model, rows)

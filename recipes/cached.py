@@ -46,7 +46,7 @@ class Cached(Dataset):
 
     def __init__(self, rows: Rows, views: int, cache: FeatureCache, model: Any, windows: Windows | None = None) -> None:
         self.rows, self.views, self.cache, self.windows = rows, views, cache, windows
-        (self.after, self.reads_image), self.patch = model.reads(), model.spec.patch
+        (self.after, self.reads_image), self.patch = model.reads(), model.spec.patch_size
         height, width = rows[0, 0][0].shape[-2:]
         self.size = (height, width)
 

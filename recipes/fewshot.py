@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     saved = adaptkit.load(args.adapter) if args.adapter else None
     source = normalisation.source_of(adaptkit.view(backbone), args, normalisation.recorded(saved))
     model: Any = adaptkit.attach(backbone, *([saved] if saved else [])).to(accelerator.device).eval()
-    prefix = getattr(model.spec, "prefix", 0)
+    prefix = getattr(model.spec, "num_prefix_tokens", 0)
     pool = args.pool or ("token" if prefix else "avg")
     if pool != "avg" and not prefix:
         raise ValueError(f"--pool {pool} needs a class token and {args.backbone} has none; use avg")

@@ -54,7 +54,7 @@ class Windows:
             return None
         image = check_recordable("--crop-features and --flip-features are", rows, model)[0]
         size = None if args.crop_features is None else (args.crop_features[0], args.crop_features[1])
-        return Windows(size, args.flip_features, (image.shape[-2], image.shape[-1]), model.spec.patch, args.seed)
+        return Windows(size, args.flip_features, (image.shape[-2], image.shape[-1]), model.spec.patch_size, args.seed)
 
     def draw(self, epoch: int, index: int) -> Place:
         """Draw the window of one sample in one epoch; whoever asks, and in what order, gets the same."""

@@ -28,8 +28,8 @@ class ToyBottleneck(BlockAdapter):
 
     def __init__(self, spec, config):
         super().__init__(spec, config)
-        self.down = torch.nn.ModuleList(torch.nn.Linear(spec.dim, config.width) for _ in range(spec.depth))
-        self.up = torch.nn.ModuleList(torch.nn.Linear(config.width, spec.dim) for _ in range(spec.depth))
+        self.down = torch.nn.ModuleList(torch.nn.Linear(spec.embed_dim, config.width) for _ in range(spec.depth))
+        self.up = torch.nn.ModuleList(torch.nn.Linear(config.width, spec.embed_dim) for _ in range(spec.depth))
         for up in self.up:
             torch.nn.init.zeros_(up.weight)
             torch.nn.init.zeros_(up.bias)
@@ -129,7 +129,7 @@ def image(name, batch=2, cells=None, extra=(0, 0), seed=0):
     side = HOSTS[name].size
     size = (side, side)
     if cells is not None:
-        patch = view(HOSTS[name].build()).spec.patch
+        patch = view(HOSTS[name].build()).spec.patch_size
         size = (cells[0] * patch + extra[0], cells[1] * patch + extra[1])
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
 

@@ -14,7 +14,7 @@ from adaptkit.create import create_backbone
 
 
 def test_a_timm_name_builds_the_timm_model():
-    assert view(create_backbone("vit_tiny_patch16_224", pretrained=False)).spec.dim == 192
+    assert view(create_backbone("vit_tiny_patch16_224", pretrained=False)).spec.embed_dim == 192
 
 
 def test_a_folder_that_transformers_saved(tmp_path):

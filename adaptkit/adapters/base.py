@@ -18,11 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.core.checkpointing import OFF, Checkpointed, Checkpointing, Trace
-from adaptkit.core.hierarchical import StagedViT
+from adaptkit.core.hierarchical import HierarchicalViT
 from adaptkit.core.proxy import LayerProxy
 from adaptkit.core.view import Block, Features, Fn, Source, View, ViT
 
-__all__ = ["Adapter", "BlockAdapter", "SideAdapter", "Trace", "WeightAdapter", "WrappedStages", "WrappedViT", "wrapped"]
+__all__ = [
+    "Adapter",
+    "BlockAdapter",
+    "SideAdapter",
+    "Trace",
+    "WeightAdapter",
+    "WrappedHierarchicalViT",
+    "WrappedViT",
+    "wrapped",
+]
 
 #: A method of each sharded block: runs a function of its parts while its parameters are whole.
 RUN_WHOLE = "run_whole"
@@ -35,7 +44,9 @@ class Adapter(nn.Module, ABC):
     """
 
     strides: tuple[int, ...] = ()  #: of the maps it returns, in pixels
-    staged: ClassVar[bool] = False  #: whether it also acts on hierarchical hosts; its spec may then be a StagedSpec
+    hierarchical: ClassVar[bool] = (
+        False  #: whether it also acts on hierarchical hosts; its spec may then be a HierarchicalSpec
+    )
 
     def __init__(self, spec: Any, config: Any) -> None:
         super().__init__()
@@ -125,7 +136,7 @@ class SideAdapter(Adapter):
 class WeightAdapter(Adapter):
     """Acts inside layers of the host. It is built for one host, and in place between ``install`` and ``remove``."""
 
-    staged = True
+    hierarchical = True
     merges: ClassVar[bool] = True  #: whether its change can become part of the weights
 
     def __init__(self, spec: Any, config: Any) -> None:
@@ -190,11 +201,11 @@ def wrapped(vit: View, acting: Iterable[Adapter], trace: Trace) -> View:
     if not wrappers and not how.every:
         return vit
     trained = how.every > 0 and any(p.requires_grad for m in (vit.host, *adapters) for p in m.parameters())
-    if isinstance(vit, StagedViT):
-        return WrappedStages(vit, wrappers, trace, how, trained)
+    if isinstance(vit, HierarchicalViT):
+        return WrappedHierarchicalViT(vit, wrappers, trace, how, trained)
     if isinstance(vit, ViT):
         return WrappedViT(vit, wrappers, trace, how, trained)
-    raise TypeError(f"{type(vit).__name__} is neither a ViT nor a StagedViT; subclass one of them")
+    raise TypeError(f"{type(vit).__name__} is neither a ViT nor a HierarchicalViT; subclass one of them")
 
 
 def _wrap(block: Block, index: int, adapters: Sequence[BlockAdapter], trace: Trace) -> Fn:
@@ -264,12 +275,12 @@ class WrappedViT(ViT):
         return self.vit.source()
 
 
-class WrappedStages(StagedViT):
+class WrappedHierarchicalViT(HierarchicalViT):
     """A hierarchical view whose blocks are wrapped by block adapters, for one forward."""
 
     def __init__(
         self,
-        vit: StagedViT,
+        vit: HierarchicalViT,
         adapters: Sequence[BlockAdapter],
         trace: Trace,
         how: Checkpointing = OFF,

@@ -84,8 +84,8 @@ class DATConfig:
 
     def resolve(self, spec: Spec) -> DATConfig:
         """Fill in what depends on the backbone. ``ValueError`` where the two do not fit."""
-        groups = self.groups or next(g for g in (3, 2, 1) if spec.heads % g == 0)
-        check_heads(spec.dim, spec.heads, groups)
+        groups = self.groups or next(g for g in (3, 2, 1) if spec.num_heads % g == 0)
+        check_heads(spec.embed_dim, spec.num_heads, groups)
         blocks = range(spec.depth) if self.blocks is None else self.blocks
         if isinstance(blocks, int):
             blocks = range(max(0, spec.depth - blocks), spec.depth)
@@ -108,18 +108,20 @@ class DATBlock(nn.Module):
         super().__init__()
         self.groups, self.offset_range = config.groups or 1, config.offset_range
         add = config.mode == "add"
-        self.conv_offset = offset_net(spec.dim // self.groups, config.kernel_size, config.stride, config.convention)
+        self.conv_offset = offset_net(
+            spec.embed_dim // self.groups, config.kernel_size, config.stride, config.convention
+        )
         self.rpe_table: nn.Parameter | nn.Module | None = None
         if config.bias == "table":
             side = 2 * config.bias_grid - 1
-            self.rpe_table = nn.Parameter(torch.zeros(spec.heads, side, side))
+            self.rpe_table = nn.Parameter(torch.zeros(spec.num_heads, side, side))
             if add:
                 nn.init.trunc_normal_(self.rpe_table, std=0.01)
         elif config.bias == "log-cpb":
-            self.rpe_table = log_cpb(spec.heads // self.groups)
+            self.rpe_table = log_cpb(spec.num_heads // self.groups)
             if not add:
                 nn.init.zeros_(self.rpe_table[-1].weight)
-        self.gamma = nn.Parameter(torch.zeros(spec.dim)) if add else None
+        self.gamma = nn.Parameter(torch.zeros(spec.embed_dim)) if add else None
         if not add:
             nn.init.zeros_(self.conv_offset[-1].weight)
 

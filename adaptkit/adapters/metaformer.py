@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.adapters.base import BlockAdapter, Trace
-from adaptkit.core.hierarchical import StagedSpec
+from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.layers import check_choice, parameter_dtype
 from adaptkit.core.registry import register_adapter
 from adaptkit.core.view import Block, Fn, Spec, identity
@@ -82,32 +82,32 @@ class MetaFormerConfig:
         if unused:
             raise ValueError(f"mixer_options are for {', '.join(unused)}, but mixer={self.mixer!r}; name them there")
 
-    def resolve(self, spec: Spec | StagedSpec) -> MetaFormerConfig:
+    def resolve(self, spec: Spec | HierarchicalSpec) -> MetaFormerConfig:
         """Fill in what depends on the backbone. ``ValueError`` where the two do not fit."""
         self.mixers(spec)
         self.widths(spec)
         mlp_ratio = (1.0 if self.width else 0.0) if self.mlp_ratio is None else float(self.mlp_ratio)
         return replace(self, mlp_ratio=mlp_ratio)
 
-    def mixers(self, spec: Spec | StagedSpec) -> list[str]:
+    def mixers(self, spec: Spec | HierarchicalSpec) -> list[str]:
         """Return the mixer's name of each block."""
         names = (self.mixer,) if isinstance(self.mixer, str) else self.mixer
-        if isinstance(spec, StagedSpec) and len(names) not in (1, spec.depth):
+        if isinstance(spec, HierarchicalSpec) and len(names) not in (1, spec.depth):
             return _per_stage("mixer", names, spec)
         if len(names) > spec.depth:
             raise ValueError(f"mixer names {len(names)} mixers for {spec.depth} blocks; give one per block or fewer")
         return [names[i * len(names) // spec.depth] for i in range(spec.depth)]
 
-    def widths(self, spec: Spec | StagedSpec) -> list[int]:
+    def widths(self, spec: Spec | HierarchicalSpec) -> list[int]:
         """Return the width of the bottleneck of each block."""
         if isinstance(self.width, int):
             return [self.width] * spec.depth
-        if isinstance(spec, StagedSpec):
+        if isinstance(spec, HierarchicalSpec):
             return _per_stage("width", self.width, spec)
         raise ValueError(f"width={self.width} is for a host of {len(self.width)} stages, a ViT has one; give one width")
 
 
-def _per_stage(option: str, values: tuple[T, ...], spec: StagedSpec) -> list[T]:
+def _per_stage(option: str, values: tuple[T, ...], spec: HierarchicalSpec) -> list[T]:
     if len(values) != len(spec.depths):
         raise ValueError(
             f"{option}={values} has {len(values)} entries, the host {len(spec.depths)} stages of "
@@ -208,9 +208,9 @@ def _on_grid(mix: nn.Module, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 class MetaFormer(BlockAdapter):
     """A MetaFormer block beside each frozen block, with any token mixer: pooling, convolution, attention, ..."""
 
-    staged = True
+    hierarchical = True
 
-    def __init__(self, spec: Spec | StagedSpec, config: MetaFormerConfig) -> None:
+    def __init__(self, spec: Spec | HierarchicalSpec, config: MetaFormerConfig) -> None:
         config = config.resolve(spec)
         super().__init__(spec, config)
         make = MetaBlock if config.width else MixerGate

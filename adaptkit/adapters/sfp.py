@@ -44,7 +44,7 @@ class SimpleFeaturePyramid(SideAdapter):
     def __init__(self, spec: Spec, config: SimpleFeaturePyramidConfig) -> None:
         super().__init__(spec, config)
         self.strides = config.strides
-        dim, half, quarter = spec.dim, max(1, spec.dim // 2), max(1, spec.dim // 4)
+        dim, half, quarter = spec.embed_dim, max(1, spec.embed_dim // 2), max(1, spec.embed_dim // 4)
         up4 = [nn.ConvTranspose2d(dim, half, 2, 2), LayerNorm2d(half, eps=1e-6), nn.GELU()]
         stages: list[nn.Module] = [
             nn.Sequential(*up4, nn.ConvTranspose2d(half, quarter, 2, 2)),
@@ -82,7 +82,7 @@ class SimpleFeaturePyramid(SideAdapter):
         """Image (B, C, H, W) -> features with maps (B, D, H/s, W/s), s of ``strides``, rounded up."""
         features = vit.features(image)
         x = tokens_to_map(features.tokens, features.grid).to(parameter_dtype(self.outputs))
-        patch, (height, width) = vit.spec.patch, features.size
+        patch, (height, width) = vit.spec.patch_size, features.size
         maps = []
         for stage, output, made, stride in zip(
             self.stages, self.outputs, (patch / 4, patch / 2, patch, patch * 2), STRIDES

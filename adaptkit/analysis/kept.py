@@ -54,7 +54,9 @@ def kept_patches(model: AdaptedModel, image: Tensor, path: str | os.PathLike[str
     tiles = [("image", shown)]
     for index in sorted(int(name) for name in gates.gates):
         kept = {k: features.aux[f"{k}_keep"][0, index - gates.first[k]] for k in KINDS if gates.gated(k, index)}
-        tiles.append((_title(index, kept), _faded(shown, kept.get("patch"), features.grid, model.spec.patch * zoom)))
+        tiles.append(
+            (_title(index, kept), _faded(shown, kept.get("patch"), features.grid, model.spec.patch_size * zoom))
+        )
     tall = sheet(tiles, COLUMNS)
     chart = usage_by_depth({k: v for k, v in features.aux.items() if k.endswith("_keep")}, gates.first, tall.width)
     page = Image.new("RGB", (tall.width, tall.height + chart.height), "white")

@@ -178,7 +178,7 @@ def _stride(model: nn.Module, name: str, x: Tensor, image: Tensor) -> int:
     from adaptkit.models.dat import DAT
 
     if isinstance(model, AdaptedModel):
-        return model.spec.patch
+        return model.spec.patch_size
     if isinstance(model, DAT):
         return model.feature_info[int(name.split(".")[1])]["reduction"]
     return -(-image.shape[-2] // x.shape[2])
@@ -200,7 +200,7 @@ class _Watch(BlockAdapter):
 
     def _run(self, run: Fn, block: Block, index: int, x: Tensor) -> Tensor:
         weights, points = cast(DATBlock, self.dat.blocks[str(index)]).weights(block, x)
-        grid, patch = cast(tuple[int, int], block.grid), self.spec.patch
+        grid, patch = cast(tuple[int, int], block.grid), self.spec.patch_size
         prefix = x.shape[1] - grid[0] * grid[1]
         at = _pixels(points, grid, "exact", patch)
         self.seen[f"block {index}"] = Seen(at, weights[0, :, prefix:, prefix:], grid, patch)

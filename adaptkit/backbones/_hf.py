@@ -44,7 +44,7 @@ class HfViT(ViT):
     def sizes(self) -> Sequence[tuple[int, int]]:
         """The host's own, and another."""
         config: Any = self.host.config
-        return _pair(config.image_size), (3 * self.spec.patch, 5 * self.spec.patch)
+        return _pair(config.image_size), (3 * self.spec.patch_size, 5 * self.spec.patch_size)
 
     def reference(self, image: Tensor) -> Tensor:
         """``last_hidden_state``."""

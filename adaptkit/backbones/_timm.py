@@ -163,7 +163,7 @@ def head_count(host: Any) -> int:
         )
     counts = {unwrapped(attn).num_heads for attn in attentions}
     if len(counts) != 1:
-        raise TypeError(f"blocks with different head counts {sorted(counts)} have no single Spec.heads; {REMEDY}")
+        raise TypeError(f"blocks with different head counts {sorted(counts)} have no single Spec.num_heads; {REMEDY}")
     return counts.pop()
 
 

@@ -53,7 +53,7 @@ class HfViTMAE(HfViT):
         embeddings: Any = self.host.embeddings
         embeddings.config = copy.copy(embeddings.config)
         embeddings.config.mask_ratio = 0.0
-        cells = (image.shape[-2] // self.spec.patch) * (image.shape[-1] // self.spec.patch)
+        cells = (image.shape[-2] // self.spec.patch_size) * (image.shape[-1] // self.spec.patch_size)
         noise = torch.arange(cells, device=image.device)[None]
         return self._say(image, noise=noise, **self.interpolating(image))
 

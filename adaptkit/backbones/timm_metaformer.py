@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from adaptkit.backbones._timm import block_list, is_checkpointing, joined, timm_source
-from adaptkit.core.hierarchical import StagedSpec, StagedViT
+from adaptkit.core.hierarchical import HierarchicalSpec, HierarchicalViT
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block, Fn, Source
@@ -17,7 +17,7 @@ from adaptkit.ops.grid import map_to_tokens, tokens_to_map
 
 
 @register_family("timm.models.metaformer.MetaFormer")
-class TimmMetaFormer(StagedViT):
+class TimmMetaFormer(HierarchicalViT):
     """Blocks ``x + scale(mixer(norm(x)))``; the last two stages of the newer models also scale ``x`` (ResScale).
 
     Convolutions take the place of positions, so any size is native. There is no norm before pooling. Maps become tokens
@@ -33,7 +33,7 @@ class TimmMetaFormer(StagedViT):
         dims = tuple(info["num_chs"] for info in host.feature_info)
         depths = tuple(len(stage.blocks) for stage in host.stages)
         channels = host.stem.conv.weight.shape[1]
-        super().__init__(host, StagedSpec("timm-metaformer", dims, depths, tuple(strides), channels))
+        super().__init__(host, HierarchicalSpec("timm-metaformer", dims, depths, tuple(strides), channels))
 
     def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """``host.stem``."""
@@ -76,7 +76,7 @@ class TimmMetaFormer(StagedViT):
 
     def sizes(self) -> Sequence[tuple[int, int]]:
         """Any."""
-        return [(2 * self.spec.patch, 3 * self.spec.patch)]
+        return [(2 * self.spec.patch_size, 3 * self.spec.patch_size)]
 
     def reference(self, image: Tensor) -> Tensor:
         """``host.forward_features``, its map as tokens."""

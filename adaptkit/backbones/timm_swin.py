@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptkit.backbones._timm import block_list, channels, is_checkpointing, timm_source
-from adaptkit.core.hierarchical import StagedSpec, StagedViT
+from adaptkit.core.hierarchical import HierarchicalSpec, HierarchicalViT
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block, Fn, Source
 
 
 @register_family("timm.models.swin_transformer.SwinTransformer")
-class TimmSwin(StagedViT):
+class TimmSwin(HierarchicalViT):
     """Blocks on maps (B, h, w, D), given and taken as tokens.
 
     Windows and shifts stay those the host was built with; on another grid the masks of the shift are made anew, as timm
@@ -31,7 +31,7 @@ class TimmSwin(StagedViT):
         dims = tuple(info["num_chs"] for info in host.feature_info)
         strides = tuple(patch * 2**i for i in range(len(host.layers)))
         depths = tuple(len(layer.blocks) for layer in host.layers)
-        super().__init__(host, StagedSpec("timm-swin", dims, depths, strides, channels(host)))
+        super().__init__(host, HierarchicalSpec("timm-swin", dims, depths, strides, channels(host)))
 
     def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """timm's PatchEmbed without its fixed-size assertions."""

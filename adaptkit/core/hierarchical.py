@@ -12,25 +12,26 @@ adapter that acts around one block need not know which kind of host it is on. Th
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from adaptkit.core.view import Block, Features, View
+from adaptkit.core.view import Block, Features, View, renamed
 from adaptkit.ops.grid import pad_to_multiple, tokens_to_map
 
-__all__ = ["StagedSpec", "StagedViT"]
+__all__ = ["HierarchicalSpec", "HierarchicalViT"]
 
 Grid = tuple[int, int]
 
 
-class StagedSpec(NamedTuple):
+class HierarchicalSpec(NamedTuple):
     """What an adapter may depend on, and what its file stores, for a host of several stages."""
 
     family: str  #: how the host is seen; never a condition for compatibility
-    dims: tuple[int, ...]  #: width D of each stage
+    embed_dims: tuple[int, ...]  #: width D of each stage
     depths: tuple[int, ...]  #: blocks of each stage
     strides: tuple[int, ...]  #: side of a token of each stage, in pixels
     channels: int = 3  #: of the image; a file that does not say has 3
@@ -43,30 +44,50 @@ class StagedSpec(NamedTuple):
     @property
     def widths(self) -> tuple[int, ...]:
         """Width of each block."""
-        return tuple(dim for dim, depth in zip(self.dims, self.depths) for _ in range(depth))
+        return tuple(dim for dim, depth in zip(self.embed_dims, self.depths) for _ in range(depth))
 
     @property
-    def dim(self) -> int:
+    def embed_dim(self) -> int:
         """Width of the tokens that leave the host."""
-        return self.dims[-1]
+        return self.embed_dims[-1]
 
     @property
-    def patch(self) -> int:
+    def patch_size(self) -> int:
         """Side of the tokens that leave the host, in pixels."""
         return self.strides[-1]
 
     @property
-    def prefix(self) -> int:
+    def dims(self) -> Any:
+        """Old name of ``embed_dims``."""
+        return renamed(self, "dims", "embed_dims")
+
+    @property
+    def dim(self) -> Any:
+        """Old name of ``embed_dim``."""
+        return renamed(self, "dim", "embed_dim")
+
+    @property
+    def patch(self) -> Any:
+        """Old name of ``patch_size``."""
+        return renamed(self, "patch", "patch_size")
+
+    @property
+    def prefix(self) -> Any:
+        """Old name of ``num_prefix_tokens``."""
+        return renamed(self, "prefix", "num_prefix_tokens")
+
+    @property
+    def num_prefix_tokens(self) -> int:
         """There is no class token."""
         return 0
 
 
-class StagedViT(View):
+class HierarchicalViT(View):
     """The view of a hierarchical host. It holds no parameter. A family implements the abstract methods."""
 
-    spec: StagedSpec
+    spec: HierarchicalSpec
 
-    def __init__(self, host: nn.Module, spec: StagedSpec) -> None:
+    def __init__(self, host: nn.Module, spec: HierarchicalSpec) -> None:
         super().__init__(host)
         self.spec = spec
 
@@ -111,3 +132,11 @@ class StagedViT(View):
     def logits(self, features: Features) -> Tensor | None:
         """Return the host's own logits (B, classes); None without a classifier."""
         return self.classify(features.tokens, features.grid)
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("StagedSpec", "StagedViT"):
+        new = {"StagedSpec": HierarchicalSpec, "StagedViT": HierarchicalViT}[name]
+        warnings.warn(f"{name} is called {new.__name__} now; the old name will go", DeprecationWarning, stacklevel=2)
+        return new
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -162,7 +162,7 @@ def heads() -> dict[str, Entry]:
 
 
 def view(model: nn.Module) -> Any:
-    """See ``model`` as a :class:`~adaptkit.core.view.ViT`, or as a :class:`~adaptkit.core.hierarchical.StagedViT`.
+    """See ``model`` as a :class:`~adaptkit.core.view.ViT` or :class:`~adaptkit.core.hierarchical.HierarchicalViT`.
 
     Raises ``TypeError`` for an unknown class, naming the known ones and how to add a family, and for a backbone that
     was compiled or wrapped as a whole.

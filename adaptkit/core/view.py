@@ -11,6 +11,7 @@ is seen this way. It calls the host's own modules and copies nothing, so that th
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,26 +37,55 @@ __all__ = [
     "identity",
     "no_perceptron",
     "no_projections",
+    "renamed",
 ]
 
 Fn = Callable[[Tensor], Tensor]
+
+
+def renamed(spec: Any, old: str, new: str) -> Any:
+    """Return what is called ``new`` now, and say so."""
+    warnings.warn(
+        f"{type(spec).__name__}.{old} is called {new} now; the old name will go", DeprecationWarning, stacklevel=3
+    )
+    return getattr(spec, new)
 
 
 class Spec(NamedTuple):
     """What an adapter may depend on, and what its file stores."""
 
     family: str  #: how the host is seen, e.g. ``"timm-vit"``; never a condition for compatibility
-    dim: int  #: width D of the token stream
+    embed_dim: int  #: width D of the token stream
     depth: int  #: number of blocks
-    heads: int  #: attention heads per block
-    patch: int  #: side of a square patch, in pixels
-    prefix: int  #: class and register tokens P before the patch tokens
+    num_heads: int  #: attention heads per block
+    patch_size: int  #: side of a square patch, in pixels
+    num_prefix_tokens: int  #: class and register tokens P before the patch tokens
     channels: int = 3  #: of the image; a file that does not say has 3
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Width of each block."""
-        return (self.dim,) * self.depth
+        return (self.embed_dim,) * self.depth
+
+    @property
+    def dim(self) -> Any:
+        """Old name of ``embed_dim``."""
+        return renamed(self, "dim", "embed_dim")
+
+    @property
+    def heads(self) -> Any:
+        """Old name of ``num_heads``."""
+        return renamed(self, "heads", "num_heads")
+
+    @property
+    def patch(self) -> Any:
+        """Old name of ``patch_size``."""
+        return renamed(self, "patch", "patch_size")
+
+    @property
+    def prefix(self) -> Any:
+        """Old name of ``num_prefix_tokens``."""
+        return renamed(self, "prefix", "num_prefix_tokens")
 
 
 class Source(NamedTuple):
@@ -173,7 +203,7 @@ class View(ABC):
     """
 
     positions: str = "none"  #: the rule by which positions go to another grid, as the host does it
-    spec: Any  #: Spec of a plain ViT, StagedSpec of a hierarchical host
+    spec: Any  #: Spec of a plain ViT, HierarchicalSpec of a hierarchical host
 
     def __init__(self, host: nn.Module) -> None:
         self.host = host
@@ -272,7 +302,7 @@ class ViT(View):
 
     def grid(self, image: Tensor) -> tuple[int, int]:
         """Return (h, w), the patches that cover the image (B, C, H, W)."""
-        return cells(image.shape[-2], self.spec.patch), cells(image.shape[-1], self.spec.patch)
+        return cells(image.shape[-2], self.spec.patch_size), cells(image.shape[-1], self.spec.patch_size)
 
     def begin(self, image: Tensor) -> tuple[Tensor, Sequence[Block]]:
         """Image (B, C, H, W) of any size -> tokens (B, P+N, D) before the first block, and the blocks.
@@ -281,7 +311,7 @@ class ViT(View):
         """
         self.check_image(image)
         grid = self.grid(image)
-        image = pad_to_multiple(image.to(next(self.host.parameters()).dtype), self.spec.patch)
+        image = pad_to_multiple(image.to(next(self.host.parameters()).dtype), self.spec.patch_size)
         return self.embed(image, grid), self.blocks(image, grid)
 
     def finish(
@@ -303,7 +333,7 @@ class ViT(View):
 
     def logits(self, features: Features) -> Tensor | None:
         """Return the host's own logits (B, classes); None without a classifier or where the prefix was dropped."""
-        if features.prefix.shape[1] != self.spec.prefix:
+        if features.prefix.shape[1] != self.spec.num_prefix_tokens:
             return None
         tokens = features.tokens  # as they lie in memory, where there is no prefix: a mean over them rounds by that
-        return self.classify(torch.cat([features.prefix, tokens], dim=1) if self.spec.prefix else tokens)
+        return self.classify(torch.cat([features.prefix, tokens], dim=1) if self.spec.num_prefix_tokens else tokens)

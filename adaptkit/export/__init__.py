@@ -145,7 +145,7 @@ def _reason(error: BaseException) -> str:
 def _metadata(model: AdaptedModel, size: tuple[int, int], dynamic_batch: bool, dynamic_size: bool) -> dict[str, str]:
     header = model.header()
     backbone = header["backbone"]
-    sides = [f"any multiple of {math.lcm(32, model.spec.patch)}"] * 2 if dynamic_size else list(map(str, size))
+    sides = [f"any multiple of {math.lcm(32, model.spec.patch_size)}"] * 2 if dynamic_size else list(map(str, size))
     return {
         "adaptkit": json.dumps(header, sort_keys=True),
         "input": "image",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adaptkit.adapters.adavit import AdaViT
 from adaptkit.adapters.base import SideAdapter, WeightAdapter
-from adaptkit.core.hierarchical import StagedSpec
+from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.model.adapted import AdaptedModel
 
 __all__ = ["Graph", "another", "refuse_antialias", "traced"]
@@ -32,7 +32,7 @@ class Graph(nn.Module):
         features = self.model(image)
         spec = self.model.spec
         sides = [a.strides for a in self.model.adapters.values() if isinstance(a, SideAdapter)]
-        strides = spec.strides if isinstance(spec, StagedSpec) else (*sides, ())[0]
+        strides = spec.strides if isinstance(spec, HierarchicalSpec) else (*sides, ())[0]
         named = {f"map_{stride}": x for stride, x in zip(strides, features.maps)}
         named["tokens"] = features.tokens
         if features.prefix.shape[1] > 0:
@@ -70,7 +70,7 @@ def traced(
     """Give the program, the graph it was traced from, and the image; the model is in eval mode for as long."""
     if not isinstance(model, AdaptedModel):
         raise TypeError(f"{type(model).__name__} has no adapters; export what adaptkit.attach returned")
-    unit = math.lcm(32, model.spec.patch)
+    unit = math.lcm(32, model.spec.patch_size)
     if dynamic_size and any(n % unit or n < 2 * unit for n in size):
         raise ValueError(
             f"size={tuple(size)} with dynamic_size=True: height and width are left open in multiples of {unit} pixels; "
@@ -101,7 +101,7 @@ def traced(
 def another(graph: Graph, image: Tensor, dynamic_batch: bool, dynamic_size: bool) -> Tensor:
     """Return images that differ from the traced one in whatever is left open."""
     batch, channels, height, width = image.shape
-    unit = math.lcm(32, graph.model.spec.patch)
+    unit = math.lcm(32, graph.model.spec.patch_size)
     batch += 1 if dynamic_batch else 0
     height, width = (height + unit, width + 2 * unit) if dynamic_size else (height, width)
     return _random(batch, channels, height, width, seed=1)

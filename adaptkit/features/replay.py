@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptkit.core.hierarchical import StagedViT
+from adaptkit.core.hierarchical import HierarchicalViT
 from adaptkit.core.view import Features, Source, View, ViT
 from adaptkit.features.recorded import Recorded
 
@@ -27,7 +27,7 @@ def replay(vit: View, image: Tensor, frozen: bool = True) -> View:
     ``frozen``: nothing in it is trained, so that no gradient is kept.
     """
     with torch.no_grad() if frozen else nullcontext():
-        if isinstance(vit, StagedViT):
+        if isinstance(vit, HierarchicalViT):
             return ReplayStages(vit, vit.features(image))
         if isinstance(vit, ViT):
             x, blocks = vit.begin(image)
@@ -35,7 +35,7 @@ def replay(vit: View, image: Tensor, frozen: bool = True) -> View:
             for block in blocks:
                 states.append(block(states[-1]))
             return Replay(vit, states, frozen)
-    raise TypeError(f"{type(vit).__name__} is neither a ViT nor a StagedViT; subclass one of them")
+    raise TypeError(f"{type(vit).__name__} is neither a ViT nor a HierarchicalViT; subclass one of them")
 
 
 class _Told(View):
@@ -109,11 +109,11 @@ class Stored(Replay):
         return self.states[-1], [partial(_tell_known, self.known.get(i)) for i in range(self.spec.depth)]
 
 
-class ReplayStages(_Told, StagedViT):
+class ReplayStages(_Told, HierarchicalViT):
     """A hierarchical host's run: the features of its plain forward."""
 
-    def __init__(self, vit: StagedViT, seen: Features) -> None:
-        StagedViT.__init__(self, vit.host, vit.spec)
+    def __init__(self, vit: HierarchicalViT, seen: Features) -> None:
+        HierarchicalViT.__init__(self, vit.host, vit.spec)
         self.vit, self.seen, self.positions = vit, seen, vit.positions
 
     def part(self, start: int, stop: int) -> ReplayStages:

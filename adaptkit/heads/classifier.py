@@ -34,10 +34,10 @@ class ClassifierHead(nn.Module):
 
     def __init__(self, spec: Spec, config: ClassifierHeadConfig, strides: tuple[int, ...]) -> None:
         super().__init__()
-        if config.pool != "avg" and spec.prefix == 0:
+        if config.pool != "avg" and spec.num_prefix_tokens == 0:
             raise ValueError(f"pool={config.pool!r} needs a class token and this backbone has none; use 'avg'")
         self.config = config
-        width = spec.dim * (2 if config.pool == "both" else 1)
+        width = spec.embed_dim * (2 if config.pool == "both" else 1)
         self.norm = nn.LayerNorm(width)
         self.classifier = nn.Linear(width, config.num_classes)
         nn.init.normal_(self.classifier.weight, std=0.01)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from adaptkit.core.hierarchical import StagedSpec
+from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.layers import Norm
 from adaptkit.core.registry import register_head
 from adaptkit.core.view import Features, Spec
@@ -47,7 +47,7 @@ class DepthHead(nn.Module):
 
     centres: Tensor
 
-    def __init__(self, spec: Spec | StagedSpec, config: DepthHeadConfig, strides: tuple[int, ...]) -> None:
+    def __init__(self, spec: Spec | HierarchicalSpec, config: DepthHeadConfig, strides: tuple[int, ...]) -> None:
         super().__init__()
         self.config = config
         fpn = FPNHeadConfig(max(config.bins, 1), config.channels, config.dropout, config.norm)

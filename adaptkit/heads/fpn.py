@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from adaptkit.core.hierarchical import StagedSpec
+from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.layers import Norm, check_choice, init_weights, norm2d, parameter_dtype
 from adaptkit.core.registry import register_head
 from adaptkit.core.view import Features, Spec
@@ -37,13 +37,13 @@ class _FPN(nn.Module):
     Without a pyramid (no side adapter) the patch tokens are its only level.
     """
 
-    def __init__(self, spec: Spec | StagedSpec, config: FPNHeadConfig, strides: tuple[int, ...]) -> None:
+    def __init__(self, spec: Spec | HierarchicalSpec, config: FPNHeadConfig, strides: tuple[int, ...]) -> None:
         super().__init__()
         self.config = config
         self.pyramid = bool(strides)
-        self.strides = strides or (spec.patch,)
+        self.strides = strides or (spec.patch_size,)
         width = config.channels
-        dims = spec.dims if isinstance(spec, StagedSpec) else (spec.dim,) * len(self.strides)
+        dims = spec.embed_dims if isinstance(spec, HierarchicalSpec) else (spec.embed_dim,) * len(self.strides)
         self.lateral = nn.ModuleList(nn.Conv2d(dim, width, 1) for dim in dims)
         self.smooth = nn.ModuleList(
             nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), norm2d(config.norm, width), nn.GELU())

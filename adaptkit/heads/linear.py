@@ -31,9 +31,9 @@ class LinearHead(nn.Module):
 
     def __init__(self, spec: Spec, config: LinearHeadConfig, strides: tuple[int, ...]) -> None:
         super().__init__()
-        self.config, self.patch = config, spec.patch
-        self.norm = nn.BatchNorm2d(spec.dim)
-        self.classifier = nn.Conv2d(spec.dim, config.num_classes, 1)
+        self.config, self.patch = config, spec.patch_size
+        self.norm = nn.BatchNorm2d(spec.embed_dim)
+        self.classifier = nn.Conv2d(spec.embed_dim, config.num_classes, 1)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 

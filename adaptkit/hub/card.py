@@ -247,7 +247,7 @@ def _snippet(header: dict[str, Any], where: str) -> str:
     else:
         lines.append(f"backbone = ...  # the {backbone['class']} that it was trained on, built by you")
         lines.append(f'model = adaptkit.attach(backbone, "{where}"{given})')
-    side = 16 * backbone["spec"]["patch"] if "patch" in backbone["spec"] else 224
+    side = 16 * backbone["spec"]["patch_size"] if "patch_size" in backbone["spec"] else 224
     channels = backbone["spec"].get("channels", 3)
     kind = "RGB" if channels == 3 else f"{channels} channels"
     lines.append(f"image = torch.rand(1, {channels}, {side}, {side})  # {kind} between 0 and 1, any size")

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from adaptkit.core.hierarchical import StagedSpec
+from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.registry import Layout, layouts
 from adaptkit.core.view import Spec, View
 from adaptkit.hub.digest import block_sums, digest, other_blocks, other_layers
@@ -46,7 +46,11 @@ __all__ = [
     "write_together",
 ]
 
-FORMAT = 2  #: the newest that is read; 2 may hold trained parts of the backbone, and is written where it does
+FORMAT = 2  #: what is written; 1 is read too, whose spec has other names and which holds no parts of the backbone
+SINCE_FORMAT_1 = {
+    "dim": "embed_dim", "dims": "embed_dims", "heads": "num_heads", "patch": "patch_size",
+    "prefix": "num_prefix_tokens",
+}  # fmt: skip
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
 
@@ -59,13 +63,13 @@ class AdapterFile:
     tensors: dict[str, Tensor]
 
     @property
-    def spec(self) -> Spec | StagedSpec:
+    def spec(self) -> Spec | HierarchicalSpec:
         """Spec of the backbone that the file was trained on; a folder that peft saved has none (``ValueError``)."""
         if self.header["backbone"] is None:
             raise ValueError(f"{self.path} was saved by peft, which does not record the backbone's structure")
         saved = self.header["backbone"]["spec"]
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        return StagedSpec(**fields) if "depths" in fields else Spec(**fields)
+        return HierarchicalSpec(**fields) if "depths" in fields else Spec(**fields)
 
     def tensors_of(self, name: str) -> dict[str, Tensor]:
         """Tensors of one adapter (or ``"head"``), by its own keys."""
@@ -113,7 +117,16 @@ def load(path: str | os.PathLike[str]) -> AdapterFile:
             f"{file} has format {version}, written by adaptkit {header.get('adaptkit')}; this is adaptkit "
             f"{__version__}, which reads up to format {FORMAT}: upgrade adaptkit"
         )
-    return AdapterFile(file, header, tensors)
+    return AdapterFile(file, _of_today(header), tensors)
+
+
+def _of_today(header: dict[str, Any]) -> dict[str, Any]:
+    """Return a header of any format with the names of this one."""
+    backbone = header.get("backbone")
+    if not isinstance(backbone, dict) or not isinstance(backbone.get("spec"), dict):
+        return header
+    spec = {SINCE_FORMAT_1.get(name, name): value for name, value in backbone["spec"].items()}
+    return {**header, "backbone": {**backbone, "spec": spec}}
 
 
 def _foreign(folder: Path) -> tuple[Layout, dict[str, Any]] | None:
@@ -236,12 +249,12 @@ def check_fits(file: AdapterFile, vit: View, strict: bool = False) -> None:
         )
 
 
-def say_spec(spec: Spec | StagedSpec) -> str:
+def say_spec(spec: Spec | HierarchicalSpec) -> str:
     """Return the numbers that a backbone must share with a file."""
     return ", ".join(f"{name}={getattr(spec, name)}" for name in spec._fields[1:])
 
 
-def _kind(spec: Spec | StagedSpec) -> str:
+def _kind(spec: Spec | HierarchicalSpec) -> str:
     return "ViT" if isinstance(spec, Spec) else "hierarchical host"
 
 
@@ -283,7 +296,7 @@ def write_folder(
 
     Raises ``ValueError`` for what cannot be written, ``OSError`` where the folder cannot be, and leaves it as it was.
     """
-    header = {"format": 1, "adaptkit": __version__, **header}
+    header = {"format": FORMAT, "adaptkit": __version__, **header}
     data = {CONFIG: (json.dumps(header, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()}
     if card is not None:
         data[CARD] = card.encode()

@@ -77,8 +77,12 @@ def _gates(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
 def _check_fits(own: dict[str, Tensor], spec: Spec) -> None:
     depth = 1 + max(int(k.split(".")[1]) for k in own)
     dim = next(v.shape[1] for k, v in own.items() if k.endswith("weight"))
-    heads = next((v.shape[0] for k, v in own.items() if k.endswith("head.weight")), spec.heads)
-    for name, theirs, here in (("dim", dim, spec.dim), ("depth", depth, spec.depth), ("heads", heads, spec.heads)):
+    heads = next((v.shape[0] for k, v in own.items() if k.endswith("head.weight")), spec.num_heads)
+    for name, theirs, here in (
+        ("dim", dim, spec.embed_dim),
+        ("depth", depth, spec.depth),
+        ("heads", heads, spec.num_heads),
+    ):
         if theirs != here:
             raise ValueError(
                 f"the checkpoint has {name}={theirs}, the backbone {name}={here}; give a ViT with {name}={theirs}"

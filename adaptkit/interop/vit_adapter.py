@@ -33,8 +33,10 @@ def vit_adapter(
         raise ValueError("the state dict has no 'level_embed', so it is no ViT-Adapter checkpoint")
     vit = view(backbone)
     dim = own["level_embed"].shape[1]
-    if dim != vit.spec.dim:
-        raise ValueError(f"the checkpoint has dim={dim}, the backbone dim={vit.spec.dim}; give a ViT of that width")
+    if dim != vit.spec.embed_dim:
+        raise ValueError(
+            f"the checkpoint has dim={dim}, the backbone dim={vit.spec.embed_dim}; give a ViT of that width"
+        )
     if "add_vit_feature" not in options:
         raise ValueError(
             "add_vit_feature is not in the tensors: pass add_vit_feature='last' (the authors' detection models), "
@@ -74,12 +76,12 @@ def _vit_adapter_config(own: dict[str, Tensor], spec: Spec, options: dict[str, A
         "conv_inplane": own["spm.stem.0.weight"].shape[0],
         "n_points": points,
         "deform_num_heads": samples // points,
-        "deform_ratio": width / spec.dim,
+        "deform_ratio": width / spec.embed_dim,
         "with_cffn": hidden is not None,
         "extra_extractors": len({k.split(".")[3] for k in own if k.startswith(last + "extra_extractors.")}),
     }
     if hidden is not None:
-        told["cffn_ratio"] = hidden.shape[0] / spec.dim
+        told["cffn_ratio"] = hidden.shape[0] / spec.embed_dim
     if "interaction_indexes" not in options:
         if spec.depth % groups:
             raise ValueError(
@@ -90,7 +92,11 @@ def _vit_adapter_config(own: dict[str, Tensor], spec: Spec, options: dict[str, A
     asked = registry.adapters()["vit-adapter"].configure({"prefix": "drop", **options})
     for name, value in told.items():
         given = getattr(asked, name)
-        same = int(given * spec.dim) == int(value * spec.dim) if name.endswith("_ratio") and given else given == value
+        same = (
+            int(given * spec.embed_dim) == int(value * spec.embed_dim)
+            if name.endswith("_ratio") and given
+            else given == value
+        )
         if name in options and not same:
             raise ValueError(f"{name}={options[name]!r}, but the checkpoint's tensors say {value!r}; leave it out")
     return replace(asked, **told)

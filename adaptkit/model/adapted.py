@@ -178,7 +178,7 @@ class AdaptedModel(Facts, NamedSets):
             )
         states = tuple(seen.states[i + 1] for i in after)
         size = (image.shape[-2], image.shape[-1])
-        return Recorded(states, after, size, self.spec.patch, image if reads_image else None)
+        return Recorded(states, after, size, self.spec.patch_size, image if reads_image else None)
 
     def reads(self) -> tuple[tuple[int, ...], bool]:
         """Return the blocks whose outputs the active adapters read, and whether they read the image too.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adaptkit.adapters.base import Adapter, BlockAdapter, SideAdapter, WeightAdapter
 from adaptkit.core import registry
-from adaptkit.core.hierarchical import StagedSpec, StagedViT
+from adaptkit.core.hierarchical import HierarchicalSpec, HierarchicalViT
 from adaptkit.core.registry import configured
 from adaptkit.core.view import View, ViT
 from adaptkit.hub.file import AdapterFile, check_fits, load_into, metadata_of
@@ -88,7 +88,7 @@ class AdapterSet(nn.Module):
         names = [p.entry.name for p in parts]
         if len(set(names)) != len(names):
             raise ValueError(f"adapters {', '.join(names)}: each may be attached once")
-        _check_staged(parts, vit)
+        _check_hierarchical(parts, vit)
         built = {p.entry.name: _build(p, vit) for p in parts}
         _check_inside(built, vit)
         sides = [a for a in built.values() if isinstance(a, SideAdapter)]
@@ -96,7 +96,7 @@ class AdapterSet(nn.Module):
             both = " and ".join(name for name, a in built.items() if isinstance(a, SideAdapter))
             raise ValueError(f"{both} each own the loop over the blocks; attach one of them")
         spec = vit.spec
-        self.strides = spec.strides if isinstance(spec, StagedSpec) else sides[0].strides if sides else ()
+        self.strides = spec.strides if isinstance(spec, HierarchicalSpec) else sides[0].strides if sides else ()
         self.owns_head = isinstance(head, nn.Module)  #: whether the head is the user's module
         module, self.head_entry = _build_head(head, head_file, spec, self.strides)
         self.adapters = nn.ModuleDict(built)
@@ -164,8 +164,7 @@ class AdapterSet(nn.Module):
             config: Any = getattr(self.head, "config", None)
             head = {"name": entry.name, "config": dataclasses.asdict(config)} if entry else {"name": None, "class": cls}
         said: dict[str, Any] = {"adapters": adapters, "head": head}
-        # Only a reader that knows of trained parts may open such a file.
-        return said if self.backbone is None else {**said, "train_backbone": list(self.backbone.config), "format": 2}
+        return said if self.backbone is None else {**said, "train_backbone": list(self.backbone.config)}
 
 
 def _follow(host: nn.Module, built: AdapterSet) -> None:
@@ -264,15 +263,16 @@ def check_tensors(own: dict[str, Tensor], given: dict[str, Tensor], where: str) 
             )
 
 
-def _check_staged(parts: list[Part], vit: View) -> None:
+def _check_hierarchical(parts: list[Part], vit: View) -> None:
     """On a host of several stages there is no one width and no one grid to build for."""
     for part in parts:
-        if isinstance(vit, StagedViT) and not part.entry.module.staged:
-            fits = ", ".join(name for name, entry in sorted(registry.adapters().items()) if entry.module.staged)
+        if isinstance(vit, HierarchicalViT) and not part.entry.module.hierarchical:
+            fits = ", ".join(name for name, entry in sorted(registry.adapters().items()) if entry.module.hierarchical)
             raise TypeError(
                 f"{part.entry.name} needs one width and one grid from the first block to the last, "
-                f"{type(vit.host).__name__} has stages of {', '.join(map(str, vit.spec.dims))} channels at strides "
-                f"{', '.join(map(str, vit.spec.strides))}, its own pyramid; attach {fits} to it, or use a plain ViT"
+                f"{type(vit.host).__name__} has stages of {', '.join(map(str, vit.spec.embed_dims))} channels at "
+                f"strides {', '.join(map(str, vit.spec.strides))}, its own pyramid; attach {fits} to it, or use a "
+                "plain ViT"
             )
 
 

@@ -27,7 +27,7 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from adaptkit.core.hierarchical import StagedViT
+from adaptkit.core.hierarchical import HierarchicalViT
 from adaptkit.core.tree import at_rest, skeleton
 from adaptkit.core.view import Block, View, ViT
 
@@ -88,7 +88,7 @@ def _prove_forward(view: View) -> None:
     if not sizes:
         return
     seen, run = _Copy(view), _Run()
-    side = view.spec.patch if isinstance(view, ViT) else view.spec.strides[0]
+    side = view.spec.patch_size if isinstance(view, ViT) else view.spec.strides[0]
     blocks = seen.blocks((sizes[0][0] // side * side, sizes[0][1] // side * side))
     seen.own(seen.view.host, but=blocks)
     for index, module in enumerate(blocks):
@@ -213,7 +213,9 @@ def _prove_blocks(view: View) -> None:
     splits = True
     for index, (_, block, width) in enumerate(seen.bound(grid)):
         if index in tried:
-            x = seen.randn(2, view.spec.prefix + grid[0] * grid[1], width)  # two, for one must not tell on the other
+            x = seen.randn(
+                2, view.spec.num_prefix_tokens + grid[0] * grid[1], width
+            )  # two, for one must not tell on the other
             _compare_block(seen, f"block {index}", block, x)
             splits = splits and _comes_apart(seen, block, x, grid)
     if not isinstance(view, ViT) or splits or not view.splits:
@@ -233,7 +235,7 @@ def _compare_block(seen: _Copy, where: str, block: Block, x: Tensor) -> None:
     try:
         z = block.equation(x)
     except FAILURES as error:
-        if isinstance(view, StagedViT) and isinstance(error, TypeError):
+        if isinstance(view, HierarchicalViT) and isinstance(error, TypeError):
             return  # it says itself that it has no parts
         raise TypeError(f"{_name(view.host)}: {where} does not run from its parts: {error}; {_remedy(view)}") from error
     off = _distance(y - x, z - x) if isinstance(y, Tensor) and y.shape == z.shape == x.shape else float("inf")
@@ -349,11 +351,11 @@ class _Copy:
         """Go through the blocks bound to a grid: the module that runs, the block, its width."""
         view: Any = self.view
         if isinstance(view, ViT):
-            image = self.randn(1, self.channels, grid[0] * view.spec.patch, grid[1] * view.spec.patch)
+            image = self.randn(1, self.channels, grid[0] * view.spec.patch_size, grid[1] * view.spec.patch_size)
             for block in view.blocks(image, grid):
-                yield _module(block.run), block, view.spec.dim
-        elif isinstance(view, StagedViT):
-            for stage, width in enumerate(view.spec.dims):
+                yield _module(block.run), block, view.spec.embed_dim
+        elif isinstance(view, HierarchicalViT):
+            for stage, width in enumerate(view.spec.embed_dims):
                 for block in view.blocks(stage, grid):
                     yield _module(block.run), block, width
 
@@ -435,7 +437,10 @@ def _other(view: View, what: str, off: float) -> TypeError:
 
 
 def _remedy(view: View) -> str:
-    cls, base = type(view.host), "staged.StagedViT" if isinstance(view, StagedViT) else "vit.ViT"
+    cls, base = (
+        type(view.host),
+        "core.hierarchical.HierarchicalViT" if isinstance(view, HierarchicalViT) else "core.view.ViT",
+    )
     return (
         "hand over a plain model of the class that it derives from, or register a family of its own: subclass "
         f"adaptkit.{base} and decorate it with @adaptkit.register_family('{cls.__module__}.{cls.__qualname__}')"

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from adaptkit.adapters.base import SideAdapter
-from adaptkit.core.hierarchical import StagedSpec
+from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.hub.card import card_beside
 from adaptkit.hub.file import check_fits, load_into, metadata_of, write_folder
 from adaptkit.hub.repository import load
@@ -80,9 +80,9 @@ def as_pyramid(
 def _made(model: AdaptedModel) -> dict[int, int]:
     """Return stride -> width of the maps that the model makes."""
     spec = model.spec
-    if isinstance(spec, StagedSpec):
-        return dict(zip(spec.strides, spec.dims))
-    return {s: spec.dim for a in model.adapters.values() if isinstance(a, SideAdapter) for s in a.strides}
+    if isinstance(spec, HierarchicalSpec):
+        return dict(zip(spec.strides, spec.embed_dims))
+    return {s: spec.embed_dim for a in model.adapters.values() if isinstance(a, SideAdapter) for s in a.strides}
 
 
 class Pyramid(HandedOn):

@@ -72,7 +72,7 @@ def check_trained(vit: View, built: AdapterSet, run: Callable[[View, AdapterSet,
 @contextmanager
 def _small_run(vit: View, built: AdapterSet, run: Callable[[View, AdapterSet, Tensor], Features]) -> Iterator[Features]:
     host = at_rest(skeleton(vit.host, own_layer))
-    view, side = registry.view(host), 4 * vit.spec.patch
+    view, side = registry.view(host), 4 * vit.spec.patch_size
     first = next(vit.host.parameters())
     devices = [first.device] if first.device.type == "cuda" else []
     inside = built.weight_adapters

@@ -86,8 +86,10 @@ def resample_map(x: Tensor, stride: float, to_stride: float, size: tuple[int, in
     scale = stride / to_stride
     # `interpolate` gives floor(h * scale) cells; repeat the border until that is enough, then crop.
     missing = [max(0, math.ceil(want / scale) - have) for want, have in zip(size, x.shape[-2:])]
-    if any(missing):
-        x = F.pad(x, (0, missing[1], 0, missing[0]), mode="replicate")
+    for axis, more in zip((-2, -1), missing):  # F.pad(mode="replicate") fails behind a compiler: its gradient's strides
+        if more:
+            last = x.narrow(axis, x.shape[axis] - 1, 1)
+            x = torch.cat([x, last.expand(*(more if a - x.ndim == axis else -1 for a in range(x.ndim)))], dim=axis)
     x = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False, recompute_scale_factor=False)
     return x[..., : size[0], : size[1]]
 

@@ -56,7 +56,7 @@ def make(name, count, rates, kinds, head_mode, only_prefix, strided, laid_out, d
         block = replace(blocks[0], grid=vit.grid(image))
         if strided:
             x = x.transpose(1, 2).contiguous().transpose(1, 2)
-        grid, heads = vit.grid(image), vit.spec.heads
+        grid, heads = vit.grid(image), vit.spec.num_heads
         shapes = ((count, grid[0] * grid[1]), (count, heads), (count, 2))
         keep = [(torch.rand(shape, generator=g) < rate).to(dtype) for shape, rate in zip(shapes, rates)]
         decision = Decision(*(k if kind in kinds else None for k, kind in zip(keep, KINDS)))

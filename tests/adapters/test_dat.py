@@ -28,7 +28,7 @@ def attach(name, seed=1, **options):
 
 
 def image(name, cells=None, batch=2):
-    patch = view(HOSTS[name].build()).spec.patch
+    patch = view(HOSTS[name].build()).spec.patch_size
     cells = cells or (HOSTS[name].size // patch,) * 2
     g = torch.Generator().manual_seed(0)
     return torch.randn(batch, 3, cells[0] * patch, cells[1] * patch, generator=g)
@@ -85,8 +85,10 @@ def test_between_the_cells_keys_turn_by_the_rule_of_the_host(name, cells):
     here = torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in cells), indexing="ij"), -1).flatten(0, 1)
     for block in blocks:
         h = block.norm1(tokens)
-        q, k, _ = (t[:, :, vit.spec.prefix :] for t in block.qkv(h))
-        bare_q, bare_k, _ = (t[:, :, vit.spec.prefix :] for t in block.qkv_at(h, torch.full((h.shape[1],), -1)))
+        q, k, _ = (t[:, :, vit.spec.num_prefix_tokens :] for t in block.qkv(h))
+        bare_q, bare_k, _ = (
+            t[:, :, vit.spec.num_prefix_tokens :] for t in block.qkv_at(h, torch.full((h.shape[1],), -1))
+        )
         torch.testing.assert_close(block.rotate(bare_q, here), q, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(block.rotate(bare_k, here), k, atol=1e-5, rtol=1e-4)
 
@@ -122,7 +124,7 @@ def test_keys_moved_by_one_cell_are_the_neighbours_keys(name):
     tokens, blocks = model.vit.begin(image(name))
     block = replace(blocks[0], grid=cells)
     h = block.norm1(tokens)
-    prefix = model.spec.prefix
+    prefix = model.spec.num_prefix_tokens
     keys = adapter.blocks["0"].keys(block, h)
     q, k, v = block.qkv(h)
     there = (torch.arange(16).view(4, 4)[:, [1, 2, 3, 3]]).flatten() + prefix  # the last column stays in the map
@@ -180,7 +182,7 @@ def test_replace_agrees_with_the_backbone_under_autocast():
 
 def test_a_block_of_a_small_vit_has_the_parameters_of_the_specification():
     # 14x14, three groups, kernel 5: 3,840 for the offsets, 4,374 for the table, 384 for the gate.
-    spec = Spec("timm-vit", dim=384, depth=12, heads=6, patch=16, prefix=1)
+    spec = Spec("timm-vit", embed_dim=384, depth=12, num_heads=6, patch_size=16, num_prefix_tokens=1)
     adapter = adaptkit.core.registry.adapters()["dat"].module(spec, DATConfig())
     assert sum(p.numel() for p in adapter.parameters()) == 12 * 8598
 
@@ -194,7 +196,11 @@ def test_blocks_are_all_the_last_few_or_by_index(blocks, chosen):
 
 def test_groups_are_three_or_divide_the_heads():
     def groups(heads):
-        return DATConfig().resolve(Spec("any", dim=heads * 8, depth=1, heads=heads, patch=16, prefix=1)).groups
+        return (
+            DATConfig()
+            .resolve(Spec("any", embed_dim=heads * 8, depth=1, num_heads=heads, patch_size=16, num_prefix_tokens=1))
+            .groups
+        )
 
     assert [groups(h) for h in (1, 2, 3, 6, 8, 12, 16)] == [1, 2, 3, 3, 2, 3, 2]
 

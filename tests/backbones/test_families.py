@@ -54,7 +54,7 @@ def test_a_forward_at_another_size_leaves_the_host_as_it_was(name):
     model = HOSTS[name].build()
     before, plain = state(model)
     values = copy.deepcopy(before)
-    patch = view(model).spec.patch
+    patch = view(model).spec.patch_size
     view(model).features(image(3 * patch, 5 * patch))
     after, plain_after = state(model)
     assert {k: id(v) for k, v in after.items()} == {k: id(v) for k, v in before.items()}
@@ -66,7 +66,7 @@ def test_a_forward_at_another_size_leaves_the_host_as_it_was(name):
 def test_fingerprint_tensors_have_the_same_names_and_shapes_in_every_family(name):
     vit = view(HOSTS[name].build())
     shapes = {key: tuple(t.shape) for key, t in vit.fingerprint_tensors().items()}
-    assert shapes == {"patch": (DIM, 3, vit.spec.patch, vit.spec.patch), "first": (DIM,), "last": (DIM,)}
+    assert shapes == {"patch": (DIM, 3, vit.spec.patch_size, vit.spec.patch_size), "first": (DIM,), "last": (DIM,)}
 
 
 @pytest.mark.parametrize("name", sorted(HOSTS))
@@ -75,7 +75,7 @@ def test_blocks_run_without_the_prefix_where_the_view_says_so(name):
     vit = view(HOSTS[name].build())
     if not vit.prefix_optional:
         pytest.skip("these blocks need their prefix")
-    x, blocks = vit.begin(image(3 * vit.spec.patch, 5 * vit.spec.patch))
+    x, blocks = vit.begin(image(3 * vit.spec.patch_size, 5 * vit.spec.patch_size))
     for block in blocks:
         x = block(x[:, -15:])
     assert x.shape[1] == 15

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from errors import assert_rounds_to, transformer
 
 import adaptkit
-from adaptkit.core.hierarchical import StagedSpec
+from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.registry import view
 
 DIMS, DEPTHS = (16, 24, 32, 64), (1, 1, 2, 1)
@@ -129,10 +129,15 @@ def test_swin_at_another_size_equals_a_host_with_dynamic_masks(size):
 @hosts
 def test_spec_has_the_width_depth_and_stride_of_each_stage(name):
     spec = view(HOSTS[name]()).spec
-    assert isinstance(spec, StagedSpec)
+    assert isinstance(spec, HierarchicalSpec)
     assert spec.strides == (4, 8, 16, 32)
-    assert (spec.dims, spec.depths) == (((16, 32, 64, 128), (2, 2, 2, 2)) if "swin" in name else (DIMS, DEPTHS))
-    assert (spec.depth, spec.dim, spec.patch, spec.prefix) == (sum(spec.depths), spec.dims[-1], 32, 0)
+    assert (spec.embed_dims, spec.depths) == (((16, 32, 64, 128), (2, 2, 2, 2)) if "swin" in name else (DIMS, DEPTHS))
+    assert (spec.depth, spec.embed_dim, spec.patch_size, spec.num_prefix_tokens) == (
+        sum(spec.depths),
+        spec.embed_dims[-1],
+        32,
+        0,
+    )
 
 
 @hosts
@@ -161,7 +166,7 @@ def test_poolformer_s12_is_timms_bitwise_before_and_after_attach_and_detach():
     host, x = timm.create_model("poolformer_s12", num_classes=10).eval(), image(224, 224, 1)
     before = [s.clone() for s in host.forward_intermediates(x, intermediates_only=True)]
     model = adaptkit.attach(host, "metaformer")
-    assert view(host).spec.dims == (64, 128, 320, 512)
+    assert view(host).spec.embed_dims == (64, 128, 320, 512)
     assert all(torch.equal(a, b) for a, b in zip(model(x).maps, before))
     assert torch.equal(model(x).logits, host(x))
     assert model.detach() is host

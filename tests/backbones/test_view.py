@@ -48,7 +48,7 @@ def test_view_gives_the_hosts_own_logits(name):
 def test_view_at_another_size_equals_a_host_that_takes_it(name, cells):
     host = HOSTS[name]
     model = host.build()
-    patch = view(model).spec.patch
+    patch = view(model).spec.patch_size
     size = (cells[0] * patch, cells[1] * patch)
     other = host.at(*size)
     x = image(size)
@@ -62,7 +62,7 @@ def test_view_at_another_size_equals_a_host_that_takes_it(name, cells):
 def test_an_odd_size_is_padded_at_the_bottom_right(name):
     host = HOSTS[name]
     vit = view(host.build())
-    patch = vit.spec.patch
+    patch = vit.spec.patch_size
     x = image((2 * patch + 3, 3 * patch + 1))
     padded = torch.nn.functional.pad(x, (0, patch - 1, 0, patch - 3))
     assert torch.equal(vit.features(x).tokens, vit.features(padded).tokens)
@@ -76,7 +76,7 @@ def test_parts_of_a_block_say_the_same_as_the_block(name):
     host = HOSTS[name]
     vit = view(host.build())
     for cells in [(4, 4), (3, 5)]:
-        tokens, blocks = vit.begin(image((cells[0] * vit.spec.patch, cells[1] * vit.spec.patch)))
+        tokens, blocks = vit.begin(image((cells[0] * vit.spec.patch_size, cells[1] * vit.spec.patch_size)))
         for block in blocks:
             torch.testing.assert_close(block.equation(tokens), block(tokens), atol=1e-5, rtol=1e-5)
             h = block.norm1(tokens)
@@ -92,7 +92,7 @@ def test_parts_of_a_block_say_the_same_as_the_block(name):
 @hosts
 def test_spec_reads_the_host(name):
     spec = view(HOSTS[name].build()).spec
-    assert (spec.dim, spec.depth, spec.heads) == (DIM, DEPTH, HEADS)
+    assert (spec.embed_dim, spec.depth, spec.num_heads) == (DIM, DEPTH, HEADS)
 
 
 @hosts

@@ -22,8 +22,8 @@ class Bottleneck(BlockAdapter):
 
     def __init__(self, spec, config):
         super().__init__(spec, config)
-        self.down = torch.nn.ModuleList(torch.nn.Linear(spec.dim, config.width) for _ in range(spec.depth))
-        self.up = torch.nn.ModuleList(torch.nn.Linear(config.width, spec.dim) for _ in range(spec.depth))
+        self.down = torch.nn.ModuleList(torch.nn.Linear(spec.embed_dim, config.width) for _ in range(spec.depth))
+        self.up = torch.nn.ModuleList(torch.nn.Linear(config.width, spec.embed_dim) for _ in range(spec.depth))
         for up in self.up:
             torch.nn.init.zeros_(up.weight)
             torch.nn.init.zeros_(up.bias)

@@ -100,7 +100,7 @@ def test_adapters_and_head_run_on_a_window(name, adapters):
     if name not in HOSTS:
         pytest.skip("needs transformers")
     model = adaptkit.attach(HOSTS[name].build(), *adapters, head=("linear", {"num_classes": 3})).eval()
-    patch = model.spec.patch
+    patch = model.spec.patch_size
     images = torch.randn(2, 3, 5 * patch, 6 * patch - 3, generator=torch.Generator().manual_seed(0))
     whole, seen = model(images), model.record(images)
     features = model(seen.crop(patch, 2 * patch, 3 * patch, 3 * patch).flip())

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from families import HOSTS
 
 import adaptkit
-from adaptkit.core.hierarchical import StagedSpec
+from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.hub.card import BEGIN, END, check_metadata, is_hub_id, merged, model_card
 
 ModelCard = pytest.importorskip("huggingface_hub").ModelCard
@@ -105,7 +105,7 @@ def test_saving_never_fails_for_the_cards_sake(header):
 
 
 def test_a_hierarchical_host_and_a_head_of_ones_own_have_a_snippet_too(header):
-    spec = StagedSpec("timm-swin", (8, 16), (2, 2), (4, 8))._asdict()
+    spec = HierarchicalSpec("timm-swin", (8, 16), (2, 2), (4, 8))._asdict()
     said = card(
         {**header, "backbone": {**header["backbone"], "spec": spec}, "head": {"name": None, "class": "my.Head"}}
     )

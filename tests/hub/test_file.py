@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from families import randomise
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
 import adaptkit
@@ -26,6 +27,12 @@ def host(seed=0, **options):
     return randomise(VisionTransformer(**{**sizes, **options}), seed)
 
 
+def swin():
+    torch.manual_seed(0)
+    sizes = {"img_size": 64, "patch_size": 4, "window_size": 4, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2)}
+    return randomise(SwinTransformer(**sizes, num_classes=0), 0)
+
+
 @pytest.fixture
 def saved(tmp_path):
     model = adaptkit.attach(host(), "sfp", head=HEAD)
@@ -35,16 +42,48 @@ def saved(tmp_path):
 
 def test_the_header_says_everything(saved):
     header = adaptkit.load(saved).header
-    assert header["format"] == 1
+    assert header["format"] == 2
     assert header["adaptkit"] == adaptkit.__version__
     assert header["adapters"] == [{"name": "sfp", "config": {"strides": [4, 8, 16, 32]}}]
     assert header["head"] == {"name": "linear", "config": {"num_classes": 3}}
-    assert header["backbone"]["spec"]["dim"] == 32
+    assert header["backbone"]["spec"]["embed_dim"] == 32
     assert header["backbone"]["positions"] == "bicubic antialias"
     assert set(header["backbone"]["fingerprint"]) == {"patch", "first", "last"}
     assert header["metadata"] == {"task": "semantic-segmentation"}
     assert json.loads((saved / "adapter_config.json").read_text()) == header
     assert "library_name: adaptkit" in (saved / "README.md").read_text()
+
+
+@pytest.mark.parametrize("backbone", ["plain", "hierarchical"])
+def test_a_file_of_format_1_is_read_with_the_names_of_today(tmp_path, backbone):
+    build = host if backbone == "plain" else swin
+    model = adaptkit.attach(build(), ("metaformer", {"width": 8}), head=None)
+    model.save(tmp_path / "new")
+    names = {
+        "embed_dim": "dim",
+        "num_heads": "heads",
+        "patch_size": "patch",
+        "num_prefix_tokens": "prefix",
+        "embed_dims": "dims",
+    }
+    file = adaptkit.load(tmp_path / "new")
+    spec = {names.get(k, k): v for k, v in file.header["backbone"]["spec"].items()}
+    header = {**file.header, "format": 1, "backbone": {**file.header["backbone"], "spec": spec}}
+    save_file(file.tensors, tmp_path / "old.safetensors", {"adaptkit": json.dumps(header)})
+    old = adaptkit.load(tmp_path / "old.safetensors")
+    assert old.spec == file.spec == model.spec
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(adaptkit.attach(build(), old, strict=True)(x).tokens, model.eval()(x).tokens)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("dim", "embed_dim"), ("heads", "num_heads"), ("patch", "patch_size"), ("prefix", "num_prefix_tokens")],
+)
+def test_old_names_of_a_spec_work_and_warn(old, new):
+    spec = adaptkit.Spec("timm-vit", 384, 12, 6, 14, 5)
+    with pytest.warns(DeprecationWarning, match=f"Spec.{old} is called {new} now"):
+        assert getattr(spec, old) == getattr(spec, new)
 
 
 def test_no_name_of_the_backbone_is_in_the_file(saved):
@@ -71,10 +110,10 @@ def test_equal_adapters_are_equal_bytes(tmp_path):
     ("options", "both_sides"),
     [
         ({"depth": 6}, "trained on depth=4 .* this backbone has depth=6"),
-        ({"embed_dim": 48}, "trained on dim=32 .* this backbone has dim=48"),
-        ({"patch_size": 16}, "trained on patch=8 .* this backbone has patch=16"),
-        ({"num_heads": 4}, "trained on heads=2 .* this backbone has heads=4"),
-        ({"reg_tokens": 4}, "trained on prefix=1 .* this backbone has prefix=5"),
+        ({"embed_dim": 48}, "trained on embed_dim=32 .* this backbone has embed_dim=48"),
+        ({"patch_size": 16}, "trained on patch_size=8 .* this backbone has patch_size=16"),
+        ({"num_heads": 4}, "trained on num_heads=2 .* this backbone has num_heads=4"),
+        ({"reg_tokens": 4}, "trained on num_prefix_tokens=1 .* this backbone has num_prefix_tokens=5"),
     ],
 )
 def test_another_structure_is_an_error_that_names_both_sides_and_the_remedy(saved, options, both_sides):

@@ -71,7 +71,7 @@ class AdaViT(BlockAdapter):
         for i in range(start, spec.depth):
             self.gates[str(i)] = Gates(spec, config, [kind for kind in KINDS if self.gated(kind, i)])
             if config.bottleneck:
-                self.bottlenecks[str(i)] = Bottleneck(spec.dim, config.bottleneck)
+                self.bottlenecks[str(i)] = Bottleneck(spec.embed_dim, config.bottleneck)
         self.execution: str = config.execution
         self.policy: Policy | None = None
         self.open = False

@@ -61,6 +61,6 @@ class AdaViTConfig:
                 raise ValueError(
                     f"{option}={first} is none of the {spec.depth} blocks 0..{spec.depth - 1}; choose one of them"
                 )
-        if self.last_block == "class" and spec.prefix == 0:
+        if self.last_block == "class" and spec.num_prefix_tokens == 0:
             raise ValueError("last_block='class' needs a class token and this backbone has none; use 'all'")
         return replace(self, first_patch_block=first_patch)

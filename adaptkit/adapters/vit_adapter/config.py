@@ -60,16 +60,16 @@ class ViTAdapterConfig:
 
     def resolve(self, spec: Spec) -> ViTAdapterConfig:
         """Fill in what depends on the backbone. ``ValueError`` where the two do not fit."""
-        heads, ratio, drop_path = _preset(spec.dim)
+        heads, ratio, drop_path = _preset(spec.embed_dim)
         ratio = ratio if self.deform_ratio is None else self.deform_ratio
-        width = int(spec.dim * ratio)
+        width = int(spec.embed_dim * ratio)
         heads = self.deform_num_heads or (heads if width % heads == 0 else _heads(width))
         groups = self.interaction_indexes or even_groups(spec.depth, 4)
         _check_groups(groups, spec.depth)
         if width == 0 or width % heads:
             raise ValueError(
                 f"deform_num_heads={heads} does not divide the value width {width} (deform_ratio={ratio} of "
-                f"dim={spec.dim}); choose a divisor of {width}"
+                f"dim={spec.embed_dim}); choose a divisor of {width}"
             )
         return replace(
             self,

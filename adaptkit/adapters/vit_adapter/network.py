@@ -214,7 +214,7 @@ class ViTAdapter(SideAdapter):
     def __init__(self, spec: Spec, config: ViTAdapterConfig) -> None:
         config = config.resolve(spec)
         super().__init__(spec, config)
-        dim, groups = spec.dim, config.interaction_indexes or ()
+        dim, groups = spec.embed_dim, config.interaction_indexes or ()
         self.strides = config.strides
         self.level_embed = nn.Parameter(torch.zeros(3, dim))
         self.spm = SpatialPrior(dim, config.conv_inplane, config.norm, 4 in config.strides, spec.channels)
@@ -250,7 +250,7 @@ class ViTAdapter(SideAdapter):
         if self.config.prefix == "drop":
             x = x[:, self._droppable(vit) :]
         c1, *prior = self.spm(pad_to_multiple(image.to(parameter_dtype(self.spm)), STRIDES[-1]))
-        grids = Grids.of(vit.grid(image), vit.spec.patch, [(m.shape[-2], m.shape[-1]) for m in prior], image)
+        grids = Grids.of(vit.grid(image), vit.spec.patch_size, [(m.shape[-2], m.shape[-1]) for m in prior], image)
         c = torch.cat([map_to_tokens(m) + e for m, e in zip(prior, self.level_embed)], dim=1)  # (B, M, D)
 
         read, taps = partial(self._read, vit, grids), []
@@ -274,10 +274,10 @@ class ViTAdapter(SideAdapter):
                 continue
             x = self._vit_feature(i, taps, grids)
             if self.up is not None and self.spm.fc1 is not None and i == 0:
-                m = finest_map(self.spm.fc1, self.up, norm, c1, levels[0], x, self.spec.patch)
+                m = finest_map(self.spm.fc1, self.up, norm, c1, levels[0], x, self.spec.patch_size)
             else:
                 m, size = levels[i - 1], grids.levels[i - 1]
-                m = norm(m if x is None else m + resample_map(x, self.spec.patch, stride, size))
+                m = norm(m if x is None else m + resample_map(x, self.spec.patch_size, stride, size))
             maps.append(m[..., : cells(image.shape[-2], stride), : cells(image.shape[-1], stride)])
         return maps
 
@@ -294,4 +294,4 @@ class ViTAdapter(SideAdapter):
                 f"prefix='drop' needs blocks that run without prefix tokens; those of {vit.spec.family} place their "
                 "positions by the prefix. Use prefix='keep'"
             )
-        return vit.spec.prefix
+        return vit.spec.num_prefix_tokens
