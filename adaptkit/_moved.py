@@ -34,7 +34,7 @@ MOVED = {
     "adaptkit.peft_folder": "adaptkit.adapters.lora.peft_folder",
     "adaptkit.proof": "adaptkit.model.proof",
     "adaptkit.pyramid": "adaptkit.model.pyramid",
-    "adaptkit.recorded": "adaptkit.features.recorded",
+    "adaptkit.recorded": "adaptkit.features.cached",
     "adaptkit.registry": "adaptkit.core.registry",
     "adaptkit.replay": "adaptkit.features.replay",
     "adaptkit.saved_head": "adaptkit.model.saved_head",

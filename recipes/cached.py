@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from torch.utils.data import default_collate as stacked
 
 from adaptkit.features.cache import FeatureCache, checksum
-from adaptkit.features.recorded import Recorded
+from adaptkit.features.cached import CachedFeatures
 
 from .devices import sent
 from .order import Rows
@@ -42,7 +42,7 @@ class Views(Dataset):
 
 
 class Cached(Dataset):
-    """The same views, the backbone's part of them read from the cache: (what was recorded of one image, target)."""
+    """The same views, the backbone's part of them read from the cache: (features of one image, target)."""
 
     def __init__(self, rows: Rows, views: int, cache: FeatureCache, model: Any, windows: Windows | None = None) -> None:
         self.rows, self.views, self.cache, self.windows = rows, views, cache, windows
@@ -53,22 +53,22 @@ class Cached(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Recorded, Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[CachedFeatures, Tensor]:
         epoch, index = key
         kept = self.cache[epoch % self.views * len(self.rows) + index]
         states = tuple(kept[f"after_{i}"][None] for i in self.after)
         # The image is made anew where the adapter reads it: it takes more room than features, and less time.
         image = self.rows[epoch % self.views, index][0][None] if self.reads_image else None
-        seen = Recorded(states, self.after, self.size, self.patch, image)
+        seen = CachedFeatures(states, self.after, self.size, self.patch, image)
         target = kept["target"].long() if kept["target"].dtype == torch.uint8 else kept["target"]
         if self.windows is None:
             return seen, target
         place = self.windows.draw(epoch, index)
         return self.windows.cut(seen, place), self.windows.cut_target(target, place)
 
-    def collate(self, samples: list[tuple[Recorded, Tensor]]) -> tuple[Recorded, Tensor]:
+    def collate(self, samples: list[tuple[CachedFeatures, Tensor]]) -> tuple[CachedFeatures, Tensor]:
         """Samples -> (what the model takes in place of images, targets)."""
-        return Recorded.join([seen for seen, _ in samples]), stacked([target for _, target in samples])
+        return CachedFeatures.join([seen for seen, _ in samples]), stacked([target for _, target in samples])
 
 
 def compact(samples: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -107,7 +107,7 @@ def fill(cache: FeatureCache, rows: Rows, model: Any, accelerator: Accelerator, 
         while len(samples) < len(shards[number]):
             first = len(samples)
             batch = [rows[divmod(i, len(rows))] for i in shards[number][first : first + args.batch_size]]
-            seen = model.record(sent(torch.stack([image for image, _ in batch]), accelerator.device))
+            seen = model.extract(sent(torch.stack([image for image, _ in batch]), accelerator.device))
             states = {f"after_{i}": tokens.to(kept).cpu() for i, tokens in zip(seen.after, seen.states)}
             for row, (_, target) in enumerate(batch):
                 own = {name: tokens[row].clone() for name, tokens in states.items()}

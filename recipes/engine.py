@@ -283,7 +283,7 @@ def train(
     loader = training_batches(rows, first, task, accelerator, args)
     placed(model, accelerator, args)
     if isinstance(rows, Windowed):
-        loader = rows.recorded(loader, model)
+        loader = rows.cached(loader, model)
     optimizer = optimizer_of(model, args)
     factor = {"cosine": cosine, "linear": linear}[args.schedule]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: factor(s // world, args.steps, args.warmup))

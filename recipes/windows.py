@@ -1,8 +1,8 @@
 """Random windows and mirror images of what a frozen backbone saw: augmentation for which it need not run again.
 
 ``--crop-features H W`` and ``--flip-features`` act on the tokens of the whole image, which are read from a cache or
-recorded on the spot; the image, where an adapter reads it, and the target are cut alike. The tokens of a window are
-those of the whole image, value for value (``adaptkit.features.recorded``), so a cached run trains what an uncached one
+extracted on the spot; the image, where an adapter reads it, and the target are cut alike. The tokens of a window are
+those of the whole image, value for value (``adaptkit.features.cached``), so a cached run trains what an uncached one
 trains. They are near to what the backbone would say of the window alone, not equal: it saw more.
 """
 
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from torch.utils.data import default_collate as stacked
 
 from adaptkit import AdaptedModel
-from adaptkit.features.recorded import Recorded
+from adaptkit.features.cached import CachedFeatures
 
 
 class Place(NamedTuple):
@@ -64,8 +64,8 @@ class Windows:
         row, column, mirrored = (int(torch.randint(n, (), generator=generator)) for n in (*choices, 2))
         return Place(row * self.patch, column * self.patch, mirrored if self.flip else 0)
 
-    def cut(self, seen: Recorded, place: Place) -> Recorded:
-        """Cut the window out of what was recorded."""
+    def cut(self, seen: CachedFeatures, place: Place) -> CachedFeatures:
+        """Cut the window out of the features."""
         part = seen.crop(place.top, place.left, *self.size)
         return part.flip() if place.mirrored else part
 
@@ -99,12 +99,12 @@ class Windowed(Dataset):
         images, targets, places = zip(*samples)
         return stacked(images), stacked(targets), list(places)
 
-    def recorded(self, batches: Iterable[Any], model: AdaptedModel) -> Iterator[tuple[Recorded, Any]]:
+    def cached(self, batches: Iterable[Any], model: AdaptedModel) -> Iterator[tuple[CachedFeatures, Any]]:
         """Run the backbone on whole images and yield (what it saw in their windows, targets)."""
         for image, target, places in batches:
-            seen = model.record(image)
+            seen = model.extract(image)
             parts = [self.windows.cut(seen.part(i, i + 1), p) for i, p in enumerate(places)]
-            yield Recorded.join(parts), target
+            yield CachedFeatures.join(parts), target
 
 
 def check_recordable(options: str, rows: Any, model: Any) -> tuple[Tensor, Any]:

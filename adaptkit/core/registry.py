@@ -28,7 +28,7 @@ from adaptkit.core.view import View
 
 __all__ = [
     "Entry",
-    "Layout",
+    "ForeignLayout",
     "adapters",
     "configured",
     "families",
@@ -64,7 +64,7 @@ class Entry(NamedTuple):
         return self.config(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
 
 
-class Layout(NamedTuple):
+class ForeignLayout(NamedTuple):
     """How another library saves its adapters: a folder whose ``adapter_model.safetensors`` has no header of ours."""
 
     #: the folder -> the config in it, or None where it is not of this layout
@@ -76,7 +76,7 @@ class Layout(NamedTuple):
 _FAMILIES: dict[str, Callable[[nn.Module], View]] = {}
 _ADAPTERS: dict[str, Entry] = {}
 _HEADS: dict[str, Entry] = {}
-_LAYOUTS: dict[str, Layout] = {}
+_LAYOUTS: dict[str, ForeignLayout] = {}
 
 
 def register_family(*class_paths: str) -> Callable[[T], T]:
@@ -107,7 +107,7 @@ def register_head(name: str, config: type[Any]) -> Callable[[T], T]:
     return _register(_HEADS, name, config)
 
 
-def register_layout(name: str, layout: Layout) -> None:
+def register_layout(name: str, layout: ForeignLayout) -> None:
     """Let ``adaptkit.load`` read folders of another library."""
     _LAYOUTS[name] = layout
 
@@ -149,7 +149,7 @@ def adapters() -> dict[str, Entry]:
     return _ADAPTERS
 
 
-def layouts() -> dict[str, Layout]:
+def layouts() -> dict[str, ForeignLayout]:
     """Return every known layout of another library, by its name."""
     _discover("adapters")
     return _LAYOUTS

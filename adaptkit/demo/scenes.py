@@ -24,7 +24,7 @@ LUMA = np.array([0.299, 0.587, 0.114])
 CONTRAST = 0.35  # least difference of luma between a thin structure and what it is drawn on
 
 
-class Canvas(NamedTuple):
+class SceneCanvas(NamedTuple):
     """What a scene is painted on; the arrays are changed in place."""
 
     image: np.ndarray  # (H, W, 3) float in [0, 1]
@@ -68,7 +68,7 @@ def scene(split: str, index: int, *, size: int = 160, seed: int = 0) -> tuple[np
     """Draw one scene: image (size, size, 3) uint8 and mask (size, size) uint8."""
     rng = np.random.default_rng([seed, list(SPLITS).index(split), index])
     y, x = np.mgrid[:size, :size].astype(np.float32)
-    canvas = Canvas(np.zeros((size, size, 3), np.float32), np.zeros((size, size), np.uint8), y, x)
+    canvas = SceneCanvas(np.zeros((size, size, 3), np.float32), np.zeros((size, size), np.uint8), y, x)
     _paint_regions(rng, canvas)
     for paint in _objects(rng):  # painted back to front: a later object hides an earlier one
         paint(rng, canvas)
@@ -78,7 +78,7 @@ def scene(split: str, index: int, *, size: int = 160, seed: int = 0) -> tuple[np
 # What is in a scene
 
 
-def _paint_regions(rng: np.random.Generator, canvas: Canvas) -> None:
+def _paint_regions(rng: np.random.Generator, canvas: SceneCanvas) -> None:
     """Cover the canvas with two or three large regions that meet in wavy lines."""
     families = rng.permutation([SMOOTH, GRAIN, BRICK])
     everywhere = np.ones_like(canvas.x)
@@ -87,7 +87,7 @@ def _paint_regions(rng: np.random.Generator, canvas: Canvas) -> None:
         _fill(rng, canvas, family, _coverage(_wavy_half_plane(rng, canvas)))
 
 
-def _objects(rng: np.random.Generator) -> list[Callable[[np.random.Generator, Canvas], None]]:
+def _objects(rng: np.random.Generator) -> list[Callable[[np.random.Generator, SceneCanvas], None]]:
     """Choose the painters of one scene in a random order: blobs rather behind, thin things rather before."""
     counts = {_paint_blob: rng.integers(2, 5), _paint_lattice: rng.integers(0, 3), _paint_wire: rng.integers(1, 5)}
     counts |= {_paint_ring: rng.integers(1, 5), _paint_pebbles: rng.integers(1, 3)}
@@ -96,7 +96,7 @@ def _objects(rng: np.random.Generator) -> list[Callable[[np.random.Generator, Ca
     return [painters[i] for i in np.argsort(depth)]
 
 
-def _paint_blob(rng: np.random.Generator, canvas: Canvas) -> None:
+def _paint_blob(rng: np.random.Generator, canvas: SceneCanvas) -> None:
     """A striped or cellular object, a sixth to a third of the canvas wide, with a soft shadow under it."""
     size = len(canvas.x)
     u, v, r, angle = _polar(rng, canvas)
@@ -111,7 +111,7 @@ def _paint_blob(rng: np.random.Generator, canvas: Canvas) -> None:
     _fill(rng, canvas, rng.choice([STRIPES, CELLS]), _coverage(distance))
 
 
-def _paint_wire(rng: np.random.Generator, canvas: Canvas) -> None:
+def _paint_wire(rng: np.random.Generator, canvas: SceneCanvas) -> None:
     """A sagging line from edge to edge, 1.2 to 2.6 pixels wide."""
     along, across = (canvas.x, canvas.y) if rng.random() < 0.6 else (canvas.y, canvas.x)
     t = along / len(along)
@@ -123,7 +123,7 @@ def _paint_wire(rng: np.random.Generator, canvas: Canvas) -> None:
     _stroke(rng, canvas, WIRE, _coverage(distance - rng.uniform(0.6, 1.3)))
 
 
-def _paint_ring(rng: np.random.Generator, canvas: Canvas) -> None:
+def _paint_ring(rng: np.random.Generator, canvas: SceneCanvas) -> None:
     """An elliptic ring, 1.6 to 3.2 pixels thick; what is behind it shows through the hole."""
     u, v, _, _ = _polar(rng, canvas)
     radius = len(canvas.x) * rng.uniform(0.04, 0.11)
@@ -131,7 +131,7 @@ def _paint_ring(rng: np.random.Generator, canvas: Canvas) -> None:
     _stroke(rng, canvas, RING, _coverage(np.abs(r - radius) - rng.uniform(0.8, 1.6)))
 
 
-def _paint_lattice(rng: np.random.Generator, canvas: Canvas) -> None:
+def _paint_lattice(rng: np.random.Generator, canvas: SceneCanvas) -> None:
     """A net of crossing bars, 1.4 to 2.4 pixels wide, inside a rotated frame; only the bars carry the class."""
     u, v, _, _ = _polar(rng, canvas)
     period, width = rng.uniform(8, 14), rng.uniform(0.7, 1.2)
@@ -142,7 +142,7 @@ def _paint_lattice(rng: np.random.Generator, canvas: Canvas) -> None:
     _stroke(rng, canvas, LATTICE, _coverage(np.maximum(bars, frame)))
 
 
-def _paint_pebbles(rng: np.random.Generator, canvas: Canvas) -> None:
+def _paint_pebbles(rng: np.random.Generator, canvas: SceneCanvas) -> None:
     """A scatter of shaded balls, 4 to 9 pixels across."""
     size = len(canvas.x)
     centre, spread = rng.uniform(0.15, 0.85, 2) * size, size * rng.uniform(0.08, 0.2)
@@ -157,7 +157,7 @@ def _paint_pebbles(rng: np.random.Generator, canvas: Canvas) -> None:
 # How a class looks
 
 
-def _fill(rng: np.random.Generator, canvas: Canvas, family: int, coverage: np.ndarray) -> None:
+def _fill(rng: np.random.Generator, canvas: SceneCanvas, family: int, coverage: np.ndarray) -> None:
     """Paint a texture family with two random colours where coverage (H, W) says so."""
     amount = _TEXTURES[family](rng, canvas)[..., None]  # (H, W, 1) in [0, 1]: how much of the second colour
     first, second = _two_colours(rng, 0.1 if family == SMOOTH else 0.25)
@@ -165,7 +165,7 @@ def _fill(rng: np.random.Generator, canvas: Canvas, family: int, coverage: np.nd
 
 
 def _stroke(
-    rng: np.random.Generator, canvas: Canvas, family: int, coverage: np.ndarray, shade: np.ndarray | float = 1.0
+    rng: np.random.Generator, canvas: SceneCanvas, family: int, coverage: np.ndarray, shade: np.ndarray | float = 1.0
 ) -> None:
     """Paint a thin or small thing in one random colour whose luma differs from what lies under it."""
     under = float(np.mean(canvas.image[np.nonzero(coverage)] @ LUMA)) if coverage.any() else 0.5
@@ -177,7 +177,7 @@ def _stroke(
     _paint(canvas, family, coverage, colour * np.broadcast_to(shade, coverage.shape)[..., None])
 
 
-def _paint(canvas: Canvas, family: int, coverage: np.ndarray, colour: np.ndarray) -> None:
+def _paint(canvas: SceneCanvas, family: int, coverage: np.ndarray, colour: np.ndarray) -> None:
     """Blend colour over the image; a pixel takes the class that covers more than half of it."""
     inside = np.nonzero(coverage)  # a thin thing touches few pixels: paint these only
     if len(inside[0]) < coverage.size // 8:
@@ -187,13 +187,13 @@ def _paint(canvas: Canvas, family: int, coverage: np.ndarray, colour: np.ndarray
     canvas.mask[coverage > 0.5] = family
 
 
-def _smooth(rng: np.random.Generator, canvas: Canvas) -> np.ndarray:
+def _smooth(rng: np.random.Generator, canvas: SceneCanvas) -> np.ndarray:
     """A straight ramp of colour."""
     ramp = _turned(rng, canvas)[0] / len(canvas.x)
     return np.clip(0.5 + 0.6 * ramp, 0, 1)
 
 
-def _grain(rng: np.random.Generator, canvas: Canvas) -> np.ndarray:
+def _grain(rng: np.random.Generator, canvas: SceneCanvas) -> np.ndarray:
     """1/f noise, as foliage, gravel and grass have it: white noise whose spectrum is divided by f^beta."""
     size = len(canvas.x)
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
@@ -203,7 +203,7 @@ def _grain(rng: np.random.Generator, canvas: Canvas) -> np.ndarray:
     return np.clip(0.5 + 0.3 * noise / noise.std(), 0, 1)
 
 
-def _brick(rng: np.random.Generator, canvas: Canvas) -> np.ndarray:
+def _brick(rng: np.random.Generator, canvas: SceneCanvas) -> np.ndarray:
     """Rows of bricks with joints, every second row shifted by half a brick."""
     u, v = _turned(rng, canvas, spread=0.3)
     height = rng.uniform(7, 11)
@@ -213,14 +213,14 @@ def _brick(rng: np.random.Generator, canvas: Canvas) -> np.ndarray:
     return 0.8 * _coverage(joints - rng.uniform(0.7, 1.2)) + 0.1
 
 
-def _stripes(rng: np.random.Generator, canvas: Canvas) -> np.ndarray:
+def _stripes(rng: np.random.Generator, canvas: SceneCanvas) -> np.ndarray:
     """A grating of any direction, 4.5 to 9 pixels per period, slightly bent."""
     u, v = _turned(rng, canvas)
     phase = u + 2.0 * np.sin(v / rng.uniform(8, 20))
     return 0.5 + 0.5 * np.tanh(3 * np.sin(2 * math.pi * phase / rng.uniform(4.5, 9)))
 
 
-def _cells(rng: np.random.Generator, canvas: Canvas) -> np.ndarray:
+def _cells(rng: np.random.Generator, canvas: SceneCanvas) -> np.ndarray:
     """Voronoi cells around jittered grid points, each cell in its own mixture of the two colours."""
     pitch = rng.uniform(7, 11)
     n = int(len(canvas.x) / pitch) + 4
@@ -254,14 +254,14 @@ def _to_grid(u: np.ndarray, period: float) -> np.ndarray:
     return np.abs(u - period * np.round(u / period))
 
 
-def _turned(rng: np.random.Generator, canvas: Canvas, spread: float = math.pi) -> tuple[np.ndarray, np.ndarray]:
+def _turned(rng: np.random.Generator, canvas: SceneCanvas, spread: float = math.pi) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates (u, v) about the canvas' centre, turned by an angle in [-spread, spread] radians."""
     angle, centre = rng.uniform(-spread, spread), len(canvas.x) / 2
     x, y = canvas.x - centre, canvas.y - centre
     return x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
 
 
-def _polar(rng: np.random.Generator, canvas: Canvas) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _polar(rng: np.random.Generator, canvas: SceneCanvas) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Turned coordinates (u, v) about a random point of the canvas, with their radius and angle."""
     u, v = _turned(rng, canvas)
     du, dv = rng.uniform(-0.4, 0.4, 2) * len(canvas.x)
@@ -269,7 +269,7 @@ def _polar(rng: np.random.Generator, canvas: Canvas) -> tuple[np.ndarray, np.nda
     return u, v, np.hypot(u, v), np.arctan2(v, u)
 
 
-def _wavy_half_plane(rng: np.random.Generator, canvas: Canvas) -> np.ndarray:
+def _wavy_half_plane(rng: np.random.Generator, canvas: SceneCanvas) -> np.ndarray:
     """Signed distance to a wavy line across the canvas."""
     u, v = _turned(rng, canvas)
     size = len(canvas.x)
@@ -285,7 +285,7 @@ def _two_colours(rng: np.random.Generator, contrast: float) -> np.ndarray:
             return colours
 
 
-def _photograph(rng: np.random.Generator, canvas: Canvas) -> np.ndarray:
+def _photograph(rng: np.random.Generator, canvas: SceneCanvas) -> np.ndarray:
     """Light the scene unevenly, add sensor noise, and round to (H, W, 3) uint8."""
     light = 1 + rng.uniform(0.0, 0.35) * _turned(rng, canvas)[0] / len(canvas.x)
     light = light * rng.uniform(0.75, 1.1)

@@ -1,6 +1,6 @@
-"""Features of a frozen backbone, computed once: recorded, replayed, kept on disk."""
+"""Features of a frozen backbone, computed once: extracted, replayed, kept on disk."""
 
 from adaptkit.features.cache import FeatureCache
-from adaptkit.features.recorded import Recorded
+from adaptkit.features.cached import CachedFeatures
 
-__all__ = ["FeatureCache", "Recorded"]
+__all__ = ["CachedFeatures", "FeatureCache"]

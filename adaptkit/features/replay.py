@@ -1,4 +1,4 @@
-"""One pass of a frozen backbone, told again to everybody who only reads it.
+"""One pass of a frozen backbone, replayed for everybody who only reads it.
 
 A frozen backbone gives the same tokens whoever asks. :func:`replay` runs it once and returns a view that answers from
 what it saw: an extractor-only adapter, a pyramid or a head cannot tell the difference, bit for bit.
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from adaptkit.core.hierarchical import HierarchicalViT
 from adaptkit.core.view import Features, Source, View, ViT
-from adaptkit.features.recorded import Recorded
+from adaptkit.features.cached import CachedFeatures
 
-__all__ = ["Replay", "ReplayStages", "Stored", "replay"]
+__all__ = ["CachedView", "Replay", "ReplayHierarchical", "replay"]
 
 
 def replay(vit: View, image: Tensor, frozen: bool = True) -> View:
@@ -28,7 +28,7 @@ def replay(vit: View, image: Tensor, frozen: bool = True) -> View:
     """
     with torch.no_grad() if frozen else nullcontext():
         if isinstance(vit, HierarchicalViT):
-            return ReplayStages(vit, vit.features(image))
+            return ReplayHierarchical(vit, vit.features(image))
         if isinstance(vit, ViT):
             x, blocks = vit.begin(image)
             states = [x]
@@ -38,7 +38,7 @@ def replay(vit: View, image: Tensor, frozen: bool = True) -> View:
     raise TypeError(f"{type(vit).__name__} is neither a ViT nor a HierarchicalViT; subclass one of them")
 
 
-class _Told(View):
+class _Replayed(View):
     """What both kinds hand on to the view that was run."""
 
     vit: Any
@@ -52,7 +52,7 @@ class _Told(View):
         return self.vit.source()
 
 
-class Replay(_Told, ViT):
+class Replay(_Replayed, ViT):
     """A plain ViT's run: tokens (B, P+N, D) before the first block and after each, normed when somebody asks."""
 
     def __init__(self, vit: ViT, states: Sequence[Tensor], frozen: bool = True) -> None:
@@ -66,8 +66,8 @@ class Replay(_Told, ViT):
         return Replay(self.vit, [x[start:stop] for x in self.states], self.frozen)
 
     def begin(self, image: Tensor) -> tuple[Tensor, Sequence[Any]]:
-        """Tokens before the first block, and for each block a function that tells what it gave."""
-        return self.states[0], [partial(_tell, self.states[i], self.states[i + 1]) for i in range(self.spec.depth)]
+        """Tokens before the first block, and for each block a function that returns its output."""
+        return self.states[0], [partial(_output, self.states[i], self.states[i + 1]) for i in range(self.spec.depth)]
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """As it was."""
@@ -92,36 +92,36 @@ class Replay(_Told, ViT):
         return self.vit.classify(x)
 
 
-class Stored(Replay):
+class CachedView(Replay):
     """A plain ViT's run of which some states are known: those that the adapters read."""
 
-    def __init__(self, vit: ViT, seen: Recorded) -> None:
+    def __init__(self, vit: ViT, seen: CachedFeatures) -> None:
         dtype = next(vit.host.parameters()).dtype
         known = {index: state.to(dtype) for index, state in zip(seen.after, seen.states)}
         last = known.get(vit.spec.depth - 1)
         if last is None:
-            raise ValueError(f"recorded after the blocks {list(seen.after)}, and not after the last one")
+            raise ValueError(f"features after the blocks {list(seen.after)}, and not after the last one")
         super().__init__(vit, [last])
         self.known = known
 
     def begin(self, image: Tensor) -> tuple[Tensor, Sequence[Any]]:
         """Tokens that stand for those before the first block, and for each block what it gave, where that is known."""
-        return self.states[-1], [partial(_tell_known, self.known.get(i)) for i in range(self.spec.depth)]
+        return self.states[-1], [partial(_known_output, self.known.get(i)) for i in range(self.spec.depth)]
 
 
-class ReplayStages(_Told, HierarchicalViT):
+class ReplayHierarchical(_Replayed, HierarchicalViT):
     """A hierarchical host's run: the features of its plain forward."""
 
     def __init__(self, vit: HierarchicalViT, seen: Features) -> None:
         HierarchicalViT.__init__(self, vit.host, vit.spec)
         self.vit, self.seen, self.positions = vit, seen, vit.positions
 
-    def part(self, start: int, stop: int) -> ReplayStages:
+    def part(self, start: int, stop: int) -> ReplayHierarchical:
         """Return the run of some images of the batch."""
         f = self.seen
         maps = tuple(m[start:stop] for m in f.maps)
         part = f._replace(tokens=f.tokens[start:stop], prefix=f.prefix[start:stop], maps=maps)
-        return ReplayStages(self.vit, part)
+        return ReplayHierarchical(self.vit, part)
 
     def features(self, image: Tensor) -> Features:
         """As they were."""
@@ -148,13 +148,13 @@ class ReplayStages(_Told, HierarchicalViT):
         return self.vit.classify(x, grid)
 
 
-def _tell(before: Tensor, after: Tensor, x: Tensor) -> Tensor:
+def _output(before: Tensor, after: Tensor, x: Tensor) -> Tensor:
     if x is not before:
         raise RuntimeError(
-            "an adapter that changes the tokens was given the recording of another run: it needs a pass of its own"
+            "an adapter that changes the tokens was given the features of another run: it needs a pass of its own"
         )
     return after
 
 
-def _tell_known(after: Tensor | None, x: Tensor) -> Tensor:
+def _known_output(after: Tensor | None, x: Tensor) -> Tensor:
     return x if after is None else after

@@ -26,7 +26,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from adaptkit.core.hierarchical import HierarchicalSpec
-from adaptkit.core.registry import Layout, layouts
+from adaptkit.core.registry import ForeignLayout, layouts
 from adaptkit.core.view import Spec, View
 from adaptkit.hub.digest import block_sums, digest, other_blocks, other_layers
 from adaptkit.version import __version__
@@ -129,7 +129,7 @@ def _of_today(header: dict[str, Any]) -> dict[str, Any]:
     return {**header, "backbone": {**backbone, "spec": spec}}
 
 
-def _foreign(folder: Path) -> tuple[Layout, dict[str, Any]] | None:
+def _foreign(folder: Path) -> tuple[ForeignLayout, dict[str, Any]] | None:
     """Return the layout of another library that the folder has, and the config in it."""
     found = ((layout, layout.config_of(folder)) for layout in layouts().values())
     return next(((layout, config) for layout, config in found if config is not None), None)

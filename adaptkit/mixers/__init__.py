@@ -28,7 +28,7 @@ T = TypeVar("T", bound=Callable[..., nn.Module])
 #: Where each mixer is; imported when it is built.
 _BUILT_IN = {
     "identity": "adaptkit.mixers.plain:Identity",
-    "random": "adaptkit.mixers.plain:Random",
+    "random": "adaptkit.mixers.plain:RandomMixing",
     "pool": "adaptkit.mixers.plain:Pool",
     "conv": "adaptkit.mixers.conv:DepthwiseConv",
     "multi-conv": "adaptkit.mixers.conv:MultiKernelConv",

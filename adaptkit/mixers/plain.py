@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adaptkit.mixers.base import Mixer
 
-__all__ = ["Identity", "Pool", "Random"]
+__all__ = ["Identity", "Pool", "RandomMixing"]
 
 
 class Identity(Mixer):
@@ -41,7 +41,7 @@ class Pool(Mixer):
         return mean - x if self.minus else mean
 
 
-class Random(Mixer):
+class RandomMixing(Mixer):
     """A frozen global matrix: ``y_i = sum_j A_ij x_j``, A the row-softmax of uniform numbers in [0, 1).
 
     A number is a hash of the seed and the two cells alone. So there is nothing to save; and on another grid the same

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from adaptkit.mixers.dat import check_heads, resized
 from adaptkit.ops.grid import pad_to_multiple
 
-__all__ = ["WindowAttention"]
+__all__ = ["ShiftedWindowAttention"]
 
 APART = -100.0  # added to the logits, as in the official code
 
 
-class WindowAttention(nn.Module):
+class ShiftedWindowAttention(nn.Module):
     """Window attention on maps; loads the tensors of DAT's ``LocalAttention`` and ``ShiftWindowAttention``.
 
     Args:
@@ -107,7 +107,7 @@ def _mask(size: tuple[int, int], window: int, shift: int, device: torch.device |
     return apart.masked_fill(padding[:, :, None] != padding[:, None], -torch.inf)
 
 
-def _fit(module: WindowAttention, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+def _fit(module: ShiftedWindowAttention, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Before loading: resize the table of another window, and keep our own buffers, which follow from the shapes."""
     for name, buffer in module.named_buffers():
         if prefix + name in state_dict:

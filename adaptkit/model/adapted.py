@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from adaptkit import _cpu  # noqa: F401  fast paths are registered by importing 
 from adaptkit.adapters.base import BlockAdapter, ExistingLayers, Trace, wrapped
 from adaptkit.core import registry
 from adaptkit.core.view import Features, View
-from adaptkit.features.recorded import Recorded
-from adaptkit.features.replay import Replay, Stored, replay
+from adaptkit.features.cached import CachedFeatures
+from adaptkit.features.replay import CachedView, Replay, replay
 from adaptkit.hub.card import card_beside
 from adaptkit.hub.file import describe_backbone, write_folder
 from adaptkit.hub.metadata import plain
@@ -138,13 +139,13 @@ class AdaptedModel(Facts, NamedSets):
 
     # ------------------------------------------------------------------------------------------------------ running
 
-    def forward(self, image: Tensor | Recorded) -> Features:
+    def forward(self, image: Tensor | CachedFeatures) -> Features:
         """Image (B, 3, H, W), normalised as the backbone wants it, of any size -> features.
 
-        Or what :meth:`record` made of such images: then the backbone does not run.
+        Or what :meth:`extract` made of such images: then the backbone does not run.
         """
-        if isinstance(image, Recorded):
-            return run(Stored(self.vit, image), self._readers(), image.image_or_shape())
+        if isinstance(image, CachedFeatures):
+            return run(CachedView(self.vit, image), self._readers(), image.image_or_shape())
         if image.ndim != 4:
             raise ValueError(f"image has shape {tuple(image.shape)}; expected (batch, channels, height, width)")
         vit = self.vit
@@ -165,8 +166,8 @@ class AdaptedModel(Facts, NamedSets):
         )
 
     @torch.no_grad()
-    def record(self, image: Tensor) -> Recorded:
-        """Run the backbone on (B, 3, H, W) and keep what the active adapters read of it: ``model(recorded)``.
+    def extract(self, image: Tensor) -> CachedFeatures:
+        """Run the backbone on (B, 3, H, W) and return what the active adapters read of it: ``model(cached)``.
 
         Raises ``ValueError`` where an adapter changes what the blocks compute, and so needs them to run.
         """
@@ -174,16 +175,21 @@ class AdaptedModel(Facts, NamedSets):
         seen = replay(self.vit, image)
         if not isinstance(seen, Replay):
             raise ValueError(
-                f"{type(self.vit.host).__name__} has stages, whose outputs are not recorded; use a plain ViT"
+                f"{type(self.vit.host).__name__} has stages, whose outputs are not cached; use a plain ViT"
             )
         states = tuple(seen.states[i + 1] for i in after)
         size = (image.shape[-2], image.shape[-1])
-        return Recorded(states, after, size, self.spec.patch_size, image if reads_image else None)
+        return CachedFeatures(states, after, size, self.spec.patch_size, image if reads_image else None)
+
+    def record(self, image: Tensor) -> CachedFeatures:
+        """Old name of :meth:`extract`."""
+        warnings.warn("record() is called extract() now; the old name will go", DeprecationWarning, stacklevel=2)
+        return self.extract(image)
 
     def reads(self) -> tuple[tuple[int, ...], bool]:
         """Return the blocks whose outputs the active adapters read, and whether they read the image too.
 
-        Raises ``ValueError`` as :meth:`record`.
+        Raises ``ValueError`` as :meth:`extract`.
         """
         side = self._readers().side
         taps = () if side is None else side.reads()
@@ -192,7 +198,7 @@ class AdaptedModel(Facts, NamedSets):
     def _readers(self) -> AdapterSet:
         acting = self._acting
         if self._disabled or acting.why_alone():
-            raise ValueError(f"recorded features do not do for these adapters: {acting.why_alone() or 'disabled'}")
+            raise ValueError(f"cached features do not do for these adapters: {acting.why_alone() or 'disabled'}")
         return acting
 
     # -------------------------------------------------------------------------------------------------------- saving

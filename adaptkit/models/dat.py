@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from adaptkit.core.layers import DropPath
 from adaptkit.mixers.dat import ChannelNorm, DeformableAttention
-from adaptkit.mixers.window import WindowAttention
+from adaptkit.mixers.window import ShiftedWindowAttention
 from adaptkit.ops.grid import cells, pad_to_multiple
 
 __all__ = ["DAT"]
@@ -147,7 +147,9 @@ class DAT(nn.Module):
             def attention(letter: str, i: int = i, grid: tuple[int, int] = grid) -> nn.Module:
                 dim, window = dims[i], window_sizes[i]
                 if letter in ("L", "S"):
-                    return WindowAttention(dim, heads[i], window, math.ceil(window / 2) if letter == "S" else 0, grid)
+                    return ShiftedWindowAttention(
+                        dim, heads[i], window, math.ceil(window / 2) if letter == "S" else 0, grid
+                    )
                 if letter == "D":
                     bias: Literal["table"] | None = "table" if use_pes[i] else None
                     factor = offset_range_factor[i]

@@ -114,7 +114,7 @@ def ours(args: argparse.Namespace, **options: Any) -> Step:
 
 
 def cached(args: argparse.Namespace) -> Step:
-    """A step of ours from recorded features; the backbone has run before."""
+    """A step of ours from cached features; the backbone has run before."""
     model = adapted(args, injector=False)
     step = training(args, model, lambda features: features.maps)
     seen: dict[tuple[int, ...], Any] = {}
@@ -122,7 +122,7 @@ def cached(args: argparse.Namespace) -> Step:
     def run(image: Tensor) -> None:
         key = tuple(image.shape)
         if key not in seen:
-            seen[key] = model.record(image)
+            seen[key] = model.extract(image)
         step(seen[key])
 
     return run
@@ -172,7 +172,7 @@ def peak(args: argparse.Namespace) -> float:
     """MiB that one step adds to the peak."""
     step = MODES[args.peak](args)
     image = image_of(args, args.size)
-    step(image)  # gradients, moments and what is recorded were there before
+    step(image)  # gradients, moments and cached features were there before
     if args.device.startswith("cuda"):
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -176,7 +176,7 @@ def test_a_file_that_does_not_say_means_three(name, tmp_path):
 def test_recorded_features_are_those_of_the_image(adapter):
     model = adaptkit.attach(build("timm-vit", 4), adapter).eval()
     with torch.no_grad():
-        told, seen = model(model.record(image(4))), model(image(4))
+        told, seen = model(model.extract(image(4))), model(image(4))
     assert all(torch.equal(a, b) for a, b in zip(told.maps, seen.maps, strict=True))
 
 

@@ -102,7 +102,7 @@ def test_the_checksum_sees_every_weight():
 @pytest.mark.parametrize("name", ["timm-vit", "timm-dinov3", "timm-beit", "timm-siglip", "hf-dinov2-reg"])
 def test_what_was_recorded_gives_what_the_images_give_bitwise(name, reader):
     model = adaptkit.attach(HOSTS[name].build(), *READERS[reader], head=("linear", {"num_classes": 3})).eval()
-    expected, recorded = model(x), model.record(x)
+    expected, recorded = model(x), model.extract(x)
     runs = []
     for module in model.backbone.modules():
         if "attn" in type(module).__name__.lower():
@@ -120,5 +120,5 @@ def test_what_was_recorded_gives_what_the_images_give_bitwise(name, reader):
 @pytest.mark.parametrize("adapters", [["lora"], ["metaformer"], [("vit-adapter", {"conv_inplane": 8})]])
 def test_what_changes_the_blocks_cannot_be_recorded(adapters):
     model = adaptkit.attach(HOSTS["timm-vit"].build(), *adapters)
-    with pytest.raises(ValueError, match="recorded features do not do for these adapters: .*(blocks|tokens)"):
-        model.record(x)
+    with pytest.raises(ValueError, match="cached features do not do for these adapters: .*(blocks|tokens)"):
+        model.extract(x)

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from adaptkit.create import create_backbone
-from adaptkit.mixers.window import WindowAttention
+from adaptkit.mixers.window import ShiftedWindowAttention
 from adaptkit.models import DAT
 
 GOLDEN = Path(__file__).parents[2] / "../shared/golden/dat_model_a.safetensors"
@@ -104,7 +104,7 @@ def test_any_image_size_gives_maps_of_its_size(size):
 @pytest.mark.parametrize("shift", [0, 2])
 def test_padding_of_a_window_is_nobodys_key(shift):
     torch.manual_seed(0)
-    attn = WindowAttention(8, heads=2, window=4, shift=shift)
+    attn = ShiftedWindowAttention(8, heads=2, window=4, shift=shift)
     x = torch.randn(1, 8, 6, 7)
     y = attn(x)
     proj, attn.proj_qkv = attn.proj_qkv, torch.nn.Identity()
@@ -119,7 +119,7 @@ def test_padding_of_a_window_is_nobodys_key(shift):
 @torch.no_grad()
 def test_a_shifted_window_keeps_apart_what_the_shift_brings_together():
     torch.manual_seed(0)
-    attn = WindowAttention(8, heads=2, window=4, shift=2, size=(8, 8))
+    attn = ShiftedWindowAttention(8, heads=2, window=4, shift=2, size=(8, 8))
     x = torch.randn(1, 8, 8, 8)
     other = x.clone()
     other[..., -1, -1] += 1  # the shift puts this corner into the window of the first one

@@ -29,7 +29,7 @@ def run(ranks, data, out, cache, last_calls=None):
     argv = ["--train", data, "--val", data, "--num-classes", "3", "--random-backbone", "--size", "32", "48", "--adapter",
             "none", "--head", "linear", "--batch-size", str(BATCH), "--steps", "1", "--save-every", "0", "--views",
             str(VIEWS), "--cache-features", str(cache), "--out", str(out)]  # fmt: skip
-    record, train, calls = AdaptedModel.record, engine.train, []
+    record, train, calls = AdaptedModel.extract, engine.train, []
 
     def counted(self, image):
         calls.append(1)
@@ -41,11 +41,11 @@ def run(ranks, data, out, cache, last_calls=None):
         sys.stdout.flush()
         os._exit(0)
 
-    AdaptedModel.record, engine.train = counted, ended
+    AdaptedModel.extract, engine.train = counted, ended
     try:
         return started(ranks, argv)
     finally:
-        AdaptedModel.record, engine.train = record, train
+        AdaptedModel.extract, engine.train = record, train
 
 
 def kept(cache):

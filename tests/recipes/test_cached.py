@@ -54,7 +54,7 @@ def test_the_cache_trains_what_the_backbone_trains_on_the_same_views(name, folde
     live, kept = (adaptkit.load(tmp_path / run / "adapter").tensors for run in ("live", "kept"))
     for key, tensor in live.items():
         torch.testing.assert_close(kept[key], tensor, atol=2e-4, rtol=2e-3)
-    assert ran.count("Recorded") == 8  # each step; the images are those of the two evaluations
+    assert ran.count("CachedFeatures") == 8  # each step; the images are those of the two evaluations
     assert json.loads((tmp_path / "kept" / "result.json").read_text())["seconds_to_cache"] > 0
 
 

@@ -133,10 +133,10 @@ def test_a_batch_is_recorded_whole_and_each_image_cut_at_its_own_place_with_its_
     model = adaptkit.attach(create_backbone("demo", pretrained=False), "sfp").eval()
     rows, keys = Windowed(Labelled(list(range(4))), windows), [(1, 3), (1, 0), (2, 1)]
     loader = DataLoader(rows, batch_sampler=[keys], collate_fn=rows.collate)
-    ((seen, labels),) = rows.recorded(loader, model)
+    ((seen, labels),) = rows.cached(loader, model)
     assert labels.tolist() == [3, 0, 1]
     assert (seen.size, seen.states[0].shape[1]) == ((16, 32), 1 + 2)
-    whole = model.record(torch.stack([rows.rows[k][0] for k in keys])).states[0][:, 1:].unflatten(1, (3, 4))
+    whole = model.extract(torch.stack([rows.rows[k][0] for k in keys])).states[0][:, 1:].unflatten(1, (3, 4))
     for row, key in enumerate(keys):
         place = windows.draw(*key)
         top, left = place.top // 16, place.left // 16

@@ -88,7 +88,7 @@ class _Heads(ctypes.Structure):
         return _Heads(x.data_ptr(), *x.stride()[:3])
 
 
-class _Call(ctypes.Structure):
+class _AttentionCall(ctypes.Structure):
     """The kernel's Call."""
 
     _fields_ = (
@@ -107,7 +107,7 @@ def _gradients(
     grad, lse = grad if grad.stride(3) == 1 else grad.contiguous(), lse.contiguous()
     threads = min(torch.get_num_threads(), q.shape[0] * q.shape[1])
     sizes = (*q.shape[:3], k.shape[2], q.shape[3], threads)
-    call = _Call(*sizes, scale, *map(_Heads.of, (q, k, v, out, grad, *grads)), lse.data_ptr())
+    call = _AttentionCall(*sizes, scale, *map(_Heads.of, (q, k, v, out, grad, *grads)), lse.data_ptr())
     memory = q.new_empty(threads * library.scratch(ctypes.byref(call)))
     library.backward(ctypes.byref(call), ctypes.c_void_p(memory.data_ptr()))
     return grads

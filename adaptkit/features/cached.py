@@ -1,31 +1,32 @@
-"""What a batch of images left behind in a frozen backbone, and the windows and mirrorings that can be cut from it.
+"""Features of a batch of images in a frozen backbone, and the windows and mirrorings that can be cut from them.
 
-A crop of what was recorded is a crop of what the backbone *saw*::
+A crop of cached features is a crop of what the backbone *saw*::
 
-    recorded.crop(...)  =  the tokens of these patches, value for value, as they were with the whole image around them
+    cached.crop(...)  =  the tokens of these patches, value for value, as they were with the whole image around them
 
 It is not what the backbone would say of the cropped image, to which it would give other positions and less context:
-that is near, and costs another run. The same holds of :meth:`Recorded.flip`. Class and register tokens say something
-of the whole image and stay as they are.
+that is near, and costs another run. The same holds of :meth:`CachedFeatures.flip`. Class and register tokens say
+something of the whole image and stay as they are.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from adaptkit.ops.grid import cells
 
-__all__ = ["Recorded"]
+__all__ = ["CachedFeatures"]
 
 
-class Recorded(NamedTuple):
-    """What a batch of images left behind in a frozen backbone: all that adapters which only read need of it.
+class CachedFeatures(NamedTuple):
+    """Features of a batch of images in a frozen backbone: all that adapters which only read need of it.
 
-    ``AdaptedModel.record`` makes it and ``model(recorded)`` runs on it, without the backbone.
+    ``AdaptedModel.extract`` makes it and ``model(cached)`` runs on it, without the backbone.
     """
 
     states: tuple[Tensor, ...]  #: tokens (B, P+N, D) after the blocks ``after``; N = h * w row by row
@@ -44,7 +45,7 @@ class Recorded(NamedTuple):
         x = self.states[0]
         return x.new_zeros(len(x), 0, *self.size) if self.image is None else self.image
 
-    def crop(self, top: int, left: int, height: int, width: int) -> Recorded:
+    def crop(self, top: int, left: int, height: int, width: int) -> CachedFeatures:
         """Return a window of all images, given in pixels; its edges lie between patches, or on the image's border.
 
         Raises ``ValueError`` for another window.
@@ -54,7 +55,7 @@ class Recorded(NamedTuple):
         image = None if self.image is None else self.image[..., top : top + height, left : left + width].contiguous()
         return self._replace(states=states, size=(height, width), image=image)
 
-    def flip(self) -> Recorded:
+    def flip(self) -> CachedFeatures:
         """Return the mirror image, left and right exchanged.
 
         Raises ``ValueError`` where the width is no multiple of the patch: the last column is then partly padding,
@@ -69,19 +70,19 @@ class Recorded(NamedTuple):
         image = None if self.image is None else self.image.flip(-1)
         return self._replace(states=self._each_map(lambda tokens: tokens.flip(2)), image=image)
 
-    def part(self, start: int, stop: int) -> Recorded:
-        """Return what was recorded of some images of the batch."""
+    def part(self, start: int, stop: int) -> CachedFeatures:
+        """Return the features of some images of the batch."""
         image = None if self.image is None else self.image[start:stop]
         return self._replace(states=tuple(x[start:stop] for x in self.states), image=image)
 
     @staticmethod
-    def join(parts: Sequence[Recorded]) -> Recorded:
+    def join(parts: Sequence[CachedFeatures]) -> CachedFeatures:
         """Return one batch of several, of images of one size and of the same blocks; else a ``ValueError``."""
         first = parts[0]
         for part in parts:
             if (part.after, part.size, part.patch) != (first.after, first.size, first.patch):
                 raise ValueError(
-                    f"recorded after blocks {list(first.after)} of {first.size} pixels, patch {first.patch}, and after "
+                    f"features after blocks {list(first.after)} of {first.size} pixels, patch {first.patch}, and after "
                     f"{list(part.after)} of {part.size}, patch {part.patch}: a batch has one of each; crop to one size"
                 )
         images = [p.image for p in parts if p.image is not None]
@@ -109,3 +110,10 @@ class Recorded(NamedTuple):
                 f"{whole} pixels {side}); give multiples of {self.patch}"
             )
         return slice(start // self.patch, cells(stop, self.patch))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Recorded":
+        warnings.warn("Recorded is called CachedFeatures now; the old name will go", DeprecationWarning, stacklevel=2)
+        return CachedFeatures
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from families import HOSTS
 
 import adaptkit
-from adaptkit.features.recorded import Recorded
+from adaptkit.features.cached import CachedFeatures
 
 EXTRACTOR = [("vit-adapter", {"conv_inplane": 8, "injector": False})]
 
@@ -23,7 +23,7 @@ def recorded(size, patch=8, prefix=1, batch=2):
     )
     states = tuple(torch.cat([-torch.ones(batch, prefix, 3), places + 100 * k], 1) for k in range(2))
     image = torch.arange(batch * 3 * size[0] * size[1]).float().reshape(batch, 3, *size)
-    return Recorded(states, (1, 3), size, patch, image)
+    return CachedFeatures(states, (1, 3), size, patch, image)
 
 
 def maps(seen, prefix):
@@ -85,12 +85,12 @@ def test_a_padded_width_cannot_be_mirrored_before_it_is_cropped():
 
 def test_windows_of_single_images_join_to_a_batch():
     whole = recorded((40, 64))
-    cut = Recorded.join([whole.part(0, 1).crop(0, 0, 16, 16), whole.part(1, 2).crop(8, 32, 16, 16).flip()])
+    cut = CachedFeatures.join([whole.part(0, 1).crop(0, 0, 16, 16), whole.part(1, 2).crop(8, 32, 16, 16).flip()])
     assert torch.equal(maps(cut, 1)[0][0], maps(whole, 1)[0][0, :2, :2])
     assert torch.equal(maps(cut, 1)[0][1], maps(whole, 1)[0][1, 1:3, 4:6].flip(1))
     assert torch.equal(cut.image[1], whole.image[1, :, 8:24, 32:48].flip(-1))
     with pytest.raises(ValueError, match=r"of \(40, 64\) pixels, patch 8, and after .* of \(8, 8\)"):
-        Recorded.join([whole, whole.crop(0, 0, 8, 8)])
+        CachedFeatures.join([whole, whole.crop(0, 0, 8, 8)])
 
 
 @torch.no_grad()
@@ -102,7 +102,7 @@ def test_adapters_and_head_run_on_a_window(name, adapters):
     model = adaptkit.attach(HOSTS[name].build(), *adapters, head=("linear", {"num_classes": 3})).eval()
     patch = model.spec.patch_size
     images = torch.randn(2, 3, 5 * patch, 6 * patch - 3, generator=torch.Generator().manual_seed(0))
-    whole, seen = model(images), model.record(images)
+    whole, seen = model(images), model.extract(images)
     features = model(seen.crop(patch, 2 * patch, 3 * patch, 3 * patch).flip())
     assert (features.grid, features.size) == ((3, 3), (3 * patch, 3 * patch))
     assert features.logits.shape == (2, 3, 3 * patch, 3 * patch)
