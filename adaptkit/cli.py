@@ -93,11 +93,11 @@ def _list(args: argparse.Namespace) -> None:
 
     for title, entries in (("adapters", registry.adapters()), ("heads", registry.heads())):
         _table(title, [(name, _first_line(entry.module)) for name, entry in sorted(entries.items())])
-    hosts: dict[str, list[str]] = {}
+    backbones: dict[str, list[str]] = {}
     for path in sorted(registry.families()):
         library, _, name = path.partition(".")[0], None, path.rpartition(".")[2]
-        hosts.setdefault(library, []).append(name)
-    _table("backbones", [(library, ", ".join(names)) for library, names in hosts.items()])
+        backbones.setdefault(library, []).append(name)
+    _table("backbones", [(library, ", ".join(names)) for library, names in backbones.items()])
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -214,7 +214,7 @@ def _doctor(args: argparse.Namespace) -> None:
     if isinstance(spec, Spec):
         structure = ("width, depth, heads", f"{spec.embed_dim}, {spec.depth}, {spec.num_heads}")
     rows = [
-        ("class", f"{type(vit.host).__module__}.{type(vit.host).__qualname__}"),
+        ("class", f"{type(vit.backbone).__module__}.{type(vit.backbone).__qualname__}"),
         ("family", spec.family),
         ("source", source.id or "unnamed"),
         structure,

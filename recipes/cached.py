@@ -82,7 +82,7 @@ def compact(samples: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
 def key_of(rows: Any, size: tuple[int, ...], model: Any, args: argparse.Namespace) -> dict[str, Any]:
     """What the features are made of: any other value makes other features."""
     return {
-        "backbone": checksum(model.vit.host),
+        "backbone": checksum(model.vit.backbone),
         "data": getattr(rows.data, "_fingerprint", args.train),
         "transform": repr(rows.transform),
         "size": list(size),

@@ -14,13 +14,13 @@ DIM, DEPTH, HEADS = 32, 4, 2
 
 
 class Host(NamedTuple):
-    """How to build a host, and how to ask it for its own features at any size."""
+    """How to build a backbone, and how to ask it for its own features at any size."""
 
     build: Callable[[], nn.Module]
     tokens: Callable[[Any, Tensor], Tensor]  # host, image -> (B, P+N, D) after the final norm
     logits: Callable[[Any, Tensor], Tensor] | None  # host, image -> (B, classes)
     size: int  # native side in pixels
-    at: Callable[[int, int], nn.Module]  # a host of the same weights that takes another (h, w) in pixels
+    at: Callable[[int, int], nn.Module]  # a backbone of the same weights that takes another (h, w) in pixels
     splits: bool = True  # whether attention comes apart into qkv, bias and out
 
 
@@ -193,7 +193,7 @@ def _hf(
     interpolates: bool = True,
     **options: Any,
 ) -> None:
-    """``interpolates``: the host asks for ``interpolate_pos_encoding`` at another size; others just do it."""
+    """``interpolates``: the backbone asks for ``interpolate_pos_encoding`` at another size; others just do it."""
     sizes = {"hidden_size": DIM, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "patch_size": patch}
     sizes |= {"image_size": side * patch, "intermediate_size": 2 * DIM}
 
@@ -225,7 +225,7 @@ def _unmasked(host: Any, image: Tensor) -> Tensor:
 
 
 def _normed(host: Any, image: Tensor) -> Tensor:
-    """CLIP's tokens, all of them through the norm that the host keeps for the pooled one."""
+    """CLIP's tokens, all of them through the norm that the backbone keeps for the pooled one."""
     other = image.shape[-2:] != (host.config.image_size,) * 2
     return host.post_layernorm(host(image, interpolate_pos_encoding=other).last_hidden_state)
 

@@ -34,7 +34,7 @@ def fits(adapter, host):
 
 def rows():
     """For each class of host its adapters, in the order of the table."""
-    hosts = [registry.view(host.build()).host for _, host in sorted(HOSTS.items())] + list(hierarchical())
+    hosts = [registry.view(host.build()).backbone for _, host in sorted(HOSTS.items())] + list(hierarchical())
     by_class = {}
     for host in hosts:
         by_class.setdefault((type(host).__module__.partition(".")[0], type(host).__name__), []).append(host)

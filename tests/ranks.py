@@ -105,9 +105,9 @@ def main(methods, out):
         model.save(Path(out) / f"{method}-ddp-{dist.get_rank()}")
 
         model = build(method)
-        frozen = sum(p.numel() for p in model.vit.host.parameters())
+        frozen = sum(p.numel() for p in model.vit.backbone.parameters())
         model = adaptkit.shard(model)
-        held = sum(p.to_local().numel() for p in model.vit.host.parameters())
+        held = sum(p.to_local().numel() for p in model.vit.backbone.parameters())
         seen["fsdp"], seen["share"] = train(torch.nn.parallel.DistributedDataParallel(model), model), held / frozen
         if dist.get_rank() == 0:
             model.save(Path(out) / f"{method}-fsdp")

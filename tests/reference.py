@@ -1,4 +1,4 @@
-"""What the tests of the owner compare with: models built afresh, and a host's state written down bit for bit."""
+"""What the tests of the owner compare with: models built afresh, and a backbone's state written down bit for bit."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ def value(tensor: Tensor) -> Tensor:
 
 
 class State:
-    """A host as it was: objects, attributes, modes, flags, keys and values, to be compared bit for bit."""
+    """A backbone as it was: objects, attributes, modes, flags, keys and values, to be compared bit for bit."""
 
     def __init__(self, host: nn.Module, whose: str = "") -> None:
-        self.host = host
+        self.backbone = host
         self.skip = whose  # tensors whose value is not compared: those that an adapter trains in place
         self.modules = [(n, id(m), type(m), m.training, frozenset(vars(m))) for n, m in host.named_modules()]
         self.kept = list(host.modules())  # so that no id is used again
@@ -89,17 +89,17 @@ class State:
         self.hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in host.modules()]
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
-        return [*self.host.named_parameters(), *self.host.named_buffers()]
+        return [*self.backbone.named_parameters(), *self.backbone.named_buffers()]
 
     def changes(self) -> list[str]:
         """What is no longer as it was, in words; empty where all is."""
         now = State.__new__(State)
-        State.__init__(now, self.host)
+        State.__init__(now, self.backbone)
         names = ("modules", "flags", "keys", "hooks")
         found = [
             f"{n}: {_diff(getattr(self, n), getattr(now, n))}" for n in names if getattr(self, n) != getattr(now, n)
         ]
-        found += [f"grad of {n}" for n, p in self.host.named_parameters() if p.grad is not None]
+        found += [f"grad of {n}" for n, p in self.backbone.named_parameters() if p.grad is not None]
         return found + self.changed_values()
 
     def changed_values(self) -> list[str]:

@@ -55,7 +55,7 @@ METHODS = {
     "lora": ["lora"],
     "toy-bottleneck": ["toy-bottleneck"],
 }
-# Its other settings, and several at once, meet one host of each kind.
+# Its other settings, and several at once, meet one backbone of each kind.
 SETTINGS = {
     "vit-adapter-light": [("vit-adapter", {**SMALL, "add_vit_feature": None, "extra_extractors": 0, "with_cffn": False,
                                            "checkpoint": True, "norm": "layer"})],
@@ -72,7 +72,7 @@ SETTINGS = {
     "toy-bottleneck+vit-adapter": ["toy-bottleneck", ("vit-adapter", SMALL)],
 }  # fmt: skip
 ADAPTERS = {**METHODS, **SETTINGS}
-SUMS = transformer(2 * DEPTH, DIM, 4 * 4 + 5)  # of the host's blocks, and as many again of the adapter
+SUMS = transformer(2 * DEPTH, DIM, 4 * 4 + 5)  # of the backbone's blocks, and as many again of the adapter
 KINDS = ("timm-vit", "timm-siglip", "timm-dinov2-reg", "timm-dinov3", "timm-beit", "timm-sam", "hf-dinov2", "hf-dinov3")
 assert set(adaptkit.list_adapters()) <= {
     a if isinstance(a, str) else a[0] for group in ADAPTERS.values() for a in group
@@ -88,9 +88,9 @@ PROMISES = 5  # those that pairs are dealt out to, below
 
 
 def every(promise):
-    """Every method and setting on a host of each kind; the other hosts meet every method in one promise, in turn.
+    """Every method and setting on a backbone of each kind; the other hosts meet every method in one promise, in turn.
 
-    So each promise meets every method and every host, and each method meets every host.
+    So each promise meets every method and every backbone, and each method meets every backbone.
     """
     pairs = [
         pytest.param(a, h, id=f"{a}-{h}")
@@ -125,7 +125,7 @@ def attach_short(adapter, name):
 
 
 def image(name, batch=2, cells=None, extra=(0, 0), seed=0):
-    """A batch at the host's own size, or at ``cells`` patches plus some pixels."""
+    """A batch at the backbone's own size, or at ``cells`` patches plus some pixels."""
     side = HOSTS[name].size
     size = (side, side)
     if cells is not None:
@@ -227,7 +227,7 @@ def test_any_input_size_gives_maps_of_the_image_size(adapter, name, cells, extra
 
 
 # Tracing every pair would take minutes and say little more: the blocks of every family are traced under a block
-# adapter, and every method on one host of each position scheme.
+# adapter, and every method on one backbone of each position scheme.
 TRACED = [("toy-bottleneck", h) for h in sorted(HOSTS)] + [
     (a, h) for a in ADAPTERS for h in ("timm-vit", "timm-dinov3", "hf-dinov2") if a in METHODS or h == "timm-vit"
 ]

@@ -1161,5 +1161,5 @@ def test_the_hosts_own_config_is_seen_through_the_model():
 
 def test_the_view_is_read_from_what_the_model_runs():
     model = adaptkit.attach(host(), "sfp")
-    assert model.vit.host is model.backbone
+    assert model.vit.backbone is model.backbone
     assert view(host()).spec == model.spec

@@ -55,7 +55,7 @@ CASES = [
 ]
 every_adapter = pytest.mark.parametrize("adapter", ADAPTERS)
 every_case = pytest.mark.parametrize(("adapter", "head"), CASES)
-# Of the host's blocks, and as many again of the adapter.
+# Of the backbone's blocks, and as many again of the adapter.
 SUMS = transformer(2 * DEPTH, DIM, (SIDE // PATCH) ** 2 + 1)
 
 

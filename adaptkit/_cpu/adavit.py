@@ -94,7 +94,7 @@ def _is_profitable(x: Tensor, usage: Usage, how: How, slices: bool) -> bool:
 def _dense(block: Block, x: Tensor, h: Tensor, how: How) -> Tensor:
     """Everything is kept: the FFN in tiles through oneDNN where that is faster."""
     if not _onednn_is_faster(block, how):
-        return text.dense(block, x, h)  # as the host does it, bit for bit
+        return text.dense(block, x, h)  # as the backbone does it, bit for bit
     x = (x + block.scale1(block.attn(h))).contiguous()  # a new one, which may be changed
     for tile in x.view(-1, x.shape[2]).split(TILE):
         mlp = _mlp(block, how) if len(tile) == TILE else block.mlp
@@ -219,7 +219,7 @@ def _alone(block: Block, x: Tensor, h: Tensor, decision: Decision, how: How) -> 
     whole = count == tokens and not how.only_prefix
     if (
         whole and (on is None or all(on)) and not (fast and _onednn_is_faster(block, how))
-    ):  # as the host does it, bit for bit
+    ):  # as the backbone does it, bit for bit
         x = x + block.scale1(block.attn(h)) if msa else x
         return x + block.scale2(block.mlp(block.norm2(x))) if ffn else x
     if not chosen:

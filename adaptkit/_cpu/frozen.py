@@ -1,4 +1,4 @@
-"""The gradient of frozen blocks, on a CPU by quicker means than torch's. The forward pass is the host's, to the bit.
+"""The gradient of frozen blocks, on a CPU by quicker means than torch's. The forward pass is its own, bit for bit.
 
 What a frozen block costs in training is the gradient of its tokens. For a linear layer ``y = x W' + b`` it is
 ``grad W``, a product as large as that of the forward pass: the BLAS of most builds of torch needs half as long again
@@ -32,7 +32,7 @@ def _wants_a_gradient(block: Block, x: Tensor) -> bool:
 
 @fast_path(Block.__call__, suits=_wants_a_gradient)
 def frozen_block(block: Block, x: Tensor) -> Tensor:
-    """Run the host's own forward; frozen linear layers and attention have that gradient."""
+    """Run the backbone's own forward; frozen linear layers and attention have that gradient."""
     with _FrozenBlock():
         return block.run(x)
 

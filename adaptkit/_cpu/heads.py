@@ -45,7 +45,7 @@ def by_image(
     """Normed rows (R, D) of each image -> their updates before LayerScale, end to end.
 
     Args:
-        w: the host's weights.
+        w: the backbone's weights.
         rows: of each image.
         on: which heads are on, not zero, in each image; None: all.
         biases: on the logits of each image, (1, all heads, R, R).
@@ -131,7 +131,7 @@ def _choose(x: Tensor, heads: Heads, axis: int = 1) -> Tensor:
 def _project(w: Projections, products: Products, first: int, last: int, h: Tensor, heads: Heads) -> list[Tensor]:
     """(R, D) -> q (0), k (1) and v (2) from ``first`` to ``last`` (left out), (R, as many, heads that are on, E).
 
-    One tensor where they are one layer of the host, else one of each.
+    One tensor where they are one layer of the backbone, else one of each.
     """
     if len(w.qkv) == 1:
         whole = last - first == len(w.qkv[0])

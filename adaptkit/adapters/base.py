@@ -38,14 +38,14 @@ RUN_WHOLE = "run_whole"
 
 
 class Adapter(nn.Module, ABC):
-    """A trainable module built from ``spec`` and ``config`` alone, so that its file fits every host of that spec.
+    """A trainable module built from ``spec`` and ``config`` alone, so that its file fits every backbone of that spec.
 
     A subclass completes the config (a preset per width, say) and keeps it as ``self.config``: the file stores that.
     """
 
     strides: tuple[int, ...] = ()  #: of the maps it returns, in pixels
     hierarchical: ClassVar[bool] = (
-        False  #: whether it also acts on hierarchical hosts; its spec may then be a HierarchicalSpec
+        False  #: whether it also acts on hierarchical backbones; its spec may then be a HierarchicalSpec
     )
 
     def __init__(self, spec: Any, config: Any) -> None:
@@ -93,7 +93,7 @@ class BlockAdapter(Adapter):
     """Acts around one block at a time.
 
     One that steps ``inside`` runs the block from its parts, so it must wrap the bare block: it comes before every
-    other block adapter, and needs a host whose attention comes apart (``ViT.splits``).
+    other block adapter, and needs a backbone whose attention comes apart (``ViT.splits``).
     """
 
     inside: ClassVar[bool] = False
@@ -134,26 +134,26 @@ class SideAdapter(Adapter):
 
 
 class WeightAdapter(Adapter):
-    """Acts inside layers of the host. It is built for one host, and in place between ``install`` and ``remove``."""
+    """Acts inside layers of the backbone. Built for one, and in place between ``install`` and ``remove``."""
 
     hierarchical = True
     merges: ClassVar[bool] = True  #: whether its change can become part of the weights
 
     def __init__(self, spec: Any, config: Any) -> None:
-        """A subclass also takes the host: ``cls(spec, config, host)``."""
+        """A subclass also takes the backbone: ``cls(spec, config, backbone)``."""
         super().__init__(spec, config)
 
     @abstractmethod
-    def install(self, host: nn.Module) -> None:
-        """Put the change into the host's layers: into all of them or, with an error, into none."""
+    def install(self, backbone: nn.Module) -> None:
+        """Put the change into the backbone's layers: into all of them or, with an error, into none."""
 
     @abstractmethod
-    def remove(self, host: nn.Module) -> None:
-        """Take it out: the host is as it was, bit for bit."""
+    def remove(self, backbone: nn.Module) -> None:
+        """Take it out: the backbone is as it was, bit for bit."""
 
     @abstractmethod
     def merge(self) -> None:
-        """Add the change to the host's weights, so that it costs nothing; to all of them or, with an error, to none."""
+        """Add the change to the weights, so that it costs nothing; to all of them or, with an error, to none."""
 
     @abstractmethod
     def unmerge(self) -> None:
@@ -162,14 +162,14 @@ class WeightAdapter(Adapter):
     @property
     @abstractmethod
     def merged(self) -> bool:
-        """Whether the host's weights hold the change."""
+        """Whether the backbone's weights hold the change."""
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
-        """Return a copy of the tensors of the host that it changes, by plain name, as they are now."""
+        """Return a copy of the tensors of the backbone that it changes, by plain name, as they are now."""
 
     def originals(self) -> dict[str, Tensor]:
-        """Return the tensors of the host, by plain name, that it keeps while others are in their places."""
+        """Return the tensors of the backbone, by plain name, that it keeps while others are in their places."""
         return {}
 
     @property
@@ -182,11 +182,11 @@ class WeightAdapter(Adapter):
         """Whether each row of a batch may have another task's."""
         return False
 
-    def check(self, host: nn.Module) -> None:
+    def check(self, backbone: nn.Module) -> None:
         """Raise ``RuntimeError`` where, installed, it is no longer in place: somebody has replaced a layer."""
 
     def translated(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of a file by the names of this host."""
+        """Tensors of a file by the names of this backbone."""
         return tensors
 
 
@@ -200,7 +200,7 @@ def wrapped(vit: View, acting: Iterable[Adapter], trace: Trace) -> View:
     how = vit.how_checkpointing() if torch.is_grad_enabled() else OFF
     if not wrappers and not how.every:
         return vit
-    trained = how.every > 0 and any(p.requires_grad for m in (vit.host, *adapters) for p in m.parameters())
+    trained = how.every > 0 and any(p.requires_grad for m in (vit.backbone, *adapters) for p in m.parameters())
     if isinstance(vit, HierarchicalViT):
         return WrappedHierarchicalViT(vit, wrappers, trace, how, trained)
     if isinstance(vit, ViT):
@@ -246,7 +246,7 @@ class WrappedViT(ViT):
         trained: bool = True,
     ) -> None:
         """``trained``: whether a checkpointed block has something to train."""
-        super().__init__(vit.host, vit.spec)
+        super().__init__(vit.backbone, vit.spec)
         self.vit, self.adapters, self.trace, self.how, self.trained = vit, adapters, trace, how, trained
         self.positions, self.prefix_optional, self.splits = vit.positions, vit.prefix_optional, vit.splits
 
@@ -287,7 +287,7 @@ class WrappedHierarchicalViT(HierarchicalViT):
         trained: bool = True,
     ) -> None:
         """``trained``: whether a checkpointed block has something to train."""
-        super().__init__(vit.host, vit.spec)
+        super().__init__(vit.backbone, vit.spec)
         self.vit, self.adapters, self.trace, self.how, self.trained = vit, adapters, trace, how, trained
         self.positions = vit.positions
 

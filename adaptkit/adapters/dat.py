@@ -17,7 +17,7 @@ Differences to DAT, on purpose. DAT samples the input, a group of channels at a 
 projections were never trained on a token whose channels come from different places, so here the heads of a group
 read whole tokens. Reading a linear projection is projecting what is read, so k and v are sampled themselves. The
 convention is ``exact`` (see :mod:`adaptkit.mixers.dat`): zero offsets read the cells. Prefix tokens stay keys and
-queries. Rotary keys are rotated at the places they moved to; a relative bias of the host is read there too.
+queries. Rotary keys are rotated at the places they moved to; a relative bias of the backbone is read there too.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def _to_heads(t: Tensor, groups: int, heads: int) -> Tensor:
 
 
 def _moved_bias(bias: Tensor, prefix: int, grid: Grid, points: Tensor) -> Tensor:
-    """Read the host's own bias at the moved keys: (., heads, P+N, P+N) -> (B, heads, P+N, P+n).
+    """Read the backbone's own bias at the moved keys: (., heads, P+N, P+N) -> (B, heads, P+N, P+n).
 
     For a query it is a map over the keys, and by displacement bilinear reading of the table is the same as of this map.
     """

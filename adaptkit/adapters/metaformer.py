@@ -50,9 +50,9 @@ class MetaFormerConfig:
     """The mixer, and the paper's ablations of the block around it."""
 
     #: A name, or several: one per block, or spread evenly over the depth ("pool, pool, global, global"). On a
-    #: hierarchical host one per block or per stage.
+    #: hierarchical backbone one per block or per stage.
     mixer: str | tuple[str, ...] = "pool"
-    #: Of the bottleneck; 0: none, the gate gamma. Several: one per stage of a hierarchical host.
+    #: Of the bottleneck; 0: none, the gate gamma. Several: one per stage of a hierarchical backbone.
     width: int | tuple[int, ...] = 64
     mlp_ratio: float | None = (
         None  #: hidden width of the MLP over the bottleneck's; 0: no MLP; None: 1, or 0 without one
@@ -104,13 +104,15 @@ class MetaFormerConfig:
             return [self.width] * spec.depth
         if isinstance(spec, HierarchicalSpec):
             return _per_stage("width", self.width, spec)
-        raise ValueError(f"width={self.width} is for a host of {len(self.width)} stages, a ViT has one; give one width")
+        raise ValueError(
+            f"width={self.width} is for a backbone of {len(self.width)} stages, a ViT has one; give one width"
+        )
 
 
 def _per_stage(option: str, values: tuple[T, ...], spec: HierarchicalSpec) -> list[T]:
     if len(values) != len(spec.depths):
         raise ValueError(
-            f"{option}={values} has {len(values)} entries, the host {len(spec.depths)} stages of "
+            f"{option}={values} has {len(values)} entries, the backbone {len(spec.depths)} stages of "
             f"{', '.join(map(str, spec.depths))} blocks; give one, or one per stage"
         )
     return [value for value, depth in zip(values, spec.depths) for _ in range(depth)]

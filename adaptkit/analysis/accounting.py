@@ -6,7 +6,7 @@ of the frozen ViT costs::
     m_msa * (n * s * (qkv + out) + n^2 * s * pair) + m_ffn * n * mlp
 
 and its gates cost what they cost. ``qkv``, ``out`` and ``mlp`` are the MACs of one row, ``pair`` those of one query
-with one key; they are read off the host itself by torch's flop counter, so that any family is counted alike. Norms,
+with one key; they are read off the backbone itself by torch's flop counter, so that any family is counted alike. Norms,
 softmax and activations are not counted, as everywhere in the literature.
 """
 

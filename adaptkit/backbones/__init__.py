@@ -1,1 +1,1 @@
-"""How each host is seen: one family per file, found by folder."""
+"""How each backbone is seen: one family per file, found by folder."""

@@ -21,13 +21,13 @@ HUB_CACHE = "_adaptkit_hub_cache"
 class HfViT(ViT):
     """A transformers base model. It has no classifier (a pooler is none) and its config knows its Hub id."""
 
-    def __init__(self, host: Any, spec: Spec) -> None:
-        super().__init__(host, spec)
-        self.origin = hf_source(host, spec.channels)
+    def __init__(self, backbone: Any, spec: Spec) -> None:
+        super().__init__(backbone, spec)
+        self.origin = hf_source(backbone, spec.channels)
 
     @abstractmethod
     def layers(self) -> Any:
-        """Return the host's list of layers."""
+        """Return the backbone's list of layers."""
 
     def is_checkpointing(self) -> bool:
         """As ``gradient_checkpointing_enable`` left it, layer by layer; the layers heed it in training mode alone."""
@@ -42,8 +42,8 @@ class HfViT(ViT):
         return self.origin or Source()
 
     def sizes(self) -> Sequence[tuple[int, int]]:
-        """The host's own, and another."""
-        config: Any = self.host.config
+        """The backbone's own, and another."""
+        config: Any = self.backbone.config
         return _pair(config.image_size), (3 * self.spec.patch_size, 5 * self.spec.patch_size)
 
     def reference(self, image: Tensor) -> Tensor:
@@ -51,12 +51,14 @@ class HfViT(ViT):
         return self._say(image)
 
     def _say(self, image: Tensor, **options: Any) -> Tensor:
-        """Run the host and return the tokens that it gives; of a Backbone class its last map."""
-        host: Any = self.host
-        if not any(module._forward_hooks for module in host.modules()):
-            for module in host.modules():  # a copy comes without hooks: those that record hidden states are made anew
+        """Run the backbone and return the tokens that it gives; of a Backbone class its last map."""
+        backbone: Any = self.backbone
+        if not any(module._forward_hooks for module in backbone.modules()):
+            for (
+                module
+            ) in backbone.modules():  # a copy comes without hooks: those that record hidden states are made anew
                 vars(module).pop("_output_capturing_hooks_installed", None)
-        said = host(image, **options)
+        said = backbone(image, **options)
         tokens = getattr(said, "last_hidden_state", None)
         if tokens is not None:
             return tokens
@@ -65,8 +67,8 @@ class HfViT(ViT):
         raise TypeError(f"its forward returns {type(said).__name__}, which has no last_hidden_state")
 
     def interpolating(self, image: Tensor) -> dict[str, bool]:
-        """Return the option by which a host is told that its positions must be resampled."""
-        return {} if is_native(image, self.host.config.image_size) else {"interpolate_pos_encoding": True}
+        """Return the option by which a backbone is told that its positions must be resampled."""
+        return {} if is_native(image, self.backbone.config.image_size) else {"interpolate_pos_encoding": True}
 
 
 def hf_source(model: Any, channels: int) -> Source:

@@ -5,7 +5,7 @@ On a given grid every rotary angle is an affine function of the place (y, x), co
     angle(y, x) = first + y * step[0] + x * step[1]
 
 so that a key that was read between cells can be turned to where it lies. What ``first`` and ``step`` are is the
-host's own rule; a test compares the angles at whole cells with those that the host computes.
+backbone's own rule; a test compares the angles at whole cells with those that the backbone computes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def axial(
 ) -> Rotary:
     """Half of the angles turn with one axis and half with the other, by the same frequencies (E/4,).
 
-    ``origins`` and ``steps``: the host's coordinate of the first cell and from cell to cell, for y and x. ``yx``:
+    ``origins`` and ``steps``: the backbone's coordinate of the first cell and from cell to cell, for y and x. ``yx``:
     whether the half that turns with y comes first.
     """
     none = torch.zeros_like(frequencies)

@@ -34,9 +34,9 @@ def is_bare(module: Any, cls: type[nn.Module]) -> bool:
     return type(module) is cls and plain and not any(acts)
 
 
-def patch_side(host: Any) -> int:
+def patch_side(backbone: Any) -> int:
     """Return the side of the square patch; ``TypeError`` for another patch embedding or oblong patches."""
-    embed = host.patch_embed
+    embed = backbone.patch_embed
     if not any(c.__name__ in ("PatchEmbed", "PatchEmbedWithSize") for c in type(embed).__mro__):
         raise TypeError(
             f"patch embedding {type(embed).__name__} is no plain strided convolution (PatchEmbed), which the adapters' "
@@ -48,46 +48,50 @@ def patch_side(host: Any) -> int:
     return int(height)
 
 
-def channels(host: Any) -> int:
+def channels(backbone: Any) -> int:
     """Return how many channels the image has, by the kernel (D, C, p, p) that reads it."""
-    return int(host.patch_embed.proj.weight.shape[1])
+    return int(backbone.patch_embed.proj.weight.shape[1])
 
 
-def patchify(host: Any, image: Tensor) -> Tensor:
+def patchify(backbone: Any, image: Tensor) -> Tensor:
     """(B, C, h*p, w*p) -> (B, h*w, D): timm's PatchEmbed without its fixed-size assertions."""
-    embed = host.patch_embed
+    embed = backbone.patch_embed
     return embed.norm(embed.proj(image).flatten(2).transpose(1, 2))
 
 
-def resampled_positions(host: Any, grid: tuple[int, int], prefix: int) -> Tensor:
+def resampled_positions(backbone: Any, grid: tuple[int, int], prefix: int) -> Tensor:
     """Return the position table (1, prefix + h*w, D) on another grid, by timm's own rule; the table itself on its own.
 
     timm's rule only shortcuts on the table's own grid; an export keeps that grid's shortcut as a constant shape.
     """
     from timm.layers import resample_abs_pos_embed
 
-    native = tuple(host.patch_embed.grid_size)
+    native = tuple(backbone.patch_embed.grid_size)
     if grid == native:
-        return host.pos_embed
-    return resample_abs_pos_embed(host.pos_embed, new_size=list(grid), old_size=list(native), num_prefix_tokens=prefix)
+        return backbone.pos_embed
+    return resample_abs_pos_embed(
+        backbone.pos_embed, new_size=list(grid), old_size=list(native), num_prefix_tokens=prefix
+    )
 
 
-def prefix_tokens(host: Any) -> list[Tensor]:
+def prefix_tokens(backbone: Any) -> list[Tensor]:
     """Return class, distillation and register tokens in timm's order, each (1, n, D)."""
-    tokens = [host.cls_token, getattr(host, "dist_token", None), getattr(host, "reg_token", None)]
+    tokens = [backbone.cls_token, getattr(backbone, "dist_token", None), getattr(backbone, "reg_token", None)]
     return [t for t in tokens if t is not None]
 
 
-def add_prefix_and_positions(host: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, h*w, D) -> (B, P + h*w, D), positions added before or after the prefix joins, as the host does."""
-    prefix = [t.expand(x.shape[0], -1, -1) for t in prefix_tokens(host)]
-    no_embed_class = getattr(host, "no_embed_class", False)
-    if host.pos_embed is not None and no_embed_class:
-        x = x + resampled_positions(host, grid, 0)
-    if prefix:  # with none, a copy would lay the tokens out otherwise than the host has them, and sums round otherwise
+def add_prefix_and_positions(backbone: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, h*w, D) -> (B, P + h*w, D), positions added before or after the prefix joins, as the backbone does."""
+    prefix = [t.expand(x.shape[0], -1, -1) for t in prefix_tokens(backbone)]
+    no_embed_class = getattr(backbone, "no_embed_class", False)
+    if backbone.pos_embed is not None and no_embed_class:
+        x = x + resampled_positions(backbone, grid, 0)
+    if (
+        prefix
+    ):  # with none, a copy would lay the tokens out otherwise than the backbone has them, and sums round otherwise
         x = torch.cat([*prefix, x], dim=1)
-    if host.pos_embed is not None and not no_embed_class:
-        x = x + resampled_positions(host, grid, host.num_prefix_tokens)
+    if backbone.pos_embed is not None and not no_embed_class:
+        x = x + resampled_positions(backbone, grid, backbone.num_prefix_tokens)
     return x
 
 
@@ -143,7 +147,7 @@ def _chain(parts: list[Fn], x: Tensor) -> Tensor:
 
 
 def block_list(blocks: Any) -> Sequence[Any]:
-    """Return the blocks of a host one by one; ``TypeError`` where they were compiled or wrapped all in one."""
+    """Return the blocks of a backbone one by one; ``TypeError`` where they were compiled or wrapped all in one."""
     if unwrapped(blocks) is not blocks:
         raise TypeError(
             f"the blocks are inside one {type(blocks).__name__}, and adapters run them one by one: compile or wrap "
@@ -152,11 +156,11 @@ def block_list(blocks: Any) -> Sequence[Any]:
     return blocks
 
 
-def head_count(host: Any) -> int:
+def head_count(backbone: Any) -> int:
     """Return the heads of each block; ``TypeError`` where blocks have no attention, or different counts."""
-    attentions = [getattr(unwrapped(block), "attn", None) for block in block_list(host.blocks)]
+    attentions = [getattr(unwrapped(block), "attn", None) for block in block_list(backbone.blocks)]
     if not attentions or any(attn is None for attn in attentions):
-        kinds = ", ".join(sorted({class_name(block) for block in host.blocks})) or "no block"
+        kinds = ", ".join(sorted({class_name(block) for block in backbone.blocks})) or "no block"
         raise TypeError(
             f"{kinds} is not of the form x + attn(norm(x)), x + mlp(norm(x)) (attention and FFN side by side, for "
             f"instance); {REMEDY}"
@@ -167,9 +171,9 @@ def head_count(host: Any) -> int:
     return counts.pop()
 
 
-def timm_sizes(host: Any) -> Sequence[tuple[int, int]]:
-    """Return the size that the host was built for, and another where it takes any."""
-    embed: Any = host.patch_embed
+def timm_sizes(backbone: Any) -> Sequence[tuple[int, int]]:
+    """Return the size that the backbone was built for, and another where it takes any."""
+    embed: Any = backbone.patch_embed
     size, (height, width) = embed.img_size, embed.patch_size
     if getattr(embed, "strict_img_size", True):
         return [] if size is None else [(size[0], size[1])]
@@ -177,31 +181,33 @@ def timm_sizes(host: Any) -> Sequence[tuple[int, int]]:
     return [*native, (3 * height, 5 * width)]
 
 
-def timm_answers(host: Any, tokens: Tensor) -> Sequence[Tensor]:
-    """Return what may come out of a host: logits or pooled features, or the tokens."""
-    return host.forward_head(tokens), tokens
+def timm_answers(backbone: Any, tokens: Tensor) -> Sequence[Tensor]:
+    """Return what may come out of a backbone: logits or pooled features, or the tokens."""
+    return backbone.forward_head(tokens), tokens
 
 
-def classifier_logits(host: Any, x: Tensor) -> Tensor | None:
-    """Normed tokens -> logits, or None for a host built with ``num_classes=0``."""
-    return host.forward_head(x) if host.num_classes > 0 else None
+def classifier_logits(backbone: Any, x: Tensor) -> Tensor | None:
+    """Normed tokens -> logits, or None for a backbone built with ``num_classes=0``."""
+    return backbone.forward_head(x) if backbone.num_classes > 0 else None
 
 
-def is_checkpointing(host: Any) -> bool:
-    """Whether ``set_grad_checkpointing`` was called on a host whose blocks are one list."""
-    return bool(getattr(host, "grad_checkpointing", False))
+def is_checkpointing(backbone: Any) -> bool:
+    """Whether ``set_grad_checkpointing`` was called on a backbone whose blocks are one list."""
+    return bool(getattr(backbone, "grad_checkpointing", False))
 
 
 def timm_source(view: View) -> Source:
-    """Read where the host of a view comes from."""
-    host: Any = view.host
-    return view.origin or cfg_source(getattr(host, "pretrained_cfg", None), host.num_classes, view.spec.channels)
+    """Read where the backbone of a view comes from."""
+    backbone: Any = view.backbone
+    return view.origin or cfg_source(
+        getattr(backbone, "pretrained_cfg", None), backbone.num_classes, view.spec.channels
+    )
 
 
 def cfg_source(cfg: dict[str, Any] | None, classes: int, channels: int) -> Source:
     """Read timm's ``pretrained_cfg``; the revision stands behind the Hub id where one was asked for.
 
-    A host that was built for another number of ``channels`` keeps the normalisation of the first ones: it says nothing.
+    A backbone built for another number of ``channels`` keeps the normalisation of the first ones: it says nothing.
     """
     cfg = cfg or {}
     name, tag = cfg.get("architecture", ""), cfg.get("tag", "")

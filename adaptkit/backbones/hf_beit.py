@@ -22,36 +22,36 @@ class HfBeit(HfViT):
     positions = "relative bias, bilinear; absolute ones bicubic"
     prefix_optional = False  # the bias has a row for the class token
 
-    def __init__(self, host: Any) -> None:
-        kernel = host.embeddings.patch_embeddings.projection.weight
-        super().__init__(host, hf_spec("hf-beit", host.config, host.layers, 1, kernel))
+    def __init__(self, backbone: Any) -> None:
+        kernel = backbone.embeddings.patch_embeddings.projection.weight
+        super().__init__(backbone, hf_spec("hf-beit", backbone.config, backbone.layers, 1, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``host.embeddings``, which takes any size."""
-        return self.host.embeddings(image)
+        """``backbone.embeddings``, which takes any size."""
+        return self.backbone.embeddings(image)
 
     def layers(self) -> Any:
-        """``host.layers``."""
-        return self.host.layers
+        """``backbone.layers``."""
+        return self.backbone.layers
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
-        """The host's layers, given the shared bias and the size of the image."""
-        host: Any = self.host
-        shared = None if host.shared_position_bias is None else host.shared_position_bias(grid)
+        """The backbone's layers, given the shared bias and the size of the image."""
+        backbone: Any = self.backbone
+        shared = None if backbone.shared_position_bias is None else backbone.shared_position_bias(grid)
         return [_block(layer, shared, grid, tuple(image.shape[-2:])) for layer in block_list(self.layers())]
 
     def norm(self, x: Tensor) -> Tensor:
-        """``host.layernorm``; the identity where the host norms after pooling."""
-        return self.host.layernorm(x)
+        """``backbone.layernorm``; the identity where the backbone norms after pooling."""
+        return self.backbone.layernorm(x)
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
-        host: Any = self.host
-        patch = host.embeddings.patch_embeddings.projection.weight
+        backbone: Any = self.backbone
+        patch = backbone.embeddings.patch_embeddings.projection.weight
         return {
             "patch": patch,
-            "first": unwrapped(host.layers[0]).layernorm_before.weight,
-            "last": unwrapped(host.layers[-1]).layernorm_after.weight,
+            "first": unwrapped(backbone.layers[0]).layernorm_before.weight,
+            "last": unwrapped(backbone.layers[-1]).layernorm_after.weight,
         }
 
 

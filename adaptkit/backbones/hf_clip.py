@@ -24,27 +24,27 @@ class HfCLIP(HfViT):
 
     positions = "bicubic"
 
-    def __init__(self, host: Any) -> None:
-        kernel = host.embeddings.patch_embedding.weight
-        super().__init__(host, hf_spec("hf-clip", host.config, host.encoder.layers, 1, kernel))
+    def __init__(self, backbone: Any) -> None:
+        kernel = backbone.embeddings.patch_embedding.weight
+        super().__init__(backbone, hf_spec("hf-clip", backbone.config, backbone.encoder.layers, 1, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``host.embeddings`` and the norm before the first block."""
-        host: Any = self.host
-        interpolate = not is_native(image, host.embeddings.image_size)
-        return host.pre_layrnorm(host.embeddings(image, interpolate_pos_encoding=interpolate))
+        """``backbone.embeddings`` and the norm before the first block."""
+        backbone: Any = self.backbone
+        interpolate = not is_native(image, backbone.embeddings.image_size)
+        return backbone.pre_layrnorm(backbone.embeddings(image, interpolate_pos_encoding=interpolate))
 
     def layers(self) -> Any:
-        """``host.encoder.layers``."""
-        return self.host.encoder.layers
+        """``backbone.encoder.layers``."""
+        return self.backbone.encoder.layers
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
-        """The host's layers."""
+        """The backbone's layers."""
         return [clip_block(layer) for layer in block_list(self.layers())]
 
     def norm(self, x: Tensor) -> Tensor:
-        """``host.post_layernorm``, over all tokens."""
-        return self.host.post_layernorm(x)
+        """``backbone.post_layernorm``, over all tokens."""
+        return self.backbone.post_layernorm(x)
 
     def reference(self, image: Tensor) -> Tensor:
         """``last_hidden_state``, normed."""
@@ -52,9 +52,9 @@ class HfCLIP(HfViT):
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
-        host: Any = self.host
-        layers = host.encoder.layers
-        patch = host.embeddings.patch_embedding.weight
+        backbone: Any = self.backbone
+        layers = backbone.encoder.layers
+        patch = backbone.embeddings.patch_embedding.weight
         return {
             "patch": patch,
             "first": unwrapped(layers[0]).layer_norm1.weight,

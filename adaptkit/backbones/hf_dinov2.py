@@ -23,33 +23,33 @@ class HfDinov2(HfViT):
 
     positions = "bicubic"
 
-    def __init__(self, host: Any) -> None:
-        registers = getattr(host.embeddings, "register_tokens", None)
+    def __init__(self, backbone: Any) -> None:
+        registers = getattr(backbone.embeddings, "register_tokens", None)
         prefix = 1 if registers is None else 1 + registers.shape[1]
-        kernel = host.embeddings.patch_embeddings.projection.weight
-        super().__init__(host, hf_spec("hf-dinov2", host.config, host.encoder.layer, prefix, kernel))
+        kernel = backbone.embeddings.patch_embeddings.projection.weight
+        super().__init__(backbone, hf_spec("hf-dinov2", backbone.config, backbone.encoder.layer, prefix, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``host.embeddings``, which takes any size."""
-        return self.host.embeddings(image)
+        """``backbone.embeddings``, which takes any size."""
+        return self.backbone.embeddings(image)
 
     def layers(self) -> Any:
-        """``host.encoder.layer``."""
-        return self.host.encoder.layer
+        """``backbone.encoder.layer``."""
+        return self.backbone.encoder.layer
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
-        """The host's layers."""
+        """The backbone's layers."""
         return [dino_block(layer) for layer in block_list(self.layers())]
 
     def norm(self, x: Tensor) -> Tensor:
-        """``host.layernorm``."""
-        return self.host.layernorm(x)
+        """``backbone.layernorm``."""
+        return self.backbone.layernorm(x)
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
-        host: Any = self.host
-        layers = host.encoder.layer
-        patch = host.embeddings.patch_embeddings.projection.weight
+        backbone: Any = self.backbone
+        layers = backbone.encoder.layer
+        patch = backbone.embeddings.patch_embeddings.projection.weight
         return {"patch": patch, "first": unwrapped(layers[0]).norm1.weight, "last": unwrapped(layers[-1]).norm2.weight}
 
 

@@ -28,44 +28,44 @@ class HfDINOv3(HfViT):
 
     positions = "rope"
 
-    def __init__(self, host: Any) -> None:
-        prefix = 1 + host.embeddings.register_tokens.shape[1]
-        kernel = host.embeddings.patch_embeddings.weight
-        super().__init__(host, hf_spec("hf-dinov3", host.config, host.model.layer, prefix, kernel))
+    def __init__(self, backbone: Any) -> None:
+        prefix = 1 + backbone.embeddings.register_tokens.shape[1]
+        kernel = backbone.embeddings.patch_embeddings.weight
+        super().__init__(backbone, hf_spec("hf-dinov3", backbone.config, backbone.model.layer, prefix, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``host.embeddings``, which has no positions."""
-        return self.host.embeddings(image)
+        """``backbone.embeddings``, which has no positions."""
+        return self.backbone.embeddings(image)
 
     def layers(self) -> Any:
-        """``host.model.layer``."""
-        return self.host.model.layer
+        """``backbone.model.layer``."""
+        return self.backbone.model.layer
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
-        """The host's layers, given the rotary angles of this grid."""
-        host: Any = self.host
-        layers, rope = block_list(self.layers()), host.rope_embeddings(image)
+        """The backbone's layers, given the rotary angles of this grid."""
+        backbone: Any = self.backbone
+        layers, rope = block_list(self.layers()), backbone.rope_embeddings(image)
         blocks = [dino_block(layer, position_embeddings=rope) for layer in layers]
         return [
             replace(
                 block,
                 qkv=partial(_qkv, unwrapped(unwrapped(layer).attention), rope),
                 qkv_at=partial(_qkv_at, unwrapped(unwrapped(layer).attention), rope),
-                rotate=partial(_turn, host.rope_embeddings, grid),
+                rotate=partial(_turn, backbone.rope_embeddings, grid),
                 projections=no_projections,
             )
             for block, layer in zip(blocks, layers)
         ]
 
     def norm(self, x: Tensor) -> Tensor:
-        """``host.norm``."""
-        return self.host.norm(x)
+        """``backbone.norm``."""
+        return self.backbone.norm(x)
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
-        host: Any = self.host
-        layers = host.model.layer
-        patch = host.embeddings.patch_embeddings.weight
+        backbone: Any = self.backbone
+        layers = backbone.model.layer
+        patch = backbone.embeddings.patch_embeddings.weight
         return {"patch": patch, "first": unwrapped(layers[0]).norm1.weight, "last": unwrapped(layers[-1]).norm2.weight}
 
 

@@ -20,26 +20,26 @@ class HfSiglip(HfViT):
 
     positions = "bicubic"
 
-    def __init__(self, host: Any) -> None:
-        kernel = host.embeddings.patch_embedding.weight
-        super().__init__(host, hf_spec("hf-siglip", host.config, host.encoder.layers, 0, kernel))
+    def __init__(self, backbone: Any) -> None:
+        kernel = backbone.embeddings.patch_embedding.weight
+        super().__init__(backbone, hf_spec("hf-siglip", backbone.config, backbone.encoder.layers, 0, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``host.embeddings``, with its own interpolation at another size."""
-        embeddings: Any = self.host.embeddings
+        """``backbone.embeddings``, with its own interpolation at another size."""
+        embeddings: Any = self.backbone.embeddings
         return embeddings(image, interpolate_pos_encoding=not is_native(image, embeddings.image_size))
 
     def layers(self) -> Any:
-        """``host.encoder.layers``."""
-        return self.host.encoder.layers
+        """``backbone.encoder.layers``."""
+        return self.backbone.encoder.layers
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
-        """The host's layers."""
+        """The backbone's layers."""
         return [clip_block(layer) for layer in block_list(self.layers())]
 
     def norm(self, x: Tensor) -> Tensor:
-        """``host.post_layernorm``."""
-        return self.host.post_layernorm(x)
+        """``backbone.post_layernorm``."""
+        return self.backbone.post_layernorm(x)
 
     def reference(self, image: Tensor) -> Tensor:
         """``last_hidden_state``."""
@@ -47,9 +47,9 @@ class HfSiglip(HfViT):
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
-        host: Any = self.host
-        layers = host.encoder.layers
-        patch = host.embeddings.patch_embedding.weight
+        backbone: Any = self.backbone
+        layers = backbone.encoder.layers
+        patch = backbone.embeddings.patch_embedding.weight
         return {
             "patch": patch,
             "first": unwrapped(layers[0]).layer_norm1.weight,

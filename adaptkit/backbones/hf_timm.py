@@ -16,7 +16,7 @@ _WRAPPERS = "transformers.models.timm_wrapper.modeling_timm_wrapper"
     f"{_WRAPPERS}.TimmWrapperForImageClassification",
 )
 def timm_wrapper(model: Any) -> ViT:
-    """See the timm model inside; its ``host`` is that model.
+    """See the timm model inside; its ``backbone`` is that model.
 
     transformers builds it by its architecture alone, so its own ``pretrained_cfg`` is that of other weights; the one of
     the weights is in the wrapper's config, where there is one.

@@ -25,28 +25,28 @@ class HfPlainViT(HfViT):
 
     positions = "bicubic"
 
-    def __init__(self, host: Any) -> None:
-        embeddings = host.embeddings
+    def __init__(self, backbone: Any) -> None:
+        embeddings = backbone.embeddings
         prefix = embeddings.position_embeddings.shape[1] - embeddings.patch_embeddings.num_patches
         kernel = embeddings.patch_embeddings.projection.weight
-        super().__init__(host, hf_spec("hf-vit", host.config, host.layers, prefix, kernel))
+        super().__init__(backbone, hf_spec("hf-vit", backbone.config, backbone.layers, prefix, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``host.embeddings``, with its own interpolation at another size."""
-        embeddings: Any = self.host.embeddings
+        """``backbone.embeddings``, with its own interpolation at another size."""
+        embeddings: Any = self.backbone.embeddings
         return embeddings(image, interpolate_pos_encoding=not is_native(image, embeddings.image_size))
 
     def layers(self) -> Any:
-        """``host.layers``."""
-        return self.host.layers
+        """``backbone.layers``."""
+        return self.backbone.layers
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
-        """The host's layers."""
+        """The backbone's layers."""
         return [vit_block(layer) for layer in block_list(self.layers())]
 
     def norm(self, x: Tensor) -> Tensor:
-        """``host.layernorm``."""
-        return self.host.layernorm(x)
+        """``backbone.layernorm``."""
+        return self.backbone.layernorm(x)
 
     def reference(self, image: Tensor) -> Tensor:
         """``last_hidden_state``."""
@@ -54,10 +54,10 @@ class HfPlainViT(HfViT):
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
-        host: Any = self.host
-        patch = host.embeddings.patch_embeddings.projection.weight
+        backbone: Any = self.backbone
+        patch = backbone.embeddings.patch_embeddings.projection.weight
         return {
             "patch": patch,
-            "first": unwrapped(host.layers[0]).layernorm_before.weight,
-            "last": unwrapped(host.layers[-1]).layernorm_after.weight,
+            "first": unwrapped(backbone.layers[0]).layernorm_before.weight,
+            "last": unwrapped(backbone.layers[-1]).layernorm_after.weight,
         }

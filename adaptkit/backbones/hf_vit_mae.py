@@ -18,17 +18,17 @@ from adaptkit.core.view import Block
 
 @register_family("transformers.models.vit_mae.modeling_vit_mae.ViTMAEModel")
 class HfViTMAE(HfViT):
-    """Blocks ``x + attn(norm(x))``; the host alone drops 75 % of the patches and shuffles the rest, the view none."""
+    """Blocks ``x + attn(norm(x))``; the backbone drops 75 % of the patches and shuffles the rest, the view none."""
 
     positions = "bicubic"
 
-    def __init__(self, host: Any) -> None:
-        kernel = host.embeddings.patch_embeddings.projection.weight
-        super().__init__(host, hf_spec("hf-vit-mae", host.config, host.layers, 1, kernel))
+    def __init__(self, backbone: Any) -> None:
+        kernel = backbone.embeddings.patch_embeddings.projection.weight
+        super().__init__(backbone, hf_spec("hf-vit-mae", backbone.config, backbone.layers, 1, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The sum that ``host.embeddings`` forms before it masks."""
-        embeddings: Any = self.host.embeddings
+        """The sum that ``backbone.embeddings`` forms before it masks."""
+        embeddings: Any = self.backbone.embeddings
         x = embeddings.patch_embeddings(image)
         positions = embeddings.position_embeddings
         if not is_native(image, embeddings.image_size):
@@ -37,20 +37,20 @@ class HfViTMAE(HfViT):
         return torch.cat([cls.expand(x.shape[0], -1, -1), x + positions[:, 1:]], dim=1)
 
     def layers(self) -> Any:
-        """``host.layers``."""
-        return self.host.layers
+        """``backbone.layers``."""
+        return self.backbone.layers
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
-        """The host's layers."""
+        """The backbone's layers."""
         return [vit_block(layer) for layer in block_list(self.layers())]
 
     def norm(self, x: Tensor) -> Tensor:
-        """``host.layernorm``."""
-        return self.host.layernorm(x)
+        """``backbone.layernorm``."""
+        return self.backbone.layernorm(x)
 
     def reference(self, image: Tensor) -> Tensor:
         """``last_hidden_state`` of a copy that masks nothing and shuffles nothing."""
-        embeddings: Any = self.host.embeddings
+        embeddings: Any = self.backbone.embeddings
         embeddings.config = copy.copy(embeddings.config)
         embeddings.config.mask_ratio = 0.0
         cells = (image.shape[-2] // self.spec.patch_size) * (image.shape[-1] // self.spec.patch_size)
@@ -59,10 +59,10 @@ class HfViTMAE(HfViT):
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
-        host: Any = self.host
-        patch = host.embeddings.patch_embeddings.projection.weight
+        backbone: Any = self.backbone
+        patch = backbone.embeddings.patch_embeddings.projection.weight
         return {
             "patch": patch,
-            "first": unwrapped(host.layers[0]).layernorm_before.weight,
-            "last": unwrapped(host.layers[-1]).layernorm_after.weight,
+            "first": unwrapped(backbone.layers[0]).layernorm_before.weight,
+            "last": unwrapped(backbone.layers[-1]).layernorm_after.weight,
         }

@@ -10,5 +10,5 @@ from adaptkit.core.view import ViT
 
 @register_family("peft.peft_model.PeftModel")  # type: ignore[type-var]
 def peft_model(model: Any) -> ViT:
-    """See the base model; its ``host`` is that model."""
+    """See the base model; its ``backbone`` is that model."""
     return view(model.get_base_model())

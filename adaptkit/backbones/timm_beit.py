@@ -38,7 +38,7 @@ class TimmBeit(ViT):
     """Blocks ``x + gamma * attn(norm(x))`` with a bias on the logits by where two patches lie to each other.
 
     timm fixes the grid when the model is built. At another one the view resizes the bias tables as
-    ``set_input_size`` does, but leaves the host as it is. timm's rule is slow and is paid in every forward: to stay
+    ``set_input_size`` does, but leaves the backbone as it is. timm's rule is slow and is paid in every forward: to stay
     at one other size, call ``set_input_size`` on the model before it is attached.
     """
 
@@ -46,75 +46,81 @@ class TimmBeit(ViT):
     prefix_optional = False  # the bias has a row for the class token
     rebuilds = True
 
-    def __init__(self, host: Any) -> None:
-        sizes = (host.embed_dim, len(host.blocks), head_count(host), patch_side(host), host.num_prefix_tokens)
-        spec = Spec("timm-beit", *sizes, channels(host))
-        super().__init__(host, spec)
+    def __init__(self, backbone: Any) -> None:
+        sizes = (
+            backbone.embed_dim,
+            len(backbone.blocks),
+            head_count(backbone),
+            patch_side(backbone),
+            backbone.num_prefix_tokens,
+        )
+        spec = Spec("timm-beit", *sizes, channels(backbone))
+        super().__init__(backbone, spec)
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patches, class token, absolute positions where there are any."""
-        return add_prefix_and_positions(self.host, patchify(self.host, image), grid)
+        return add_prefix_and_positions(self.backbone, patchify(self.backbone, image), grid)
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """timm's own blocks; at another grid their own parts, with the resized bias."""
-        host: Any = self.host
-        index = _other_index(host, grid)
-        shared = None if host.rel_pos_bias is None else _bias(host.rel_pos_bias, grid, index)
-        return [_block(blk, shared, grid, index) for blk in block_list(host.blocks)]
+        backbone: Any = self.backbone
+        index = _other_index(backbone, grid)
+        shared = None if backbone.rel_pos_bias is None else _bias(backbone.rel_pos_bias, grid, index)
+        return [_block(blk, shared, grid, index) for blk in block_list(backbone.blocks)]
 
     def norm(self, x: Tensor) -> Tensor:
-        """``host.norm``; the identity where timm norms after pooling (``fc_norm``)."""
-        return self.host.norm(x)
+        """``backbone.norm``; the identity where timm norms after pooling (``fc_norm``)."""
+        return self.backbone.norm(x)
 
     def classify(self, x: Tensor) -> Tensor | None:
-        """``host.forward_head`` where it has classes."""
-        return classifier_logits(self.host, x)
+        """``backbone.forward_head`` where it has classes."""
+        return classifier_logits(self.backbone, x)
 
     def is_checkpointing(self) -> bool:
         """As ``set_grad_checkpointing`` left it."""
-        return is_checkpointing(self.host)
+        return is_checkpointing(self.backbone)
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
-        host: Any = self.host
-        first, last = unwrapped(host.blocks[0]), unwrapped(host.blocks[-1])
-        return {"patch": host.patch_embed.proj.weight, "first": first.norm1.weight, "last": last.norm2.weight}
+        backbone: Any = self.backbone
+        first, last = unwrapped(backbone.blocks[0]), unwrapped(backbone.blocks[-1])
+        return {"patch": backbone.patch_embed.proj.weight, "first": first.norm1.weight, "last": last.norm2.weight}
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
         return timm_source(self)
 
     def sizes(self) -> Sequence[tuple[int, int]]:
-        """The host's own, and another where it takes any."""
-        return timm_sizes(self.host)
+        """The backbone's own, and another where it takes any."""
+        return timm_sizes(self.backbone)
 
     def reference(self, image: Tensor) -> Tensor:
-        """``host.forward_features`` of a copy, whose stand-ins for the blocks look nothing up in the large tables."""
-        host: Any = self.host
-        for blk in host.blocks:
+        """``backbone.forward_features`` of a copy, whose stand-ins for blocks look nothing up in the large tables."""
+        backbone: Any = self.backbone
+        for blk in backbone.blocks:
             blk.attn.window_size = None
-        return host.forward_features(image)
+        return backbone.forward_features(image)
 
     def answers(self, tokens: Tensor) -> Sequence[Tensor]:
-        """``host.forward_head`` of them, or the tokens."""
-        return timm_answers(self.host, tokens)
+        """``backbone.forward_head`` of them, or the tokens."""
+        return timm_answers(self.backbone, tokens)
 
     def accept(self, grid: tuple[int, int]) -> None:
         """Give the bias tables of a copy the shape of this grid; their values do not matter there."""
-        host: Any = self.host
-        host.patch_embed.grid_size = grid
-        for holder in (host.rel_pos_bias, *(unwrapped(unwrapped(blk).attn) for blk in host.blocks)):
+        backbone: Any = self.backbone
+        backbone.patch_embed.grid_size = grid
+        for holder in (backbone.rel_pos_bias, *(unwrapped(unwrapped(blk).attn) for blk in backbone.blocks)):
             if holder is not None and holder.window_size is not None:
                 _take(holder, grid)
 
 
-def _other_index(host: Any, grid: tuple[int, int]) -> Tensor | None:
-    """Which row of the table a pair of tokens reads, (1+h*w, 1+h*w); None on the host's own grid."""
+def _other_index(backbone: Any, grid: tuple[int, int]) -> Tensor | None:
+    """Which row of the table a pair of tokens reads, (1+h*w, 1+h*w); None on the backbone's own grid."""
     from timm.models.beit import gen_relative_position_index
 
-    if grid == tuple(host.patch_embed.grid_size):
+    if grid == tuple(backbone.patch_embed.grid_size):
         return None
-    return gen_relative_position_index(grid, device=host.cls_token.device)
+    return gen_relative_position_index(grid, device=backbone.cls_token.device)
 
 
 def _take(holder: Any, grid: tuple[int, int]) -> None:

@@ -42,73 +42,79 @@ class TimmEva(ViT):
     positions = "rope, absolute ones bicubic antialias"
     prefix_optional = False  # timm leaves the first P tokens unrotated, whatever they are
 
-    def __init__(self, host: Any) -> None:
-        sizes = (host.embed_dim, len(host.blocks), head_count(host), patch_side(host), host.num_prefix_tokens)
-        spec = Spec("timm-eva", *sizes, channels(host))
-        super().__init__(host, spec)
-        if host.pos_embed is None:
-            self.positions = "none" if host.rope is None else "rope"
-        elif host.rope is None:
+    def __init__(self, backbone: Any) -> None:
+        sizes = (
+            backbone.embed_dim,
+            len(backbone.blocks),
+            head_count(backbone),
+            patch_side(backbone),
+            backbone.num_prefix_tokens,
+        )
+        spec = Spec("timm-eva", *sizes, channels(backbone))
+        super().__init__(backbone, spec)
+        if backbone.pos_embed is None:
+            self.positions = "none" if backbone.rope is None else "rope"
+        elif backbone.rope is None:
             self.positions = "bicubic antialias"
-        self.splits = all(getattr(unwrapped(unwrapped(blk).attn), "gate", None) is None for blk in host.blocks)
+        self.splits = all(getattr(unwrapped(unwrapped(blk).attn), "gate", None) is None for blk in backbone.blocks)
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patches, prefix, absolute positions where there are any, ``norm_pre``."""
-        host: Any = self.host
-        return host.norm_pre(add_prefix_and_positions(host, patchify(host, image), grid))
+        backbone: Any = self.backbone
+        return backbone.norm_pre(add_prefix_and_positions(backbone, patchify(backbone, image), grid))
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """timm's own blocks, each given the rotary angles of this grid."""
-        host: Any = self.host
-        rope = _rope(host, grid)
-        per_block = rope if rope is not None and host.rope_mixed else [rope] * len(host.blocks)
-        blocks = [_block(blk, angles) for blk, angles in zip(block_list(host.blocks), per_block)]
+        backbone: Any = self.backbone
+        rope = _rope(backbone, grid)
+        per_block = rope if rope is not None and backbone.rope_mixed else [rope] * len(backbone.blocks)
+        blocks = [_block(blk, angles) for blk, angles in zip(block_list(backbone.blocks), per_block)]
         if rope is None:
             return blocks
-        return [replace(b, rotate=partial(_turn, host.rope, grid, i)) for i, b in enumerate(blocks)]
+        return [replace(b, rotate=partial(_turn, backbone.rope, grid, i)) for i, b in enumerate(blocks)]
 
     def norm(self, x: Tensor) -> Tensor:
-        """``host.norm``; the identity where timm norms after pooling (``fc_norm``)."""
-        return self.host.norm(x)
+        """``backbone.norm``; the identity where timm norms after pooling (``fc_norm``)."""
+        return self.backbone.norm(x)
 
     def classify(self, x: Tensor) -> Tensor | None:
-        """``host.forward_head`` where it has classes."""
-        return classifier_logits(self.host, x)
+        """``backbone.forward_head`` where it has classes."""
+        return classifier_logits(self.backbone, x)
 
     def is_checkpointing(self) -> bool:
         """As ``set_grad_checkpointing`` left it."""
-        return is_checkpointing(self.host)
+        return is_checkpointing(self.backbone)
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
-        host: Any = self.host
-        first, last = unwrapped(host.blocks[0]), unwrapped(host.blocks[-1])
-        return {"patch": host.patch_embed.proj.weight, "first": first.norm1.weight, "last": last.norm2.weight}
+        backbone: Any = self.backbone
+        first, last = unwrapped(backbone.blocks[0]), unwrapped(backbone.blocks[-1])
+        return {"patch": backbone.patch_embed.proj.weight, "first": first.norm1.weight, "last": last.norm2.weight}
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
         return timm_source(self)
 
     def sizes(self) -> Sequence[tuple[int, int]]:
-        """The host's own, and another where it takes any."""
-        return timm_sizes(self.host)
+        """The backbone's own, and another where it takes any."""
+        return timm_sizes(self.backbone)
 
     def reference(self, image: Tensor) -> Tensor:
-        """``host.forward_features``."""
-        return self.host.forward_features(image)
+        """``backbone.forward_features``."""
+        return self.backbone.forward_features(image)
 
     def answers(self, tokens: Tensor) -> Sequence[Tensor]:
-        """``host.forward_head`` of them, or the tokens."""
-        return timm_answers(self.host, tokens)
+        """``backbone.forward_head`` of them, or the tokens."""
+        return timm_answers(self.backbone, tokens)
 
 
-def _rope(host: Any, grid: tuple[int, int]) -> Tensor | None:
-    """Sines and cosines (h*w, 2*E); (depth, heads, h*w, 2*E) for the mixed kind; None for a host without."""
-    rope = host.rope
+def _rope(backbone: Any, grid: tuple[int, int]) -> Tensor | None:
+    """Sines and cosines (h*w, 2*E); (depth, heads, h*w, 2*E) for the mixed kind; None for a backbone without."""
+    rope = backbone.rope
     if rope is None:
         return None
-    if hasattr(rope, "feat_shape") and not host.dynamic_img_size and grid == tuple(host.patch_embed.grid_size):
-        return rope.get_embed()  # the host's own buffer
+    if hasattr(rope, "feat_shape") and not backbone.dynamic_img_size and grid == tuple(backbone.patch_embed.grid_size):
+        return rope.get_embed()  # the backbone's own buffer
     if getattr(rope, "_use_cached_embed", False):  # built for one grid, `get_embed` would ignore another
         return rope._build_embed_cat(list(grid), rope.bands)
     return rope.get_embed(shape=list(grid))

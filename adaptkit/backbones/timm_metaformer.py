@@ -21,35 +21,36 @@ class TimmMetaFormer(HierarchicalViT):
     """Blocks ``x + scale(mixer(norm(x)))``; the last two stages of the newer models also scale ``x`` (ResScale).
 
     Convolutions take the place of positions, so any size is native. There is no norm before pooling. Maps become tokens
-    and maps again without a copy, in the memory layout that the host gave them: another one would pick other kernels,
+    and maps again without a copy, in the memory layout that they came in: another one would pick other kernels,
     which round differently.
     """
 
-    def __init__(self, host: Any) -> None:
-        strides = [host.stem.conv.stride[0]]
-        for stage in list(host.stages)[1:]:
+    def __init__(self, backbone: Any) -> None:
+        strides = [backbone.stem.conv.stride[0]]
+        for stage in list(backbone.stages)[1:]:
             same = isinstance(stage.downsample, nn.Identity)
             strides.append(strides[-1] * (1 if same else stage.downsample.conv.stride[0]))
-        dims = tuple(info["num_chs"] for info in host.feature_info)
-        depths = tuple(len(stage.blocks) for stage in host.stages)
-        channels = host.stem.conv.weight.shape[1]
-        super().__init__(host, HierarchicalSpec("timm-metaformer", dims, depths, tuple(strides), channels))
+        dims = tuple(info["num_chs"] for info in backbone.feature_info)
+        depths = tuple(len(stage.blocks) for stage in backbone.stages)
+        channels = backbone.stem.conv.weight.shape[1]
+        super().__init__(backbone, HierarchicalSpec("timm-metaformer", dims, depths, tuple(strides), channels))
 
     def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """``host.stem``."""
-        return _tokens(self.host.stem(image))
+        """``backbone.stem``."""
+        return _tokens(self.backbone.stem(image))
 
     def enter(self, stage: int, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
         """Downsampling, a strided convolution, where the stage has one."""
-        host: Any = self.host
-        return _tokens(host.stages[stage].downsample(tokens_to_map(x, grid)))
+        backbone: Any = self.backbone
+        return _tokens(backbone.stages[stage].downsample(tokens_to_map(x, grid)))
 
     def blocks(self, stage: int, grid: tuple[int, int]) -> Sequence[Block]:
         """timm's own blocks; those on maps are given maps."""
-        host: Any = self.host
-        on_map = host.stages[stage].use_nchw
+        backbone: Any = self.backbone
+        on_map = backbone.stages[stage].use_nchw
         return [
-            _block(blk, partial(_on_map, grid) if on_map else _as_is) for blk in block_list(host.stages[stage].blocks)
+            _block(blk, partial(_on_map, grid) if on_map else _as_is)
+            for blk in block_list(backbone.stages[stage].blocks)
         ]
 
     def norm(self, x: Tensor) -> Tensor:
@@ -57,18 +58,18 @@ class TimmMetaFormer(HierarchicalViT):
         return x
 
     def classify(self, x: Tensor, grid: tuple[int, int]) -> Tensor | None:
-        """``host.forward_head`` where it has classes."""
-        return self.host.forward_head(tokens_to_map(x, grid)) if self.host.num_classes > 0 else None
+        """``backbone.forward_head`` where it has classes."""
+        return self.backbone.forward_head(tokens_to_map(x, grid)) if self.backbone.num_classes > 0 else None
 
     def is_checkpointing(self) -> bool:
         """As ``set_grad_checkpointing`` left it, stage by stage."""
-        return any(is_checkpointing(stage) for stage in self.host.stages)
+        return any(is_checkpointing(stage) for stage in self.backbone.stages)
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Stem kernel, and an MLP's weights in the first and the last block."""
-        host: Any = self.host
-        first, last = unwrapped(host.stages[0].blocks[0]), unwrapped(host.stages[-1].blocks[-1])
-        return {"patch": host.stem.conv.weight, "first": first.mlp.fc1.weight, "last": last.mlp.fc2.weight}
+        backbone: Any = self.backbone
+        first, last = unwrapped(backbone.stages[0].blocks[0]), unwrapped(backbone.stages[-1].blocks[-1])
+        return {"patch": backbone.stem.conv.weight, "first": first.mlp.fc1.weight, "last": last.mlp.fc2.weight}
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
@@ -79,8 +80,8 @@ class TimmMetaFormer(HierarchicalViT):
         return [(2 * self.spec.patch_size, 3 * self.spec.patch_size)]
 
     def reference(self, image: Tensor) -> Tensor:
-        """``host.forward_features``, its map as tokens."""
-        return map_to_tokens(self.host.forward_features(image))
+        """``backbone.forward_features``, its map as tokens."""
+        return map_to_tokens(self.backbone.forward_features(image))
 
 
 def _tokens(x: Tensor) -> tuple[Tensor, tuple[int, int]]:

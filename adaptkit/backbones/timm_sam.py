@@ -28,7 +28,7 @@ from adaptkit.core.view import Block, Source, Spec, ViT
 class TimmSam(ViT):
     """Blocks on a map (B, h, w, D), given and taken as tokens. No class token and no final norm.
 
-    The neck, a small convolutional head to 256 channels, is left to the host: tokens are what the last block gives.
+    The neck, a small convolutional head to 256 channels, is left to the backbone: tokens are what the last block gives.
     Attention does not come apart into ``qkv``, ``bias`` and ``out``: windows are padded with keys that are no
     patch, and the relative positions are multiplied with the query. Those parts raise a ``TypeError``.
     """
@@ -36,57 +36,59 @@ class TimmSam(ViT):
     positions = "bicubic antialias, relative ones linear"
     splits = False
 
-    def __init__(self, host: Any) -> None:
-        heads = head_count(host)
-        spec = Spec("timm-sam", host.embed_dim, len(host.blocks), heads, patch_side(host), 0, channels(host))
-        super().__init__(host, spec)
+    def __init__(self, backbone: Any) -> None:
+        heads = head_count(backbone)
+        spec = Spec(
+            "timm-sam", backbone.embed_dim, len(backbone.blocks), heads, patch_side(backbone), 0, channels(backbone)
+        )
+        super().__init__(backbone, spec)
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patches, positions, ``norm_pre``."""
         from timm.layers import resample_abs_pos_embed_nhwc
 
-        host: Any = self.host
-        x = patchify(host, image)
-        if host.pos_embed is not None:
-            x = x + resample_abs_pos_embed_nhwc(host.pos_embed, list(grid)).flatten(1, 2)
-        return host.norm_pre(x)
+        backbone: Any = self.backbone
+        x = patchify(backbone, image)
+        if backbone.pos_embed is not None:
+            x = x + resample_abs_pos_embed_nhwc(backbone.pos_embed, list(grid)).flatten(1, 2)
+        return backbone.norm_pre(x)
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """timm's own blocks, tokens unfolded to this grid."""
-        return [_block(blk, grid) for blk in block_list(self.host.blocks)]
+        return [_block(blk, grid) for blk in block_list(self.backbone.blocks)]
 
     def norm(self, x: Tensor) -> Tensor:
         """The identity: SAM has a neck where others have a norm."""
         return x
 
     def classify(self, x: Tensor) -> Tensor | None:
-        """None: the host classifies what leaves its neck."""
+        """None: the backbone classifies what leaves its neck."""
         return None
 
     def is_checkpointing(self) -> bool:
         """As ``set_grad_checkpointing`` left it."""
-        return is_checkpointing(self.host)
+        return is_checkpointing(self.backbone)
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
-        host: Any = self.host
-        first, last = unwrapped(host.blocks[0]), unwrapped(host.blocks[-1])
-        return {"patch": host.patch_embed.proj.weight, "first": first.norm1.weight, "last": last.norm2.weight}
+        backbone: Any = self.backbone
+        first, last = unwrapped(backbone.blocks[0]), unwrapped(backbone.blocks[-1])
+        return {"patch": backbone.patch_embed.proj.weight, "first": first.norm1.weight, "last": last.norm2.weight}
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
         return timm_source(self)
 
     def sizes(self) -> Sequence[tuple[int, int]]:
-        """The host's own, and another."""
-        return timm_sizes(self.host)
+        """The backbone's own, and another."""
+        return timm_sizes(self.backbone)
 
     def reference(self, image: Tensor) -> Tensor:
-        """``host.forward_features`` of a copy, its neck taken off."""
-        host: Any = self.host
-        neck, host.neck = host.neck, nn.Identity()
-        tokens = host.forward_features(image).flatten(2).transpose(1, 2)
-        host.neck = neck
+        """``backbone.forward_features`` of a copy, its neck taken off."""
+        backbone: Any = self.backbone
+        neck, backbone.neck = backbone.neck, nn.Identity()
+        tokens = backbone.forward_features(image).flatten(2).transpose(1, 2)
+        backbone.neck = neck
         return tokens
 
 

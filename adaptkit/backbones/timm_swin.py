@@ -20,68 +20,68 @@ from adaptkit.core.view import Block, Fn, Source
 class TimmSwin(HierarchicalViT):
     """Blocks on maps (B, h, w, D), given and taken as tokens.
 
-    Windows and shifts stay those the host was built with; on another grid the masks of the shift are made anew, as timm
+    Windows and shifts stay those it was built with; on another grid the masks of the shift are made anew, as timm
     does for ``dynamic_img_size=True``.
     """
 
     positions = "relative in windows, kept as they are"
 
-    def __init__(self, host: Any) -> None:
-        patch = host.patch_embed.patch_size[0]
-        dims = tuple(info["num_chs"] for info in host.feature_info)
-        strides = tuple(patch * 2**i for i in range(len(host.layers)))
-        depths = tuple(len(layer.blocks) for layer in host.layers)
-        super().__init__(host, HierarchicalSpec("timm-swin", dims, depths, strides, channels(host)))
+    def __init__(self, backbone: Any) -> None:
+        patch = backbone.patch_embed.patch_size[0]
+        dims = tuple(info["num_chs"] for info in backbone.feature_info)
+        strides = tuple(patch * 2**i for i in range(len(backbone.layers)))
+        depths = tuple(len(layer.blocks) for layer in backbone.layers)
+        super().__init__(backbone, HierarchicalSpec("timm-swin", dims, depths, strides, channels(backbone)))
 
     def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """timm's PatchEmbed without its fixed-size assertions."""
-        embed: Any = self.host.patch_embed
+        embed: Any = self.backbone.patch_embed
         return _tokens(embed.norm(embed.proj(image).permute(0, 2, 3, 1)))
 
     def enter(self, stage: int, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
         """Patch merging; the identity in the first stage."""
-        host: Any = self.host
-        return _tokens(host.layers[stage].downsample(x.unflatten(1, grid)))
+        backbone: Any = self.backbone
+        return _tokens(backbone.layers[stage].downsample(x.unflatten(1, grid)))
 
     def blocks(self, stage: int, grid: tuple[int, int]) -> Sequence[Block]:
         """timm's own blocks, tokens unfolded to this grid."""
-        host: Any = self.host
-        return [_block(blk, grid) for blk in block_list(host.layers[stage].blocks)]
+        backbone: Any = self.backbone
+        return [_block(blk, grid) for blk in block_list(backbone.layers[stage].blocks)]
 
     def norm(self, x: Tensor) -> Tensor:
-        """``host.norm``."""
-        return self.host.norm(x)
+        """``backbone.norm``."""
+        return self.backbone.norm(x)
 
     def classify(self, x: Tensor, grid: tuple[int, int]) -> Tensor | None:
-        """``host.forward_head`` where it has classes."""
-        return self.host.forward_head(x.unflatten(1, grid)) if self.host.num_classes > 0 else None
+        """``backbone.forward_head`` where it has classes."""
+        return self.backbone.forward_head(x.unflatten(1, grid)) if self.backbone.num_classes > 0 else None
 
     def is_checkpointing(self) -> bool:
         """As ``set_grad_checkpointing`` left it, stage by stage."""
-        return any(is_checkpointing(stage) for stage in self.host.layers)
+        return any(is_checkpointing(stage) for stage in self.backbone.layers)
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
-        host: Any = self.host
-        first, last = unwrapped(host.layers[0].blocks[0]), unwrapped(host.layers[-1].blocks[-1])
-        return {"patch": host.patch_embed.proj.weight, "first": first.norm1.weight, "last": last.norm2.weight}
+        backbone: Any = self.backbone
+        first, last = unwrapped(backbone.layers[0].blocks[0]), unwrapped(backbone.layers[-1].blocks[-1])
+        return {"patch": backbone.patch_embed.proj.weight, "first": first.norm1.weight, "last": last.norm2.weight}
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
         return timm_source(self)
 
     def sizes(self) -> Sequence[tuple[int, int]]:
-        """The host's own."""
-        size = self.host.patch_embed.img_size
+        """The backbone's own."""
+        size = self.backbone.patch_embed.img_size
         return [] if size is None else [(size[0], size[1])]
 
     def reference(self, image: Tensor) -> Tensor:
-        """``host.forward_features``, its map as tokens."""
-        return self.host.forward_features(image).flatten(1, 2)
+        """``backbone.forward_features``, its map as tokens."""
+        return self.backbone.forward_features(image).flatten(1, 2)
 
     def accept(self, grid: tuple[int, int]) -> None:
-        """Let the blocks of a copy make their masks anew, as a host does that is built for any size."""
-        for layer in self.host.layers:
+        """Let the blocks of a copy make their masks anew, as a backbone does that is built for any size."""
+        for layer in self.backbone.layers:
             for blk in layer.blocks:
                 unwrapped(blk).dynamic_mask = True
 
@@ -105,7 +105,7 @@ def _block(outer: Any, grid: tuple[int, int]) -> Block:
         qkv=_no_qkv,
         out=_no_qkv,
     )
-    # The host's own forward would take the mask of its own grid.
+    # The backbone's own forward would take the mask of its own grid.
     return block if native else Block(**{**vars(block), "run": block.equation})
 
 

@@ -42,54 +42,60 @@ class TimmViT(ViT):
 
     positions = "bicubic antialias"
 
-    def __init__(self, host: Any) -> None:
-        sizes = (host.embed_dim, len(host.blocks), head_count(host), patch_side(host), host.num_prefix_tokens)
-        spec = Spec("timm-vit", *sizes, channels(host))
-        super().__init__(host, spec)
-        self.splits = all(getattr(unwrapped(unwrapped(blk).attn), "gate", None) is None for blk in host.blocks)
+    def __init__(self, backbone: Any) -> None:
+        sizes = (
+            backbone.embed_dim,
+            len(backbone.blocks),
+            head_count(backbone),
+            patch_side(backbone),
+            backbone.num_prefix_tokens,
+        )
+        spec = Spec("timm-vit", *sizes, channels(backbone))
+        super().__init__(backbone, spec)
+        self.splits = all(getattr(unwrapped(unwrapped(blk).attn), "gate", None) is None for blk in backbone.blocks)
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patches, prefix, positions, CLIP's ``norm_pre``."""
-        host: Any = self.host
-        return host.norm_pre(add_prefix_and_positions(host, patchify(host, image), grid))
+        backbone: Any = self.backbone
+        return backbone.norm_pre(add_prefix_and_positions(backbone, patchify(backbone, image), grid))
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """timm's own blocks."""
-        return [_block(blk) for blk in block_list(self.host.blocks)]
+        return [_block(blk) for blk in block_list(self.backbone.blocks)]
 
     def norm(self, x: Tensor) -> Tensor:
-        """``host.norm``; the identity where timm norms after pooling (``fc_norm``)."""
-        return self.host.norm(x)
+        """``backbone.norm``; the identity where timm norms after pooling (``fc_norm``)."""
+        return self.backbone.norm(x)
 
     def classify(self, x: Tensor) -> Tensor | None:
-        """``host.forward_head`` where it has classes."""
-        return classifier_logits(self.host, x)
+        """``backbone.forward_head`` where it has classes."""
+        return classifier_logits(self.backbone, x)
 
     def is_checkpointing(self) -> bool:
         """As ``set_grad_checkpointing`` left it."""
-        return is_checkpointing(self.host)
+        return is_checkpointing(self.backbone)
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
-        host: Any = self.host
-        first, last = unwrapped(host.blocks[0]), unwrapped(host.blocks[-1])
-        return {"patch": host.patch_embed.proj.weight, "first": first.norm1.weight, "last": last.norm2.weight}
+        backbone: Any = self.backbone
+        first, last = unwrapped(backbone.blocks[0]), unwrapped(backbone.blocks[-1])
+        return {"patch": backbone.patch_embed.proj.weight, "first": first.norm1.weight, "last": last.norm2.weight}
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
         return timm_source(self)
 
     def sizes(self) -> Sequence[tuple[int, int]]:
-        """The host's own, and another where it takes any."""
-        return timm_sizes(self.host)
+        """The backbone's own, and another where it takes any."""
+        return timm_sizes(self.backbone)
 
     def reference(self, image: Tensor) -> Tensor:
-        """``host.forward_features``."""
-        return self.host.forward_features(image)
+        """``backbone.forward_features``."""
+        return self.backbone.forward_features(image)
 
     def answers(self, tokens: Tensor) -> Sequence[Tensor]:
-        """``host.forward_head`` of them, or the tokens."""
-        return timm_answers(self.host, tokens)
+        """``backbone.forward_head`` of them, or the tokens."""
+        return timm_answers(self.backbone, tokens)
 
 
 def _block(outer: Any) -> Block:

@@ -1,4 +1,4 @@
-"""The one view of a frozen hierarchical host: stages of blocks, each with its width and its grid.
+"""The one view of a frozen hierarchical backbone: stages of blocks, each with its width and its grid.
 
 Per stage s, with tokens x on a grid (h, w), row by row::
 
@@ -7,7 +7,7 @@ Per stage s, with tokens x on a grid (h, w), row by row::
     maps.append(x as a map)
 
 A block is the same :class:`~adaptkit.core.view.Block` as in a plain ViT: it takes and gives tokens (B, h*w, D_s), so an
-adapter that acts around one block need not know which kind of host it is on. There are no prefix tokens.
+adapter that acts around one block need not know which kind of backbone it is on. There are no prefix tokens.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Grid = tuple[int, int]
 
 
 class HierarchicalSpec(NamedTuple):
-    """What an adapter may depend on, and what its file stores, for a host of several stages."""
+    """What an adapter may depend on, and what its file stores, for a backbone of several stages."""
 
-    family: str  #: how the host is seen; never a condition for compatibility
+    family: str  #: how the backbone is seen; never a condition for compatibility
     embed_dims: tuple[int, ...]  #: width D of each stage
     depths: tuple[int, ...]  #: blocks of each stage
     strides: tuple[int, ...]  #: side of a token of each stage, in pixels
@@ -48,12 +48,12 @@ class HierarchicalSpec(NamedTuple):
 
     @property
     def embed_dim(self) -> int:
-        """Width of the tokens that leave the host."""
+        """Width of the tokens that leave the backbone."""
         return self.embed_dims[-1]
 
     @property
     def patch_size(self) -> int:
-        """Side of the tokens that leave the host, in pixels."""
+        """Side of the tokens that leave the backbone, in pixels."""
         return self.strides[-1]
 
     @property
@@ -83,12 +83,12 @@ class HierarchicalSpec(NamedTuple):
 
 
 class HierarchicalViT(View):
-    """The view of a hierarchical host. It holds no parameter. A family implements the abstract methods."""
+    """The view of a hierarchical backbone. It holds no parameter. A family implements the abstract methods."""
 
     spec: HierarchicalSpec
 
-    def __init__(self, host: nn.Module, spec: HierarchicalSpec) -> None:
-        super().__init__(host)
+    def __init__(self, backbone: nn.Module, spec: HierarchicalSpec) -> None:
+        super().__init__(backbone)
         self.spec = spec
 
     @abstractmethod
@@ -105,11 +105,11 @@ class HierarchicalViT(View):
 
     @abstractmethod
     def norm(self, x: Tensor) -> Tensor:
-        """Apply the host's final norm to the last tokens; the identity where it norms after pooling."""
+        """Apply the backbone's final norm to the last tokens; the identity where it norms after pooling."""
 
     @abstractmethod
     def classify(self, x: Tensor, grid: Grid) -> Tensor | None:
-        """Normed tokens of the last stage -> the host's own logits (B, classes), or None without a classifier."""
+        """Normed tokens of the last stage -> the backbone's own logits (B, classes), or None without a classifier."""
 
     def features(self, image: Tensor) -> Features:
         """Image (B, C, H, W) of any size -> features; the maps are what the stages give, before the final norm.
@@ -118,7 +118,7 @@ class HierarchicalViT(View):
         """
         self.check_image(image)
         size = (image.shape[-2], image.shape[-1])
-        image = pad_to_multiple(image.to(next(self.host.parameters()).dtype), self.spec.strides[0])
+        image = pad_to_multiple(image.to(next(self.backbone.parameters()).dtype), self.spec.strides[0])
         x, grid = self.embed(image)
         maps = []
         for stage in range(len(self.spec.depths)):
@@ -130,7 +130,7 @@ class HierarchicalViT(View):
         return Features(x, x[:, :0], tuple(maps), {}, None, grid, size)
 
     def logits(self, features: Features) -> Tensor | None:
-        """Return the host's own logits (B, classes); None without a classifier."""
+        """Return the backbone's own logits (B, classes); None without a classifier."""
         return self.classify(features.tokens, features.grid)
 
 

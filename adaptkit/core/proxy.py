@@ -88,14 +88,14 @@ class LayerProxy(nn.Module):
 
 
 class WeightProxy(LayerProxy):
-    """For a host that reads ``layer.weight`` and never calls the layer: the weight has the change added to it.
+    """For a backbone that reads ``layer.weight`` and never calls the layer: the weight has the change added to it.
 
     timm's EVA and BEiT compute ``F.linear(x, qkv.weight, bias)`` where q and v have a bias and k has none.
     """
 
     @property
     def weight(self) -> Tensor:
-        """(out, in) of the host plus the change; the host's own while merged."""
+        """(out, in) of the backbone plus the change; the backbone's own while merged."""
         wrapper: Any = vars(self)["wrapper"]
         weight: Any = self._parameters["weight"]
         if isinstance(wrapper, Routed):
@@ -124,19 +124,19 @@ def own_layer(module: nn.Module) -> nn.Module:
             return module
 
 
-def put(host: nn.Module, proxies: Mapping[str, LayerProxy]) -> None:
+def put(backbone: nn.Module, proxies: Mapping[str, LayerProxy]) -> None:
     """Put proxies at these plain paths, each bound to the layer that is there, all of them or none.
 
-    A layer that the host holds in several places is replaced in all of them. Raises ``RuntimeError`` where a path is
+    A layer that is held in several places is replaced in all of them. Raises ``RuntimeError`` where a path is
     gone, or its layer has another shape than the one that the wrapper was built for.
     """
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in host.modules():
+    for module in backbone.modules():
         for name, child in module._modules.items():
             holders.setdefault(id(child), []).append((module, name))
     try:
         for path, proxy in proxies.items():
-            parent, name = _find(host, path)
+            parent, name = _find(backbone, path)
             found: nn.Module = parent._modules[name]  # type: ignore[assignment]
             if found is proxy:
                 continue
@@ -146,14 +146,14 @@ def put(host: nn.Module, proxies: Mapping[str, LayerProxy]) -> None:
             for module, key in holders[id(found)]:
                 module._modules[key] = proxy
     except BaseException:
-        restore(host, proxies)
+        restore(backbone, proxies)
         raise
 
 
-def restore(host: nn.Module, proxies: Mapping[str, LayerProxy] | None = None) -> None:
+def restore(backbone: nn.Module, proxies: Mapping[str, LayerProxy] | None = None) -> None:
     """Put back what these proxies, or all that there are, have replaced; leave what somebody else has put there."""
     ours = None if proxies is None else {id(p) for p in proxies.values()}
-    for module in list(host.modules()):
+    for module in list(backbone.modules()):
         for name, child in list(module._modules.items()):
             if isinstance(child, LayerProxy) and (ours is None or id(child) in ours):
                 child.layer.training = child.training
@@ -165,13 +165,13 @@ def in_place(edges: Sequence[tuple[nn.Module, str, nn.Module]]) -> bool:
     return all(parent._modules.get(name) is child for parent, name, child in edges)
 
 
-def missing(host: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
+def missing(backbone: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
     """Return the paths whose modules are nowhere in the tree any more: somebody has replaced them."""
-    there = {i for module in host.modules() for i in (id(module), id(own_layer(module)))}
+    there = {i for module in backbone.modules() for i in (id(module), id(own_layer(module)))}
     return [path for path, module in modules.items() if id(module) not in there]
 
 
-def edges(host: nn.Module, modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
+def edges(backbone: nn.Module, modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
     """Return the edges of the tree, (parent, name, child), on the way to these modules, wherever they are."""
     wanted = {id(module) for module in modules}
     leads: dict[int, bool] = {}
@@ -183,35 +183,35 @@ def edges(host: nn.Module, modules: Iterable[nn.Module]) -> list[tuple[nn.Module
             leads[id(module)] = bool({id(module), id(own_layer(module))} & wanted) or any(below)
         return leads[id(module)]
 
-    visit(host)
-    return [(m, n, c) for m in host.modules() for n, c in m._modules.items() if c is not None and leads[id(c)]]
+    visit(backbone)
+    return [(m, n, c) for m in backbone.modules() for n, c in m._modules.items() if c is not None and leads[id(c)]]
 
 
-def parameter_store(host: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+def parameter_store(backbone: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     """Return the dictionary that holds a parameter of this plain name, and its key there."""
     path, _, key = name.rpartition(".")
     if not path:
-        return own_layer(host)._parameters, key
-    parent, child = _find(host, path)
+        return own_layer(backbone)._parameters, key
+    parent, child = _find(backbone, path)
     return own_layer(parent._modules[child])._parameters, key  # type: ignore[arg-type]
 
 
 @torch.no_grad()
-def write(host: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy these into the host's own parameters and buffers of these plain names."""
+def write(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy these into the backbone's own parameters and buffers of these plain names."""
     for name, tensor in tensors.items():
         path, _, key = name.rpartition(".")
-        module = host
+        module = backbone
         if path:
-            parent, child = _find(host, path)
+            parent, child = _find(backbone, path)
             module = own_layer(parent._modules[child])  # type: ignore[arg-type]
         there: dict[str, Any] = {**module._parameters, **module._buffers}
         there[key].copy_(tensor)
 
 
-def _find(host: nn.Module, path: str) -> tuple[nn.Module, str]:
+def _find(backbone: nn.Module, path: str) -> tuple[nn.Module, str]:
     try:
-        return locate(host, path)
+        return locate(backbone, path)
     except AttributeError as error:
         raise RuntimeError(f"{error}: somebody has replaced a part of the backbone; detach() before that") from error
 

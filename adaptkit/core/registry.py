@@ -80,7 +80,7 @@ _LAYOUTS: dict[str, ForeignLayout] = {}
 
 
 def register_family(*class_paths: str) -> Callable[[T], T]:
-    """Class decorator: this view sees hosts of these classes, given as ``"package.module.Class"``, and subclasses."""
+    """Class decorator: this view sees backbones of these classes (``"package.module.Class"``) and subclasses."""
 
     def register(cls: T) -> T:
         _FAMILIES.update(dict.fromkeys(class_paths, cls))
@@ -138,7 +138,7 @@ def _plugins() -> None:
 
 
 def families() -> dict[str, Callable[[nn.Module], View]]:
-    """Return every known host class path and the view that sees it."""
+    """Return every known backbone class path and the view that sees it."""
     _discover("backbones")
     return _FAMILIES
 
@@ -188,7 +188,7 @@ def view(model: nn.Module) -> Any:
                 ) from error
     names = ", ".join(sorted({path.rpartition(".")[2] for path in known}))
     raise TypeError(
-        f"no family sees {type(model).__module__}.{type(model).__qualname__}; known hosts: {names}. "
+        f"no family sees {type(model).__module__}.{type(model).__qualname__}; known backbones: {names}. "
         "A transformers model with a task head is attached through its base (`model.base_model`); another class "
         "needs a family: subclass adaptkit.core.view.ViT and decorate it with "
         "@adaptkit.register_family('package.module.Class')"

@@ -128,12 +128,12 @@ def _said_of(made: dict[int, nn.Module], value: Any) -> Any:
     return value
 
 
-def blocks_of(host: nn.Module, depth: int) -> list[nn.Module]:
-    """Return the host's ``depth`` blocks: the elements of one list of that length, or of one list for each stage.
+def blocks_of(backbone: nn.Module, depth: int) -> list[nn.Module]:
+    """Return the backbone's ``depth`` blocks: the elements of one list of that length, or of one list for each stage.
 
-    A block in a wrapper is the one inside. Raises ``TypeError`` for a host whose blocks are not found.
+    A block in a wrapper is the one inside. Raises ``TypeError`` for a backbone whose blocks are not found.
     """
-    lists = [m for m in host.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m)]
+    lists = [m for m in backbone.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m)]
     plain = [[unwrapped(block) for block in m] for m in lists]
     alike = [m for m in plain if len({type(block) for block in m}) == 1 and any(True for _ in m[0].children())]
     for kept in alike:
@@ -143,4 +143,4 @@ def blocks_of(host: nn.Module, depth: int) -> list[nn.Module]:
         found = [block for m in alike if type(m[0]) is cls for block in m]
         if len(found) == depth:
             return found
-    raise TypeError(f"{type(host).__name__}: no list of its {depth} blocks was found")
+    raise TypeError(f"{type(backbone).__name__}: no list of its {depth} blocks was found")

@@ -1,12 +1,12 @@
 """The one view of a frozen vision transformer.
 
-Every block of every host is seen as the MetaFormer equation (Yu et al. 2022, eq. 2-3)::
+Every block of every backbone is seen as the MetaFormer equation (Yu et al. 2022, eq. 2-3)::
 
     x = x + scale1(attn(norm1(x)))
     x = x + scale2(mlp(norm2(x)))
 
-in timm's names, an absent part being the identity. A family file in ``adaptkit/backbones`` says how one host
-is seen this way. It calls the host's own modules and copies nothing, so that the view equals the host bitwise.
+in timm's names, an absent part being the identity. A family file in ``adaptkit/backbones`` says how one backbone
+is seen this way. It calls the backbone's own modules and copies nothing, so that the view equals the backbone bitwise.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def renamed(spec: Any, old: str, new: str) -> Any:
 class Spec(NamedTuple):
     """What an adapter may depend on, and what its file stores."""
 
-    family: str  #: how the host is seen, e.g. ``"timm-vit"``; never a condition for compatibility
+    family: str  #: how the backbone is seen, e.g. ``"timm-vit"``; never a condition for compatibility
     embed_dim: int  #: width D of the token stream
     depth: int  #: number of blocks
     num_heads: int  #: attention heads per block
@@ -95,7 +95,7 @@ class Source(NamedTuple):
     revision: str = ""  #: commit, where recorded
     mean: tuple[float, ...] = ()  #: normalisation of the image, channel by channel, for values in 0..1
     std: tuple[float, ...] = ()
-    classes: int = 0  #: of the host's own classifier
+    classes: int = 0  #: of the backbone's own classifier
 
 
 class Features(NamedTuple):
@@ -124,14 +124,16 @@ def identity(x: Tensor) -> Tensor:
 
 
 class Projections(NamedTuple):
-    """The linear layers around one attention, head by head: views of the host's own weights.
+    """The linear layers around one attention, head by head: views of the backbone's own weights.
 
     ``norms[1](h @ key[head].T + key_bias[head])``, with ``key`` the second matrix in ``qkv``, is the key of one head,
     and the heads' outputs are joined by ``out_weight``. Only for an attention that is nothing else: plain linear
     layers, no position inside, no norm over several heads, one key and value for each query.
     """
 
-    qkv: tuple[Tensor, ...]  #: (3, heads, E, D) where they are one layer of the host, else three of (1, heads, E, D)
+    qkv: tuple[
+        Tensor, ...
+    ]  #: (3, heads, E, D) where they are one layer of the backbone, else three of (1, heads, E, D)
     qkv_bias: tuple[Tensor | None, ...]  #: (3, heads, E), or three of (1, heads, E)
     norms: tuple[Fn, Fn]  #: of q and k, over E
     out_weight: Tensor  #: (D, heads, E)
@@ -139,7 +141,7 @@ class Projections(NamedTuple):
 
 
 class Perceptron(NamedTuple):
-    """An FFN that is ``fc2(act(fc1(h)))`` and nothing else, from the host's own layers."""
+    """An FFN that is ``fc2(act(fc1(h)))`` and nothing else, from the backbone's own layers."""
 
     fc1: nn.Linear
     act: Fn
@@ -150,7 +152,7 @@ class Perceptron(NamedTuple):
 class Block:
     """One frozen block, bound to one image (rotary angles, relative bias and masks are already inside).
 
-    ``run`` is the host's own forward and what ``block(x)`` calls. The parts say the same as an equation, for
+    ``run`` is the backbone's own forward and what ``block(x)`` calls. The parts say the same as an equation, for
     adapters that need to step inside. ``attn`` itself comes apart as
     ``out(softmax(q k^T * scale + bias) v)`` with ``q, k, v = qkv(h)``.
     """
@@ -169,10 +171,10 @@ class Block:
     #: ``qkv`` of some rows: (1, R, D) and their places (R,), the patch 0..N-1 or -1 for a prefix token -> three of
     #: (1, heads, R, E). None: the place does not matter and ``qkv`` itself takes any rows.
     qkv_at: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
-    #: Rotary hosts: q or k (B, heads, R, E) made at place -1, and places (R, 2) or (B, heads, R, 2), continuous, as
+    #: Rotary backbones: q or k (B, heads, R, E) made at place -1, and places (R, 2) or (B, heads, R, 2), continuous, as
     #: (y, x) in patches from the centre of the first one -> the same turned there. None: no position inside.
     rotate: Callable[[Tensor, Tensor], Tensor] | None = None
-    #: Where heads can be computed one by one; None from it where the host's layers do not allow that.
+    #: Where heads can be computed one by one; None from it where the backbone's layers do not allow that.
     projections: Callable[[], Projections | None] = no_projections
     perceptron: Callable[[], Perceptron | None] = no_perceptron  #: ``mlp`` layer by layer, where it is that simple
     grid: tuple[int, int] | None = None  #: (h, w) of the patch tokens, as a block adapter gets the block
@@ -180,7 +182,7 @@ class Block:
 
     @accelerated
     def __call__(self, x: Tensor) -> Tensor:
-        """Run the host's own forward."""
+        """Run the backbone's own forward."""
         return self.run(x)
 
     def equation(self, x: Tensor) -> Tensor:
@@ -195,25 +197,30 @@ class Block:
 
 
 class View(ABC):
-    """How a frozen host is seen, plain or hierarchical. It holds no parameter: everything is read from ``host``.
+    """How a frozen backbone is seen, plain or hierarchical. It holds no parameter: all is read from ``backbone``.
 
-    A family implements the abstract methods. Four more are what ``adaptkit.model.proof`` asks a copy of the host for,
+    A family implements the abstract methods. Four more are what ``adaptkit.model.proof`` asks a copy of it for,
     which shares its weights and is in eval mode; a family that leaves them out is proven block by block only. The
     others are final.
     """
 
-    positions: str = "none"  #: the rule by which positions go to another grid, as the host does it
-    spec: Any  #: Spec of a plain ViT, HierarchicalSpec of a hierarchical host
+    positions: str = "none"  #: the rule by which positions go to another grid, as the backbone does it
+    spec: Any  #: Spec of a plain ViT, HierarchicalSpec of a hierarchical backbone
 
-    def __init__(self, host: nn.Module) -> None:
-        self.host = host
-        self.sharded: Sequence[nn.Module] = ()  #: the host's blocks, where their parameters lie on several devices
+    def __init__(self, backbone: nn.Module) -> None:
+        self.backbone = backbone
+        self.sharded: Sequence[nn.Module] = ()  #: the backbone's blocks, where their parameters lie on several devices
         # Of the weights, from before they were sharded: see adaptkit.hub.file and adaptkit.hub.digest.
         self.fingerprint: dict[str, list[float]] | None = None
         self.digest: dict[str, str] | None = None
         self.sums: dict[str, list[float]] | None = None
-        self.checkpointing: Checkpointing | None = None  #: what the model was told; None: as the host says
-        self.origin: Source | None = None  #: what a module around the host knows better than the host
+        self.checkpointing: Checkpointing | None = None  #: what the model was told; None: as the backbone says
+        self.origin: Source | None = None  #: what a module around the backbone knows better than the backbone
+
+    @property
+    def host(self) -> nn.Module:
+        """Old name of ``backbone``."""
+        return renamed(self, "host", "backbone")
 
     @abstractmethod
     def features(self, image: Tensor) -> Features:
@@ -221,24 +228,24 @@ class View(ABC):
 
     @abstractmethod
     def logits(self, features: Features) -> Tensor | None:
-        """Return the host's own logits (B, classes), or None."""
+        """Return the backbone's own logits (B, classes), or None."""
 
     def is_checkpointing(self) -> bool:
-        """Whether the host was told to run its blocks a second time in the backward pass."""
+        """Whether the backbone was told to run its blocks a second time in the backward pass."""
         return False
 
     def how_checkpointing(self) -> Checkpointing:
-        """Return which blocks run a second time: what the model was told goes before what the host was."""
+        """Return which blocks run a second time: what the model was told goes before what the backbone was."""
         if self.checkpointing is not None:
             return self.checkpointing
         return Checkpointing() if self.is_checkpointing() else OFF
 
     def check_image(self, image: Tensor) -> None:
-        """Raise ``ValueError`` for an image (B, C, H, W) of another number of channels than the host takes."""
+        """Raise ``ValueError`` for an image (B, C, H, W) of another number of channels than the backbone takes."""
         if image.shape[1] != self.spec.channels:
             raise ValueError(
-                f"image has shape {tuple(image.shape)}, so {image.shape[1]} channels; {type(self.host).__name__} takes "
-                f"{self.spec.channels}: give (batch, {self.spec.channels}, height, width)"
+                f"image has shape {tuple(image.shape)}, so {image.shape[1]} channels; {type(self.backbone).__name__} "
+                f"takes {self.spec.channels}: give (batch, {self.spec.channels}, height, width)"
             )
 
     @abstractmethod
@@ -247,14 +254,14 @@ class View(ABC):
 
     @abstractmethod
     def source(self) -> Source:
-        """Return what the host knows of its origin."""
+        """Return what the backbone knows of its origin."""
 
     def sizes(self) -> Sequence[tuple[int, int]]:
-        """Return sizes (H, W) in pixels that the host itself takes, its own first; ``()``: there is no reference."""
+        """Return sizes (H, W) in pixels that the backbone takes, its own first; ``()``: there is no reference."""
         return ()
 
     def reference(self, image: Tensor) -> Tensor | None:
-        """Image (1, C, H, W) of such a size -> tokens (1, P+N, D), or (1, N, D), by the host's own forward.
+        """Image (1, C, H, W) of such a size -> tokens (1, P+N, D), or (1, N, D), by the backbone's own forward.
 
         They are what :meth:`features` must give: after the final norm, all prefix tokens first. In the copy, cheap
         functions stand in for the blocks.
@@ -262,14 +269,14 @@ class View(ABC):
         return None
 
     def answers(self, tokens: Tensor) -> Sequence[Tensor]:
-        """Tokens as :meth:`reference` gives them -> what the host may return for that image: it must be one of these.
+        """Tokens as :meth:`reference` gives them -> what the backbone may return for it: one of these.
 
-        None: whatever else the host returns is not looked at.
+        None: whatever else the backbone returns is not looked at.
         """
         return ()
 
     def accept(self, grid: tuple[int, int]) -> None:  # noqa: B027
-        """Make the host's blocks take this grid by their own forward, whatever grid they were built for."""
+        """Make the backbone's blocks take this grid by their own forward, whatever grid they were built for."""
 
 
 class ViT(View):
@@ -280,8 +287,8 @@ class ViT(View):
     splits: bool = True  #: whether the attention of the blocks comes apart into ``qkv``, ``bias`` and ``out``
     rebuilds: bool = False  #: whether the view computes that attention from its parts itself, on some grids
 
-    def __init__(self, host: nn.Module, spec: Spec) -> None:
-        super().__init__(host)
+    def __init__(self, backbone: nn.Module, spec: Spec) -> None:
+        super().__init__(backbone)
         self.spec = spec
 
     @abstractmethod
@@ -294,11 +301,11 @@ class ViT(View):
 
     @abstractmethod
     def norm(self, x: Tensor) -> Tensor:
-        """Apply the host's final norm to (B, P+N, D); the identity where the host has none."""
+        """Apply the backbone's final norm to (B, P+N, D); the identity where the backbone has none."""
 
     @abstractmethod
     def classify(self, x: Tensor) -> Tensor | None:
-        """Normed tokens (B, P+N, D) -> the host's own logits (B, classes), or None where it has no classifier."""
+        """Normed tokens (B, P+N, D) -> the backbone's own logits (B, classes), or None where it has no classifier."""
 
     def grid(self, image: Tensor) -> tuple[int, int]:
         """Return (h, w), the patches that cover the image (B, C, H, W)."""
@@ -311,7 +318,7 @@ class ViT(View):
         """
         self.check_image(image)
         grid = self.grid(image)
-        image = pad_to_multiple(image.to(next(self.host.parameters()).dtype), self.spec.patch_size)
+        image = pad_to_multiple(image.to(next(self.backbone.parameters()).dtype), self.spec.patch_size)
         return self.embed(image, grid), self.blocks(image, grid)
 
     def finish(
@@ -332,7 +339,7 @@ class ViT(View):
         return self.finish(x, image)
 
     def logits(self, features: Features) -> Tensor | None:
-        """Return the host's own logits (B, classes); None without a classifier or where the prefix was dropped."""
+        """Return the backbone's own logits (B, classes); None without a classifier or where the prefix was dropped."""
         if features.prefix.shape[1] != self.spec.num_prefix_tokens:
             return None
         tokens = features.tokens  # as they lie in memory, where there is no prefix: a mean over them rounds by that

@@ -61,8 +61,10 @@ def to_onnx(
         try:
             done: Any = torch.onnx.export(program, (image,), **names, dynamo=True, verbose=False)
         except torch.onnx.OnnxExporterError as error:
-            host = type(model.vit.host).__name__
-            raise ValueError(f"{host} has what torch cannot say in ONNX: {_reason(error)}. Export a .pt2") from error
+            backbone = type(model.vit.backbone).__name__
+            raise ValueError(
+                f"{backbone} has what torch cannot say in ONNX: {_reason(error)}. Export a .pt2"
+            ) from error
         if any(node.op_type == "GridSample" for node in done.model.graph):
             raise ValueError(
                 "a GridSample is in the graph, which runtimes compute differently: adapters here have none, so it is "

@@ -84,7 +84,7 @@ def traced(
         for gates in (a for a in ready.adapters.values() if isinstance(a, AdaViT)):
             stack.enter_context(gates.executing("masked"))
         # Errors of the model itself and the names come before any tracing. The image is not the one that is traced: a
-        # host that keeps the angles of the last grid would put them into the graph.
+        # backbone that keeps the angles of the last grid would put them into the graph.
         graph(another(graph, image, dynamic_batch, dynamic_size))
         shapes = _open(unit, dynamic_batch, dynamic_size)
         try:
@@ -92,7 +92,7 @@ def traced(
             if for_onnx:
                 program = _with_constant_positions(program, image, shapes)
         except Exception as error:
-            what = f"{type(model.vit.host).__name__} with {', '.join(model.adapters) or 'no adapter'}"
+            what = f"{type(model.vit.backbone).__name__} with {', '.join(model.adapters) or 'no adapter'}"
             remedy = "Export one file for each size (dynamic_size=False)" if dynamic_size else "Report the backbone"
             raise ValueError(f"torch.export cannot trace {what} at {tuple(size)}: {_brief(error)}. {remedy}") from error
         yield program, graph, image
@@ -164,8 +164,9 @@ def _with_constant_positions(
 def refuse_antialias(program: torch.export.ExportedProgram, graph: Graph) -> None:
     """Raise ``ValueError`` where positions are resampled anew for each image, as no other runtime does it."""
     if any("_aa" in str(node.target) and "upsample" in str(node.target) for node in program.graph.nodes):
-        host = type(graph.model.vit.host).__name__
+        backbone = type(graph.model.vit.backbone).__name__
         raise ValueError(
-            f"{host} resamples its positions with antialias for each image size, which ONNX has no operator for: leave "
+            f"{backbone} resamples its positions with antialias for each image size, which ONNX has no operator for: "
+            "leave "
             "out dynamic_size=True and export one file for each size"
         )

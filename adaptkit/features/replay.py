@@ -56,7 +56,7 @@ class Replay(_Replayed, ViT):
     """A plain ViT's run: tokens (B, P+N, D) before the first block and after each, normed when somebody asks."""
 
     def __init__(self, vit: ViT, states: Sequence[Tensor], frozen: bool = True) -> None:
-        ViT.__init__(self, vit.host, vit.spec)
+        ViT.__init__(self, vit.backbone, vit.spec)
         self.vit, self.states, self.frozen = vit, states, frozen
         self.normed: dict[int, Tensor] = {}  # by the index of the state: several tasks read the same ones
         self.positions, self.prefix_optional, self.splits = vit.positions, vit.prefix_optional, False
@@ -88,7 +88,7 @@ class Replay(_Replayed, ViT):
         return self.normed[index]
 
     def classify(self, x: Tensor) -> Tensor | None:
-        """The host's classifier."""
+        """The backbone's classifier."""
         return self.vit.classify(x)
 
 
@@ -96,7 +96,7 @@ class CachedView(Replay):
     """A plain ViT's run of which some states are known: those that the adapters read."""
 
     def __init__(self, vit: ViT, seen: CachedFeatures) -> None:
-        dtype = next(vit.host.parameters()).dtype
+        dtype = next(vit.backbone.parameters()).dtype
         known = {index: state.to(dtype) for index, state in zip(seen.after, seen.states)}
         last = known.get(vit.spec.depth - 1)
         if last is None:
@@ -110,10 +110,10 @@ class CachedView(Replay):
 
 
 class ReplayHierarchical(_Replayed, HierarchicalViT):
-    """A hierarchical host's run: the features of its plain forward."""
+    """A hierarchical backbone's run: the features of its plain forward."""
 
     def __init__(self, vit: HierarchicalViT, seen: Features) -> None:
-        HierarchicalViT.__init__(self, vit.host, vit.spec)
+        HierarchicalViT.__init__(self, vit.backbone, vit.spec)
         self.vit, self.seen, self.positions = vit, seen, vit.positions
 
     def part(self, start: int, stop: int) -> ReplayHierarchical:
@@ -144,7 +144,7 @@ class ReplayHierarchical(_Replayed, HierarchicalViT):
         return self.vit.norm(x)
 
     def classify(self, x: Tensor, grid: tuple[int, int]) -> Tensor | None:
-        """The host's classifier."""
+        """The backbone's classifier."""
         return self.vit.classify(x, grid)
 
 

@@ -48,17 +48,17 @@ class _Absent(Exception):
 # ------------------------------------------------------------------------------------------------------- what counts
 
 
-def tensors_of(host: nn.Module, path: str = "") -> Iterator[tuple[str, Tensor]]:
+def tensors_of(backbone: nn.Module, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """Go through the parameters and persistent buffers of a backbone by plain names, tied ones under each name.
 
     A wrapper, a layer of peft and a layer or parametrisation of ours make no difference: what they stand for is seen.
     """
-    host = _meant(host)
-    buffers = {k: b for k, b in host._buffers.items() if k not in host._non_persistent_buffers_set}
-    for name, tensor in (*host._parameters.items(), *buffers.items()):
+    backbone = _meant(backbone)
+    buffers = {k: b for k, b in backbone._buffers.items() if k not in backbone._non_persistent_buffers_set}
+    for name, tensor in (*backbone._parameters.items(), *buffers.items()):
         if tensor is not None:
             yield plain_name(path + name), tensor
-    for name, child in host._modules.items():
+    for name, child in backbone._modules.items():
         if isinstance(child, ParametrizationList):
             yield from _parametrised(child, path.removesuffix("parametrizations.") + name)
         elif child is not None:
@@ -102,7 +102,7 @@ def _layers(names: Sequence[str]) -> dict[str, str]:
 
 
 @torch.no_grad()
-def digest(host: nn.Module, trainable: bool = False) -> dict[str, str]:
+def digest(backbone: nn.Module, trainable: bool = False) -> dict[str, str]:
     """Return a checksum for each layer of a backbone: names, dtypes and shapes, a dash, and all bits.
 
     The two parts are hexadecimal, 8 and 16 digits; where the first is the same the second can be compared. Quantised
@@ -114,7 +114,7 @@ def digest(host: nn.Module, trainable: bool = False) -> dict[str, str]:
 
     It is computed where the tensors are, with one synchronisation. On a CPU it takes about 0.1 s for a ViT-B.
     """
-    named = sorted(tensors_of(host), key=lambda pair: pair[0])
+    named = sorted(tensors_of(backbone), key=lambda pair: pair[0])
     if trainable:
         named = [(n, t) for n, t in named if isinstance(t, nn.Parameter) and t.dtype in DENSE]
     try:
@@ -254,14 +254,14 @@ def _read(rows: dict[int, list[Tensor]]) -> dict[int, list[int]]:
 
 
 @torch.no_grad()
-def block_sums(host: nn.Module, depth: int) -> dict[str, list[float]]:
+def block_sums(backbone: nn.Module, depth: int) -> dict[str, list[float]]:
     """Return of each block, ``"0"`` to ``str(depth - 1)``, four sums over its weights w.
 
     They are of w, of |w|, of w^2, and of |w| over those weights that are vectors. Quantised blocks are left out, and so
     are all where the blocks are not found or their values are not here.
     """
     try:
-        blocks = blocks_of(host, depth)
+        blocks = blocks_of(backbone, depth)
     except TypeError:
         return {}
     sums: dict[str, list[Tensor]] = {}

@@ -157,7 +157,7 @@ def describe_backbone(vit: View, metadata: Mapping[str, Any] = MappingProxyType(
     mean, std = normalisation_of(metadata, vit.spec.channels) or (list(source.mean), list(source.std))
     return {
         "spec": vit.spec._asdict(),
-        "class": f"{type(vit.host).__module__}.{type(vit.host).__qualname__}",
+        "class": f"{type(vit.backbone).__module__}.{type(vit.backbone).__qualname__}",
         "positions": vit.positions,
         "source": source.id,
         "revision": source.revision,
@@ -186,12 +186,12 @@ def fingerprint(vit: View) -> dict[str, list[float]]:
 
 def digest_of(vit: View) -> dict[str, str]:
     """Return the exact checksum of every layer; see :func:`adaptkit.hub.digest.digest`."""
-    return digest(vit.host) if vit.digest is None else vit.digest
+    return digest(vit.backbone) if vit.digest is None else vit.digest
 
 
 def sums_of(vit: View) -> dict[str, list[float]]:
     """Return the sums over each block, which rounding hardly moves; see :func:`adaptkit.hub.digest.block_sums`."""
-    return block_sums(vit.host, len(vit.spec.widths)) if vit.sums is None else vit.sums
+    return block_sums(vit.backbone, len(vit.spec.widths)) if vit.sums is None else vit.sums
 
 
 def check_fits(file: AdapterFile, vit: View, strict: bool = False) -> None:
@@ -208,13 +208,13 @@ def check_fits(file: AdapterFile, vit: View, strict: bool = False) -> None:
     if type(then) is not type(now):
         raise ValueError(
             f"{file.path} was trained on a {_kind(then)} ({say_spec(then)}), this backbone is a {_kind(now)} "
-            f"({vit.source().id or type(vit.host).__name__}: {say_spec(now)}); attach it to a {_kind(then)}"
+            f"({vit.source().id or type(vit.backbone).__name__}: {say_spec(now)}); attach it to a {_kind(then)}"
         )
     for name in then._fields[1:]:  # whichever library holds them: the family does not matter
         a, b = getattr(then, name), getattr(now, name)
         if a != b:
             saved = file.header["backbone"]
-            here = vit.source().id or type(vit.host).__name__
+            here = vit.source().id or type(vit.backbone).__name__
             raise ValueError(
                 f"{file.path} was trained on {name}={a} ({saved['source'] or saved['class']}: {say_spec(then)}), this "
                 f"backbone has {name}={b} ({here}: {say_spec(now)}); attach it to "
@@ -234,7 +234,7 @@ def check_fits(file: AdapterFile, vit: View, strict: bool = False) -> None:
     if saved.get("positions", vit.positions) != vit.positions:
         warnings.warn(
             f"{file.path} was trained where positions go to another grid as {saved['positions']!r}, this backbone "
-            f"({type(vit.host).__name__}) does it as {vit.positions!r}: results agree at the native size only. For "
+            f"({type(vit.backbone).__name__}) does it as {vit.positions!r}: results agree at the native size only. For "
             "other sizes take the library that it was trained in",
             UserWarning,
             stacklevel=3,
@@ -255,7 +255,7 @@ def say_spec(spec: Spec | HierarchicalSpec) -> str:
 
 
 def _kind(spec: Spec | HierarchicalSpec) -> str:
-    return "ViT" if isinstance(spec, Spec) else "hierarchical host"
+    return "ViT" if isinstance(spec, Spec) else "hierarchical backbone"
 
 
 def _other_weights(file: AdapterFile, vit: View) -> list[str]:

@@ -31,8 +31,8 @@ def from_official(
         method: ``"vit-adapter"``, ``"adavit"`` or ``"dat"``.
         state_dict: the authors' tensors, with or without the ``backbone.`` prefix; tensors of necks, heads and
             optimisers are left aside. A whole checkpoint ``{"state_dict": ...}`` is opened.
-        backbone: the host; its weights are yours. The official ViT-Adapter has no class token and a layer scale: a timm
-            ViT built with ``class_token=False, global_pool="avg", fc_norm=False, init_values=1.0`` hosts it. An
+        backbone: its weights are yours. The official ViT-Adapter has no class token and a layer scale: a timm
+            ViT built with ``class_token=False, global_pool="avg", fc_norm=False, init_values=1.0`` backbones it. An
             official AdaViT is a DeiT: timm's, whose classifier gives the logits. For ``"dat"`` it is a
             :class:`~adaptkit.models.DAT` of any size, or left out to build one from the options.
         load_backbone: also load the ViT part of the checkpoint into the backbone, where its keys fit.

@@ -91,13 +91,13 @@ def _check_fits(own: dict[str, Tensor], spec: Spec) -> None:
 
 def _load_deit(state_dict: dict[str, Tensor], backbone: nn.Module) -> None:
     """Load the authors' DeiT (query, key, value apart) into a timm VisionTransformer (fused)."""
-    host: Any = backbone
+    vit: Any = backbone
     if view(backbone).spec.family != "timm-vit":
         raise ValueError(
             f"load_backbone=True needs a timm VisionTransformer, this is {type(backbone).__name__}; load the ViT's "
             "weights yourself and leave load_backbone out"
         )
-    target = host.state_dict()
+    target = vit.state_dict()
     own = {}
     for key in target:
         apart = [key.replace(".qkv.", f".{part}.") for part in ("query", "key", "value")]
@@ -106,6 +106,6 @@ def _load_deit(state_dict: dict[str, Tensor], backbone: nn.Module) -> None:
         elif all(name in state_dict for name in apart):
             own[key] = torch.cat([state_dict[name] for name in apart])
     if "pos_embed" in own:
-        own["pos_embed"] = resampled_positions(own["pos_embed"], host)
+        own["pos_embed"] = resampled_positions(own["pos_embed"], vit)
     check_tensors(target, own, "the DeiT part of the official checkpoint")
-    host.load_state_dict(own)
+    vit.load_state_dict(own)

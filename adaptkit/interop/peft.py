@@ -25,7 +25,7 @@ def to_peft(model: AdaptedModel, folder: str | os.PathLike[str]) -> Path:
     lora = dict(model.adapters.items()).get("lora")
     if not isinstance(lora, LoRA):
         raise TypeError(f"the active adapters are {', '.join(model.adapters) or 'none'}: there is no lora for peft")
-    names = [name for name, module in model.backbone.named_modules() if module is model.vit.host]
+    names = [name for name, module in model.backbone.named_modules() if module is model.vit.backbone]
     prefix = f"{names[0]}." if names and names[0] else ""
     config, tensors = to_peft_layout(lora, prefix, model.vit.source().id)
     said = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()

@@ -104,7 +104,7 @@ def _vit_adapter_config(own: dict[str, Tensor], spec: Spec, options: dict[str, A
 
 def _load_vit(state_dict: dict[str, Tensor], backbone: nn.Module) -> None:
     """Load the authors' plain ViT (fused qkv, gamma1/gamma2) into a timm VisionTransformer."""
-    host: Any = backbone
+    vit: Any = backbone
     if view(backbone).spec.family != "timm-vit":
         raise ValueError(
             f"load_backbone=True needs a timm VisionTransformer, this is {type(backbone).__name__}; load the ViT's "
@@ -115,7 +115,7 @@ def _load_vit(state_dict: dict[str, Tensor], backbone: nn.Module) -> None:
         for k, v in state_dict.items()
         if k.startswith(("patch_embed.", "blocks."))
     }
-    target = host.state_dict()
+    target = vit.state_dict()
     for key in [k for k in own if k.endswith("gamma") and k not in target]:
         if not torch.equal(own[key], torch.ones_like(own[key])):
             raise ValueError(
@@ -123,20 +123,20 @@ def _load_vit(state_dict: dict[str, Tensor], backbone: nn.Module) -> None:
             )
         del own[key]
     if "pos_embed" in state_dict:
-        own["pos_embed"] = resampled_positions(state_dict["pos_embed"], host)
+        own["pos_embed"] = resampled_positions(state_dict["pos_embed"], vit)
     needed = {k: v for k, v in target.items() if k.startswith(("patch_embed.", "blocks.", "pos_embed"))}
     check_tensors(needed, own, "the ViT part of the official checkpoint")
-    host.load_state_dict(own, strict=False)
+    vit.load_state_dict(own, strict=False)
 
 
-def resampled_positions(pos_embed: Tensor, host: Any) -> Tensor:
-    """(1, 1 + n*n, D) -> the host's own table, resampled as the authors do: bicubic, without antialias."""
+def resampled_positions(pos_embed: Tensor, vit: Any) -> Tensor:
+    """(1, 1 + n*n, D) -> the vit's own table, resampled as the authors do: bicubic, without antialias."""
     side = math.isqrt(pos_embed.shape[1] - 1)
     if side * side != pos_embed.shape[1] - 1:
         raise ValueError(f"pos_embed has {pos_embed.shape[1]} entries, which is no class position and a square grid")
     table = pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    grid = tuple(host.patch_embed.grid_size)
+    grid = tuple(vit.patch_embed.grid_size)
     if grid != (side, side):
         table = F.interpolate(table, size=grid, mode="bicubic", align_corners=False)
-    prefix = pos_embed[:, :1] if host.pos_embed.shape[1] == grid[0] * grid[1] + 1 else pos_embed[:, :0]
+    prefix = pos_embed[:, :1] if vit.pos_embed.shape[1] == grid[0] * grid[1] + 1 else pos_embed[:, :0]
     return torch.cat([prefix, table.flatten(2).transpose(1, 2)], dim=1)

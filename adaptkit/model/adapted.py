@@ -61,7 +61,7 @@ def attach(
     Returns the adapted model on the backbone's device: in training mode, or in eval mode where a saved adapter is
     attached. Nothing of ``model`` is changed before everything that can fail has been built and proved.
 
-    Raises ``TypeError`` for a host of an unknown class, or that computes something else than its class, and
+    Raises ``TypeError`` for a backbone of an unknown class, or that computes something else than its class, and
     ``ValueError`` for an unknown name or option, for a saved adapter that does not fit, for a backbone that another
     adapted model has, and for adapters of which a part would never be trained.
     """
@@ -79,9 +79,9 @@ def attach(
     checked_name(name)
     with ordinarily():
         vit = registry.view(model)
-        check_free(model, vit.host)
+        check_free(model, vit.backbone)
         prove(vit)
-        found = (entry.module.existing(vit.host) for entry in registry.adapters().values())  # type: ignore[attr-defined]
+        found = (entry.module.existing(vit.backbone) for entry in registry.adapters().values())  # type: ignore[attr-defined]
         existing: ExistingLayers | None = next((layers for layers in found if layers is not None), None)
         own = () if existing is None else (existing.config,)
         built, loaded = build_set((*own, *adapters), head, vit, strict, train_backbone)
@@ -150,7 +150,7 @@ class AdaptedModel(Facts, NamedSets):
             raise ValueError(f"image has shape {tuple(image.shape)}; expected (batch, channels, height, width)")
         vit = self.vit
         if not torch.compiler.is_compiling():
-            self._owner.check(vit.host)
+            self._owner.check(vit.backbone)
         if self._disabled or self._active is None:
             features = vit.features(image)
             return features._replace(logits=vit.logits(features))
@@ -175,7 +175,7 @@ class AdaptedModel(Facts, NamedSets):
         seen = replay(self.vit, image)
         if not isinstance(seen, Replay):
             raise ValueError(
-                f"{type(self.vit.host).__name__} has stages, whose outputs are not cached; use a plain ViT"
+                f"{type(self.vit.backbone).__name__} has stages, whose outputs are not cached; use a plain ViT"
             )
         states = tuple(seen.states[i + 1] for i in after)
         size = (image.shape[-2], image.shape[-1])
@@ -220,12 +220,12 @@ class AdaptedModel(Facts, NamedSets):
     def _given_view(self) -> Any:
         """The view of a copy of the backbone as it was given: nothing in it, nothing merged, nothing trained."""
         given = copy.copy(self.vit)
-        given.host = self._owner.as_given(given.host)
+        given.backbone = self._owner.as_given(given.backbone)
         return given
 
     def check_untrained(self) -> None:
         """Raise ``ValueError`` where the backbone itself has other weights than when it was attached to."""
-        self._owner.check_untrained(self._given_view().host)
+        self._owner.check_untrained(self._given_view().backbone)
 
     def save(self, folder: str | os.PathLike[str], *, name: str | None = None, **metadata: Any) -> Path:
         """Write a set of adapters and their head, the active one or ``name``, to ``folder``: weights, config and card.

@@ -104,7 +104,7 @@ class ManyTasks(nn.Module):
                 if path not in routed and path not in new:
                     kind = WeightProxy if isinstance(proxy, WeightProxy) else LayerProxy
                     new[path] = kind(Routed(proxy.layer), proxy.layer)
-        put(self.model.vit.host, new)
+        put(self.model.vit.backbone, new)
         routed.update(new)
         for adapter in chosen.weight_adapters:
             for path, proxy in adapter.proxies.items():

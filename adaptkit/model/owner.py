@@ -26,9 +26,9 @@ __all__ = ["Owner", "check_free"]
 MARK = "_adaptkit_owner"
 
 
-def check_free(backbone: nn.Module, host: nn.Module) -> None:
+def check_free(backbone: nn.Module, seen: nn.Module) -> None:
     """Raise ``ValueError`` where an adapted model has this backbone; what a forgotten one left is put back."""
-    owner: Owner | None = vars(host).get(MARK)
+    owner: Owner | None = vars(seen).get(MARK)
     if owner is None:
         return
     if owner.model is not None:
@@ -36,7 +36,7 @@ def check_free(backbone: nn.Module, host: nn.Module) -> None:
             f"this {type(backbone).__name__} has adapters already, those of another adapted model: add_adapter() there "
             "adds a set beside them, attach_many() runs several at once, and detach() gives the backbone back"
         )
-    owner.release(backbone, host)
+    owner.release(backbone, seen)
 
 
 class Owner:
@@ -69,24 +69,24 @@ class Owner:
 
     # --------------------------------------------------------------------------------------- taking and giving back
 
-    def take(self, backbone: nn.Module, host: nn.Module, model: nn.Module) -> None:
-        """Freeze the backbone. ``host`` is the part of it that is seen."""
+    def take(self, backbone: nn.Module, seen: nn.Module, model: nn.Module) -> None:
+        """Freeze the backbone. ``seen`` is the part of it that adapters act in."""
         self._modes = {n: m.training for n, m in backbone.named_modules(remove_duplicate=False)}
         self._flags = {n: p.requires_grad for n, p in backbone.named_parameters(remove_duplicate=False)}
-        self.weights = digest(host, trainable=True)
-        vars(host)[MARK] = self
+        self.weights = digest(seen, trainable=True)
+        vars(seen)[MARK] = self
         self.belongs_to(model)
         if self.existing is not None:
-            self.existing.take_out(host)
+            self.existing.take_out(seen)
         backbone.requires_grad_(False)
 
-    def release(self, backbone: nn.Module, host: nn.Module) -> None:
+    def release(self, backbone: nn.Module, seen: nn.Module) -> None:
         """Leave the backbone as it was taken: layers, weights, flags and modes."""
-        self._remove(host)
-        restore(host)
+        self._remove(seen)
+        restore(seen)
         if self.existing is not None:
-            self.existing.restore(host)
-        vars(host).pop(MARK, None)
+            self.existing.restore(seen)
+        vars(seen).pop(MARK, None)
         modes, flags = _by_plain_name(self._modes), _by_plain_name(self._flags)
         for name, module in backbone.named_modules(remove_duplicate=False):
             module.training = self._modes.get(name, modes.get(plain_name(name), module.training))
@@ -95,23 +95,23 @@ class Owner:
 
     # ------------------------------------------------------------------------------------------------ what is in it
 
-    def install(self, host: nn.Module, adapters: Sequence[WeightAdapter], merged: bool = False) -> None:
+    def install(self, seen: nn.Module, adapters: Sequence[WeightAdapter], merged: bool = False) -> None:
         """Have these adapters in the backbone and no others, merged or not. Raises what they raise; all or nothing."""
         before, was_merged = list(self.installed), self.merged
         try:
-            self._go(host, list(adapters), merged)
+            self._go(seen, list(adapters), merged)
         except BaseException:
             self.installed = [*before, *(a for a in self.installed if a not in before)]
-            self._remove(host)  # wherever it stopped, all that was or came in goes out
-            self._go(host, before, was_merged)
+            self._remove(seen)  # wherever it stopped, all that was or came in goes out
+            self._go(seen, before, was_merged)
             raise
 
-    def _go(self, host: nn.Module, adapters: list[WeightAdapter], merged: bool) -> None:
+    def _go(self, seen: nn.Module, adapters: list[WeightAdapter], merged: bool) -> None:
         if [id(a) for a in adapters] != [id(a) for a in self.installed]:
-            self._remove(host)
+            self._remove(seen)
             for adapter in adapters:
                 self.installed.append(adapter)
-                adapter.install(host)
+                adapter.install(seen)
         for adapter in self.installed:
             if merged and adapter.merges:
                 adapter.merge()
@@ -119,17 +119,17 @@ class Owner:
                 adapter.unmerge()
         self.merged = merged
 
-    def _remove(self, host: nn.Module) -> None:
+    def _remove(self, seen: nn.Module) -> None:
         for adapter in reversed(self.installed):
-            adapter.remove(host)
+            adapter.remove(seen)
         self.installed, self.merged = [], False
 
-    def as_given(self, host: nn.Module) -> nn.Module:
+    def as_given(self, seen: nn.Module) -> nn.Module:
         """Return a copy of the tree with the layers and tensors that are the backbone's own, whatever is in it now.
 
         Nothing is touched: the model may run in another thread meanwhile.
         """
-        given = skeleton(host, own_layer)
+        given = skeleton(seen, own_layer)
         for adapter in reversed(self.installed):  # what the first one found there is the backbone's own
             for name, tensor in adapter.originals().items():
                 path, _, key = name.rpartition(".")
@@ -139,12 +139,12 @@ class Owner:
                 own[key] = nn.Parameter(tensor, requires_grad=False) if weight else tensor
         return given
 
-    def check_untrained(self, host: nn.Module) -> None:
+    def check_untrained(self, seen: nn.Module) -> None:
         """Raise ``ValueError`` where somebody has trained the backbone: a file of adapters would lose that.
 
-        ``host``: :meth:`as_given`.
+        ``seen``: :meth:`as_given`.
         """
-        layers, _ = other_layers(self.weights, digest(host, trainable=True), classifier=True)
+        layers, _ = other_layers(self.weights, digest(seen, trainable=True), classifier=True)
         if layers:
             raise ValueError(
                 f"the backbone has other weights than when it was attached to, in {', '.join(layers[:4])}"
@@ -153,10 +153,10 @@ class Owner:
                 "save the backbone itself"
             )
 
-    def check(self, host: nn.Module) -> None:
+    def check(self, seen: nn.Module) -> None:
         """Raise ``RuntimeError`` where somebody has replaced a layer that an adapter is in: it would be ignored."""
         for adapter in self.installed:
-            adapter.check(host)
+            adapter.check(seen)
 
 
 def _by_plain_name(record: dict[str, bool]) -> dict[str, bool]:

@@ -64,7 +64,7 @@ def parts_of(args: Sequence[Any], vit: View, strict: bool) -> tuple[list[Part], 
 
 
 class AdapterSet(nn.Module):
-    """Adapters that act together, and their head: what one file holds. Building it leaves the host as it was.
+    """Adapters that act together, and their head: what one file holds. Building it leaves the backbone as it was.
 
     Args:
         vit: the view of the backbone.
@@ -106,7 +106,7 @@ class AdapterSet(nn.Module):
         self.leaves_unread = False  #: whether the head leaves features unread that are trained
         #: while it is not the active set: which of its parameters are trained when it is, by name
         self.flags: dict[str, bool] | None = None
-        _follow(vit.host, self)
+        _follow(vit.backbone, self)
 
     def __iter__(self) -> Iterator[Adapter]:
         """Go through the adapters in the order in which they act."""
@@ -114,7 +114,7 @@ class AdapterSet(nn.Module):
 
     @property
     def weight_adapters(self) -> list[WeightAdapter]:
-        """Those that act inside the host's layers, trained parts of the backbone first."""
+        """Those that act inside the backbone's layers, trained parts of the backbone first."""
         own = [] if self.backbone is None else [self.backbone]
         return [*own, *(a for a in self if isinstance(a, WeightAdapter))]
 
@@ -167,9 +167,9 @@ class AdapterSet(nn.Module):
         return said if self.backbone is None else {**said, "train_backbone": list(self.backbone.config)}
 
 
-def _follow(host: nn.Module, built: AdapterSet) -> None:
+def _follow(backbone: nn.Module, built: AdapterSet) -> None:
     """Move adapters and head to the backbone's device; peft's layers are each on their layer's device already."""
-    device = next(host.parameters()).device
+    device = next(backbone.parameters()).device
     for module in built.modules_by_name().values():
         if not isinstance(module, WeightAdapter) and module is not getattr(built.backbone, "copies", None):
             module.to(device)
@@ -188,16 +188,16 @@ def _build_backbone(vit: View, given: Sequence[str], files: Sequence[AdapterFile
     if vit.sharded:
         raise ValueError("the backbone is sharded: train parts of it before shard(), or train it whole elsewhere")
     if not saved:
-        return TrainedBackbone(vit.spec, vit.host, parts)
+        return TrainedBackbone(vit.spec, vit.backbone, parts)
     tensors = saved[0].tensors_of("backbone")
-    strange = sorted(set(tensors) - {name for name, _ in parameters(vit.host)})
+    strange = sorted(set(tensors) - {name for name, _ in parameters(vit.backbone)})
     if strange:
         raise ValueError(
             f"{saved[0].path} holds trained tensors of a {saved[0].header['backbone']['class']}, this backbone is a "
-            f"{type(vit.host).__name__}, which calls them otherwise ({', '.join(strange[:3])}): attach it to a "
+            f"{type(vit.backbone).__name__}, which calls them otherwise ({', '.join(strange[:3])}): attach it to a "
             "backbone of the library it was trained in"
         )
-    built = TrainedBackbone(vit.spec, vit.host, parts)
+    built = TrainedBackbone(vit.spec, vit.backbone, parts)
     check_tensors(built.copies.state_dict(), tensors, f"{saved[0].path}, backbone")
     built.copies.load_state_dict(tensors)
     return built
@@ -222,7 +222,7 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[st
 def _build(part: Part, vit: View) -> nn.Module:
     cls: Any = part.entry.module
     if issubclass(cls, WeightAdapter):
-        module: Any = cls(vit.spec, part.config, vit.host)
+        module: Any = cls(vit.spec, part.config, vit.backbone)
     else:
         module = cls(vit.spec, part.config)
     if part.file is not None:
@@ -264,25 +264,26 @@ def check_tensors(own: dict[str, Tensor], given: dict[str, Tensor], where: str) 
 
 
 def _check_hierarchical(parts: list[Part], vit: View) -> None:
-    """On a host of several stages there is no one width and no one grid to build for."""
+    """On a backbone of several stages there is no one width and no one grid to build for."""
     for part in parts:
         if isinstance(vit, HierarchicalViT) and not part.entry.module.hierarchical:
             fits = ", ".join(name for name, entry in sorted(registry.adapters().items()) if entry.module.hierarchical)
             raise TypeError(
                 f"{part.entry.name} needs one width and one grid from the first block to the last, "
-                f"{type(vit.host).__name__} has stages of {', '.join(map(str, vit.spec.embed_dims))} channels at "
+                f"{type(vit.backbone).__name__} has stages of {', '.join(map(str, vit.spec.embed_dims))} channels at "
                 f"strides {', '.join(map(str, vit.spec.strides))}, its own pyramid; attach {fits} to it, or use a "
                 "plain ViT"
             )
 
 
 def _check_inside(built: dict[str, nn.Module], vit: View) -> None:
-    """Adapters that run a block from its parts need a host that has them, and the bare block."""
+    """Adapters that run a block from its parts need a backbone that has them, and the bare block."""
     wrappers = [(name, a) for name, a in built.items() if isinstance(a, BlockAdapter)]
     for place, (name, adapter) in enumerate(wrappers):
         if adapter.inside and not (isinstance(vit, ViT) and vit.splits):
             raise TypeError(
-                f"{name} steps inside the attention, and that of {type(vit.host).__name__} does not come apart into "
+                f"{name} steps inside the attention, and that of {type(vit.backbone).__name__} does not come apart "
+                "into "
                 "q, k, v and an output; attach it to a ViT with plain attention"
             )
         if adapter.inside and place > 0:

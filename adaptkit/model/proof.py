@@ -1,11 +1,11 @@
-"""Whether a view says what its host computes: proven on a few random tokens, for a class name proves nothing.
+"""Whether a view says what its backbone computes: proven on a few random tokens, for a class name proves nothing.
 
 A subclass may add positions of its own, a block may hide another attention, a method may have been replaced on one
 object. So both are run and compared, on a copy of the tree that shares the weights: the user's modules, modes, hooks
 and random numbers are left alone.
 
-1. *The forward*, at the sizes that the host takes. Each block is replaced by a cheap function of its own that also
-   depends on the arguments it gets, so that embedding, positions, order of the blocks and final norm run as the host's
+1. *The forward*, at the sizes that the backbone takes. Each block is replaced by a cheap function of its own that also
+   depends on the arguments it gets, so that embedding, positions, order of the blocks and final norm run as its
    class has them, and the whole costs little more than the embedding.
 2. *The blocks*, on a grid of a few tokens: one of each kind, ``run`` against the parts.
 
@@ -43,16 +43,16 @@ _MODULE = set(vars(nn.Module()))
 
 @torch.no_grad()
 def prove(view: View) -> None:
-    """Compare a view with the host it sees. Nothing is changed, but for ``view.splits``.
+    """Compare a view with the backbone it sees. Nothing is changed, but for ``view.splits``.
 
     An attention whose inside is not what the view says sets ``view.splits`` to ``False``: adapters that step inside it
-    are then refused by name, and the others, which run the host's own blocks, attach.
+    are then refused by name, and the others, which run the backbone's own blocks, attach.
 
     Hosts on the meta device, of fake tensors, or with sharded parameters cannot be computed here and are passed over.
 
     Raises ``TypeError`` that names what differs, by how much, and what to do.
     """
-    parameters = list(view.host.parameters())
+    parameters = list(view.backbone.parameters())
     if not parameters or any(map(_is_out_of_reach, parameters)):
         return
     devices = {p.device for p in parameters if p.device.type != "cpu"}
@@ -90,7 +90,7 @@ def _prove_forward(view: View) -> None:
     seen, run = _Copy(view), _Run()
     side = view.spec.patch_size if isinstance(view, ViT) else view.spec.strides[0]
     blocks = seen.blocks((sizes[0][0] // side * side, sizes[0][1] // side * side))
-    seen.own(seen.view.host, but=blocks)
+    seen.own(seen.view.backbone, but=blocks)
     for index, module in enumerate(blocks):
         _stand_in(module, index, run)
     for size in sizes:
@@ -101,7 +101,7 @@ def _prove_forward(view: View) -> None:
         if said is None:
             return
         theirs = run.taken()
-        whole = image[..., : size[0] // side * side, : size[1] // side * side]  # hosts drop a rest, a view pads it
+        whole = image[..., : size[0] // side * side, : size[1] // side * side]  # backbones drop a rest, a view pads it
         features = _tried(view, where, partial(seen.view.features, whole))
         _compare_tokens(seen, where, torch.cat([features.prefix, features.tokens], dim=1), said, run.taken(), theirs)
         _compare_answer(seen, where, image, said)
@@ -145,11 +145,11 @@ def _compare_tokens(seen: _Copy, where: str, tokens: Tensor, said: Tensor, ours:
 
 
 def _compare_answer(seen: _Copy, where: str, image: Tensor, said: Tensor) -> None:
-    """Raise where what the host returns is not made from these tokens."""
+    """Raise where what the backbone returns is not made from these tokens."""
     allowed = seen.view.answers(said)
     if not allowed:
         return
-    answer = tree_leaves(_tried(seen.original, where, partial(seen.view.host, image)))
+    answer = tree_leaves(_tried(seen.original, where, partial(seen.view.backbone, image)))
     pairs = [(a, b) for a in answer if isinstance(a, Tensor) for b in allowed if a.shape == b.shape]
     off = min((_distance(a, b) for a, b in pairs), default=float("inf"))
     if not off <= seen.tolerance:
@@ -209,7 +209,7 @@ def _prove_blocks(view: View) -> None:
     for index, module in enumerate(modules):
         first.setdefault(index if module is None else _kind(module), index)
     tried = set(first.values())
-    seen.own(seen.view.host, but=[m for i, m in enumerate(modules) if i not in tried])
+    seen.own(seen.view.backbone, but=[m for i, m in enumerate(modules) if i not in tried])
     splits = True
     for index, (_, block, width) in enumerate(seen.bound(grid)):
         if index in tried:
@@ -222,7 +222,8 @@ def _prove_blocks(view: View) -> None:
         return
     if view.rebuilds:
         raise TypeError(
-            f"{_name(view.host)}: the attention is not softmax(q k^T + bias) v of its own projections, and on other "
+            f"{_name(view.backbone)}: the attention is not softmax(q k^T + bias) v of its own projections, and on "
+            "other "
             f"grids this view computes it so; {_remedy(view)}"
         )
     view.splits = False
@@ -237,7 +238,9 @@ def _compare_block(seen: _Copy, where: str, block: Block, x: Tensor) -> None:
     except FAILURES as error:
         if isinstance(view, HierarchicalViT) and isinstance(error, TypeError):
             return  # it says itself that it has no parts
-        raise TypeError(f"{_name(view.host)}: {where} does not run from its parts: {error}; {_remedy(view)}") from error
+        raise TypeError(
+            f"{_name(view.backbone)}: {where} does not run from its parts: {error}; {_remedy(view)}"
+        ) from error
     off = _distance(y - x, z - x) if isinstance(y, Tensor) and y.shape == z.shape == x.shape else float("inf")
     if not off <= seen.tolerance:
         kind = type(_module(block.run) or block.run).__name__
@@ -314,13 +317,13 @@ def _shapes(module: nn.Module) -> Any:
 
 
 class _Copy:
-    """A view of a copy of the host, in eval mode and without hooks, that shares its large tensors."""
+    """A view of a copy of the backbone, in eval mode and without hooks, that shares its large tensors."""
 
     def __init__(self, view: View) -> None:
         self.original, self.view = view, copy.copy(view)
-        self.view.host = host = skeleton(view.host)
-        at_rest(host)
-        parameters = list(view.host.parameters())
+        self.view.backbone = backbone = skeleton(view.backbone)
+        at_rest(backbone)
+        parameters = list(view.backbone.parameters())
         self.quantised = any(not _is_plain(p) for p in parameters)
         floating = [p for p in parameters if p.is_floating_point()] or parameters
         given = floating[0].dtype if floating[0].is_floating_point() else torch.float32
@@ -428,17 +431,17 @@ def _tried(view: View, where: str, run: Callable[[], Any]) -> Any:
     try:
         return run()
     except FAILURES as error:
-        raise TypeError(f"{_name(view.host)} could not be run on {where}: {error}; {_remedy(view)}") from error
+        raise TypeError(f"{_name(view.backbone)} could not be run on {where}: {error}; {_remedy(view)}") from error
 
 
 def _other(view: View, what: str, off: float) -> TypeError:
     seen_by, by = type(view).__name__, "in shape" if off == float("inf") else f"by {off:.1%}"
-    return TypeError(f"{_name(view.host)} is not what {seen_by} sees of it: {what} differ {by}; {_remedy(view)}")
+    return TypeError(f"{_name(view.backbone)} is not what {seen_by} sees of it: {what} differ {by}; {_remedy(view)}")
 
 
 def _remedy(view: View) -> str:
     cls, base = (
-        type(view.host),
+        type(view.backbone),
         "core.hierarchical.HierarchicalViT" if isinstance(view, HierarchicalViT) else "core.view.ViT",
     )
     return (
@@ -447,5 +450,5 @@ def _remedy(view: View) -> str:
     )
 
 
-def _name(host: nn.Module) -> str:
-    return f"{type(host).__module__}.{type(host).__qualname__}"
+def _name(backbone: nn.Module) -> str:
+    return f"{type(backbone).__module__}.{type(backbone).__qualname__}"

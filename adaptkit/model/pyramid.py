@@ -40,7 +40,7 @@ def as_pyramid(
 
     Args:
         model: what ``attach`` returned, with an adapter that makes maps (``"vit-adapter"``, ``"sfp"``) or on a
-            hierarchical host, and without a head. It is held, not copied.
+            hierarchical backbone, and without a head. It is held, not copied.
         strides: which maps, finest first, in pixels; default: all of them.
         names: of the maps; default ``"0", "1", ...``, as torchvision's ``MaskRCNN`` expects them.
         out: what a forward returns: ``"list"``, ``"dict"`` (an ``OrderedDict``, torchvision), ``"hf"``

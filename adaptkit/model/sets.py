@@ -1,4 +1,4 @@
-"""Named sets of adapters on one frozen backbone: which are there, which one acts, and what the host's weights hold."""
+"""Named sets of adapters on one frozen backbone: which are there, which one acts, and what its weights hold."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def ordinarily() -> Iterator[None]:
 def build_set(
     adapters: tuple[Any, ...], head: Any, vit: View, strict: bool, train_backbone: Sequence[str] = ()
 ) -> tuple[AdapterSet, bool]:
-    """Build a set of adapters for this host, and tell whether a file was loaded; arguments as ``attach`` takes them."""
+    """Build a set of adapters for this backbone, and say whether a file was loaded; arguments as of ``attach``."""
     parts, files = parts_of(adapters, vit, strict)
     chosen, head_file = head_of(head, files)
     return AdapterSet(vit, parts, chosen, head_file, train_backbone, files), bool(files)
@@ -68,11 +68,11 @@ class NamedSets(nn.Module):
         self.backbone = model
         self.register_load_state_dict_pre_hook(_refuse_while_merged)
         self.register_load_state_dict_post_hook(_after_loading)
-        owner.take(model, vit.host, self)
+        owner.take(model, vit.backbone, self)
         try:
             self._settle()
         except BaseException:
-            owner.release(model, vit.host)
+            owner.release(model, vit.backbone)
             raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -163,7 +163,7 @@ class NamedSets(nn.Module):
         """Have in the backbone what is active, and train that; nothing is done where it is so already."""
         acting = [] if self._active is None or self._disabled else self._acting.weight_adapters
         if not self._together:
-            self._owner.install(self.vit.host, acting, self._merged and not self._disabled)
+            self._owner.install(self.vit.backbone, acting, self._merged and not self._disabled)
         self._settle_flags()
         self._settle_modes()
 
@@ -188,7 +188,7 @@ class NamedSets(nn.Module):
         self.backbone.eval()
         trained = None if self._active is None or self._disabled else self._acting.backbone
         if trained is not None:
-            trained.train_host(self.vit.host, self.training)
+            trained.train_backbone_modes(self.vit.backbone, self.training)
 
     # ---------------------------------------------------------------------------------------------- several adapters
 
@@ -335,9 +335,9 @@ class NamedSets(nn.Module):
         self.eval()
         if any(adapter.merges for adapter in inside):
             self.merge_adapter()
-        host, changed = self.vit.host, {name: tensor for a in inside for name, tensor in a.weights().items()}
+        backbone, changed = self.vit.backbone, {name: tensor for a in inside for name, tensor in a.weights().items()}
         model = self.detach()
-        write(host, changed)
+        write(backbone, changed)
         return model
 
     def detach(self, keep: bool = False) -> nn.Module:
@@ -348,12 +348,12 @@ class NamedSets(nn.Module):
         """
         if self._vit is None:
             raise RuntimeError("this model was detached already")
-        host, model = self._vit.host, self._given[0]  # also where another module was put into its place
+        backbone, model = self._vit.backbone, self._given[0]  # also where another module was put into its place
         trained = None if self._active is None else self._acting.backbone
         kept = trained.weights() if keep and trained is not None else {}
-        self._owner.release(model, host)
+        self._owner.release(model, backbone)
         if kept:
-            write(host, kept)
+            write(backbone, kept)
         for one in self.sets.values():
             _thaw(one)
         self._vit, self._given, self._merged = None, (None,), False
@@ -376,4 +376,4 @@ def _refuse_while_merged(module: Any, *_: Any) -> None:
 def _after_loading(module: Any, *_: Any) -> None:
     """``assign=True`` and ``to_empty`` make new parameters: those of the active set go where the old ones were."""
     if module._vit is not None:
-        module._owner.check(module._vit.host)
+        module._owner.check(module._vit.backbone)

@@ -31,7 +31,7 @@ def shard(model: Any, **options: Any) -> Any:
         options: of ``torch.distributed.fsdp.fully_shard``: ``mesh``, ``reshard_after_forward``, ``mp_policy``, ...
 
     Returns the same model. Raises ``RuntimeError`` where no process group exists, and ``TypeError`` where the blocks of
-    the host are not found.
+    the backbone are not found.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -41,7 +41,7 @@ def shard(model: Any, **options: Any) -> Any:
         )
     adapted = next(m for m in model.modules() if isinstance(m, AdaptedModel))
     vit = adapted.vit
-    blocks = blocks_of(vit.host, len(vit.spec.widths))
+    blocks = blocks_of(vit.backbone, len(vit.spec.widths))
     # While every process can read the weights:
     vit.fingerprint, vit.digest, vit.sums = fingerprint(vit), digest_of(vit), sums_of(vit)
     for block in blocks:
@@ -49,7 +49,7 @@ def shard(model: Any, **options: Any) -> Any:
         setattr(block, RUN_WHOLE, _call)
         register_fsdp_forward_method(block, RUN_WHOLE)
     vit.sharded = blocks
-    own = {p for name, p in model.named_parameters() if p not in set(vit.host.parameters())}
+    own = {p for name, p in model.named_parameters() if p not in set(vit.backbone.parameters())}
     fully_shard(model, ignored_params=own, **options)
     model._ddp_params_and_buffers_to_ignore = [n for n, p in model.named_parameters() if hasattr(p, "full_tensor")]
     return model

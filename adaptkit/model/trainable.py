@@ -1,7 +1,7 @@
 """Proof that every part of a set of adapters is trained: found by a small run, not assumed.
 
 A parameter that no gradient reaches is never trained, and plain ``DistributedDataParallel`` waits for it in vain: a
-pyramid under a head that reads tokens only, LoRA in a layer that the host never calls.
+pyramid under a head that reads tokens only, LoRA in a layer that the backbone never calls.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ __all__ = ["check_trained"]
 def check_trained(vit: View, built: AdapterSet, run: Callable[[View, AdapterSet, Tensor], Features]) -> None:
     """Prove that a gradient reaches each trained parameter of a set.
 
-    Two random images of a few patches go through a copy of the host's structure that shares its weights: the host, the
-    random numbers and the set's statistics are left as they were. A host on the meta device or in shards is not run,
+    Two random images of a few patches go through a copy of the structure that shares the weights: the backbone, the
+    random numbers and the set's statistics are left as they were. One on the meta device or in shards is not run,
     nor one in inference mode, where nothing is trained.
 
     Where a head leaves features unread (a pyramid under a head that reads tokens), the set is told so, and a warning
     names what only a loss on these features would train.
 
     Args:
-        vit: the view of the host.
+        vit: the view of the backbone.
         built: the set, not yet installed.
         run: runs a view and a set on an image.
 
     Raises ``ValueError`` where none of the features that the set returns depends on a parameter.
     """
     trained = {n: p for n, p in built.named_parameters() if p.requires_grad}
-    tensors = [*vit.host.parameters(), *trained.values()]
+    tensors = [*vit.backbone.parameters(), *trained.values()]
     if not trained or vit.sharded or any(t.is_meta or t.is_inference() or _is_special(t) for t in tensors):
         return
     try:
@@ -54,7 +54,7 @@ def check_trained(vit: View, built: AdapterSet, run: Callable[[View, AdapterSet,
             return
         raise
     missing = {n: p for n, p in missing.items() if not (built.owns_head and n.startswith("head."))}  # the user's affair
-    if missing and not any(isinstance(vars(m).get("forward"), FunctionType) for m in vit.host.modules()):
+    if missing and not any(isinstance(vars(m).get("forward"), FunctionType) for m in vit.backbone.modules()):
         # A function that was put over a forward calls the user's own modules, not the copies that were tried.
         raise ValueError(_explained(vit, built, list(missing)))
     read_by_none = [n for n in unread if built.owns_head and n.startswith("head.")]
@@ -71,20 +71,20 @@ def check_trained(vit: View, built: AdapterSet, run: Callable[[View, AdapterSet,
 
 @contextmanager
 def _small_run(vit: View, built: AdapterSet, run: Callable[[View, AdapterSet, Tensor], Features]) -> Iterator[Features]:
-    host = at_rest(skeleton(vit.host, own_layer))
-    view, side = registry.view(host), 4 * vit.spec.patch_size
-    first = next(vit.host.parameters())
+    backbone = at_rest(skeleton(vit.backbone, own_layer))
+    view, side = registry.view(backbone), 4 * vit.spec.patch_size
+    first = next(vit.backbone.parameters())
     devices = [first.device] if first.device.type == "cuda" else []
     inside = built.weight_adapters
     with torch.random.fork_rng(devices), _as_it_was(built), torch.enable_grad():
         built.train()
         try:
             for adapter in inside:
-                adapter.install(host)
+                adapter.install(backbone)
             yield run(view, built, torch.randn(2, vit.spec.channels, side, side, device=first.device))
         finally:
             for adapter in reversed(inside):
-                adapter.remove(host)
+                adapter.remove(backbone)
 
 
 def _is_special(tensor: Tensor) -> bool:
@@ -144,13 +144,14 @@ def _few(names: list[str]) -> str:
 
 
 def _explained(vit: View, built: AdapterSet, missing: list[str]) -> str:
-    host, what = type(vit.host).__name__, " + ".join(built.adapters) or "no adapter"
-    said = f"{what} on {host}: no gradient would reach {_few(missing)}"
+    backbone, what = type(vit.backbone).__name__, " + ".join(built.adapters) or "no adapter"
+    said = f"{what} on {backbone}: no gradient would reach {_few(missing)}"
     if any(name.startswith("adapters.lora.") for name in missing):
         return (
-            f"{said}: {host} reads these weights without calling the layer, or what it computes from them is not used "
+            f"{said}: {backbone} reads these weights without calling the layer, or what it computes from them is not "
+            "used "
             "here (a classifier under head=). Leave these layers out of target_modules"
         )
     if any(name.startswith("backbone.") for name in missing):
-        return f"{said}: what {host} computes from them is not used here. Leave them out of train_backbone"
+        return f"{said}: what {backbone} computes from them is not used here. Leave them out of train_backbone"
     return f"{said}, so that they would never be trained"

@@ -24,7 +24,7 @@ class TrainedBackbone(WeightAdapter):
 
     Args:
         spec: of the backbone.
-        host: the backbone.
+        backbone: the backbone.
         parts: names of modules or parameters, or patterns of them: ``"blocks.11"``, ``"norm"``, ``"*.bias"``,
             ``"blocks.*.norm?"``.
 
@@ -33,10 +33,10 @@ class TrainedBackbone(WeightAdapter):
 
     merges = False  # they are weights already
 
-    def __init__(self, spec: Any, host: nn.Module, parts: Sequence[str]) -> None:
+    def __init__(self, spec: Any, backbone: nn.Module, parts: Sequence[str]) -> None:
         parts = (parts,) if isinstance(parts, str) else tuple(parts)
         super().__init__(spec, parts)
-        chosen = _chosen(host, parts)
+        chosen = _chosen(backbone, parts)
         self.copies = nn.Module()  # by their names in the backbone: copies.blocks.11.norm1.weight
         #: every name of each copy: a tied parameter has several
         self.names: dict[str, list[str]] = {}
@@ -54,43 +54,43 @@ class TrainedBackbone(WeightAdapter):
         self.__dict__["_own"] = {}  # the backbone's parameters, while the copies are in their places
         self.__dict__["_edges"] = []
 
-    def install(self, host: nn.Module) -> None:
+    def install(self, backbone: nn.Module) -> None:
         """Put the copies into the backbone."""
         own, holders = self.__dict__["_own"], {}
         for name, places in self.names.items():
             for place in places:
-                store, key = parameter_store(host, place)
+                store, key = parameter_store(backbone, place)
                 own.setdefault(place, store[key])
                 store[key] = self.copies.get_parameter(name)
                 holders[place] = store
         paths = {place.rpartition(".")[0] for place in holders}
-        modules = {path: own_layer_at(host, path) for path in paths if path}
-        self.__dict__["_edges"] = edges(host, modules.values())
+        modules = {path: own_layer_at(backbone, path) for path in paths if path}
+        self.__dict__["_edges"] = edges(backbone, modules.values())
         self.__dict__["_modules_at"], self.__dict__["_stores"] = modules, holders
 
-    def remove(self, host: nn.Module) -> None:
+    def remove(self, backbone: nn.Module) -> None:
         """Put the backbone's own parameters back, where the copies were moved to another device, there."""
         own: dict[str, nn.Parameter] = self.__dict__["_own"]
         for name, places in self.names.items():
             copy = self.copies.get_parameter(name)
             for place in (p for p in places if p in own):
-                store, key = parameter_store(host, place)
+                store, key = parameter_store(backbone, place)
                 parameter = own[place]
                 if (parameter.device, parameter.dtype) != (copy.device, copy.dtype):
                     parameter.data = parameter.data.to(copy.device, copy.dtype)
                 store[key] = parameter
                 del own[place]  # last: what was begun can be done again
 
-    def check(self, host: nn.Module) -> None:
+    def check(self, backbone: nn.Module) -> None:
         """Raise ``RuntimeError`` where a module was replaced; a parameter made anew by a conversion is put right."""
         if not in_place(self.__dict__["_edges"]):
-            gone = missing(host, self.__dict__["_modules_at"])
+            gone = missing(backbone, self.__dict__["_modules_at"])
             if gone:
                 raise RuntimeError(
                     f"{', '.join(gone[:3])}: somebody has replaced these trained parts of the backbone: detach(), "
                     "replace, and attach again"
                 )
-            self.__dict__["_edges"] = edges(host, self.__dict__["_modules_at"].values())
+            self.__dict__["_edges"] = edges(backbone, self.__dict__["_modules_at"].values())
         for name, places in self.names.items():
             copy = self.copies.get_parameter(name)
             for place in places:
@@ -104,13 +104,13 @@ class TrainedBackbone(WeightAdapter):
         """While installed, the backbone's own parameters."""
         return dict(self.__dict__["_own"])
 
-    def train_host(self, host: nn.Module, mode: bool) -> None:
+    def train_backbone_modes(self, backbone: nn.Module, mode: bool) -> None:
         """Set the mode of the modules that are trained as a whole: their dropout acts.
 
         Modules with statistics (BatchNorm) stay in eval mode: these are no parameters, and are not in the file.
         """
         trained = {place for places in self.names.values() for place in places}
-        for path, module in named_modules(host):
+        for path, module in named_modules(backbone):
             inside = {f"{path}.{plain_name(name)}" for name, _ in module.named_parameters()}
             named = any(_matches(path, part) for part in self.config)
             if named and inside and inside <= trained and not list(module.buffers()):
@@ -128,21 +128,21 @@ class TrainedBackbone(WeightAdapter):
         return False
 
 
-def _chosen(host: nn.Module, parts: Sequence[str]) -> dict[str, nn.Parameter]:
-    every = dict(parameters(host))
+def _chosen(backbone: nn.Module, parts: Sequence[str]) -> dict[str, nn.Parameter]:
+    every = dict(parameters(backbone))
     for part in parts:
         if not any(_matches(name, part) for name in every):
             tops = dict.fromkeys(".".join(name.split(".")[:2]).removesuffix(".weight").removesuffix(".bias")
                                  for name in every)  # fmt: skip
             raise ValueError(
-                f"train_backbone={part!r} names nothing in {type(host).__name__}; its parts are {', '.join(tops)}"
+                f"train_backbone={part!r} names nothing in {type(backbone).__name__}; its parts are {', '.join(tops)}"
             )
     return {name: p for name, p in every.items() if any(_matches(name, part) for part in parts)}
 
 
-def parameters(host: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def parameters(backbone: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The backbone's own parameters by plain name, tied ones under each name, without what is in its layers."""
-    return skeleton(host, own_layer).named_parameters(remove_duplicate=False)
+    return skeleton(backbone, own_layer).named_parameters(remove_duplicate=False)
 
 
 def _matches(name: str, part: str) -> bool:
@@ -151,7 +151,7 @@ def _matches(name: str, part: str) -> bool:
     return any(fnmatchcase(".".join(parts[:i]), part) for i in range(1, len(parts) + 1))
 
 
-def own_layer_at(host: nn.Module, path: str) -> nn.Module:
+def own_layer_at(backbone: nn.Module, path: str) -> nn.Module:
     """Return the backbone's own module at a plain path."""
-    parent, name = locate(host, path)
+    parent, name = locate(backbone, path)
     return own_layer(parent._modules[name])  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from adaptkit.adapters.adavit.layouts import Layouts
 from adaptkit.core.registry import view
 
 KINDS = ("patch", "head", "layer")
-SIZES = {  # (h, w) in pixels; None: the host's own
+SIZES = {  # (h, w) in pixels; None: the backbone's own
     "timm-vit": (40, 56),  # one prefix token
     "timm-siglip": (40, 56),  # none
     "timm-dinov2-reg": None,  # five, LayerScale
@@ -42,7 +42,7 @@ def large(h, w):
 
 
 def make(name, count, rates, kinds, head_mode, only_prefix, strided, laid_out, dtype):
-    """The first block of a host, tokens (B, T, D), the same after its first norm, and a decision."""
+    """The first block of a backbone, tokens (B, T, D), the same after its first norm, and a decision."""
     size = SIZES[name]
     if name == "large":
         host = large(*size)

@@ -17,7 +17,7 @@ from adaptkit.adapters.adavit import AdaViT, Decision, Random
 from adaptkit.losses import usage, usage_loss
 from adaptkit.seam import reference
 
-# One host for each thing that packing must get right.
+# One backbone for each thing that packing must get right.
 SUMS = transformer(4, 32, 21)
 KINDS_OF_HOST = {
     "timm-vit": "one prefix token",
@@ -128,7 +128,7 @@ def test_one_image_with_weights_laid_out_equals_masked(name, mode, last):
         assert bool(layouts.held) == (split and onednn._prepacks())
         before = len(layouts.held)
         with torch.no_grad():
-            for parameter in model.vit.host.parameters():
+            for parameter in model.vit.backbone.parameters():
                 parameter.mul_(1.1)
         with gates.deciding(POLICIES["random"]()):
             assert model.verify(image) <= 1e-5  # changed weights are laid out anew,
@@ -218,7 +218,7 @@ def test_verify_needs_gates():
 @pytest.mark.parametrize("policy", ["token", "class"])
 def test_what_was_decided_is_reported_for_every_gated_block(policy):
     model = loosen(build(patch_policy=policy, first_block=1, grid=(4, 4)))
-    x = torch.randn(2, 3, 40, 56)  # another grid than the host's
+    x = torch.randn(2, 3, 40, 56)  # another grid than the backbone's
     aux = model(x).aux
     shapes = {"patch": (2, DEPTH - 1, 5 * 7), "head": (2, DEPTH - 1, HEADS), "layer": (2, DEPTH - 1, 2)}
     assert {k: tuple(aux[f"{k}_keep"].shape) for k in shapes} == shapes
@@ -410,5 +410,5 @@ def test_verify_also_compares_everything_on_with_the_host(options, monkeypatch):
     gates = type(model.adapters["adavit"])
     there = gates._run
     monkeypatch.setattr(gates, "_run", lambda self, block, index, trace, x: there(self, block, index, trace, x) * 1.001)
-    with pytest.raises(RuntimeError, match="with everything on differs from the host's own blocks by"):
+    with pytest.raises(RuntimeError, match="with everything on differs from the backbone's own blocks by"):
         model.verify(x)

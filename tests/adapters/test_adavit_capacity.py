@@ -207,7 +207,7 @@ def measured(monkeypatch):
 
 
 def ran(model, x, monkeypatch):
-    """How many blocks were packed, and what the host asked."""
+    """How many blocks were packed, and what the backbone asked."""
     there, packed = adapter.packed_to, []
     monkeypatch.setattr(
         adapter, "packed_to", lambda capacity, **more: packed.append(capacity) or there(capacity, **more)

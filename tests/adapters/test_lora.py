@@ -1,4 +1,4 @@
-"""LoRA inside the host: it acts, it leaves no trace, it goes to peft and comes back."""
+"""LoRA inside the backbone: it acts, it leaves no trace, it goes to peft and comes back."""
 
 import copy
 import json

@@ -39,7 +39,7 @@ TRACED = [("timm-linear", False), *((layers, True) for layers in LAYERS)]
 
 
 def adapted(layers, method):
-    """On a host of one block: a graph says no more by saying it four times."""
+    """On a backbone of one block: a graph says no more by saying it four times."""
     name, targets = LAYERS[layers]
     options = {**METHODS[method], "target_modules": targets}
     if layers == "timm-convolution":

@@ -81,7 +81,7 @@ def test_blocks_run_without_the_prefix_where_the_view_says_so(name):
     assert x.shape[1] == 15
 
 
-# One host per family: compilation is the slow part of this file.
+# One backbone per family: compilation is the slow part of this file.
 COMPILED = (
     "timm-vit timm-dinov3 timm-beit-both timm-sam hf-vit hf-vit-mae hf-dinov2-reg hf-dinov3 hf-clip hf-siglip hf-beit"
 )
@@ -274,7 +274,7 @@ def test_the_vision_model_inside_a_larger_one_is_seen(inside):
         model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**HF)).eval()
     vit = view(model)
     assert vit.spec.family == f"hf-{kind.lower()}"
-    assert vit.host is model.vision_model
+    assert vit.backbone is model.vision_model
     assert torch.equal(tokens(model, image()), tokens(model.vision_model, image()))
 
 
@@ -292,7 +292,7 @@ def test_a_backbone_class_gives_the_map_of_its_last_stage(model):
 def test_a_timm_model_inside_transformers_is_seen_as_the_timm_model():
     model = HOSTS["hf-timm-wrapper"].build()
     assert view(model).spec.family == "timm-vit"
-    assert view(model).host is model.timm_model
+    assert view(model).backbone is model.timm_model
 
 
 @torch.no_grad()

@@ -255,13 +255,13 @@ def test_a_file_of_a_plain_vit_does_not_fit_and_says_so(tmp_path):
 
     plain = timm.create_model("vit_tiny_patch16_224", num_classes=0)
     adaptkit.attach(plain, "metaformer").save(tmp_path)
-    with pytest.raises(ValueError, match=r"trained on a ViT \(dim=192.*this backbone is a hierarchical host"):
+    with pytest.raises(ValueError, match=r"trained on a ViT \(embed_dim=192.*this backbone is a hierarchical backbone"):
         adaptkit.attach(HOSTS["poolformer"](), tmp_path)
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"mixer": ("pool", "conv")}, r"mixer=\('pool', 'conv'\) has 2 entries, the host 4 stages of 1, 1, 2, 1 blocks"),
-    ({"width": (4, 8)}, r"width=\(4, 8\) has 2 entries, the host 4 stages"),
+    ({"mixer": ("pool", "conv")}, r"mixer=\('pool', 'conv'\) has 2 entries, the backbone 4 stages of 1, 1, 2, 1 blocks"),
+    ({"width": (4, 8)}, r"width=\(4, 8\) has 2 entries, the backbone 4 stages"),
 ])  # fmt: skip
 def test_what_is_given_per_stage_must_be_one_per_stage(options, message):
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Every architecture name of timm's plain families, shrunk: seen and equal to the host bit for bit, or refused.
+"""Every architecture name of timm's plain families, shrunk: seen and equal to the backbone bit for bit, or refused.
 
 Names whose shrunk models are the same are tried once. The transformers families are those of ``tests/families.py``; here
 each registered class of transformers is asked whether it is among them.

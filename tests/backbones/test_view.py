@@ -1,4 +1,4 @@
-"""The view equals the host bitwise, at its own size and at others, and its parts say the same as its blocks."""
+"""The view equals the backbone bitwise, at its own size and at others, and its parts say the same as its blocks."""
 
 import sys
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_view_equals_host_bitwise(name):
 def test_view_gives_the_hosts_own_logits(name):
     host = HOSTS[name]
     if host.logits is None:
-        pytest.skip("this host has no classifier")
+        pytest.skip("this backbone has no classifier")
     model = host.build()
     x = image((host.size, host.size))
     vit = view(model)
@@ -104,6 +104,12 @@ def test_fingerprint_tensors_and_source_are_there(name):
 
 def test_an_unknown_class_is_a_type_error_that_says_how_to_add_a_family():
     with pytest.raises(
-        TypeError, match=r"torch\.nn\.modules\.linear\.Linear; known hosts: .*VisionTransformer.*register_family"
+        TypeError, match=r"torch\.nn\.modules\.linear\.Linear; known backbones: .*VisionTransformer.*register_family"
     ):
         view(torch.nn.Linear(2, 2))
+
+
+def test_the_old_name_of_the_backbone_works_and_warns():
+    model = HOSTS["timm-vit"].build()
+    with pytest.warns(DeprecationWarning, match="host is called backbone now"):
+        assert view(model).host is model

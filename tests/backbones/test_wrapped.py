@@ -39,19 +39,19 @@ def replace(host, old, new):
 
 
 def wrap_blocks(name, wrap):
-    """A host each of whose blocks is wrapped."""
+    """A backbone each of whose blocks is wrapped."""
     host = EVERY[name]()
     seen = view(host)
-    for block in blocks_of(seen.host, len(seen.spec.widths)):
+    for block in blocks_of(seen.backbone, len(seen.spec.widths)):
         replace(host, block, wrap(block))
     return host
 
 
 def wrap_parts(name, wrap):
-    """A host the attention and the FFN of whose blocks are wrapped."""
+    """A backbone the attention and the FFN of whose blocks are wrapped."""
     host = EVERY[name]()
     seen = view(host)
-    for block in blocks_of(seen.host, len(seen.spec.widths)):
+    for block in blocks_of(seen.backbone, len(seen.spec.widths)):
         for part in (*ATTENTION, "mlp"):
             if part in block._modules:
                 block._modules[part] = wrap(block._modules[part])
@@ -150,7 +150,7 @@ def test_blocks_compiled_in_place_run_compiled():
 def test_the_blocks_to_shard_are_those_inside_the_wrappers(name):
     host = wrap_blocks(name, checkpoint_wrapper)
     seen = view(host)
-    found = blocks_of(seen.host, len(seen.spec.widths))
+    found = blocks_of(seen.backbone, len(seen.spec.widths))
     assert len(found) == len(seen.spec.widths)
     assert all(unwrapped(block) is block for block in found)
 

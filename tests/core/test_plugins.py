@@ -50,7 +50,7 @@ class TorchvisionViT(ViT):
         super().__init__(host, Spec("torchvision-vit", host.hidden_dim, len(layers), heads, host.patch_size, 1))
 
     def embed(self, image, grid):
-        host = self.host
+        host = self.backbone
         x = host._process_input(image)
         return torch.cat([host.class_token.expand(len(x), -1, -1), x], dim=1) + host.encoder.pos_embedding
 
@@ -58,16 +58,16 @@ class TorchvisionViT(ViT):
         def attention(layer):
             return lambda h: layer.self_attention(h, h, h, need_weights=False)[0]
         return [Block(run=b, norm1=b.ln_1, attn=attention(b), scale1=identity, norm2=b.ln_2, mlp=b.mlp,
-                      scale2=identity, qkv=None, out=None) for b in self.host.encoder.layers]
+                      scale2=identity, qkv=None, out=None) for b in self.backbone.encoder.layers]
 
     def norm(self, x):
-        return self.host.encoder.ln(x)
+        return self.backbone.encoder.ln(x)
 
     def classify(self, x):
-        return self.host.heads(x[:, 0])
+        return self.backbone.heads(x[:, 0])
 
     def fingerprint_tensors(self):
-        return {"patch": self.host.conv_proj.weight}
+        return {"patch": self.backbone.conv_proj.weight}
 
     def source(self):
         return Source("torchvision-vit")

@@ -53,7 +53,7 @@ def test_a_part_below_what_all_names_share_is_a_layer():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_bit_of_any_tensor_shows_in_its_layer_and_in_no_other(name):
-    host = view(HOSTS[name].build()).host
+    host = view(HOSTS[name].build()).backbone
     before = digest(host)
     assert len(before) > DEPTH
     layers = module._layers([key for key, _ in tensors_of(host)])
@@ -70,7 +70,7 @@ def test_one_bit_of_any_tensor_shows_in_its_layer_and_in_no_other(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_copy_a_wrapper_a_mode_and_a_flag_change_nothing(name):
-    host = view(HOSTS[name].build()).host
+    host = view(HOSTS[name].build()).backbone
     before = digest(host)
     other = copy.deepcopy(host).train().requires_grad_(False)
     for _, child in list(other.named_children()):
@@ -244,7 +244,7 @@ def test_attached_adapters_change_nothing(adapter):
     host = vit()
     before = digest(host)
     model = adaptkit.attach(host, adapter)
-    assert digest(model.vit.host) == before
+    assert digest(model.vit.backbone) == before
     model.detach()
     assert digest(host) == before
 
@@ -325,7 +325,7 @@ def test_what_only_a_classifier_reads_does_not_count_without_one():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_sums_hold_in_half_precision(name, dtype):
-    host = view(HOSTS[name].build()).host
+    host = view(HOSTS[name].build()).backbone
     exact = block_sums(host, DEPTH)
     assert list(exact) == [str(i) for i in range(DEPTH)]
     assert other_blocks(exact, block_sums(host.to(dtype), DEPTH)) == []

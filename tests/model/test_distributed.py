@@ -65,10 +65,10 @@ def test_a_sharded_model_holds_its_half_of_the_frozen_weights_and_saves_the_adap
 @pytest.mark.parametrize("name", sorted(HOSTS))
 def test_the_blocks_of_every_host_are_found(name):
     vit = view(HOSTS[name].build())
-    blocks = blocks_of(vit.host, len(vit.spec.widths))
+    blocks = blocks_of(vit.backbone, len(vit.spec.widths))
     assert len({id(b) for b in blocks}) == len(vit.spec.widths)
     inside = sum(p.numel() for b in blocks for p in b.parameters())
-    assert inside > 0.5 * sum(p.numel() for p in vit.host.parameters())
+    assert inside > 0.5 * sum(p.numel() for p in vit.backbone.parameters())
 
 
 def test_sharding_without_processes_says_how_to_start_them():

@@ -58,9 +58,9 @@ def same(a, b):
 
 
 def counted(model):
-    """How often each block of the host runs from here on."""
+    """How often each block of the backbone runs from here on."""
     runs = []
-    model.model.vit.host.blocks[0].register_forward_pre_hook(lambda *_: runs.append(0))
+    model.model.vit.backbone.blocks[0].register_forward_pre_hook(lambda *_: runs.append(0))
     return runs
 
 

@@ -1,4 +1,4 @@
-"""A view is proven against its host: every known one passes untouched, every look-alike is refused or seen as it is."""
+"""A view is proven against its backbone: every known one passes untouched, every look-alike is refused or seen as it is."""
 
 import copy
 import importlib.util

@@ -38,7 +38,7 @@ def swin():
     return SwinTransformer(img_size=64, num_classes=0, **sizes)
 
 
-# ------------------------------------------------------------------------------------------------- the hosts
+# ------------------------------------------------------------------------------------------------- the backbones
 # name -> (build(pyramid) -> network, loss(network, image) -> scalar, predict(network, image) -> tensors, form)
 
 

@@ -73,7 +73,7 @@ def bnb4(host):
         )
         made.load_state_dict(layer.state_dict())
         # On processors with AVX-512 it packs its weight anew at the first call in eval mode, and anew for a state
-        # dict: its own business, but a host that changes by itself cannot be compared bit for bit.
+        # dict: its own business, but a backbone that changes by itself cannot be compared bit for bit.
         made.support_avx512bf16_for_cpu = False
         _put(host, path, made)
     return host.to("cpu")

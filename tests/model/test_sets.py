@@ -15,7 +15,7 @@ import adaptkit
 
 x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SMALL = {"conv_inplane": 8}
-SUMS = transformer(8, 32, 17)  # of the host, and as many again of the adapters
+SUMS = transformer(8, 32, 17)  # of the backbone, and as many again of the adapters
 
 
 def host():

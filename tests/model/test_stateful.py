@@ -112,7 +112,7 @@ NEEDS = {"bnb": "bitsandbytes", "torchao": "torchao"}
 
 
 def build(name, form):
-    """A host as a user has it: some of it in eval mode, some of it frozen, nothing zero."""
+    """A backbone as a user has it: some of it in eval mode, some of it frozen, nothing zero."""
     torch.manual_seed(0)
     host = FORMS[form](HOST[name]())
     with torch.no_grad():
@@ -189,15 +189,17 @@ class Verbs(RuleBasedStateMachine):
 
     @initialize()
     def a_host(self):
-        self.host = build(self.host_name, self.form)
-        layers = [m for m in self.host.modules() if isinstance(m, BaseTunerLayer)]  # a PeftModel's, and what is in them
+        self.backbone = build(self.host_name, self.form)
+        layers = [
+            m for m in self.backbone.modules() if isinstance(m, BaseTunerLayer)
+        ]  # a PeftModel's, and what is in them
         peft_own = {id(m) for layer in layers for n, m in layer.named_modules() if not n.startswith("base_layer")}
-        self.own = [m for m in self.host.modules() if id(m) not in peft_own]
+        self.own = [m for m in self.backbone.modules() if id(m) not in peft_own]
         # What it is compared with is built on copies without LoRA and compiled regions.
         self.bare = build(self.host_name, self.form if self.form in NEEDS else "bare")
-        self.pristine = copy.deepcopy(self.host) if self.form == "peft" else self.bare
+        self.pristine = copy.deepcopy(self.backbone) if self.form == "peft" else self.bare
         self.plain = plain(copy.deepcopy(self.bare).eval(), self.x)
-        self.before = State(self.host, "lora_")
+        self.before = State(self.backbone, "lora_")
         self.sets, self.active, self.merged, self.training = {}, None, False, False
 
     def next_seed(self):
@@ -233,7 +235,7 @@ class Verbs(RuleBasedStateMachine):
             assert equal(found, alone) if self.exact() else distance(found, alone) < 1e-5
 
     def holds_a_change(self):
-        """Whether the host's own weights differ from what they were."""
+        """Whether the backbone's own weights differ from what they were."""
         now = {n.replace(".base_layer", ""): p for n, p in self.model.backbone.named_parameters()}
         was = {n.replace(".base_layer", ""): v for n, v in self.before.values.items()}
         return any(not torch.equal(value(now[n]), v) for n, v in was.items() if "lora_" not in n and n in now)
@@ -293,7 +295,7 @@ class Verbs(RuleBasedStateMachine):
         if not self.methods_that_fit(method):
             method = "sfp"
         try:
-            model = adaptkit.attach(self.host, *METHODS[method], head=HEADS[head], name=name)
+            model = adaptkit.attach(self.backbone, *METHODS[method], head=HEADS[head], name=name)
         except (ValueError, TypeError):
             assert self.form in NEEDS, "only a quantised host may refuse one of these"
             assert self.before.changes() == []
@@ -308,7 +310,7 @@ class Verbs(RuleBasedStateMachine):
     @precondition(lambda self: self.model is None)
     @rule(bad=st.sampled_from([*BAD_NAMES, "option", "file", "target"]))
     def attach_wrongly(self, bad):
-        before = State(self.host)
+        before = State(self.backbone)
         (self.folder / "foreign").mkdir(exist_ok=True)
         (self.folder / "foreign" / "adapter_model.safetensors").write_bytes(b"not at all")
         given = {
@@ -317,7 +319,7 @@ class Verbs(RuleBasedStateMachine):
             "target": ["sfp", ("metaformer", {"width": -1})],
         }
         with pytest.raises(ValueError):
-            adaptkit.attach(self.host, *given.get(bad, ["sfp"]), name=bad if bad in BAD_NAMES else "a")
+            adaptkit.attach(self.backbone, *given.get(bad, ["sfp"]), name=bad if bad in BAD_NAMES else "a")
         assert before.changes() == []
 
     @precondition(lambda self: self.model is not None and len(self.sets) < 3)
@@ -648,14 +650,14 @@ class Verbs(RuleBasedStateMachine):
     def attach_to_what_is_taken(self, what):
         from adaptkit.core.registry import view
 
-        inner = view(copy.deepcopy(self.bare)).host
-        inner = next(m for m in self.host.modules() if type(m) is type(inner))
+        inner = view(copy.deepcopy(self.bare)).backbone
+        inner = next(m for m in self.backbone.modules() if type(m) is type(inner))
         words = "" if what == "model" else r"(?s)(?=.*add_adapter)(?=.*attach_many)(?=.*detach)"
         with self.untouched(ValueError, RuntimeError, TypeError, match=words):
             if what == "many":
-                adaptkit.attach_many(self.host, {"seg": "sfp"})
+                adaptkit.attach_many(self.backbone, {"seg": "sfp"})
             else:
-                adaptkit.attach({"host": self.host, "inner": inner, "model": self.model}[what], "sfp")
+                adaptkit.attach({"host": self.backbone, "inner": inner, "model": self.model}[what], "sfp")
 
     @precondition(lambda self: self.model is not None)
     @rule()
@@ -676,7 +678,7 @@ class Verbs(RuleBasedStateMachine):
                 for p in other.sets[self.active].parameters():
                     p.add_(1.0)
         back = other.detach()
-        assert back is not self.host
+        assert back is not self.backbone
         assert equal(said(self.model, self.x), found)
         assert self.before_values(back) == []
 
@@ -688,7 +690,7 @@ class Verbs(RuleBasedStateMachine):
     @rule()
     def detach(self):
         model, self.model = self.model, None
-        assert model.detach() is self.host
+        assert model.detach() is self.backbone
         assert self.before.changes() == []
         for call in (
             lambda: model(self.x),
@@ -705,10 +707,10 @@ class Verbs(RuleBasedStateMachine):
         gc.collect()
         assert self.before.changes() == []
         if self.form == "peft":  # its LoRA was trained in place
-            self.pristine = copy.deepcopy(self.host)
+            self.pristine = copy.deepcopy(self.backbone)
 
 
-#: Each host as itself, and each form on some host: what differs between forms does not depend on the host.
+#: Each host as itself, and each form on some host: what differs between forms does not depend on the backbone.
 PAIRS = [
     ("timm-vit", "bare"),
     ("timm-beit", "bare"),

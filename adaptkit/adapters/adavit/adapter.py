@@ -193,14 +193,14 @@ class AdaViT(BlockAdapter):
         pairs = {"packed execution differs from masked": (packed, reference)}
         for execution in ("masked", "packed"):
             with self.executing(execution):  # type: ignore[arg-type]
-                pairs[f"{execution} execution with everything on differs from the host's own blocks"] = self.all_on(
+                pairs[f"{execution} execution with everything on differs from the backbone's own blocks"] = self.all_on(
                     view,  # type: ignore[arg-type]
                     image,
                 )
         return pairs
 
     def all_on(self, vit: ViT, image: Tensor) -> tuple[Features, Features]:
-        """Run the gated blocks with everything kept, and the host's own in their place: these must be equal.
+        """Run the gated blocks with everything kept, and the backbone's own in their place: these must be equal.
 
         Image (B, C, H, W) -> features of both; the bottlenecks act in both.
         """

@@ -1,12 +1,12 @@
-"""LoRA and its kin, built by peft, inside the layers of the frozen host.
+"""LoRA and its kin, built by peft, inside the layers of the frozen backbone.
 
     W' = W + (alpha / r) B A,      A (r, in) random, B (out, r) zero
 
 so that the model starts as the pretrained one. Source: LoRA (Hu et al., ICLR 2022), eq. 3; DoRA (Liu et al., ICML
 2024) by ``use_dora=True``; the other methods by ``peft_type=``.
 
-LoRA is the one adapter whose tensors carry names of the host's layers: a file made on timm's fused ``qkv`` does not
-fit the three layers of transformers. It needs the host to be built, and nothing of the host is changed by it.
+LoRA is the one adapter whose tensors carry names of the backbone's layers: a file made on timm's fused ``qkv`` does not
+fit the three layers of transformers. It needs the backbone to be built, and nothing of the backbone is changed by it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BESIDE = (*ADDITIVE, "IA3")
 BESIDE_THE_WEIGHT = ("lora_bias", "lora_dropout", "rank_dropout", "module_dropout")
 #: Options that would train or rewrite the backbone itself, and what to do instead.
 REFUSED = {
-    "modules_to_save": "it trains a copy of the host's own layers; a head is given by head=",
+    "modules_to_save": "it trains a copy of the backbone's own layers; a head is given by head=",
     "trainable_token_indices": "a vision transformer has no vocabulary",
     "target_parameters": "name layers by target_modules",
     "layer_replication": "it changes the number of blocks",
@@ -130,29 +130,29 @@ def _plain(value: Any) -> Any:
 
 @register_adapter("lora", LoRAConfig)
 class LoRA(WeightAdapter):
-    """Low-rank and other small changes of the host's linear layers (peft: LoRA, DoRA, LoHa, LoKr, OFT, IA3, ...)."""
+    """Low-rank and other small changes of a backbone's linear layers (peft: LoRA, DoRA, LoHa, OFT, IA3, ...)."""
 
-    def __init__(self, spec: Any, config: LoRAConfig, host: nn.Module) -> None:
+    def __init__(self, spec: Any, config: LoRAConfig, backbone: nn.Module) -> None:
         # What the names were resolved to is kept, so that the file says exactly which layers it changes.
-        config = LoRAConfig(config.peft_type, resolved(host, config.peft_type, config.options))
+        config = LoRAConfig(config.peft_type, resolved(backbone, config.peft_type, config.options))
         super().__init__(spec, config)
-        self._place(host, wrap(host, config.to_peft()))
+        self._place(backbone, wrap(backbone, config.to_peft()))
 
-    def _place(self, host: nn.Module, wrappers: dict[str, nn.Module]) -> None:
-        self.layers = nn.Module()  # the wrappers by their path in the host: layers.blocks.0.attn.qkv.lora_A...
+    def _place(self, backbone: nn.Module, wrappers: dict[str, nn.Module]) -> None:
+        self.layers = nn.Module()  # the wrappers by their path in the backbone: layers.blocks.0.attn.qkv.lora_A...
         for path, wrapper in wrappers.items():
             parent, _, name = path.rpartition(".")
             nested(self.layers, parent).add_module(name, wrapper)
-        #: what takes the place of each layer, by its plain path; unregistered, for the layers belong to the host
-        self.__dict__["proxies"] = {p: self._proxy(host, p, w) for p, w in wrappers.items()}
+        #: what takes the place of each layer, by its plain path; unregistered, for the layers belong to the backbone
+        self.__dict__["proxies"] = {p: self._proxy(backbone, p, w) for p, w in wrappers.items()}
         self._kept: dict[str, Kept] = {}
-        for parameter in self.parameters():  # a half-precision host gets its change trained in float32
+        for parameter in self.parameters():  # a half-precision backbone gets its change trained in float32
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()
 
-    def _proxy(self, host: nn.Module, path: str, wrapper: Any) -> LayerProxy:
+    def _proxy(self, backbone: nn.Module, path: str, wrapper: Any) -> LayerProxy:
         """Return what takes the place of the layer; ``ValueError`` where nothing can."""
-        parent, name = locate(host, path)
+        parent, name = locate(backbone, path)
         self._check_quantised(path, wrapper.base_layer)
         if name != "qkv" or getattr(parent, "q_bias", None) is None:
             return LayerProxy(wrapper, wrapper.base_layer)
@@ -191,7 +191,7 @@ class LoRA(WeightAdapter):
 
     @property
     def mixes(self) -> bool:
-        """Whether each row of a batch can have its own: not where the host reads a weight, which all rows share."""
+        """Whether each row of a batch can have its own: not where the backbone reads a weight, which all rows share."""
         return not any(isinstance(proxy, WeightProxy) for proxy in self.proxies.values())
 
     @property
@@ -199,31 +199,31 @@ class LoRA(WeightAdapter):
         """What takes the place of each layer, by the plain path of the layer."""
         return self.__dict__["proxies"]
 
-    def install(self, host: nn.Module) -> None:
-        """Put the proxies into the host, all of them or none."""
-        put(host, self.proxies)
-        self.__dict__["_edges"] = edges(host, self.proxies.values())
+    def install(self, backbone: nn.Module) -> None:
+        """Put the proxies into the backbone, all of them or none."""
+        put(backbone, self.proxies)
+        self.__dict__["_edges"] = edges(backbone, self.proxies.values())
 
-    def check(self, host: nn.Module) -> None:
+    def check(self, backbone: nn.Module) -> None:
         """Raise ``RuntimeError`` where a layer that LoRA is in was replaced; wrapped it may be."""
         if in_place(self.__dict__["_edges"]):
             return
-        gone = missing(host, self.proxies)
+        gone = missing(backbone, self.proxies)
         if gone:
             raise RuntimeError(
                 f"{', '.join(gone[:3])}: somebody has replaced these layers, or what they are in, while LoRA was in "
                 "them, and it would be ignored: detach(), replace, and attach again"
             )
-        self.__dict__["_edges"] = edges(host, self.proxies.values())
+        self.__dict__["_edges"] = edges(backbone, self.proxies.values())
 
-    def remove(self, host: nn.Module) -> None:
-        """Take them out: the host is as it was, bit for bit."""
+    def remove(self, backbone: nn.Module) -> None:
+        """Take them out: the backbone is as it was, bit for bit."""
         self.unmerge()
-        restore(host, self.proxies)
+        restore(backbone, self.proxies)
 
     @property
     def merged(self) -> bool:
-        """Whether the host's weights hold the change."""
+        """Whether the backbone's weights hold the change."""
         return bool(self._kept)
 
     def check_merges(self) -> None:
@@ -238,7 +238,7 @@ class LoRA(WeightAdapter):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add the change to the host's weights, to all layers or none; the weights are kept for :meth:`unmerge`.
+        """Add the change to the backbone's weights, to all layers or none; the weights are kept for :meth:`unmerge`.
 
         Raises ``ValueError`` where a merged weight would not be finite, and as :meth:`check_merges`.
         """
@@ -275,10 +275,10 @@ class LoRA(WeightAdapter):
         return {f"{path}.{name}": t for path, p in self.proxies.items() for name, t in Kept.of(p.layer).tensors.items()}
 
     def translated(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of a file by this host's paths: layers that another version of a library calls otherwise.
+        """Tensors of a file by this backbone's paths: layers that another version of a library calls otherwise.
 
         A tensor goes to the layer of the same block whose name means the same. Raises ``ValueError`` where a file
-        names layers that this host does not have.
+        names layers that this backbone does not have.
         """
         own = set(self.state_dict())
         if set(tensors) <= own:

@@ -1,4 +1,4 @@
-"""Which layers of a host LoRA changes: one layer has many names over libraries and their versions."""
+"""Which layers of a backbone LoRA changes: one layer has many names over libraries and their versions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from adaptkit.core.tree import named_modules
 
 __all__ = ["default_targets", "meaning", "resolve_targets", "resolved"]
 
-#: One layer, as different hosts and versions of transformers call it.
+#: One layer, as different backbones and versions of transformers call it.
 ALIASES = (
     ("q_proj", "query"),
     ("k_proj", "key"),
@@ -27,30 +27,30 @@ QKV = ("q_proj", "k_proj", "v_proj")
 DEFAULTS = (("qkv",), ("q_proj", "v_proj"), ("query", "value"), ("fc1", "fc2"))
 
 
-def resolved(host: nn.Module, peft_type: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return peft's options with the names of layers as this host has them.
+def resolved(backbone: nn.Module, peft_type: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return peft's options with the names of layers as this backbone has them.
 
     ``layers_to_transform`` (with ``layers_pattern``) becomes the full paths of these layers. Raises ``ValueError`` as
     :func:`resolve_targets`, and where a layer of that number is not there.
     """
     options = dict(options)
     targets = options.get("target_modules")
-    found = default_targets(host) if targets is None else resolve_targets(host, targets)
+    found = default_targets(backbone) if targets is None else resolve_targets(backbone, targets)
     numbers, pattern = options.pop("layers_to_transform", None), options.pop("layers_pattern", None)
     if numbers is not None:
-        found = _of_layers(host, found, [numbers] if isinstance(numbers, int) else numbers, pattern)
+        found = _of_layers(backbone, found, [numbers] if isinstance(numbers, int) else numbers, pattern)
     options["target_modules"] = found
     for option in ("rank_pattern", "alpha_pattern"):
-        _check_patterns(host, option, options.get(option) or {}, found)
+        _check_patterns(backbone, option, options.get(option) or {}, found)
     if peft_type == "IA3":  # which of them take their change at the input
         last = [name for name in found if name.rpartition(".")[2] in ("fc2", "down_proj")]
         options.setdefault("feedforward_modules", last)
     return options
 
 
-def _check_patterns(host: nn.Module, option: str, patterns: dict[str, Any], targets: str | list[str]) -> None:
+def _check_patterns(backbone: nn.Module, option: str, patterns: dict[str, Any], targets: str | list[str]) -> None:
     """Raise ``ValueError`` for a pattern that means none of the layers: peft would leave it out."""
-    paths = list(_modules(host)) if isinstance(targets, str) else _matches(host, targets)
+    paths = list(_modules(backbone)) if isinstance(targets, str) else _matches(backbone, targets)
     for pattern in patterns:
         if not any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths):
             raise ValueError(
@@ -58,7 +58,7 @@ def _check_patterns(host: nn.Module, option: str, patterns: dict[str, Any], targ
             )
 
 
-def _of_layers(host: nn.Module, targets: str | list[str], numbers: Sequence[int], pattern: Any) -> list[str]:
+def _of_layers(backbone: nn.Module, targets: str | list[str], numbers: Sequence[int], pattern: Any) -> list[str]:
     """Full paths of the targets in the blocks of these numbers; ``pattern`` names the list that holds the blocks."""
     if isinstance(targets, str):
         raise ValueError(
@@ -67,7 +67,7 @@ def _of_layers(host: nn.Module, targets: str | list[str], numbers: Sequence[int]
         )
     lists = [pattern] if isinstance(pattern, str) else list(pattern or ())
     found: dict[int, list[str]] = {}
-    for path in _matches(host, targets):
+    for path in _matches(backbone, targets):
         parts = path.split(".")
         at = [i for i, part in enumerate(parts) if part.isdigit() and (not lists or parts[i - 1] in lists)]
         if at:
@@ -76,17 +76,17 @@ def _of_layers(host: nn.Module, targets: str | list[str], numbers: Sequence[int]
     if missing or not numbers:
         raise ValueError(
             f"layers_to_transform={list(numbers)}: {', '.join(targets)} stand in the layers "
-            f"{', '.join(map(str, sorted(found))) or 'none'} of {type(host).__name__}, not in "
+            f"{', '.join(map(str, sorted(found))) or 'none'} of {type(backbone).__name__}, not in "
             f"{', '.join(map(str, missing)) or 'an empty list'}"
         )
     return sorted(path for n in numbers for path in found[n])
 
 
-def _modules(host: nn.Module) -> dict[str, nn.Module]:
-    """The host's own layers by plain path: without what adapters have put around them."""
+def _modules(backbone: nn.Module) -> dict[str, nn.Module]:
+    """The backbone's own layers by plain path: without what adapters have put around them."""
     found: dict[str, nn.Module] = {}
     inside: list[str] = []
-    for path, module in named_modules(host):
+    for path, module in named_modules(backbone):
         if any(path.startswith(outer) for outer in inside[-1:]):
             continue
         own = own_layer(module)
@@ -96,10 +96,10 @@ def _modules(host: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _leaves(host: nn.Module) -> dict[str, list[str]]:
+def _leaves(backbone: nn.Module) -> dict[str, list[str]]:
     """Linear layers and convolutions of the blocks by their last name: those below a number, not the stem or head."""
     leaves: dict[str, list[str]] = {}
-    for path, module in _modules(host).items():
+    for path, module in _modules(backbone).items():
         parts = path.split(".")
         if _is_matrix(module) and not parts[-1].isdigit() and any(map(str.isdigit, parts)):
             leaves.setdefault(parts[-1], []).append(path)
@@ -111,27 +111,28 @@ def _is_matrix(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
 
 
-def default_targets(host: nn.Module) -> list[str]:
-    """Return what LoRA adapts in this host by default: the fused ``qkv``, else q and v, else the MLP."""
-    leaves = _leaves(host)
+def default_targets(backbone: nn.Module) -> list[str]:
+    """Return what LoRA adapts in this backbone by default: the fused ``qkv``, else q and v, else the MLP."""
+    leaves = _leaves(backbone)
     for names in DEFAULTS:
         if all(name in leaves for name in names):
-            return _only_blocks(host, list(names), leaves)
+            return _only_blocks(backbone, list(names), leaves)
     raise ValueError(
-        f"{type(host).__name__} has none of the layers that LoRA adapts by default; say which: target_modules= some of "
+        f"{type(backbone).__name__} has none of the layers that LoRA adapts by default; say which: target_modules= "
+        f"some of "
         f"{', '.join(sorted(leaves))}"
     )
 
 
-def resolve_targets(host: nn.Module, targets: str | Sequence[str]) -> str | list[str]:
-    """Translate names of layers into those of this host: ``query`` or ``q_proj`` into the fused ``qkv``, and so on.
+def resolve_targets(backbone: nn.Module, targets: str | Sequence[str]) -> str | list[str]:
+    """Translate names of layers into those of this backbone: ``query`` or ``q_proj`` into the fused ``qkv``, and so on.
 
-    A name that the host has is kept, so is a regular expression (a string); ``"all-linear"`` is every layer of the
-    blocks. Raises ``ValueError`` for a name that nothing in the host answers to.
+    A name that the backbone has is kept, so is a regular expression (a string); ``"all-linear"`` is every layer of the
+    blocks. Raises ``ValueError`` for a name that nothing in the backbone answers to.
     """
-    leaves, modules = _leaves(host), _modules(host)
+    leaves, modules = _leaves(backbone), _modules(backbone)
     if targets == "all-linear":
-        return _only_blocks(host, sorted(leaves), leaves)
+        return _only_blocks(backbone, sorted(leaves), leaves)
     if isinstance(targets, str):
         return targets
     found: list[str] = []
@@ -142,16 +143,17 @@ def resolve_targets(host: nn.Module, targets: str | Sequence[str]) -> str | list
             continue
         if named:
             raise ValueError(
-                f"{target!r} names {type(modules[named[0]]).__name__} layers of {type(host).__name__}, which have no "
+                f"{target!r} names {type(modules[named[0]]).__name__} layers of {type(backbone).__name__}, which have "
+                "no "
                 f"matrix to change; its blocks have {', '.join(sorted(leaves))}"
             )
         own = [name for name in _aliases(target) if name in leaves]
         if not own:
             raise ValueError(
-                f"{type(host).__name__} has no layer named {target!r}; its blocks have {', '.join(sorted(leaves))}"
+                f"{type(backbone).__name__} has no layer named {target!r}; its blocks have {', '.join(sorted(leaves))}"
             )
         found += own
-    return _only_blocks(host, list(dict.fromkeys(found)), leaves)
+    return _only_blocks(backbone, list(dict.fromkeys(found)), leaves)
 
 
 def _aliases(name: str) -> Iterable[str]:
@@ -176,11 +178,11 @@ def _names(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
-def _matches(host: nn.Module, names: Sequence[str]) -> list[str]:
-    return [p for p, m in _modules(host).items() if _is_matrix(m) and any(_names(p, n) for n in names)]
+def _matches(backbone: nn.Module, names: Sequence[str]) -> list[str]:
+    return [p for p, m in _modules(backbone).items() if _is_matrix(m) and any(_names(p, n) for n in names)]
 
 
-def _only_blocks(host: nn.Module, names: list[str], leaves: dict[str, list[str]]) -> list[str]:
+def _only_blocks(backbone: nn.Module, names: list[str], leaves: dict[str, list[str]]) -> list[str]:
     """Names as they are if peft finds by each of them the blocks' layers only; else full paths.
 
     ``proj`` is also in the stem, and means the blocks' own. A name that the blocks do not have (``head``, or a full
@@ -188,7 +190,7 @@ def _only_blocks(host: nn.Module, names: list[str], leaves: dict[str, list[str]]
     """
     wanted = []
     for name in names:
-        everywhere = _matches(host, [name])
+        everywhere = _matches(backbone, [name])
         in_blocks = [path for path in everywhere if path in leaves.get(path.rpartition(".")[2], ())]
         wanted += in_blocks or everywhere
-    return names if len(set(wanted)) == len(_matches(host, names)) else sorted(set(wanted))
+    return names if len(set(wanted)) == len(_matches(backbone, names)) else sorted(set(wanted))

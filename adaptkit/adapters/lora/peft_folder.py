@@ -58,7 +58,7 @@ def from_peft_layout(config: dict[str, Any], tensors: dict[str, Tensor]) -> tupl
 
 
 def to_peft_layout(lora: LoRA, prefix: str, base: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return peft's config and tensors of a LoRA; ``prefix`` is where its host is in the model that peft will wrap."""
+    """Return peft's config and tensors of a LoRA; ``prefix`` is where its backbone is in what peft will wrap."""
     config = lora.config.to_peft()
     config.base_model_name_or_path, config.inference_mode = base or None, True
     said = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}

@@ -16,11 +16,11 @@ __all__ = ["ADAPTER", "ExistingPeftLayers", "existing_layers", "wrap"]
 ADAPTER = "default"  #: the name by which every wrapper knows its one adapter
 
 
-def wrap(host: nn.Module, config: Any) -> dict[str, nn.Module]:
-    """Build peft's layers for this host, by the plain path of the layer that each wraps. The host is not touched.
+def wrap(backbone: nn.Module, config: Any) -> dict[str, nn.Module]:
+    """Build peft's layers for this backbone, by the plain path of the layer that each wraps; it is not touched.
 
     Args:
-        host: the module whose layers are meant.
+        backbone: the module whose layers are meant.
         config: peft's config, its ``target_modules`` resolved.
 
     Raises ``ValueError`` where peft finds nothing to adapt or refuses the config.
@@ -30,15 +30,15 @@ def wrap(host: nn.Module, config: Any) -> dict[str, nn.Module]:
 
     from adaptkit.adapters.lora.traceable import make_traceable  # here, for it imports peft
 
-    model = skeleton(host, own_layer)
+    model = skeleton(backbone, own_layer)
     vars(model).pop("peft_config", None)
-    flags = [(p, p.requires_grad) for p in host.parameters()]
+    flags = [(p, p.requires_grad) for p in backbone.parameters()]
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*peft_config. attribute.*")
             inject_adapter_in_model(config, model, ADAPTER)
     except (TypeError, NotImplementedError) as error:
-        raise ValueError(f"peft cannot put {config.peft_type} into {type(host).__name__}: {error}") from error
+        raise ValueError(f"peft cannot put {config.peft_type} into {type(backbone).__name__}: {error}") from error
     finally:
         for parameter, flag in flags:  # the copy shares them, and peft freezes what is not its own
             parameter.requires_grad_(flag)
@@ -76,16 +76,16 @@ class ExistingPeftLayers(ExistingLayers):
             set_parameter(adapter, key, theirs)
         self.in_place = adapter
 
-    def take_out(self, host: nn.Module) -> None:
+    def take_out(self, backbone: nn.Module) -> None:
         """Put the backbone's own layers into the places of these."""
         for path, wrapper in self.wrappers.items():
-            parent, name = locate(host, path)
+            parent, name = locate(backbone, path)
             parent._modules[name] = wrapper.get_base_layer()
 
-    def restore(self, host: nn.Module) -> None:
+    def restore(self, backbone: nn.Module) -> None:
         """Put these where they were, with the parameters that the adapter has now."""
         for path, wrapper in self.wrappers.items():
-            parent, name = locate(host, path)
+            parent, name = locate(backbone, path)
             if own_layer(parent._modules[name]) is wrapper.get_base_layer():  # type: ignore[arg-type]
                 parent._modules[name] = wrapper
         for key, parameter in () if self.in_place is None else list(self.in_place.named_parameters()):
@@ -99,17 +99,17 @@ class ExistingPeftLayers(ExistingLayers):
         return path, _renamed(rest[len(path) + 1 :], ADAPTER, self.name)
 
 
-def existing_layers(host: nn.Module) -> ExistingPeftLayers | None:
-    """Look at a host that peft's layers are in; None for one without. Nothing is changed.
+def existing_layers(backbone: nn.Module) -> ExistingPeftLayers | None:
+    """Look at a backbone that peft's layers are in; None for one without. Nothing is changed.
 
     Raises ``ValueError`` where they are merged, disabled, or not one of them is active.
     """
-    configs = getattr(host, "peft_config", None)
+    configs = getattr(backbone, "peft_config", None)
     if not isinstance(configs, dict) or not configs:
         return None
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    wrappers: dict[str, Any] = {path: m for path, m in named_modules(host) if isinstance(m, BaseTunerLayer)}
+    wrappers: dict[str, Any] = {path: m for path, m in named_modules(backbone) if isinstance(m, BaseTunerLayer)}
     active = {name for wrapper in wrappers.values() for name in wrapper.active_adapters}
     if any(getattr(wrapper, "merged", False) for wrapper in wrappers.values()):
         raise ValueError("the LoRA of this PeftModel is merged: call unmerge_adapter() on it before it is attached")
