@@ -1,0 +1,154 @@
+"""Adapters and heads from a file: what its header says of them is checked before anything is built, and what it would
+build, by names, shapes and dtypes, before anything is allocated.
+
+Two things bound the work. A module is first built on the meta device, where a tensor has a shape and no values; and it
+may register no more tensors and modules than a module with the file's own tensors could, so that ten thousand layers
+are refused after the first few.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as registration
+from torch.overrides import TorchFunctionMode
+
+from adaptkit.core import schema
+from adaptkit.core.registry import Entry, configured
+from adaptkit.hub.file import FLOATS, AdapterFile
+
+__all__ = ["build", "check_tensors", "configured_by"]
+
+#: How many values and registrations a module may have beyond the file's: of what is made and thrown away again.
+SPARE = 1 << 20
+SPARE_REGISTRATIONS = 2000
+#: What initialises a tensor in place.
+INITIALISERS = frozenset(
+    "normal_ uniform_ trunc_normal_ kaiming_normal_ kaiming_uniform_ xavier_normal_ xavier_uniform_ constant_ ones_ "
+    "zeros_ zero_ fill_ erfinv_ mul_ add_ clamp_".split()
+)
+
+
+def configured_by(file: AdapterFile, said: Mapping[str, Any], known: dict[str, Entry], kind: str) -> tuple[Entry, Any]:
+    """Return entry and config of an adapter or head as a header says them; ``kind`` is "adapter" or "head".
+
+    Raises ``ValueError`` that names the file and the option: for an unknown or missing one, another type, a value that
+    the config refuses.
+    """
+    name, options = said["name"], said["config"]
+    where = f"{file.path}, {kind} {name!r}"
+    try:
+        entry = known.get(name)
+        if entry is None:
+            return configured((name, options), known, kind)  # which says what there is
+        if hasattr(entry.config, "from_file"):
+            return entry, entry.config.from_file(options)
+        if not hasattr(entry.config, "configure"):
+            schema.check_fields(options, entry.config, "config")
+        return entry, entry.configure(options)
+    except Exception as error:  # of a plug-in's config, too
+        raise ValueError(f"{where}: {_said(error)}") from error
+
+
+def build(
+    make: Callable[[], nn.Module],
+    tensors: dict[str, Tensor],
+    where: str,
+    translate: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]] = lambda module, tensors: tensors,
+    meta: bool = True,
+) -> nn.Module:
+    """Return the module that ``make`` builds, with these tensors.
+
+    Args:
+        make: builds the module.
+        tensors: of the file.
+        where: names file and method in errors.
+        translate: from the module and the file's tensors to those by the module's own names.
+        meta: whether ``make`` can build on the meta device.
+
+    Raises ``ValueError`` where it cannot be built, or has other tensors than the file; nothing large is allocated then.
+    """
+    try:
+        if meta:
+            with _bounded(tensors, values=False), torch.device("meta"), _Uninitialised():
+                plan = make()
+            check_tensors(plan.state_dict(), translate(plan, tensors), where)
+        with _bounded(tensors), _Uninitialised():
+            module = make()
+    except Exception as error:
+        said = _said(error)
+        raise ValueError(said if said.startswith(where) else f"{where}: {said}") from error
+    own = translate(module, tensors)
+    check_tensors(module.state_dict(), own, where)
+    module.load_state_dict(own)
+    return module
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else f"cannot be built as the header says: {error!r:.500}"
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leave parameters, and tensors on meta, as they are allocated: the file has the values of every parameter."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in INITIALISERS:
+            tensor = args[0] if args else (kwargs or {}).get("tensor")
+            if isinstance(tensor, nn.Parameter) or (isinstance(tensor, Tensor) and tensor.is_meta):
+                return tensor
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _bounded(tensors: Mapping[str, Tensor], values: bool = True) -> Iterator[None]:
+    """Raise ``ValueError`` from what registers more modules, tensors or values in this thread than these tensors allow.
+
+    A tensor is registered before it is filled: until then it takes no memory.
+    """
+    thread, left = threading.get_ident(), SPARE_REGISTRATIONS + 8 * len(tensors)
+    room = SPARE + 2 * sum(t.numel() for t in tensors.values())
+
+    def count(module: nn.Module, name: str, registered: Any) -> None:
+        nonlocal left, room
+        if threading.get_ident() != thread:
+            return
+        left -= 1
+        room -= registered.numel() if values and isinstance(registered, Tensor) else 0
+        if left < 0 or room < 0:
+            what = "modules and tensors" if left < 0 else "values"
+            raise ValueError(f"its config makes more {what} than the file's {len(tensors)} tensors are for")
+
+    hooks = [
+        registration.register_module_module_registration_hook(count),
+        registration.register_module_parameter_registration_hook(count),
+        registration.register_module_buffer_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check_tensors(own: Mapping[str, Tensor], given: Mapping[str, Tensor], where: str) -> None:
+    """Raise ``ValueError`` where the keys, shapes or dtypes of ``given`` are not those of ``own``.
+
+    One floating-point type may stand for another, as for a model in half precision; no number becomes another kind.
+    """
+    missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{where}: {len(missing)} tensors are missing ({', '.join(missing[:3])}), {len(unexpected)} are not "
+            f"expected ({', '.join(unexpected[:3])}); the file does not match its own header: save it again"
+        )
+    for key, tensor in own.items():
+        there = given[key]
+        if tensor.shape != there.shape:
+            raise ValueError(f"{where}: {key} has shape {tuple(there.shape)}, this model needs {tuple(tensor.shape)}")
+        if tensor.dtype != there.dtype and not (tensor.dtype in FLOATS and there.dtype in FLOATS):
+            raise ValueError(f"{where}: {key} has {there.dtype}, this model needs {tensor.dtype}: save it again")
