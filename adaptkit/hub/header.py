@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NotRequired, TypedDict
 
 from adaptkit.core.hierarchical import HierarchicalSpec
-from adaptkit.core.schema import check, check_fields, read_json
+from adaptkit.core.schema import check_fields, read_json
 from adaptkit.core.view import Spec
 from adaptkit.version import __version__
 
@@ -63,7 +63,6 @@ class Header(TypedDict):
     backbone: Backbone
     train_backbone: NotRequired[list[str]]
     metadata: NotRequired[dict[str, Any] | None]
-
 
 
 def read_header(text: str, file: str) -> dict[str, Any]:

@@ -198,7 +198,10 @@ def _build_backbone(vit: View, given: Sequence[str], files: Sequence[AdapterFile
             f"{type(vit.host).__name__}, which calls them otherwise ({', '.join(strange[:3])}): attach it to a "
             "backbone of the library it was trained in"
         )
-    built = TrainedBackbone(vit.spec, vit.host, parts)
+    try:
+        built = TrainedBackbone(vit.spec, vit.host, parts)
+    except ValueError as error:
+        raise ValueError(f"{saved[0].path}: {error}") from error
     check_tensors(built.copies.state_dict(), tensors, f"{saved[0].path}, backbone")
     built.copies.load_state_dict(tensors)
     return built

@@ -28,10 +28,10 @@ __all__ = ["build", "check_tensors", "configured_by"]
 SPARE = 1 << 20
 SPARE_REGISTRATIONS = 2000
 #: What initialises a tensor in place.
-INITIALISERS = frozenset(
-    "normal_ uniform_ trunc_normal_ kaiming_normal_ kaiming_uniform_ xavier_normal_ xavier_uniform_ constant_ ones_ "
-    "zeros_ zero_ fill_ erfinv_ mul_ add_ clamp_".split()
-)
+INITIALISERS = {
+    "normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_", "xavier_uniform_",
+    "constant_", "ones_", "zeros_", "zero_", "fill_", "erfinv_", "mul_", "add_", "clamp_",
+}  # fmt: skip
 
 
 def configured_by(file: AdapterFile, said: Mapping[str, Any], known: dict[str, Entry], kind: str) -> tuple[Entry, Any]:
