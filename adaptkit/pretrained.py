@@ -121,8 +121,8 @@ def check_public(name: str, revision: str | None, source: str) -> None:
     if not public or (revision and not re.fullmatch(r"\w[\w./-]*", revision)):
         at = f" at revision {revision!r:.80}" if revision else ""
         raise ValueError(
-            f"{source} names the backbone {name!r:.200}{at}, expected org/repo of the Hub or a name of timm, and nothing"
-            " here of that name: no path or URL is taken from a file. If you know it and trust it, give it yourself: "
+            f"{source} names the backbone {name!r:.200}{at}, expected org/repo of the Hub or a name of timm, that no "
+            "folder here has: no path or URL is taken from a file. If you know it and trust it, give it yourself: "
             "from_pretrained(..., backbone=...)"
         )
     where = f"https://huggingface.co/{name}" if "/" in name else f"timm's {name}"

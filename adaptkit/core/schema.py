@@ -1,8 +1,8 @@
 """What a file may say: JSON of bounded size and depth, whose values are of the types that a schema names.
 
 A schema is a class with annotated fields: a ``TypedDict``, a ``NamedTuple`` or a frozen dataclass, so that the configs
-are their own schemas. Every refusal is a ``ValueError`` that names file and field, what was found and what was expected.
-An annotation that JSON has no value for is left to the ``__post_init__`` of its class.
+are their own schemas. Every refusal is a ``ValueError`` that names file and field, what was found and what
+was expected. An annotation that JSON has no value for is left to the ``__post_init__`` of its class.
 """
 
 from __future__ import annotations

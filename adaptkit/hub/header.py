@@ -71,8 +71,8 @@ def read_header(text: str, file: str) -> dict[str, Any]:
     version = header.get("format")
     if type(version) is not int or version < 1:
         raise ValueError(
-            f"{file}, the adaptkit header is damaged: format is {version!r:.80}, expected an integer from 1 to {FORMAT}. "
-            "Copy or download it again"
+            f"{file}, the adaptkit header is damaged: format is {version!r:.80}, expected an integer from 1 to "
+            f"{FORMAT}. Copy or download it again"
         )
     if version > FORMAT:
         raise ValueError(

@@ -80,11 +80,11 @@ def build(
             check_tensors(plan.state_dict(), translate(plan, tensors), where)
         with _bounded(tensors), _Uninitialised():
             module = make()
+        own = translate(module, tensors)
+        check_tensors(module.state_dict(), own, where)
     except Exception as error:
         said = _said(error)
         raise ValueError(said if said.startswith(where) else f"{where}: {said}") from error
-    own = translate(module, tensors)
-    check_tensors(module.state_dict(), own, where)
     module.load_state_dict(own)
     return module
 

@@ -487,7 +487,7 @@ def hostile(kind, path):
         ),
         "transformers, pytorch_model.bin": ({"config.json": tiny, "pytorch_model.bin": pickled(path)}, transformers),
         "transformers, auto_map": ({"config.json": {**tiny, "auto_map": CUSTOM, "model_type": "evil"},
-                                    "code.py": REMOTE.format(str(path)).encode()}, "custom.Model"),
+                                    "code.py": REMOTE.format(str(path)).encode()}, "transformers.models.evil.Model"),
         "transformers, auto_map of a known class": (
             {"config.json": {**tiny, "auto_map": CUSTOM}, "code.py": REMOTE.format(str(path)).encode()}, transformers,
         ),

@@ -22,7 +22,7 @@ PREFIX = "base_model.model."
 
 
 def peft_config_of(folder: Path) -> dict[str, Any] | None:
-    """Return the config of a folder that peft saved, None for another folder. ``ValueError`` for one that is damaged."""
+    """Return the config of a folder that peft saved, None for another folder; ``ValueError`` where it is damaged."""
     path = folder / "adapter_config.json"
     if not path.is_file():
         return None

@@ -13,7 +13,8 @@ __all__ = ["check_patterns", "check_types"]
 
 MOST = 1 << 16  #: of a rank, a block, a number of layers
 PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules")  #: regular expressions, where they are texts
-NAMED = {"rank_pattern": int, "alpha_pattern": float}  #: values by regular expressions; peft says ``dict``
+#: Values by regular expressions; peft says ``dict``.
+NAMED: dict[str, Any] = {"rank_pattern": dict[str, int], "alpha_pattern": dict[str, float]}
 SCALES = ("lora_alpha", "alpha")  #: peft says ``int`` and takes any number
 
 
@@ -23,7 +24,7 @@ def check_types(kind: type[Any], options: dict[str, Any]) -> None:
     for option, value in options.items():
         check(value, float if option in SCALES else hints.get(option, Any), option)
         if option in NAMED and value is not None:
-            check(value, dict[str, NAMED[option]], option)  # type: ignore[misc]
+            check(value, NAMED[option], option)
         for name, number in value.items() if isinstance(value, dict) else [("", value)]:
             if type(number) is int and not abs(number) <= MOST:
                 where = f"{option}.{name}" if name else option
