@@ -235,7 +235,7 @@ def _build(part: Part, vit: View) -> nn.Module:
     where = f"{part.file.path}, adapter {part.entry.name!r}"
     tensors = part.file.tensors_of(part.entry.name)
     # Layers of peft are built around those of the backbone, which have values.
-    return build(make, tensors, where, cls.translated, meta=False) if weight else build(make, tensors, where)
+    return build(make, tensors, where, cls.translated, host=vit.host) if weight else build(make, tensors, where)
 
 
 def _build_head(

@@ -1,21 +1,18 @@
 """Adapters and heads from a file: what its header says of them is checked before anything is built, and what it would
 build, by names, shapes and dtypes, before anything is allocated.
 
-Two things bound the work. A module is first built on the meta device, where a tensor has a shape and no values; and it
-may register no more tensors and modules than a module with the file's own tensors could, so that ten thousand layers
-are refused after the first few.
+Two things bound the work. A module is first built on the meta device, where a tensor has a shape and no values; and
+building it may take no more calls of torch than one with the file's own tensors could, so that ten thousand layers are
+refused after the first few.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as registration
 from torch.overrides import TorchFunctionMode
 
 from adaptkit.core import schema
@@ -24,14 +21,14 @@ from adaptkit.hub.file import FLOATS, AdapterFile
 
 __all__ = ["build", "check_tensors", "configured_by"]
 
-#: How many values and registrations a module may have beyond the file's: of what is made and thrown away again.
-SPARE = 1 << 20
-SPARE_REGISTRATIONS = 2000
+#: How many calls of torch building a module takes, and how many values are made on the way, beside the file's.
+CALLS, CALLS_PER_TENSOR, SPARE = 5000, 50, 1 << 20
 #: What initialises a tensor in place.
 INITIALISERS = {
     "normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_", "xavier_uniform_",
     "constant_", "ones_", "zeros_", "zero_", "fill_", "erfinv_", "mul_", "add_", "clamp_",
 }  # fmt: skip
+FACTORIES = {"empty", "zeros", "ones", "full", "rand", "randn", "eye"}
 
 
 def configured_by(file: AdapterFile, said: Mapping[str, Any], known: dict[str, Entry], kind: str) -> tuple[Entry, Any]:
@@ -60,7 +57,7 @@ def build(
     tensors: dict[str, Tensor],
     where: str,
     translate: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]] = lambda module, tensors: tensors,
-    meta: bool = True,
+    host: nn.Module | None = None,
 ) -> nn.Module:
     """Return the module that ``make`` builds, with these tensors.
 
@@ -69,16 +66,16 @@ def build(
         tensors: of the file.
         where: names file and method in errors.
         translate: from the module and the file's tensors to those by the module's own names.
-        meta: whether ``make`` can build on the meta device.
+        host: whose layers it builds around, which have values, so that it is not built on the meta device first.
 
     Raises ``ValueError`` where it cannot be built, or has other tensors than the file; nothing large is allocated then.
     """
     try:
-        if meta:
-            with _bounded(tensors, values=False), torch.device("meta"), _Uninitialised():
+        if host is None:
+            with torch.device("meta"), _Bounded(tensors):
                 plan = make()
             check_tensors(plan.state_dict(), translate(plan, tensors), where)
-        with _bounded(tensors), _Uninitialised():
+        with _Bounded(tensors, host):
             module = make()
         own = translate(module, tensors)
         check_tensors(module.state_dict(), own, where)
@@ -93,46 +90,37 @@ def _said(error: Exception) -> str:
     return str(error) if isinstance(error, ValueError) else f"cannot be built as the header says: {error!r:.500}"
 
 
-class _Uninitialised(TorchFunctionMode):
-    """Leave parameters, and tensors on meta, as they are allocated: the file has the values of every parameter."""
+class _Bounded(TorchFunctionMode):
+    """Build a module within bounds, in this thread, and leave its parameters as they are allocated.
+
+    The file has the values of every parameter. Until memory is written to, it takes none: an allocation beyond the
+    bounds is refused in time. Raises ``ValueError`` where the file's own tensors are far from enough for the module.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], host: nn.Module | None = None) -> None:
+        super().__init__()
+        self.given = len(tensors)
+        self.calls = CALLS + CALLS_PER_TENSOR * len(tensors)
+        self.values = SPARE + 2 * sum(t.numel() for t in tensors.values())
+        if host is not None:  # there is one of it for each layer at most, and some keep a matrix beside it
+            self.calls += CALLS_PER_TENSOR * sum(1 for _ in host.modules())
+            self.values += 4 * sum(p.numel() for p in host.parameters())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in INITIALISERS:
-            tensor = args[0] if args else (kwargs or {}).get("tensor")
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        self.calls -= 1
+        if name in INITIALISERS:
+            tensor = args[0] if args else kwargs.get("tensor")
             if isinstance(tensor, nn.Parameter) or (isinstance(tensor, Tensor) and tensor.is_meta):
                 return tensor
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _bounded(tensors: Mapping[str, Tensor], values: bool = True) -> Iterator[None]:
-    """Raise ``ValueError`` from what registers more modules, tensors or values in this thread than these tensors allow.
-
-    A tensor is registered before it is filled: until then it takes no memory.
-    """
-    thread, left = threading.get_ident(), SPARE_REGISTRATIONS + 8 * len(tensors)
-    room = SPARE + 2 * sum(t.numel() for t in tensors.values())
-
-    def count(module: nn.Module, name: str, registered: Any) -> None:
-        nonlocal left, room
-        if threading.get_ident() != thread:
-            return
-        left -= 1
-        room -= registered.numel() if values and isinstance(registered, Tensor) else 0
-        if left < 0 or room < 0:
-            what = "modules and tensors" if left < 0 else "values"
-            raise ValueError(f"its config makes more {what} than the file's {len(tensors)} tensors are for")
-
-    hooks = [
-        registration.register_module_module_registration_hook(count),
-        registration.register_module_parameter_registration_hook(count),
-        registration.register_module_buffer_registration_hook(count),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+        made = func(*args, **kwargs)
+        if name in FACTORIES and not made.is_meta:
+            self.values -= made.numel()
+        if min(self.calls, self.values) < 0:
+            what = "layers" if self.calls < 0 else "values"
+            raise ValueError(f"its config makes more {what} than the file's {self.given} tensors are for")
+        return made
 
 
 def check_tensors(own: Mapping[str, Tensor], given: Mapping[str, Tensor], where: str) -> None:

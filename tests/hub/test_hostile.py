@@ -96,7 +96,7 @@ def test_absurd_headers_are_refused_before_anything_large_is_allocated(tmp_path)
         (
             "vit-adapter",
             lambda h: h["adapters"][0]["config"].update(extra_extractors=10**4),
-            r"adapter 'vit-adapter': its config makes more modules and tensors than the file's \d+ tensors are for",
+            r"adapter 'vit-adapter': its config makes more layers than the file's \d+ tensors are for",
         ),
         (
             "lora",
@@ -308,7 +308,7 @@ def retyped(header, rng):
                 case 5:
                     other = rng.choice(list(inside) if isinstance(inside, dict) else range(len(inside)))
                     inside[last], inside[other] = inside[other], inside[last]
-        except (KeyError, IndexError, TypeError):  # an earlier change took it away
+        except (AttributeError, KeyError, IndexError, TypeError):  # an earlier change took it away
             continue
     return header
 

@@ -12,6 +12,7 @@ from adaptkit.core.schema import check, check_pattern
 __all__ = ["check_patterns", "check_types"]
 
 MOST = 1 << 16  #: of a rank, a block, a number of layers
+MOST_NAMES, MOST_PATTERNS = 4096, 512  #: names of layers; regular expressions, of which Python keeps so many compiled
 PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules")  #: regular expressions, where they are texts
 #: Values by regular expressions; peft says ``dict``.
 NAMED: dict[str, Any] = {"rank_pattern": dict[str, int], "alpha_pattern": dict[str, float]}
@@ -25,6 +26,9 @@ def check_types(kind: type[Any], options: dict[str, Any]) -> None:
         check(value, float if option in SCALES else hints.get(option, Any), option)
         if option in NAMED and value is not None:
             check(value, NAMED[option], option)
+        most = MOST_PATTERNS if option in NAMED else MOST_NAMES
+        if isinstance(value, list | dict) and len(value) > most:
+            raise ValueError(f"{option}: found {len(value)} of them, expected at most {most}")
         for name, number in value.items() if isinstance(value, dict) else [("", value)]:
             if type(number) is int and not abs(number) <= MOST:
                 where = f"{option}.{name}" if name else option
