@@ -190,9 +190,9 @@ def _inspect(args: argparse.Namespace) -> None:
             "images",
             f"mean {backbone['mean']}, std {backbone['std']}" if backbone["mean"] else "normalisation not recorded",
         ),
-        ("positions", backbone["positions"]),
+        ("positions", backbone.get("positions", "not recorded")),
         ("metadata", json.dumps(file.header.get("metadata", {}))),
-        ("written by", f"adaptkit {file.header['adaptkit']}, format {file.header['format']}"),
+        ("written by", f"adaptkit {file.header.get('adaptkit', '')}, format {file.header['format']}"),
     ]
     _table("adapter file", rows)
 

@@ -30,6 +30,9 @@ def create_backbone(
         download: ``revision``, ``token``, ``cache_dir`` and ``local_files_only`` as transformers takes them. timm knows
             the first, as ``@revision`` behind the name, and ``cache_dir``.
 
+    No code of a repository is run, whatever its config says, and of a pickle only the tensors are read
+    (``weights_only=True``, in timm since 1.0.26).
+
     Raises ``ValueError`` for a name that nothing knows.
     """
     if name == "demo":
@@ -80,11 +83,12 @@ def _transformers(name: str, pretrained: bool, cls: Any, download: dict[str, Any
         raise ImportError(f"{name} is a transformers model: pip install transformers") from error
     if pretrained:
         commit = _commit(name, download)
-        model: Any = (cls or AutoModel).from_pretrained(name, **{**download, "revision": commit})
+        options = {**download, "revision": commit, "trust_remote_code": False}
+        model: Any = (cls or AutoModel).from_pretrained(name, **options)
     else:
         commit = None
-        config = (cls.config_class if cls else AutoConfig).from_pretrained(name, **download)
-        model = cls(config) if cls else AutoModel.from_config(config)
+        config = (cls.config_class if cls else AutoConfig).from_pretrained(name, trust_remote_code=False, **download)
+        model = cls(config) if cls else AutoModel.from_config(config, trust_remote_code=False)
     model = getattr(model, "vision_model", model)  # the image half of CLIP and SigLIP
     if commit:  # transformers 4 keeps it there, 5 does not keep it
         model.config._commit_hash = commit

@@ -1,9 +1,16 @@
-"""``from_pretrained``: a saved adapter and the backbone that its header records, in one call."""
+"""``from_pretrained``: a saved adapter and the backbone that its header records, in one call.
+
+A file that was downloaded names what is downloaded next. So the name is one of the Hub or of timm, never a path or a
+URL, it is printed, and nothing of what it leads to is run: no code of a repository, no pickle.
+"""
 
 from __future__ import annotations
 
 import importlib
 import os
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -24,9 +31,13 @@ def from_pretrained(
     strict: bool = False,
     revision: str | None = None,
     subfolder: str = "",
+    allow_nonfinite: bool = False,
     **download: Any,
 ) -> AdaptedModel:
     """Build the backbone that an adapter was trained on and attach the adapter; returns the model in eval mode.
+
+    Which backbone is downloaded is printed on stderr. The file may name one of the Hub or of timm; for one on this disk
+    give ``backbone=``.
 
     Args:
         source: a saved folder, or ``"org/name"`` on the Hub.
@@ -36,13 +47,14 @@ def from_pretrained(
         strict: make other backbone weights than those it was trained on an error instead of a warning.
         revision: of the adapter's repository. The backbone is built at the revision that the file records.
         subfolder: of the folder or repository.
+        allow_nonfinite: read weights that are NaN or infinite.
         download: ``token``, ``cache_dir`` and ``local_files_only``, for the adapter and, as far as its library takes
             them, for the backbone; ``force_download``, for the adapter.
 
     Raises what :func:`adaptkit.load` and :func:`adaptkit.attach` raise, and ``ValueError`` where the recorded backbone
     has no name or cannot be built.
     """
-    file = load(source, revision=revision, subfolder=subfolder, **download)
+    file = load(source, revision=revision, subfolder=subfolder, allow_nonfinite=allow_nonfinite, **download)
     if isinstance(backbone, nn.Module):
         model = backbone
     elif backbone is not None:
@@ -56,21 +68,22 @@ def _recorded(source: str, header: dict[str, Any], download: dict[str, Any]) -> 
     """Build the backbone that the header names."""
     saved = header["backbone"]
     if saved is None:  # a folder of peft
-        return _named_by_peft(header)
+        return _named_by_peft(source, header, download)
     own = "build it yourself: adaptkit.attach(model, adaptkit.load(...)), or give backbone="
     if not saved["source"]:
         raise ValueError(
             f"{source} was trained on a {saved['class']} that did not know where its weights came from: the file "
             f"cannot name it; {own}"
         )
+    check_public(saved["source"], saved.get("revision"), source)
     needs_classifier = header["head"] is None and saved.get("classes", 0) > 0
     name, cls = _name(saved)
     try:
         model: Any = create_backbone(
-            name, classifier=needs_classifier, cls=cls, revision=saved["revision"] or None, **download
+            name, classifier=needs_classifier, cls=cls, revision=saved.get("revision") or None, **download
         )
     except Exception as error:  # of any of the libraries that build it
-        at = f" at revision {saved['revision']}" if saved["revision"] else ""
+        at = f" at revision {saved['revision']}" if saved.get("revision") else ""
         raise ValueError(
             f"{source} was trained on {saved['source']}{at} ({saved['class']}), which cannot be built here: {error}. "
             f"If you have it, {own}"
@@ -98,11 +111,35 @@ def _name(saved: dict[str, Any]) -> tuple[str, Any]:
     return (f"hf-hub:{saved['source']}" if "/" in saved["source"] else saved["source"]), None
 
 
-def _named_by_peft(header: dict[str, Any]) -> nn.Module:
+def check_public(name: str, revision: str | None, source: str) -> None:
+    """Print where the backbone that a file names comes from.
+
+    Raises ``ValueError`` where that is no name that everybody sees alike: ``org/repo`` of the Hub or a model of timm,
+    at a branch or commit.
+    """
+    public = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and ".." not in name and not Path(name).exists()
+    if not public or (revision and not re.fullmatch(r"\w[\w./-]*", revision)):
+        at = f" at revision {revision!r:.80}" if revision else ""
+        raise ValueError(
+            f"{source} names the backbone {name!r:.200}{at}, expected org/repo of the Hub or a name of timm, that no "
+            "folder here has: no path or URL is taken from a file. If you know it and trust it, give it yourself: "
+            "from_pretrained(..., backbone=...)"
+        )
+    where = f"https://huggingface.co/{name}" if "/" in name else f"timm's {name}"
+    print(f"adaptkit: {source} was trained on {where}{f' at {revision}' if revision else ''}", file=sys.stderr)
+
+
+def _named_by_peft(source: str, header: dict[str, Any], download: dict[str, Any]) -> nn.Module:
     name = header["metadata"].get("base_model")
     if not name:
         raise ValueError(
             "peft saved this LoRA without the name of its backbone: build that yourself and attach(model, folder), or "
             "give backbone="
         )
-    return create_backbone(name)
+    check_public(name, None, source)
+    try:
+        return create_backbone(name, **download)
+    except Exception as error:  # of any of the libraries that build it
+        raise ValueError(
+            f"{source} was trained on {name}, which cannot be built here: {error}. If you have it, give backbone="
+        ) from error

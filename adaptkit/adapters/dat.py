@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.adapters.base import BlockAdapter, Trace
-from adaptkit.core.layers import check_choice, parameter_dtype
+from adaptkit.core.layers import check_choice, check_numbers, parameter_dtype
 from adaptkit.core.registry import register_adapter
 from adaptkit.core.view import Block, Fn, Spec
 from adaptkit.mixers.dat import (
@@ -73,6 +73,7 @@ class DATConfig:
     blocks: tuple[int, ...] | int | None = None  #: indices, or the last so many; None: all
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check_choice("bias", self.bias, (*get_args(Bias), None))
         check_choice("mode", self.mode, ("add", "replace"))
         check_choice("convention", self.convention, ("exact",))

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from adaptkit.adapters.base import BlockAdapter, Trace
 from adaptkit.core.hierarchical import HierarchicalSpec
-from adaptkit.core.layers import check_choice, parameter_dtype
+from adaptkit.core.layers import check_choice, check_numbers, parameter_dtype
 from adaptkit.core.registry import register_adapter
 from adaptkit.core.view import Block, Fn, Spec, identity
 from adaptkit.mixers import list_mixers, mixer
@@ -64,6 +64,7 @@ class MetaFormerConfig:
     seed: int = 0  #: of the first block's "random" mixer; block i has seed + i
 
     def __post_init__(self) -> None:
+        check_numbers(self, but=("seed",))
         names = (self.mixer,) if isinstance(self.mixer, str) else self.mixer
         for name in names:
             check_choice("mixer", name, tuple(list_mixers()))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as _TorchSyncBatchNorm
 
-__all__ = ["DropPath", "LayerNorm2d", "Norm", "SyncBatchNorm2d", "check_choice", "norm2d"]
+__all__ = ["DropPath", "LayerNorm2d", "Norm", "SyncBatchNorm2d", "check_choice", "check_numbers", "norm2d"]
 
 Norm = Literal["batch", "sync", "group", "layer"]
+MOST, MOST_RATIO = 1 << 20, float(1 << 10)
 
 
 class DropPath(nn.Module):
@@ -120,6 +122,27 @@ def check_choice(option: str, value: object, choices: tuple[object, ...]) -> Non
     """Raise ``ValueError`` where ``value`` is none of the choices."""
     if value not in choices:
         raise ValueError(f"{option}={value!r} is not a choice; choose one of {', '.join(map(repr, choices))}")
+
+
+def check_numbers(config: Any, but: tuple[str, ...] = ()) -> None:
+    """Raise ``ValueError`` where a number of a config, a dataclass, is beyond what any model has.
+
+    A count is at most 2^20 and a ratio at most 2^10, so that what follows from them can be computed at once.
+    """
+
+    def check(option: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key in value.keys() - {*but}:
+                check(f"{option}.{key}", value[key])
+        elif isinstance(value, list | tuple):
+            for part in value:
+                check(option, part)
+        elif isinstance(value, int | float) and not abs(value) <= (MOST if isinstance(value, int) else MOST_RATIO):
+            raise ValueError(f"{option}={value}, and the largest is {MOST if isinstance(value, int) else MOST_RATIO}")
+
+    for field in dataclasses.fields(config):
+        if field.name not in but:
+            check(field.name, getattr(config, field.name))
 
 
 def init_weights(module: nn.Module) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from adaptkit.core.layers import check_choice, parameter_dtype
+from adaptkit.core.layers import check_choice, check_numbers, parameter_dtype
 from adaptkit.core.registry import register_head
 from adaptkit.core.view import Features, Spec
 
@@ -23,6 +23,7 @@ class ClassifierHeadConfig:
     pool: Literal["token", "avg", "both"] = "avg"
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check_choice("pool", self.pool, ("token", "avg", "both"))
         if self.num_classes < 1:
             raise ValueError(f"num_classes={self.num_classes} must be at least 1")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.core.hierarchical import HierarchicalSpec
-from adaptkit.core.layers import Norm
+from adaptkit.core.layers import Norm, check_numbers
 from adaptkit.core.registry import register_head
 from adaptkit.core.view import Features, Spec
 from adaptkit.heads.fpn import FPN, FPNHeadConfig
@@ -33,6 +33,7 @@ class DepthHeadConfig:
     norm: Norm = "group"
 
     def __post_init__(self) -> None:
+        check_numbers(self, but=("max_depth", "min_depth"))  # of any unit
         if not 0 < self.min_depth < self.max_depth:
             raise ValueError(
                 f"min_depth={self.min_depth} and max_depth={self.max_depth}: give 0 < min_depth < max_depth"

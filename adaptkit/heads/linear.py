@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from adaptkit.core.layers import parameter_dtype
+from adaptkit.core.layers import check_numbers, parameter_dtype
 from adaptkit.core.registry import register_head
 from adaptkit.core.view import Features, Spec
 from adaptkit.ops.grid import resample_map, tokens_to_map
@@ -21,6 +21,7 @@ class LinearHeadConfig:
     num_classes: int
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.num_classes < 1:
             raise ValueError(f"num_classes={self.num_classes} must be at least 1")
 

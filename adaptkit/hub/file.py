@@ -3,7 +3,8 @@
 Its header (one JSON string under the metadata key ``adaptkit``) holds the format version, the adapters and their
 configs, the head, the backbone's spec, origin, fingerprint and digest, and the image normalisation. Tensor keys are
 ``<adapter>.<own key>`` and ``head.<own key>``: no module name of the backbone enters the file. Only safetensors is
-read, never pickle. Every write is atomic, and what is saved is serialised before the first byte is written.
+read, never pickle, and the header is checked (:mod:`adaptkit.hub.header`) before a tensor is. Every write is
+atomic, and what is saved is serialised before the first byte is written.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from torch import Tensor, nn
 
 from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.registry import ForeignLayout, layouts
+from adaptkit.core.schema import MOST_BYTES
 from adaptkit.core.view import Spec, View
 from adaptkit.hub.digest import block_sums, digest, other_blocks, other_layers
+from adaptkit.hub.header import FORMAT, check_keys, read_header, spec_of
 from adaptkit.version import __version__
 
 __all__ = [
@@ -46,11 +49,7 @@ __all__ = [
     "write_together",
 ]
 
-FORMAT = 2  #: what is written; 1 is read too, whose spec has other names and which holds no parts of the backbone
-SINCE_FORMAT_1 = {
-    "dim": "embed_dim", "dims": "embed_dims", "heads": "num_heads", "patch": "patch_size",
-    "prefix": "num_prefix_tokens",
-}  # fmt: skip
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  #: one is loaded into another
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
 
@@ -67,20 +66,18 @@ class AdapterFile:
         """Spec of the backbone that the file was trained on; a folder that peft saved has none (``ValueError``)."""
         if self.header["backbone"] is None:
             raise ValueError(f"{self.path} was saved by peft, which does not record the backbone's structure")
-        saved = self.header["backbone"]["spec"]
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        return HierarchicalSpec(**fields) if "depths" in fields else Spec(**fields)
+        return spec_of(self.header["backbone"]["spec"])
 
     def tensors_of(self, name: str) -> dict[str, Tensor]:
         """Tensors of one adapter (or ``"head"``), by its own keys."""
         return {k[len(name) + 1 :]: v for k, v in self.tensors.items() if k.startswith(name + ".")}
 
 
-def load(path: str | os.PathLike[str]) -> AdapterFile:
+def load(path: str | os.PathLike[str], allow_nonfinite: bool = False) -> AdapterFile:
     """Read a saved adapter: its folder, or the safetensors file in it. A folder that peft saved is a LoRA.
 
-    Raises ``FileNotFoundError`` where there is none, ``ValueError`` where the file is truncated, not an adapter file
-    or of a newer format.
+    Raises ``FileNotFoundError`` where there is none, ``ValueError`` where the file is truncated, not an adapter file,
+    of a newer format, or holds NaN or infinity and ``allow_nonfinite`` is not given.
     """
     file = Path(path)
     file = file / WEIGHTS if file.is_dir() else file
@@ -90,43 +87,42 @@ def load(path: str | os.PathLike[str]) -> AdapterFile:
         with safe_open(file, "pt") as f:
             metadata = f.metadata() or {}
             names = list(f.keys())
-            foreign = None if "adaptkit" in metadata else _foreign(file.parent)
-            wanted = "adaptkit" in metadata or foreign is not None
+            header = read_header(metadata["adaptkit"], str(file)) if "adaptkit" in metadata else None
+            foreign = None if header is not None else _foreign(file.parent)
+            wanted = header is not None or foreign is not None
             tensors = {k: f.get_tensor(k) for k in names} if wanted else {}
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{file} ({file.stat().st_size} bytes) is not a complete safetensors file: {error}. "
             "Copy or download it again"
         ) from error
+    if not allow_nonfinite:
+        _check_finite(tensors, file)
     if foreign is not None:
         layout, config = foreign
-        return AdapterFile(file, *layout.read(config, tensors))
-    if "adaptkit" not in metadata:
+        try:
+            return AdapterFile(file, *layout.read(config, tensors))
+        except ValueError as error:
+            raise ValueError(f"{file.parent}: {error}") from error
+    if header is None:
         found = ", ".join(names[:3]) or "nothing"
         raise ValueError(
             f"{file} is a safetensors file of something else: no 'adaptkit' header; its tensors are {found}, ... "
             "Point to a file that AdaptedModel.save wrote"
         )
-    try:
-        header = json.loads(metadata["adaptkit"])
-        version = int(header["format"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} has a damaged adaptkit header: {error!r}. Copy or download it again") from error
-    if version > FORMAT:
-        raise ValueError(
-            f"{file} has format {version}, written by adaptkit {header.get('adaptkit')}; this is adaptkit "
-            f"{__version__}, which reads up to format {FORMAT}: upgrade adaptkit"
-        )
-    return AdapterFile(file, _of_today(header), tensors)
+    check_keys(names, header, str(file))
+    return AdapterFile(file, header, tensors)
 
 
-def _of_today(header: dict[str, Any]) -> dict[str, Any]:
-    """Return a header of any format with the names of this one."""
-    backbone = header.get("backbone")
-    if not isinstance(backbone, dict) or not isinstance(backbone.get("spec"), dict):
-        return header
-    spec = {SINCE_FORMAT_1.get(name, name): value for name, value in backbone["spec"].items()}
-    return {**header, "backbone": {**backbone, "spec": spec}}
+def _check_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
+    for name, tensor in tensors.items():
+        # One sum says of almost every tensor that it is finite; of a finite one it may overflow.
+        if tensor.dtype in FLOATS and not tensor.sum().isfinite() and not tensor.isfinite().all():
+            raise ValueError(
+                f"{file}: {name} holds {int((~tensor.isfinite()).sum())} values that are NaN or infinite of "
+                f"{tensor.numel()}: the training diverged, or the file is damaged. Train again, or load it as it is by "
+                "adaptkit.load(path, allow_nonfinite=True)"
+            )
 
 
 def _foreign(folder: Path) -> tuple[ForeignLayout, dict[str, Any]] | None:
@@ -297,11 +293,17 @@ def write_folder(
     Raises ``ValueError`` for what cannot be written, ``OSError`` where the folder cannot be, and leaves it as it was.
     """
     header = {"format": FORMAT, "adaptkit": __version__, **header}
+    said = json.dumps(header, sort_keys=True, allow_nan=False)
+    if len(said) > MOST_BYTES:
+        raise ValueError(
+            f"the header has {len(said)} characters, and is read with up to {MOST_BYTES}: give less metadata, which is "
+            f"{len(json.dumps(header.get('metadata')))} of them"
+        )
     data = {CONFIG: (json.dumps(header, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()}
     if card is not None:
         data[CARD] = card.encode()
     # One metadata key: with several, safetensors does not promise their order, and equal adapters are equal bytes.
-    data[WEIGHTS] = serialised(tensors, {"adaptkit": json.dumps(header, sort_keys=True, allow_nan=False)})
+    data[WEIGHTS] = serialised(tensors, {"adaptkit": said})
     return write_together(folder, data)
 
 

@@ -39,6 +39,7 @@ def load(
     local_files_only: bool = False,
     force_download: bool = False,
     subfolder: str = "",
+    allow_nonfinite: bool = False,
 ) -> AdapterFile:
     """Read a saved adapter: a folder, the safetensors file in it, or ``"org/name"`` on the Hub.
 
@@ -52,6 +53,7 @@ def load(
         local_files_only: read the cache and do not ask the Hub.
         force_download: download again what is in the cache.
         subfolder: of the folder or repository, where it holds several adapters.
+        allow_nonfinite: read weights that are NaN or infinite, which are an error otherwise.
 
     Raises ``FileNotFoundError`` where there is no adapter, ``PermissionError`` where it may not be read,
     ``ConnectionError`` or ``OSError`` where the download failed, and ``ValueError`` where the file is damaged, of
@@ -60,11 +62,11 @@ def load(
     if not is_hub_id(source):
         if revision is not None:
             raise ValueError(f"{source} is read from this disk, and revision={revision!r} is for ids of the Hub")
-        return files.load(Path(source) / subfolder if subfolder else source)
+        return files.load(Path(source) / subfolder if subfolder else source, allow_nonfinite)
     options = {"token": token, "cache_dir": cache_dir, "force_download": force_download}
     path = _fetch(str(source), revision, subfolder, local_files_only, options)
     try:
-        return files.load(path)
+        return files.load(path, allow_nonfinite)
     except ValueError as error:
         raise ValueError(f"{error} (it came from {at(str(source), revision)}: force_download=True)") from error
 

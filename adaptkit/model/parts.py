@@ -18,6 +18,7 @@ from adaptkit.core.registry import configured
 from adaptkit.core.view import View, ViT
 from adaptkit.hub.file import AdapterFile, check_fits, load_into, metadata_of
 from adaptkit.hub.repository import is_hub_id, load
+from adaptkit.model.saved import build, check_tensors, configured_by
 from adaptkit.model.saved_head import head_of
 from adaptkit.model.trained import TrainedBackbone, parameters
 
@@ -55,8 +56,8 @@ def parts_of(args: Sequence[Any], vit: View, strict: bool) -> tuple[list[Part], 
             continue
         check_fits(file, vit, strict)
         files.append(file)
-        saved = [(a["name"], a["config"]) for a in file.header["adapters"]]
-        parts += [Part(*configured(pair, registry.adapters(), "adapter"), file) for pair in saved]
+        saved = file.header["adapters"]
+        parts += [Part(*configured_by(file, said, registry.adapters(), "adapter"), file) for said in saved]
     return parts, files
 
 
@@ -197,7 +198,10 @@ def _build_backbone(vit: View, given: Sequence[str], files: Sequence[AdapterFile
             f"{type(vit.backbone).__name__}, which calls them otherwise ({', '.join(strange[:3])}): attach it to a "
             "backbone of the library it was trained in"
         )
-    built = TrainedBackbone(vit.spec, vit.backbone, parts)
+    try:
+        built = TrainedBackbone(vit.spec, vit.backbone, parts)
+    except ValueError as error:
+        raise ValueError(f"{saved[0].path}: {error}") from error
     check_tensors(built.copies.state_dict(), tensors, f"{saved[0].path}, backbone")
     built.copies.load_state_dict(tensors)
     return built
@@ -221,17 +225,17 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[st
 
 def _build(part: Part, vit: View) -> nn.Module:
     cls: Any = part.entry.module
-    if issubclass(cls, WeightAdapter):
-        module: Any = cls(vit.spec, part.config, vit.backbone)
-    else:
-        module = cls(vit.spec, part.config)
-    if part.file is not None:
-        tensors = part.file.tensors_of(part.entry.name)
-        if isinstance(module, WeightAdapter):
-            tensors = module.translated(tensors)
-        check_tensors(module.state_dict(), tensors, f"{part.file.path}, adapter {part.entry.name!r}")
-        module.load_state_dict(tensors)
-    return module
+    weight = issubclass(cls, WeightAdapter)
+
+    def make() -> nn.Module:
+        return cls(vit.spec, part.config, *([vit.backbone] if weight else []))
+
+    if part.file is None:
+        return make()
+    where = f"{part.file.path}, adapter {part.entry.name!r}"
+    tensors = part.file.tensors_of(part.entry.name)
+    # Layers of peft are built around those of the backbone, which have values.
+    return build(make, tensors, where, cls.translated, backbone=vit.backbone) if weight else build(make, tensors, where)
 
 
 def _build_head(
@@ -239,28 +243,19 @@ def _build_head(
 ) -> tuple[nn.Module | None, registry.Entry | None]:
     if head is None:
         return None, None
-    entry = None if isinstance(head, nn.Module) else head[0]
-    module = head if isinstance(head, nn.Module) else head[0].module(spec, head[1], strides)
-    if file is not None:
-        tensors = file.tensors_of("head")
-        check_tensors(module.state_dict(), tensors, f"{file.path}, head")
-        load_into(module, tensors)
-    return module, entry
+    where = "" if file is None else f"{file.path}, head"
+    tensors = {} if file is None else file.tensors_of("head")
+    if isinstance(head, nn.Module):
+        if file is not None:
+            check_tensors(head.state_dict(), tensors, where)
+            load_into(head, tensors)
+        return head, None
+    entry, config = head
 
+    def make() -> nn.Module:
+        return entry.module(spec, config, strides)
 
-def check_tensors(own: dict[str, Tensor], given: dict[str, Tensor], where: str) -> None:
-    """Raise ``ValueError`` where the keys or shapes of ``given`` are not those of ``own``."""
-    missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"{where}: {len(missing)} tensors are missing ({', '.join(missing[:3])}), {len(unexpected)} are not "
-            f"expected ({', '.join(unexpected[:3])}); the file does not match its own header: save it again"
-        )
-    for key, tensor in own.items():
-        if tensor.shape != given[key].shape:
-            raise ValueError(
-                f"{where}: {key} has shape {tuple(given[key].shape)}, this model needs {tuple(tensor.shape)}"
-            )
+    return make() if file is None else build(make, tensors, where), entry
 
 
 def _check_hierarchical(parts: list[Part], vit: View) -> None:

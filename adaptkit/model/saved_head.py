@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from adaptkit.core.registry import configured, heads
 from adaptkit.hub.file import AdapterFile
+from adaptkit.model.saved import configured_by
 
 __all__ = ["head_of"]
 
@@ -64,7 +65,7 @@ def _the_saved_one(saved: list[AdapterFile]) -> tuple[Any, AdapterFile | None]:
         raise ValueError(
             f"the head in {saved[0].path} is a custom module ({head['class']}); build it and pass it as head="
         )
-    return configured((head["name"], head["config"]), heads(), "head"), saved[0]
+    return configured_by(saved[0], head, heads(), "head"), saved[0]
 
 
 def _equal(chosen: Any, file: AdapterFile) -> bool:
@@ -73,8 +74,8 @@ def _equal(chosen: Any, file: AdapterFile) -> bool:
     if head["name"] is None:
         return isinstance(chosen, nn.Module) and not head.get("around") and _fits(chosen, file)
     try:
-        entry, config = configured((head["name"], head["config"]), heads(), "head")
-    except (TypeError, ValueError):  # of a plug-in that is not here, or of a newer version
+        entry, config = configured_by(file, head, heads(), "head")
+    except ValueError:  # of a plug-in that is not here, or of a newer version
         return False
     if not isinstance(chosen, nn.Module):
         return chosen[0] is entry and _json(chosen[1]) == _json(config)

@@ -1,5 +1,6 @@
 """Push, load and from_pretrained, through the real client against a Hub on loopback."""
 
+import io
 import json
 import os
 import re
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from families import HOSTS
@@ -298,6 +301,15 @@ def test_a_name_that_is_neither_adapter_nor_id_is_the_error_it_was(hub):
 # -------- from_pretrained
 
 
+def edited(folder, **backbone):
+    """Change what a file says of its backbone."""
+    with safe_open(folder / WEIGHTS, "pt") as f:
+        header, tensors = json.loads(f.metadata()["adaptkit"]), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    header["backbone"].update(backbone)
+    save_file(tensors, folder / WEIGHTS, {"adaptkit": json.dumps(header)})
+    return folder
+
+
 @pytest.fixture(scope="module")
 def backbone_files(tmp_path_factory):
     """A tiny DINOv2 as transformers saves it: a backbone that a Hub can serve."""
@@ -357,7 +369,7 @@ def test_from_pretrained_of_a_timm_model_on_the_hub(hub, tmp_path):
 
 
 @torch.no_grad()
-def test_from_pretrained_of_a_local_backbone_and_of_one_that_is_given(backbone_files, tmp_path):
+def test_from_pretrained_of_a_local_backbone_takes_it_from_the_user_and_not_from_the_file(backbone_files, tmp_path):
     from transformers import Dinov2Model
 
     (tmp_path / "dinov2").mkdir()
@@ -367,14 +379,39 @@ def test_from_pretrained_of_a_local_backbone_and_of_one_that_is_given(backbone_f
     model = randomise(adaptkit.attach(backbone, "sfp"))
     folder = model.save(tmp_path / "saved")
     expected = model(x)
-    for given in (None, host(), str(tmp_path / "dinov2")):
+    for given in (host(), str(tmp_path / "dinov2")):
         again = adaptkit.from_pretrained(folder, backbone=given)
         assert all(torch.equal(a, b) for a, b in zip(again(x).maps, expected.maps))
-    (tmp_path / "dinov2").rename(tmp_path / "moved")
     with pytest.raises(
-        ValueError, match=r"(?s)was trained on .*dinov2 \(.*Dinov2Model\), which cannot be built here.*attach"
+        ValueError, match=r"names the backbone .*dinov2', expected org/repo of the Hub.*backbone=\.\.\."
     ):
         adaptkit.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("source", "revision"),
+    [
+        ("local-dir:/tmp/x", ""), ("https://evil.example/model", ""), ("file:///tmp/x", ""), ("../x", ""), ("/etc", ""),
+        ("org/../x", ""), ("a/b/c", ""), ("hf-hub:org/x", ""), ("", "main"), ("org/x\n", ""), ("~/x", ""), ("C:\\x", ""),
+        ("org/x", "main@evil"), ("org/x", "a b"), ("here/model", ""), ("here", ""),
+    ],
+)  # fmt: skip
+def test_a_file_names_no_path_and_no_url(hub, tmp_path, monkeypatch, source, revision):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    file = adaptkit.attach(host(), "sfp").save(tmp_path / "saved")
+    edited(file, source=source, revision=revision)
+    hub.log.clear()
+    with pytest.raises(ValueError, match=r"backbone="):
+        adaptkit.from_pretrained(file)
+    assert not hub.log
+
+
+def test_the_backbone_that_a_file_names_is_printed(hub, backbone_files, tmp_path, capsys):
+    sha = hub.put("meta/tiny-dinov2", backbone_files)
+    folder = adaptkit.attach(create_backbone("meta/tiny-dinov2"), "sfp").save(tmp_path / "saved")
+    adaptkit.from_pretrained(folder)
+    assert f"was trained on https://huggingface.co/meta/tiny-dinov2 at {sha}" in capsys.readouterr().err
 
 
 @torch.no_grad()
@@ -399,6 +436,88 @@ def test_a_classifier_that_is_not_in_the_file_is_not_made_up(tmp_path):
     folder = adaptkit.attach(backbone, ("metaformer", {"width": 4})).save(tmp_path)
     with pytest.raises(ValueError, match="with a classifier of 7 classes, which is not in the file; demo has 0"):
         adaptkit.from_pretrained(folder)
+
+
+# -------- a hostile backbone
+
+
+class Evil:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+def pickled(path, **tensors):
+    data = io.BytesIO()
+    torch.save({**tensors, "evil": Evil(path)}, data)
+    return data.getvalue()
+
+
+REMOTE = "import pathlib; pathlib.Path({!r}).touch()\nclass Model: pass\nclass Config: pass\n"
+CUSTOM = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
+VIT = {
+    "architecture": "vit_tiny_patch16_224",
+    "num_classes": 0,
+    "model_args": {"depth": 1, "embed_dim": 32, "num_heads": 2},
+}
+
+
+def hostile(kind, path):
+    """Files of a repository that runs code in whoever trusts it, and the class of the model it says it has."""
+    transformers, timm = "transformers.models.dinov2.modeling_dinov2.Dinov2Model", VIT_CLASS
+    tiny = json.loads(host().config.to_json_string())
+    return {
+        "timm, pytorch_model.bin": ({"config.json": VIT, "pytorch_model.bin": pickled(path)}, timm),
+        "timm, a named file": (
+            {"config.json": {**VIT, "pretrained_cfg": {"hf_hub_filename": "w.pth"}}, "w.pth": pickled(path)}, timm,
+        ),
+        "timm, custom load": (
+            {
+                "config.json": {**VIT, "pretrained_cfg": {"hf_hub_filename": "w.npz", "custom_load": "hf"}},
+                "w.npz": pickled(path),
+            },
+            timm,
+        ),
+        "timm, a path": (
+            {"config.json": {**VIT, "pretrained_cfg": {"file": str(path) + ".pth", "url": "file://" + str(path) + ".pth"}}}, timm,
+        ),
+        "transformers, pytorch_model.bin": ({"config.json": tiny, "pytorch_model.bin": pickled(path)}, transformers),
+        "transformers, auto_map": ({"config.json": {**tiny, "auto_map": CUSTOM, "model_type": "evil"},
+                                    "code.py": REMOTE.format(str(path)).encode()}, "transformers.models.evil.Model"),
+        "transformers, auto_map of a known class": (
+            {"config.json": {**tiny, "auto_map": CUSTOM}, "code.py": REMOTE.format(str(path)).encode()}, transformers,
+        ),
+    }[kind]  # fmt: skip
+
+
+VIT_CLASS = "timm.models.vision_transformer.VisionTransformer"
+HOSTILE = [
+    "timm, pytorch_model.bin", "timm, a named file", "timm, custom load", "timm, a path",
+    "transformers, pytorch_model.bin", "transformers, auto_map", "transformers, auto_map of a known class",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_no_code_of_a_hostile_backbone_runs(hub, tmp_path, kind):
+    files, cls = hostile(kind, tmp_path / "ran")
+    (tmp_path / "ran.pth").write_bytes(pickled(tmp_path / "ran"))
+    hub.put("evil/backbone", {k: v if isinstance(v, bytes) else json.dumps(v).encode() for k, v in files.items()})
+    source = "evil/backbone"
+    folder = adaptkit.attach(host(), "sfp").save(tmp_path / "saved")
+    edited(folder, **{"source": source, "revision": "", "class": cls})
+    with pytest.raises(ValueError, match=r"was trained on evil/backbone .*cannot be built here: (?s:.+)If you have it"):
+        adaptkit.from_pretrained(folder)
+    assert any("evil/backbone" in line for line in hub.log)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_pickle_of_these_tests_is_hostile(tmp_path):
+    torch.load(io.BytesIO(pickled(tmp_path / "ran")), weights_only=False)
+    assert (tmp_path / "ran").exists()
 
 
 # -------- another process, as people use it

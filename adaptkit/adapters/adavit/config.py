@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from adaptkit.core.layers import check_choice
+from adaptkit.core.layers import check_choice, check_numbers
 from adaptkit.core.view import Spec
 from adaptkit.losses import KINDS
 
@@ -34,6 +34,7 @@ class AdaViTConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "gates", tuple(self.gates))
         object.__setattr__(self, "grid", tuple(int(n) for n in self.grid))
+        check_numbers(self)
         for kind in self.gates:
             check_choice("gates", kind, KINDS)
         check_choice("patch_policy", self.patch_policy, ("token", "class"))

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from adaptkit.adapters.base import WeightAdapter
 from adaptkit.adapters.lora.layer_names import meaning, resolved
 from adaptkit.adapters.lora.peft_layers import ADAPTER, ExistingPeftLayers, Kept, existing_layers, wrap
+from adaptkit.adapters.lora.saved_options import check_patterns, check_types
 from adaptkit.core.proxy import LayerProxy, WeightProxy, edges, in_place, missing, put, restore
 from adaptkit.core.registry import register_adapter
+from adaptkit.core.schema import check
 from adaptkit.core.tree import locate, nested
 
 __all__ = ["LoRA", "LoRAConfig"]
@@ -69,13 +71,29 @@ class LoRAConfig:
         return config
 
     @classmethod
+    def from_file(cls, saved: dict[str, Any]) -> LoRAConfig:
+        """From the header of a file, whose values and regular expressions are checked before peft sees them."""
+        fields = {"peft_type": str, "options": dict[str, Any]}
+        for name in saved.keys() | fields.keys():
+            if name not in fields or name not in saved:
+                raise ValueError(f"found {', '.join(map(repr, saved)) or 'no field'}, expected {', '.join(fields)}")
+            check(saved[name], fields[name], name)
+        check_patterns(saved["options"])
+        return cls._checked(saved["peft_type"], saved["options"])
+
+    @classmethod
+    def _checked(cls, kind: str, options: dict[str, Any]) -> LoRAConfig:
+        check_types(type(cls(kind.upper()).to_peft()), options)
+        return cls.configure({"peft_type": kind, "options": options})
+
+    @classmethod
     def from_json(cls, saved: dict[str, Any]) -> LoRAConfig:
         """From the ``adapter_config.json`` of peft, of any version: what is unknown here and unset is left out."""
         kind = str(saved["peft_type"]).upper()
         default = cls(kind).to_peft().to_dict()
         given = {k: v for k, v in saved.items() if k not in RECORDS and (v or k in default) and v != default.get(k)}
         given.pop("modules_to_save", None)  # layers of its own head, which are not LoRA
-        return cls.configure({"peft_type": kind, "options": given})
+        return cls._checked(kind, given)
 
     @classmethod
     def from_peft(cls, config: Any) -> LoRAConfig:
@@ -110,7 +128,7 @@ class LoRAConfig:
         kind = CONFIGS[self.peft_type]  # type: ignore[index]
         try:
             return kind(**self.options)
-        except TypeError as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
             known = sorted(set(kind().to_dict()) - set(RECORDS) - set(REFUSED))
             raise ValueError(f"{self.peft_type}: {error}; its options are {', '.join(known)}") from error
 

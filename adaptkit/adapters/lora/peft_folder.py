@@ -7,7 +7,6 @@ peft names a tensor by the layer in its ``PeftModel`` and leaves the adapter's n
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from adaptkit.adapters.lora.adapter import PARAMETER, LoRA, LoRAConfig
+from adaptkit.core.schema import check, read_json
 
 __all__ = ["from_peft_layout", "peft_config_of", "to_peft_layout"]
 
@@ -22,13 +22,12 @@ PREFIX = "base_model.model."
 
 
 def peft_config_of(folder: Path) -> dict[str, Any] | None:
-    """Return the config of a folder that peft saved, None for another folder."""
+    """Return the config of a folder that peft saved, None for another folder; ``ValueError`` where it is damaged."""
     path = folder / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError):
+    if not path.is_file():
         return None
-    return config if isinstance(config, dict) and "peft_type" in config else None
+    config = read_json(path.read_bytes(), str(path))
+    return config if "peft_type" in config else None
 
 
 def from_peft_layout(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -46,13 +45,15 @@ def from_peft_layout(config: dict[str, Any], tensors: dict[str, Tensor]) -> tupl
             stacklevel=4,
         )
     own = LoRAConfig.from_json(config)
+    base = config.get("base_model_name_or_path") or ""
+    check(base, str, "base_model_name_or_path")
     header = {
         "format": 1,
         "adaptkit": f"peft {config.get('peft_version', '')}".strip(),
         "adapters": [{"name": "lora", "config": {"peft_type": own.peft_type, "options": own.options}}],
         "head": None,
         "backbone": None,
-        "metadata": {"base_model": config.get("base_model_name_or_path") or ""},
+        "metadata": {"base_model": base},
     }
     return header, {f"lora.layers.{_with_name(k.removeprefix(PREFIX))}": v for k, v in lora.items()}
 

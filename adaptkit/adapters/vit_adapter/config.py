@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from adaptkit.core.layers import Norm, check_choice
+from adaptkit.core.layers import Norm, check_choice, check_numbers
 from adaptkit.core.view import Spec
 from adaptkit.mixers import list_mixers
 from adaptkit.ops.grid import check_strides
@@ -53,6 +53,7 @@ class ViTAdapterConfig:
         object.__setattr__(self, "strides", check_strides(self.strides, STRIDES))
         if self.extra_extractors is True:  # the official switch is a bool and means two
             object.__setattr__(self, "extra_extractors", 2)
+        check_numbers(self)
         for option in ("n_points", "conv_inplane", "deform_num_heads", "deform_ratio", "cffn_ratio"):
             value = getattr(self, option)
             if value is not None and value <= 0:
@@ -103,7 +104,8 @@ def even_groups(depth: int, groups: int) -> tuple[tuple[int, int], ...]:
 
 
 def _check_groups(groups: Sequence[tuple[int, int]], depth: int) -> None:
-    if [i for a, b in groups for i in range(a, b + 1)] != list(range(depth)) or any(a > b for a, b in groups):
+    firsts, lasts = [a for a, _ in groups], [b for _, b in groups]
+    if [*firsts, depth] != [0, *(b + 1 for b in lasts)] or any(a > b for a, b in groups):
         raise ValueError(
             f"interaction_indexes={tuple(groups)} do not run through the {depth} blocks 0..{depth - 1} once and in "
             "order; give inclusive (first, last) pairs, or None for four even groups"
