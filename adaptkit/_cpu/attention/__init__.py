@@ -7,7 +7,6 @@ products; one kernel for all of them, compiled for this processor, takes two thi
 from __future__ import annotations
 
 import ctypes
-import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from adaptkit.ops import build
+from adaptkit.ops.forks import Lock
 from adaptkit.seam import twice
 
 __all__ = ["attention", "suits"]
@@ -27,7 +27,7 @@ FLAGS = ("-ffp-contract=fast",)  # no branch depends on a rounding here
 # 2e-4 gives 1.1e-5.
 _TOLERANCE = 8e-6
 
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def suits(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -1,7 +1,6 @@
 """The C backend: `kernel.c` by way of ctypes, once it has been compiled and has passed a test."""
 
 import ctypes
-import threading
 from functools import cache
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.ops import build, pool
+from adaptkit.ops.forks import Lock
 from adaptkit.ops.ms_deform_attn import _bag
 from adaptkit.ops.ms_deform_attn._plain import compute_dtype
 
@@ -17,7 +17,7 @@ _BLOCK = 512  # the kernel's BLOCK: the points of one query and head have to fit
 _FUNCTIONS = dict.fromkeys(("forward", "backward_points", "backward_value"))
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
 
-_lock = threading.Lock()
+_lock = Lock()
 
 
 class _Call(ctypes.Structure):
