@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from accelerate import Accelerator
 from torch import Tensor
@@ -39,8 +40,7 @@ class Log:
     def write(self, row: dict[str, Any]) -> None:
         """Append one row."""
         if self.file is not None:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
+            append(self.file, row)
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def step(self, step: int, loss: Tensor, images: int, lr: float) -> None:
@@ -66,6 +66,17 @@ class Log:
         self.bar.stop()
         if self.file is not None:
             self.file.close()
+
+
+def append(file: TextIO, row: dict[str, Any]) -> None:
+    """Write one line, whole or not at all; ``OSError`` names the file."""
+    before = file.tell()
+    try:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+    except OSError as error:
+        os.truncate(file.name, before)
+        raise OSError(error.errno, error.strerror, file.name) from error
 
 
 def forget_after(path: Path, step: int) -> None:

@@ -18,7 +18,7 @@ from adaptkit.ops import build, ms_deform_attn
 from adaptkit.ops.ms_deform_attn import _c
 
 SHAPES = [(3, 4), (2, 1)]
-TRAP = "__attribute__((constructor)) static void run(void) { fclose(fopen(MARK, \"w\")); }"
+TRAP = '__attribute__((constructor)) static void run(void) { fclose(fopen(MARK, "w")); }'
 COMPILER = """#!/bin/sh
 [ "$1" = --version ] && exit
 while [ "$1" != -o ]; do shift; done

@@ -242,7 +242,9 @@ def no_folder(monkeypatch, cache):
     [
         (no_compiler, "no C compiler: none of no-such-compiler is on the PATH; install gcc"),
         (broken_compiler, "failed with status 3: internal error"),
-        pytest.param(cache_of_others, r"can be written by others \(mode 777\): delete it \(rm -r ", marks=needs_compiler),
+        pytest.param(
+            cache_of_others, r"can be written by others \(mode 777\): delete it \(rm -r ", marks=needs_compiler
+        ),
         pytest.param(no_folder, "cannot be made.*set XDG_CACHE_HOME", marks=needs_compiler),
     ],
 )
