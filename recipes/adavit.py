@@ -19,6 +19,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,7 +169,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self.bar.start()
-        self.file = self.path.open("w") if self.main else None
+        self.file = FileIO(self.path, "w") if self.main else None
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -89,7 +89,7 @@ def run_of(out: Path) -> str | None:
 
 
 def check_run(checkpoint: Path, run: str | None, out: Path) -> None:
-    """Raise ``ValueError`` where a checkpoint is of another run than its folder. One of before there were names fits."""
+    """Raise ``ValueError`` where a checkpoint is of another run than its folder. One without a name fits."""
     here = run_of(out)
     if run is not None and here is not None and run != here:
         raise ValueError(
@@ -119,7 +119,8 @@ def _check(folder: Path, resume: bool, overwrite: bool, made: Sequence[str], can
         raise ValueError("--resume goes on with the run in the folder, --overwrite deletes it: give one of them")
     found = [name for name in made if (folder / name).exists()]
     if found and not resume and not overwrite:
-        remedy = (
-            "go on with it with --resume, delete it with --overwrite" if can_resume else "delete it with --overwrite"
+        resuming = "go on with it with --resume, " if can_resume else ""
+        raise ValueError(
+            f"{folder} holds an earlier run ({', '.join(found)}): {resuming}delete it with --overwrite, or choose "
+            "another --out"
         )
-        raise ValueError(f"{folder} holds an earlier run ({', '.join(found)}): {remedy}, or choose another --out")

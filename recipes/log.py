@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import time
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor
@@ -34,7 +34,7 @@ class Log:
         path = out / "metrics.jsonl"
         if first and self.main:
             forget_after(path, first)
-        self.file = path.open("a" if first else "w") if self.main else None
+        self.file = FileIO(path, "a" if first else "w") if self.main else None
         self.images, self.clock = 0, time.time()
 
     def write(self, row: dict[str, Any]) -> None:
@@ -68,14 +68,15 @@ class Log:
             self.file.close()
 
 
-def append(file: TextIO, row: dict[str, Any]) -> None:
+def append(file: FileIO, row: dict[str, Any]) -> None:
     """Write one line, whole or not at all; ``OSError`` names the file."""
-    before = file.tell()
+    before, line = file.tell(), (json.dumps(row) + "\n").encode()
     try:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
+        while line:  # a disk takes what fits before it says that it is full
+            line = line[file.write(line) :]
     except OSError as error:
-        os.truncate(file.name, before)
+        file.seek(before)
+        file.truncate()
         raise OSError(error.errno, error.strerror, file.name) from error
 
 
