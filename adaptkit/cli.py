@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"adaptkit {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
-        print(f"adaptkit {args.command}: {stopped or 'stopped'}", file=sys.stderr)
+        print(f"adaptkit {args.command}: {str(stopped) or 'stopped'}", file=sys.stderr)
         return getattr(stopped, "status", 130)  # 143 where a recipe was asked to stop by SIGTERM
     return 0
 

@@ -358,9 +358,10 @@ def train(
             if scores:
                 with averaged():
                     log.score(done, evaluate(task, model, val, accelerator, args))
-            stopped = stop.agreed(accelerator, done) if done < args.steps else 0
-            if saves or stopped:
+            stopped = stop.agreed(accelerator, done)
+            if stopped:
                 finite.check(done)
+            if saves or stopped:
                 save_checkpoint(accelerator, out, done, args)
             if stopped:
                 log.close()

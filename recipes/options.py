@@ -225,7 +225,7 @@ def command(name: str, main: Callable[[], Any]) -> None:
     try:
         main()
     except KeyboardInterrupt as stopped:
-        print(f"{name}: {stopped or 'stopped'}", file=sys.stderr)
+        print(f"{name}: {str(stopped) or 'stopped'}", file=sys.stderr)
         raise SystemExit(getattr(stopped, "status", 130)) from None
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise SystemExit(f"{name}: {error}") from error

@@ -307,7 +307,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) 
             # Several processes agree by a question to their devices, which waits: not in every step.
             asks = accelerator.num_processes == 1 or (step + 1) % 10 == 0
             late = asks and out_of_time(args, accelerator, run["seconds"] - before)
-            stopped = stop.agreed(accelerator, step + 1) if step + 1 < args.steps else 0
+            stopped = stop.agreed(accelerator, step + 1)
             if late or stopped or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 store(args, accelerator, run)
             if stopped:

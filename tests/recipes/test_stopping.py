@@ -76,20 +76,21 @@ def test_pretraining_says_where_its_checkpoint_is(tmp_path):
     assert (tmp_path / "checkpoint" / "run.json").is_file()
 
 
-def test_a_run_that_was_stopped_and_goes_on_ends_as_one_that_was_not(pictures, tmp_path, monkeypatch):
+@pytest.mark.parametrize("last", [3, 5])
+def test_a_run_that_was_stopped_and_goes_on_ends_as_one_that_was_not(pictures, tmp_path, monkeypatch, last):
     common = ["--steps", "5", "--save-every", "0", "--ema", "0.9"]
     segment.main(argv(pictures, tmp_path / "whole", *common))
     real, calls = segment.F.cross_entropy, []
 
     def until(*args, **kwargs):
         calls.append(0)
-        if len(calls) == 3:
+        if len(calls) == last:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr("recipes.segment.F.cross_entropy", until)
-        with pytest.raises(Stopped, match="stopped after step 3; checkpoint in .*step-00000003"):
+        with pytest.raises(Stopped, match=f"stopped after step {last}; checkpoint in .*step-0000000{last}"):
             segment.main(argv(pictures, tmp_path / "cut", *common))
     segment.main(argv(pictures, tmp_path / "cut", *common, "--resume"))
     whole, cut = (tmp_path / run / "adapter" / "adapter_model.safetensors" for run in ("whole", "cut"))
@@ -131,9 +132,21 @@ def test_a_recipe_that_is_interrupted_before_it_trains_says_stopped(capsys):
 # -------------------------------------------------------------------------------------------------------- seeds
 
 
-@pytest.mark.parametrize("seed", [2**31, 2**32 - 1, 2**32, 2**53 + 1, 2**63 - 1])
+@pytest.mark.parametrize("seed", [2**32 - 1, 2**32, 2**63 - 1])
 def test_any_seed_of_63_bits_trains(pictures, tmp_path, seed):
-    more = ["--steps", "1", "--seed", str(seed), "--crop-features", "32", "32"]
+    more = [
+        "--steps",
+        "1",
+        "--seed",
+        str(seed),
+        "--adapter",
+        "none",
+        "--adapter-options",
+        "{}",
+        "--crop-features",
+        "32",
+        "32",
+    ]
     assert "miou" in segment.main(argv(pictures, tmp_path / str(seed), *more))
 
 
