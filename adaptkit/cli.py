@@ -25,9 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"adaptkit {args.command}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:
+        print(f"adaptkit {args.command}: {str(stopped) or 'stopped'}", file=sys.stderr)
+        return getattr(stopped, "status", 130)  # 143 where a recipe was asked to stop by SIGTERM
     return 0
 
 

@@ -19,6 +19,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,17 +33,22 @@ import adaptkit
 from adaptkit.adapters.adavit import AdaViT, Random
 from adaptkit.analysis import accounting, kept_patches, usage_by_depth
 from adaptkit.create import create_backbone
-from adaptkit.hub.file import check_writable
+from adaptkit.hub.file import write_atomic
 from adaptkit.losses import agreement_loss, annealed_budget, check_budget, macs_loss, usage
 
 from . import normalisation
 from .devices import BACKEND, together
 from .engine import cosine
 from .finite import Finite
+from .folder import begin, occupied
 from .labelled import Labelled, open_labelled
-from .log import EVERY
+from .log import EVERY, append
 from .normalisation import source_of
-from .options import MODES, PRECISION_HELP, command, precision
+from .options import MODES, OVERWRITE_HELP, PRECISION_HELP, command, precision, seed_of
+from .order import folded
+from .stopping import Stop, Stopped
+
+MADE = ("metrics.jsonl", "result.json", "adapter", "kept_patches.png", "usage.png")  # what a run leaves
 
 # ---------------------------------------------------------------------------------------------------- arguments
 
@@ -64,8 +70,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--mixed-precision", default="no", choices=["no", "bf16", "fp16", "auto"], help=PRECISION_HELP)
     p.add_argument("--compile", nargs="?", const="default", choices=MODES, metavar="MODE",
                    help="train through torch.compile; evaluation packs what is kept, and runs as it is")  # fmt: skip
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=seed_of, default=0)
     p.add_argument("--out", default="runs/adavit")
+    p.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help=OVERWRITE_HELP)
     args = p.parse_args(argv)
     check_budget(args.budget, "--budget")
     if args.steps < 1 or args.batch_size < 1:
@@ -120,10 +127,10 @@ def train(model: nn.Module, data: Labelled, accelerator: Accelerator, args: argp
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
     model = torch.compile(model, backend=BACKEND, mode=args.compile) if args.compile else model
     model, optimizer = accelerator.prepare(model, optimizer)
-    generator = torch.Generator().manual_seed(args.seed * 1000 + accelerator.process_index)
+    generator = torch.Generator().manual_seed(folded(args.seed * 1000 + accelerator.process_index))
     order = torch.randint(len(data.labels), (args.steps * args.batch_size,), generator=generator)
     batches, finite = data.batches(order, args.batch_size, source, accelerator.device), Finite(accelerator)
-    with Progress(accelerator, args) as progress:
+    with Progress(accelerator, args) as progress, Stop() as stop:
         for step, (image, label) in enumerate(batches):
             optimizer.param_groups[0]["lr"] = args.lr * cosine(step, args.steps, 0.05)
             with gates.opened(), torch.no_grad(), accelerator.autocast():
@@ -142,6 +149,9 @@ def train(model: nn.Module, data: Labelled, accelerator: Accelerator, args: argp
                 finite.check(step + 1)
                 progress.write(step, task, features.aux, gates, spent.detach().mean() / costs.dense, budget)
             progress.advance()
+            stopped = stop.agreed(accelerator, step + 1) if step + 1 < args.steps else 0
+            if stopped:
+                raise Stopped(step + 1, None, stopped)
 
 
 class Progress:
@@ -159,7 +169,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self.bar.start()
-        self.file = self.path.open("w") if self.main else None
+        self.file = FileIO(self.path, "w") if self.main else None
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -177,8 +187,7 @@ class Progress:
         for name, decisions in (("sampled", usage(aux)), ("thresholded", usage(gates.thresholded(aux)))):
             row.update({f"{name}_{kind}": kept.item() for kind, kept in decisions.items()})
         if self.file is not None:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
+            append(self.file, row)
 
 
 @torch.no_grad()
@@ -271,13 +280,20 @@ def images_per_second(model: Any, data: Labelled, args: argparse.Namespace, devi
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    out = check_writable(args.out)
     accelerator = together(Accelerator, mixed_precision=precision(args.mixed_precision))
-    set_seed(args.seed)
+    with occupied(args.out, accelerator, overwrite=args.overwrite, made=MADE, can_resume=False) as out:
+        run_in(out, args, accelerator)
+
+
+def run_in(out: Path, args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Train and compare, in a folder that is this run's."""
+    set_seed(folded(args.seed, 31))
     device = accelerator.device
     data = open_labelled(args.data, "train", args.size)
     held = open_labelled(args.val or args.data, "validation", args.size)
     model = build(data, args, device)
+    if accelerator.is_main_process:
+        begin(out, MADE)
     train(model, data, accelerator, args)
     main_process = accelerator.is_main_process
     accelerator.end_training()  # what follows is one process's work
@@ -311,7 +327,7 @@ def main(argv: list[str] | None = None) -> None:
         "macs": adaptive.macs._asdict(), "random_macs": random.macs.mean, "usage": adaptive.usage,
         "images_per_s": rates, "packed_minus_masked": off,
     }  # fmt: skip
-    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_atomic(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     kept = " / ".join(f"{adaptive.usage[k]:.2f}" for k in adaptive.usage)
     print(f"\n{args.data}: {len(data.labels)} training and {len(held.labels)} validation images, ", end="")
     print(f"{costs.dense / 1e9:.3f} GMACs dense, kept {' / '.join(adaptive.usage)} {kept}\n")

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -45,10 +46,12 @@ from .average import Average
 from .cached import Views, cached
 from .devices import compile_adapted, copying, loading, together
 from .finite import Finite, checkpoints
+from .folder import adopt, begin, check_run, occupied, run_of
 from .log import EVERY, Log, said, shown
 from .normalisation import to_record
 from .options import precision
-from .order import Rows, Steps, Stream, plain_errors, shuffled
+from .order import Rows, Steps, Stream, folded, plain_errors, shuffled
+from .stopping import Stop, Stopped
 from .windows import Windowed, Windows
 
 # ---------------------------------------------------------------------------------------------------------- task
@@ -195,17 +198,31 @@ def keep_adapter_only(task: Task, accelerator: Accelerator) -> None:
 
 
 def save_checkpoint(accelerator: Accelerator, out: Path, step: int, args: argparse.Namespace) -> None:
-    """Write beside, then rename: a kill leaves the last checkpoint whole. The newest two are kept."""
-    final = out / "checkpoints" / f"step-{step:08d}"
+    """Write beside, then rename: a kill leaves the last checkpoint whole. The newest two are kept.
+
+    Raises ``OSError`` where it cannot be written, and leaves those that are there.
+    """
+    final = checkpoint_at(out, step)
     unfinished = final.with_suffix(".tmp")
     if accelerator.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed while it wrote
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished), safe_serialization=True)
-    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(unfinished), safe_serialization=True)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            progress = {
+                "step": step, "run": run_of(out), "arguments": lasting(args, accelerator.num_processes)
+            }  # fmt: skip
+            write_atomic(unfinished / "progress.json", json.dumps(progress).encode())
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        shutil.rmtree(unfinished, ignore_errors=True)
+        kept = [str(path) for path in checkpoints(out)[-1:]]
+        raise OSError(
+            f"the checkpoint {final} cannot be written: {error}. Make room, then go on with --resume"
+            + (f" from {kept[0]}" if kept else "")
+        ) from error
     if accelerator.is_main_process:
-        progress = {"step": step, "arguments": lasting(args, accelerator.num_processes)}
-        (unfinished / "progress.json").write_text(json.dumps(progress))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(unfinished, final)
         for old in checkpoints(out)[:-2]:
@@ -213,9 +230,19 @@ def save_checkpoint(accelerator: Accelerator, out: Path, step: int, args: argpar
     accelerator.wait_for_everyone()
 
 
+def checkpoint_at(out: Path, step: int) -> Path:
+    """Return the folder of a checkpoint."""
+    return out / "checkpoints" / f"step-{step:08d}"
+
+
+def progress_of(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint says of its run: step, name and arguments."""
+    return json.loads((checkpoint / "progress.json").read_text())
+
+
 def lasting(args: argparse.Namespace, processes: int) -> dict[str, Any]:
     """The arguments that a resumed run must share with the run it goes on with."""
-    free = {"resume", "out", "config", "eval_every", "save_every", "tracker"} | (
+    free = {"resume", "overwrite", "out", "config", "eval_every", "save_every", "tracker"} | (
         set() if args.streaming else {"workers"}
     )
     kept = {k: v for k, v in vars(args).items() if k not in free}
@@ -227,7 +254,8 @@ def resume_step(out: Path, args: argparse.Namespace, processes: int) -> tuple[Pa
     found = checkpoints(out)
     if not found:
         return None, 0
-    progress = json.loads((found[-1] / "progress.json").read_text())
+    progress = progress_of(found[-1])
+    check_run(found[-1], progress.get("run"), out)
     then, now = progress["arguments"], lasting(args, processes)
     changed = [k for k in now if then.get(k) != now[k]]
     if changed:
@@ -280,6 +308,8 @@ def train(
     """
     out, world, k = Path(args.out), accelerator.num_processes, args.accumulate
     checkpoint, first = resume_step(out, args, world) if args.resume else (None, 0)
+    if accelerator.is_main_process:
+        begin(out) if checkpoint is None else adopt(out, progress_of(checkpoint).get("run"))
     loader = training_batches(rows, first, task, accelerator, args)
     placed(model, accelerator, args)
     if isinstance(rows, Windowed):
@@ -302,33 +332,40 @@ def train(
 
     finite = Finite(accelerator, out)
     log, started = Log(task.percent, out, accelerator, args, first), time.time()
-    for i, batch in enumerate(loader):
-        step = first + i // k
-        # Dropout belongs to the step, not to the run.
-        set_seed(args.seed * 1_000_003 + first * k + i, device_specific=True)
-        with accelerator.accumulate(model):
-            loss = task.loss(model, batch, args)
-            finite.see(step, loss)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(trained, args.clip)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-        if (i + 1) % k:
-            continue
-        done = step + 1
-        if average is not None:
-            average.update(done)
-        scores, saves = (n and done % n == 0 and done < args.steps for n in (args.eval_every, args.save_every))
-        if scores or saves or done % EVERY == 0 or done == args.steps:
-            finite.check(done)
-        log.step(done, loss, args.batch_size * world * k, schedule.get_last_lr()[0])
-        if scores:
-            with averaged():
-                log.score(done, evaluate(task, model, val, accelerator, args))
-        if saves:
-            save_checkpoint(accelerator, out, done, args)
+    with Stop() as stop:
+        for i, batch in enumerate(stop.batches(loader)):
+            step = first + i // k
+            # Dropout belongs to the step, not to the run.
+            set_seed(folded(args.seed * 1_000_003 + first * k + i, 31), device_specific=True)
+            with accelerator.accumulate(model):
+                loss = task.loss(model, batch, args)
+                finite.see(step, loss)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(trained, args.clip)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            if (i + 1) % k:
+                continue
+            done = step + 1
+            if average is not None:
+                average.update(done)
+            scores, saves = (n and done % n == 0 and done < args.steps for n in (args.eval_every, args.save_every))
+            if scores or saves or done % EVERY == 0 or done == args.steps:
+                finite.check(done)
+            log.step(done, loss, args.batch_size * world * k, schedule.get_last_lr()[0])
+            if scores:
+                with averaged():
+                    log.score(done, evaluate(task, model, val, accelerator, args))
+            stopped = stop.agreed(accelerator, done)
+            if stopped:
+                finite.check(done)
+            if saves or stopped:
+                save_checkpoint(accelerator, out, done, args)
+            if stopped:
+                log.close()
+                raise Stopped(done, checkpoint_at(out, done), stopped)
     seconds = time.time() - started
     if average is not None:
         average.settle()
@@ -382,7 +419,13 @@ def run(task: Task, args: argparse.Namespace, last: bool = True) -> dict[str, An
     ``<score>_reattached``, seconds, memory, and sizes.
     """
     out, accelerator = start(task, args)
-    set_seed(args.seed)
+    with occupied(out, accelerator, args.resume, args.overwrite):
+        return run_in(out, task, args, accelerator, last)
+
+
+def run_in(out: Path, task: Task, args: argparse.Namespace, accelerator: Accelerator, last: bool) -> dict[str, Any]:
+    """Do so in a folder that is this run's."""
+    set_seed(folded(args.seed, 31))
     model = task.build(args)
     train_rows, val_rows = task.data(args, model, True), task.data(args, model, False)
     val = validation_batches(val_rows, task, accelerator, args)
@@ -401,7 +444,7 @@ def run(task: Task, args: argparse.Namespace, last: bool = True) -> dict[str, An
         size = args.size if isinstance(args.size, int) else list(args.size)
         task.save(model, folder, task=task.kind, size=size, **to_record(args), **metrics)
     accelerator.wait_for_everyone()
-    set_seed(args.seed)  # a random backbone is the same random one
+    set_seed(folded(args.seed, 31))  # a random backbone is the same random one
     again = placed(task.again(args, folder), accelerator, args)
     score, score_again = metrics[task.score], evaluate(task, again, val, accelerator, args)[task.score]
     result = {

@@ -31,7 +31,7 @@ from adaptkit.hub.file import check_writable, write_atomic
 from . import normalisation
 from .devices import copying, loading, together
 from .labelled import LabelledData, open_images
-from .options import PRECISION_HELP, command, precision, validation
+from .options import PRECISION_HELP, command, precision, seed_of, validation
 from .order import plain_errors
 
 TOGETHER = 32  # batches that are fetched from the device in one go
@@ -52,7 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--size", type=int, default=224)
     p.add_argument("--augment", default="crop", choices=["none", "crop"], help="none: the whole image, squeezed")
     p.add_argument("--shots", type=int, nargs="+", default=[1, 5, 10, 25], help="images per class; 0: all")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--seeds", type=seed_of, nargs="+", default=[0, 1, 2])
     p.add_argument("--l2", type=float, default=1024.0, help="of the ridge, on features of unit variance")
     p.add_argument("--neighbours", type=int, default=20)
     p.add_argument("--temperature", type=float, default=0.07)

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import time
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,13 @@ class Log:
         path = out / "metrics.jsonl"
         if first and self.main:
             forget_after(path, first)
-        self.file = path.open("a" if first else "w") if self.main else None
+        self.file = FileIO(path, "a" if first else "w") if self.main else None
         self.images, self.clock = 0, time.time()
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row."""
         if self.file is not None:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
+            append(self.file, row)
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def step(self, step: int, loss: Tensor, images: int, lr: float) -> None:
@@ -66,6 +66,18 @@ class Log:
         self.bar.stop()
         if self.file is not None:
             self.file.close()
+
+
+def append(file: FileIO, row: dict[str, Any]) -> None:
+    """Write one line, whole or not at all; ``OSError`` names the file."""
+    before, line = file.tell(), (json.dumps(row) + "\n").encode()
+    try:
+        while line:  # a disk takes what fits before it says that it is full
+            line = line[file.write(line) :]
+    except OSError as error:
+        file.seek(before)
+        file.truncate()
+        raise OSError(error.errno, error.strerror, file.name) from error
 
 
 def forget_after(path: Path, step: int) -> None:

@@ -35,15 +35,16 @@ import adaptkit
 from adaptkit.adapters.metaformer import MetaFormer
 from adaptkit.core.view import Source, Spec
 from adaptkit.create import create_backbone
-from adaptkit.hub.file import check_writable
+from adaptkit.hub.file import write_atomic
 from adaptkit.mixers import list_mixers
 
 from . import normalisation
 from .data import SegmentationData, check_labels, open_dataset
 from .devices import together
 from .engine import cosine, parameter_groups
+from .folder import begin, occupied
 from .normalisation import source_of
-from .options import command
+from .options import OVERWRITE_HELP, command, seed_of
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "no residual": {"residual": False},
@@ -70,8 +71,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--steps", type=int, default=100)
     p.add_argument("--batch-size", type=int, default=8)
     p.add_argument("--lr", type=float, default=2e-3)
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    p.add_argument("--seeds", type=seed_of, nargs="+", default=[0, 1])
     p.add_argument("--out", default="runs/mixers")
+    p.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help=OVERWRITE_HELP)
     return p.parse_args(argv)
 
 
@@ -235,6 +237,9 @@ def chart(results: list[dict[str, Any]], path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- main
 
 
+MADE = ("results.json", "table.md", "chart.png")  # what a run leaves
+
+
 def key_of(row: dict[str, Any]) -> str:
     """Rows of one key are trained once."""
     return json.dumps(row["options"], sort_keys=True)
@@ -244,17 +249,25 @@ def write(out: Path, args: argparse.Namespace, results: list[dict[str, Any]], do
     """Write what is known so far."""
     for row in results:
         row.update(done.get(key_of(row), {}))
-    (out / "results.json").write_text(json.dumps({"arguments": vars(args), "rows": results}, indent=2) + "\n")
+    text = json.dumps({"arguments": vars(args), "rows": results}, indent=2) + "\n"
+    write_atomic(out / "results.json", text.encode())
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    out = check_writable(args.out)
     process = together(PartialState)
+    with occupied(args.out, process, overwrite=args.overwrite, made=MADE, can_resume=False) as out:
+        run_in(out, args, process)
+
+
+def run_in(out: Path, args: argparse.Namespace, process: PartialState) -> None:
+    """Train and score all rows, in a folder that is this run's."""
     vit = adaptkit.view(create_backbone(args.backbone))
     source = source_of(vit, args)
     train_data, val_data = load(args.train, "train", source, args), load(args.val, "validation", source, args)
     results = rows(args, vit.spec)
+    if process.is_main_process:
+        begin(out, MADE)
     # A mixer that is the target has one width in both tables: it is trained once. Several processes share the work.
     planned: dict[str, dict[str, Any]] = {}
     for row in results:
@@ -285,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     write(out, args, results, done)
     text = table(results)
-    (out / "table.md").write_text(text)
+    write_atomic(out / "table.md", text.encode())
     chart(results, out / "chart.png")
     print("\n" + text)
 

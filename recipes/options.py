@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import sys
@@ -39,6 +40,17 @@ evaluation; a network around it (detectors, upernet, mask2former) is left as it 
 reduce-overhead (CUDA graphs), max-autotune, max-autotune-no-cudagraphs"""
 PRECISION_HELP = """of the forward pass; auto: bf16 where the GPU or the processor computes in it, else no. On a
 processor that does not, bf16 takes two to three times as long as float32"""
+
+
+OVERWRITE_HELP = "delete what an earlier run left in --out"
+
+
+def seed_of(text: str) -> int:
+    """Read a seed, as argparse asks for it."""
+    with contextlib.suppress(ValueError):
+        if 0 <= int(text) < 2**63:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: a seed is a whole number from 0 to 2^63 - 1")
 
 
 def precision(asked: str) -> str:
@@ -94,9 +106,10 @@ def parser(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentPars
     p.add_argument("--eval-every", type=int, default=0, help="steps; 0: at the end only")
     p.add_argument("--save-every", type=int, default=100, help="steps between checkpoints; 0: none")
     p.add_argument("--tracker", default=None, help="tensorboard, wandb, ...; metrics.jsonl is always written")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=seed_of, default=0)
     p.add_argument("--out", default=f"runs/{name}")
     p.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False, help="from the newest checkpoint")
+    p.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help=OVERWRITE_HELP)
     p.set_defaults(**defaults)
     return p
 
@@ -205,8 +218,14 @@ def makes_pyramid(args: argparse.Namespace) -> list[str]:
 
 
 def command(name: str, main: Callable[[], Any]) -> None:
-    """Run a recipe from the shell: an error of the user's is one line, which says how to mend it."""
+    """Run a recipe from the shell: an error of the user's is one line, which says how to mend it.
+
+    One that was asked to stop says so, and ends with the status of the signal: 130 after Ctrl-C, 143 after SIGTERM.
+    """
     try:
         main()
+    except KeyboardInterrupt as stopped:
+        print(f"{name}: {str(stopped) or 'stopped'}", file=sys.stderr)
+        raise SystemExit(getattr(stopped, "status", 130)) from None
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise SystemExit(f"{name}: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import count
@@ -40,7 +41,7 @@ class Rows(Dataset, ABC):
         """Make the sample that is at this index in this epoch."""
         row = self.read(row, index)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + index)
+            torch.manual_seed(folded((self.seed * 1_000_003 + epoch) * 1_000_003 + index))
             return self.make(row)
 
     def __len__(self) -> int:
@@ -68,7 +69,7 @@ class Steps(Sampler[list[tuple[int, int]]]):
             for position in range(step * self.batch, (step + 1) * self.batch):
                 if position // self.samples != epoch:
                     epoch = position // self.samples
-                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                    generator = torch.Generator().manual_seed(folded(self.seed * 1_000_003 + epoch))
                     order = torch.randperm(self.samples, generator=generator)
                 batch.append((epoch, int(order[position % self.samples])))
             yield batch
@@ -133,6 +134,16 @@ def plain_errors() -> Iterator[None]:
         if "DataLoader worker" not in wrapped:
             raise
         raise ValueError(message.strip()) from error
+
+
+def folded(number: int, bits: int = 63) -> int:
+    """Return a seed of so many bits: the number itself where it has no more, else a hash of it.
+
+    torch takes 64 bits and numpy 32; a product of a large ``--seed`` has more.
+    """
+    if 0 <= number < 2**bits:
+        return number
+    return int.from_bytes(hashlib.sha256(str(number).encode()).digest()[:8], "big") % 2**bits
 
 
 def undecoded(data: Any) -> Any:

@@ -24,20 +24,28 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import save as to_bytes
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from adaptkit.demo.canvas import Canvas
 from adaptkit.demo.formula import FAMILIES, boundaries, crops, draw
+from adaptkit.hub.file import write_atomic
 
 from .devices import BACKEND, together
+from .folder import adopt, begin, check_run, occupied, run_of
 from .muon import Muon
-from .options import MODES
+from .options import MODES, OVERWRITE_HELP, command, seed_of
+from .order import folded
+from .stopping import Stop, Stopped
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 MEAN = STD = (0.5, 0.5, 0.5)
+PROGRESS = "run.json"  # in a checkpoint
+WEIGHTS = "demo_backbone.safetensors"
+MADE = ("checkpoint", "checkpoint.old", WEIGHTS, "README.md")  # what a run leaves in its folder
 SQUARE = 4  # pixels: side of the squares for which the dense heads answer
 GROWTH = ((0.0, 4), (0.45, 8), (0.7, 12))  # from this share of the steps on, so many blocks
 RARE = ("pole", "sign", "fence", "person", "cyclist", "vehicle", "pavement")  # few pixels, so they weigh three times
@@ -68,7 +76,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="of the matrix products")
     parser.add_argument("--compile", nargs="?", const="default", choices=MODES, metavar="MODE",
                         help="run model and losses through torch.compile, anew where the network grows")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
+    parser.add_argument("--seed", type=seed_of, default=0)
     return parser.parse_args()
 
 
@@ -86,7 +95,7 @@ class Pictures:
 
     def seed(self, kind: int, number: int) -> torch.Generator:
         """Set the generator to the one state that belongs to this pool (kind 0) or step (kind 1)."""
-        return self.generator.manual_seed(((self.args.seed * 1000 + self.rank) * 2 + kind) * 10**9 + number)
+        return self.generator.manual_seed(folded(((self.args.seed * 1000 + self.rank) * 2 + kind) * 10**9 + number))
 
     def batch(self, step: int) -> tuple[Canvas, Tensor]:
         """Return the crops of a step and the noise (B, N) that chooses the hidden patches."""
@@ -263,7 +272,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) 
     if args.compile:
         model.compile(backend=BACKEND, mode=args.compile)  # in place: names stay as they are
     model, *optimizers = accelerator.prepare(model, *optimisers(args, model))
-    run = restore(args, accelerator) if args.resume else {"step": 0, "seconds": 0.0, "losses": {}}
+    run = restore(args, accelerator) if args.resume else None
+    if run is None:
+        run = {"step": 0, "seconds": 0.0, "losses": {}}
+        if accelerator.is_main_process:
+            begin(args.out, MADE)
 
     start, before, first = time.monotonic(), run["seconds"], run["step"]
     images = args.batch_size * accelerator.num_processes
@@ -272,31 +285,36 @@ def train(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) 
         disable=not accelerator.is_main_process,
     )  # fmt: skip
     model.train()
-    for step in range(first, args.steps):
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = learning_rate(args, step)
-        view, noise = pictures.batch(step)
-        with accelerator.autocast():
-            losses = model(view, noise, depth_at(args, step))
-            loss = losses["pixels"] + args.dense_weight * (losses["family"] + losses["border"] + losses["depth"])
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+    with Stop() as stop:
+        for step in range(first, args.steps):
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = learning_rate(args, step)
+            view, noise = pictures.batch(step)
+            with accelerator.autocast():
+                losses = model(view, noise, depth_at(args, step))
+                loss = losses["pixels"] + args.dense_weight * (losses["family"] + losses["border"] + losses["depth"])
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
 
-        bar.update(images)
-        if step % 50 == 0 or step == args.steps - 1:
-            run["losses"] = {name: round(value.item(), 4) for name, value in losses.items()}
-            bar.set_postfix(run["losses"])
-        run |= {"step": step + 1, "seconds": before + time.monotonic() - start}
-        # Several processes agree by a question to their devices, which waits: not in every step.
-        asks = accelerator.num_processes == 1 or (step + 1) % 10 == 0
-        late = asks and out_of_time(args, accelerator, run["seconds"] - before)
-        if late or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            store(args, accelerator, run)
-        if late:
-            break
+            bar.update(images)
+            if step % 50 == 0 or step == args.steps - 1:
+                run["losses"] = {name: round(value.item(), 4) for name, value in losses.items()}
+                bar.set_postfix(run["losses"])
+            run |= {"step": step + 1, "seconds": before + time.monotonic() - start}
+            # Several processes agree by a question to their devices, which waits: not in every step.
+            asks = accelerator.num_processes == 1 or (step + 1) % 10 == 0
+            late = asks and out_of_time(args, accelerator, run["seconds"] - before)
+            stopped = stop.agreed(accelerator, step + 1)
+            if late or stopped or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+                store(args, accelerator, run)
+            if stopped:
+                bar.close()
+                raise Stopped(step + 1, args.out / "checkpoint", stopped)
+            if late:
+                break
     bar.close()
     run["images"] = run["step"] * images
     run["drawn"] = -(-run["step"] // pictures.period) * args.canvases * accelerator.num_processes
@@ -309,9 +327,16 @@ def train(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) 
 def store(args: argparse.Namespace, accelerator: Accelerator, run: dict) -> None:
     """Write the checkpoint next to the old one, then put it in its place; at no moment is there none."""
     fresh, final, old = (args.out / f"checkpoint{suffix}" for suffix in (".new", "", ".old"))
-    accelerator.save_state(str(fresh))
+    try:
+        accelerator.save_state(str(fresh))
+        if accelerator.is_main_process:
+            write_atomic(fresh / PROGRESS, json.dumps({**run, "run": run_of(args.out)}).encode())
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise OSError(
+            f"the checkpoint {final} cannot be written: {error}. Make room, then go on with --resume"
+        ) from error
     if accelerator.is_main_process:
-        (fresh / "run.json").write_text(json.dumps(run))
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
             final.rename(old)
@@ -320,24 +345,25 @@ def store(args: argparse.Namespace, accelerator: Accelerator, run: dict) -> None
     accelerator.wait_for_everyone()
 
 
-def restore(args: argparse.Namespace, accelerator: Accelerator) -> dict:
-    """Load weights and optimisers, and say at which step the run goes on."""
+def restore(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
+    """Load weights and optimisers, and say at which step the run goes on; None where there is no checkpoint."""
     for folder in (args.out / "checkpoint", args.out / "checkpoint.old"):
-        if (folder / "run.json").exists():
+        if (folder / PROGRESS).exists():
+            run = json.loads((folder / PROGRESS).read_text())
+            check_run(folder, run.get("run"), args.out)
             accelerator.load_state(str(folder))
-            return json.loads((folder / "run.json").read_text())
-    return {"step": 0, "seconds": 0.0, "losses": {}}
+            if accelerator.is_main_process:
+                adopt(args.out, run.get("run"))
+            return run
+    return None
 
 
 def publish(args: argparse.Namespace, encoder: nn.Module, run: dict, accelerator: Accelerator) -> Path:
     """Write the encoder as fp16 safetensors, and its card beside it; return the path of the weights."""
-    path = args.out / "demo_backbone.safetensors"
+    path = args.out / WEIGHTS
     weights = {name: tensor.detach().half().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     header = {"format": "pt", "architecture": ARCHITECTURE, "steps": str(run["step"]), "images": str(run["images"])}
-    fresh = path.with_suffix(".new")
-    save_file(weights, fresh, metadata=header)
-    fresh.chmod(0o644)
-    fresh.replace(path)
+    write_atomic(path, to_bytes(weights, header))
     processes = accelerator.num_processes
     launch = f"torchrun --nproc-per-node {processes}" if processes > 1 else "python"
     options = "".join(
@@ -347,7 +373,8 @@ def publish(args: argparse.Namespace, encoder: nn.Module, run: dict, accelerator
     facts = run | vars(args) | {"command": f"{launch} -m recipes.pretrain_mae{options}", "torch": torch.__version__}
     facts["losses"] = ", ".join(f"{name} {value:.2f}" for name, value in run["losses"].items())
     facts |= {"device": accelerator.device.type.upper(), "processes": processes, "minutes": run["seconds"] / 60}
-    (args.out / "README.md").write_text((Path(__file__).parent / "pretrain_mae_card.md").read_text().format(**facts))
+    card = (Path(__file__).parent / "pretrain_mae_card.md").read_text().format(**facts)
+    write_atomic(args.out / "README.md", card.encode())
     return path
 
 
@@ -359,12 +386,12 @@ def main() -> None:
     waiting = DistributedDataParallelKwargs(find_unused_parameters=True)  # blocks that are not in use yet
     accelerator = together(Accelerator, mixed_precision=args.precision, kwargs_handlers=[waiting])
     model = build(args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    run = train(args, accelerator, model)
-    if accelerator.is_main_process:
-        path = publish(args, model.encoder, run, accelerator)
-        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {run['images']} crops, losses {run['losses']}")
+    with occupied(args.out, accelerator, args.resume, args.overwrite, MADE):
+        run = train(args, accelerator, model)
+        if accelerator.is_main_process:
+            path = publish(args, model.encoder, run, accelerator)
+            print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {run['images']} crops, losses {run['losses']}")
 
 
 if __name__ == "__main__":
-    main()
+    command("pretrain_mae", main)

@@ -20,6 +20,8 @@ from PIL import Image, ImageDraw
 
 from adaptkit.hub.file import check_writable, write_atomic
 
+from .options import seed_of
+
 CATEGORIES = [
     {"id": 1, "name": "disc", "isthing": 1},
     {"id": 2, "name": "square", "isthing": 1},
@@ -109,7 +111,7 @@ def main() -> None:
     p.add_argument("--train", type=int, default=240, help="images")
     p.add_argument("--val", type=int, default=60, help="images")
     p.add_argument("--size", type=int, nargs=2, default=(96, 128), metavar=("H", "W"))
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=seed_of, default=0)
     args = p.parse_args()
     for split, seed in (("train", 2 * args.seed), ("val", 2 * args.seed + 1)):
         print(write(Path(args.out) / split, getattr(args, split), *args.size, seed))

@@ -27,6 +27,7 @@ from adaptkit.hub.file import check_writable, write_atomic
 from . import classify
 from .devices import together
 from .engine import lasting
+from .folder import occupied
 from .options import command, parser, read
 
 GROUPS = {
@@ -131,6 +132,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             f"{args.data} holds no task: expected e.g. {args.tasks[0]}/train800val200.txt with test.txt beside it, or "
             f"{args.tasks[0]}/train.parquet with test.parquet"
         )
+    with occupied(out, together(PartialState), resume=True):  # each task has a folder of its own, which asks
+        return run_all(out, where, args)
+
+
+def run_all(out: Path, where: dict[str, Found | None], args: argparse.Namespace) -> dict[str, Any]:
+    """Run the tasks that are there, and write what they say together."""
     results = {}
     main_process = together(PartialState).is_main_process
     for task, found in where.items():

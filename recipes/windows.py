@@ -20,6 +20,8 @@ from torch.utils.data import default_collate as stacked
 from adaptkit import AdaptedModel
 from adaptkit.features.cached import CachedFeatures
 
+from .order import folded
+
 
 class Place(NamedTuple):
     """Where a window lies, in pixels, and whether it is mirrored."""
@@ -58,7 +60,7 @@ class Windows:
 
     def draw(self, epoch: int, index: int) -> Place:
         """Draw the window of one sample in one epoch; whoever asks, and in what order, gets the same."""
-        key = (self.seed * 1_000_003 + epoch) * 1_000_003 + index
+        key = folded((self.seed * 1_000_003 + epoch) * 1_000_003 + index)
         generator = torch.Generator().manual_seed(~key)  # another stream than the sample's own, which has this key
         choices = [(whole - side) // self.patch + 1 for whole, side in zip(self.whole, self.size)]
         row, column, mirrored = (int(torch.randint(n, (), generator=generator)) for n in (*choices, 2))

@@ -411,7 +411,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def _temporary(target: Path, data: bytes) -> Path:
-    """Write ``data`` to the disk beside ``target``, ready to be renamed."""
+    """Write ``data`` to the disk beside ``target``, ready to be renamed; ``OSError`` names the target."""
     path = _beside(target)
     try:
         with path.open("wb") as f:
@@ -421,8 +421,10 @@ def _temporary(target: Path, data: bytes) -> Path:
         umask = os.umask(0)
         os.umask(umask)
         path.chmod(0o666 & ~umask)  # mkstemp makes it private; a shared folder wants the usual mode
-    except BaseException:
+    except BaseException as error:
         path.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(target)) from error
         raise
     return path
 

@@ -7,12 +7,14 @@ GPU's allocator keeps such memory; this does so on a CPU, for as few results as 
 
 from __future__ import annotations
 
+import os
 import sys
-import threading
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from adaptkit.ops.forks import Lock
 
 __all__ = ["empty", "empty_like", "held", "release"]
 
@@ -20,8 +22,10 @@ LARGE = 2**23  # bytes from which on memory is kept
 MOST = 2**29  # bytes that are kept at most
 ALIGNMENT = 64  # as torch's own memory
 
-_lock = threading.Lock()
+_lock = Lock()
 _buffers: list[bytearray] = []
+if sys.platform != "win32":  # in a fork, what the other threads held will never be free
+    os.register_at_fork(after_in_child=_buffers.clear)
 
 
 def empty(

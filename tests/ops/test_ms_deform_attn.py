@@ -489,6 +489,40 @@ def test_shapes_that_do_not_fit_are_an_error_that_names_both_sides(change, messa
         ms_deform_attn(*change(value, PYRAMID, locations, weights))
 
 
+@pytest.mark.parametrize("backend", ["auto", C, "embedding_bag"])
+def test_a_level_that_float32_cannot_count_is_refused(backend):
+    wide = 2**24 + 3
+    points = torch.ones(1, 1, 1, 1, 1, 2), torch.ones(1, 1, 1, 1, 1)
+    with pytest.raises(ValueError, match=r"16777219 pixels in a row.*up to 16777216; give value in float64"):
+        ms_deform_attn(torch.zeros(1, wide, 1, 1), [(1, wide)], *points, backend=backend)
+
+
+@pytest.mark.skipif(NO_C is not None, reason=f"no C kernel: {NO_C}")
+@pytest.mark.parametrize("shape", [(1, 2**24 + 3), (2**24 + 3, 1)])
+def test_a_level_wider_than_float32_counts_is_right_in_float64(shape):
+    value = torch.arange(2.0**24 + 3, dtype=torch.float64).view(1, -1, 1, 1)
+    pixel = torch.tensor([0.0, 1e7 + 0.25, 2**24 + 1.5, 2**24 + 2], dtype=torch.float64)
+    along, across = (pixel + 0.5) / (2**24 + 3), torch.full_like(pixel, 0.5)
+    points = torch.stack((along, across) if shape[0] == 1 else (across, along), -1).view(1, 4, 1, 1, 1, 2)
+    out = ms_deform_attn(value, [shape], points, torch.ones(1, 4, 1, 1, 1, dtype=torch.float64), backend="c")
+    torch.testing.assert_close(out.flatten(), pixel, atol=1e-6, rtol=0)
+
+
+@pytest.mark.skipif(NO_C is not None, reason=f"no C kernel: {NO_C}")
+def test_the_kernel_itself_reads_no_pixel_that_a_wide_level_does_not_have():
+    """In float32 the last cell, 2^24 + 1, is rounded to a pixel too far: the page after the map must not be read."""
+    from adaptkit.ops.ms_deform_attn import _c
+
+    wide, seen = 2**24 + 3, []
+    for after in (0.0, torch.nan):  # 0 * NaN is NaN
+        memory = torch.full((wide + 64,), after)
+        memory[:wide] = 1.0
+        points = torch.tensor([1.0, 0.5]).expand(1, 8, 1, 1, 1, 2) + torch.arange(8).view(8, 1, 1, 1, 1) * 2.0**-24
+        value = memory[:wide].view(1, wide, 1, 1)
+        seen.append(_c.forward(value, points.contiguous(), torch.ones(1, 8, 1, 1, 1), [1, wide]))
+    assert torch.equal(*seen)
+
+
 def test_an_unknown_backend_is_an_error_that_names_the_known_ones():
     with pytest.raises(
         ValueError, match="'cuda' is unknown; choose one of auto, c, triton, embedding_bag, gather, grid"

@@ -7,8 +7,6 @@ products; one kernel for all of them, compiled for this processor, takes two thi
 from __future__ import annotations
 
 import ctypes
-import logging
-import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from adaptkit.ops import build
+from adaptkit.ops.forks import Lock
 from adaptkit.seam import twice
 
 __all__ = ["attention", "suits"]
@@ -28,8 +27,7 @@ FLAGS = ("-ffp-contract=fast",)  # no branch depends on a rounding here
 # 2e-4 gives 1.1e-5.
 _TOLERANCE = 8e-6
 
-_log = logging.getLogger(__name__)
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -117,15 +115,13 @@ def _gradients(
 def _library() -> ctypes.CDLL | None:
     """The kernel, or None where it cannot be compiled or is wrong: torch's own gradient serves then."""
     try:
-        library = ctypes.CDLL(build.shared_library(SOURCE, {}, FLAGS))
-        library.scratch.restype = ctypes.c_int64
-        library.backward.restype = None
-    except (OSError, build.BuildError) as error:
-        _log.info("attention does without its C kernel: %s", error)
+        library = build.load(SOURCE, {}, {"scratch": ctypes.c_int64, "backward": None}, FLAGS)
+    except build.BuildError as error:
+        build.warn_slow(str(error))
         return None
     error_of = _self_test(library)
     if not error_of <= _TOLERANCE:
-        _log.warning("attention does without its C kernel: it is off by %.1e in its self-test", error_of)
+        build.warn_slow(f"the compiled kernel of attention is off by {error_of:.1e} in its self-test")
         return None
     return library
 

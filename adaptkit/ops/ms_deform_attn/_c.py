@@ -1,8 +1,6 @@
 """The C backend: `kernel.c` by way of ctypes, once it has been compiled and has passed a test."""
 
 import ctypes
-import logging
-import threading
 from functools import cache
 from pathlib import Path
 
@@ -10,15 +8,16 @@ import torch
 from torch import Tensor
 
 from adaptkit.ops import build, pool
+from adaptkit.ops.forks import Lock
 from adaptkit.ops.ms_deform_attn import _bag
 from adaptkit.ops.ms_deform_attn._plain import compute_dtype
 
 SOURCE = Path(__file__).with_name("kernel.c")
 _BLOCK = 512  # the kernel's BLOCK: the points of one query and head have to fit in
+_FUNCTIONS = dict.fromkeys(("forward", "backward_points", "backward_value"))
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
 
-_log = logging.getLogger(__name__)
-_lock = threading.Lock()
+_lock = Lock()
 
 
 class _Call(ctypes.Structure):
@@ -89,16 +88,14 @@ def _call(library, name: str, inputs: list[Tensor], shapes: list[int], arguments
 def _library(dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str | None]:
     """The kernel for float32 or float64, or the reason why there is none."""
     try:
-        library = ctypes.CDLL(build.shared_library(SOURCE, {"REAL": "double" if dtype == torch.float64 else "float"}))
-        for name in ("forward", "backward_points", "backward_value"):
-            getattr(library, name).restype = None
-    except (OSError, build.BuildError) as error:
-        _log.info("ms_deform_attn does without its C kernel: %s", error)
+        library = build.load(SOURCE, {"REAL": "double" if dtype == torch.float64 else "float"}, _FUNCTIONS)
+    except build.BuildError as error:
+        build.warn_slow(str(error))
         return None, str(error)
     error_of = _self_test(library, dtype)
     if not error_of <= _TOLERANCE[dtype]:
-        reason = f"the compiled kernel is off by {error_of:.1e} in its self-test"
-        _log.warning("ms_deform_attn does without its C kernel: %s", reason)
+        reason = f"the compiled kernel of ms_deform_attn is off by {error_of:.1e} in its self-test"
+        build.warn_slow(reason)
         return None, reason
     return library, None
 

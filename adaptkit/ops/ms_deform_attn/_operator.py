@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adaptkit import seam
 from adaptkit.ops.ms_deform_attn import _backends
-from adaptkit.ops.ms_deform_attn._plain import gather
+from adaptkit.ops.ms_deform_attn._plain import compute_dtype, gather
 
 
 def _check(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int], grad: Tensor | None = None) -> None:
@@ -34,6 +34,18 @@ def _check(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int],
             raise ValueError(f"{name} is on {tensor.device}, value on {value.device}; move them to one device")
 
 
+def _check_countable(value: Tensor, shapes: list[int]) -> None:
+    """Raise ``ValueError`` where a coordinate cannot tell the pixels of a row or column apart.
+
+    Not asked of the fake tensors of a compiler, whose sizes would then have a bound.
+    """
+    if compute_dtype(value) == torch.float32 and max(shapes) > 2**24:
+        raise ValueError(
+            f"a level has {max(shapes)} pixels in a row or column, and a coordinate in float32 counts up to {2**24}; "
+            "give value in float64, or cut the level"
+        )
+
+
 @torch.library.custom_op(
     "adaptkit::ms_deform_attn",
     mutates_args=(),
@@ -42,6 +54,7 @@ def _check(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int],
 def operator(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int], backend: str) -> Tensor:
     """Like the public function, with broadcast points and the levels' h, w one after another."""
     _check(value, locations, weights, shapes)
+    _check_countable(value, shapes)
     if value.numel() == 0 or weights.numel() == 0:
         return value.new_zeros((value.shape[0], locations.shape[1], value.shape[2] * value.shape[3]))
     return _backends.implementation(backend, value, weights).forward(value, locations, weights, shapes)
@@ -65,6 +78,7 @@ def operator_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``value``, ``locations`` and ``weights``."""
     _check(value, locations, weights, shapes, grad)
+    _check_countable(value, shapes)
     if value.numel() == 0 or weights.numel() == 0:
         value, locations, weights = (tensor.new_zeros(tensor.shape) for tensor in (value, locations, weights))
         return value, locations, weights

@@ -12,7 +12,6 @@ images of another size compile nothing anew.
 
 import logging
 import os
-import threading
 from functools import cache
 from typing import Any
 
@@ -21,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adaptkit.ops.forks import Lock
 from adaptkit.ops.ms_deform_attn import _bag
 from adaptkit.ops.ms_deform_attn._plain import compute_dtype
 
@@ -28,7 +28,7 @@ _TOLERANCE = 1e-5
 _WIDEST = 16  # bytes that a thread loads at once
 _SMALL = 2**30  # numbers in a tensor that 32 bits count, those of the last program's idle threads too
 _log = logging.getLogger(__name__)
-_tuning = threading.Lock()  # triton.autotune keeps the arguments of a call in an attribute
+_tuning = Lock()  # triton.autotune keeps the arguments of a call in an attribute
 
 # Channels and warps of a program. What is fastest is measured at the first call with these head sizes and dtypes.
 CONFIGS = [

@@ -33,6 +33,7 @@ typedef struct {
 typedef struct {
     int64_t first, each; /* the first level, the points of a query in all of them */
     real width[BLOCK + AHEAD], height[BLOCK + AHEAD];
+    int32_t last[BLOCK + AHEAD][2];                     /* the last cell along x and y */
     int32_t start[BLOCK + AHEAD];                       /* the level's first pixel, from that of the first level */
     int32_t right[BLOCK + AHEAD], below[BLOCK + AHEAD]; /* pixels to the next column, row; 0 if there is but one */
 } Levels;
@@ -63,6 +64,8 @@ static void set_levels(const Call *call, int64_t first, int64_t count, Levels *l
         int64_t l = first + i / call->points % count, h = call->shapes[2 * l], w = call->shapes[2 * l + 1];
         levels->width[i] = w;
         levels->height[i] = h;
+        levels->last[i][0] = w > 2 ? w - 2 : 0;
+        levels->last[i][1] = h > 2 ? h - 2 : 0;
         levels->start[i] = start_of(call, l) - start_of(call, first);
         levels->right[i] = w > 1;
         levels->below[i] = h > 1 ? w : 0;
@@ -78,11 +81,14 @@ INLINE int64_t points_of(const Call *call, const Levels *levels, int64_t bag) {
     return (bag * call->levels + levels->first) * call->points;
 }
 
-/* b = clamp(floor(x), 0, size - 2). What is not a number goes to 0: every pixel that is read exists. */
-INLINE real cell(real x, real size) {
-    real b = FLOOR(x), last = size > 2 ? size - 2 : 0;
+/* b = clamp(floor(x), 0, last). What is not a number goes to 0: every pixel that is read exists. In integers, for a float
+ * holds none above 2^24 exactly; what is beyond all integers goes to the largest float that is one. */
+INLINE int32_t cell(real x, int32_t last) {
+    const real most = sizeof(real) == 4 ? 2147483520.0 : 2147483647.0;
+    real b = FLOOR(x);
     b = b > 0 ? b : 0;
-    return b < last ? b : last;
+    int32_t whole = b < most ? b : most;
+    return whole < last ? whole : last;
 }
 
 /* Fill a block with the points of `queries` queries from q on, and find their cells. */
@@ -97,10 +103,10 @@ static void load(const Call *call, const Levels *restrict levels, int64_t n, int
     for (int64_t i = 0; i < points; i++) {
         real width = levels->width[i], height = levels->height[i];
         real x = block->at[i][0] * width - (real)0.5, y = block->at[i][1] * height - (real)0.5;
-        real column = cell(x, width), row = cell(y, height);
+        int32_t column = cell(x, levels->last[i][0]), row = cell(y, levels->last[i][1]);
         block->x[i] = x - column;
         block->y[i] = y - row;
-        block->pixel[i] = levels->start[i] + (int32_t)row * (int32_t)width + (int32_t)column;
+        block->pixel[i] = levels->start[i] + row * levels->below[i] + column; /* one row: it is row 0 */
     }
     for (int64_t i = points; i < points + AHEAD; i++) block->pixel[i] = block->pixel[points - 1];
 }
