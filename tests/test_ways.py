@@ -251,3 +251,22 @@ def test_two_threads_train_two_models_as_each_trains_alone(adapter):
     for i in range(2):
         for each in found[i]:
             assert_same(each, expected[i])
+
+
+# ------------------------------------------------------------------------------------------------------- not a number
+
+MOVED = [a for a in ADAPTERS if "dat" in a or a in ("vit-adapter", "metaformer-msda")]
+
+
+@pytest.mark.parametrize("adapter", MOVED)
+def test_an_offset_that_is_not_a_number_makes_the_loss_not_a_number_and_backward_ends(adapter):
+    model = build(adapter)
+    offsets = [p for n, p in trained(model).items() if "offset" in n and p.ndim > 1]
+    assert offsets
+    with torch.no_grad():
+        for p in offsets:
+            p.fill_(torch.nan)
+    value = loss(model)
+    assert value.isnan()
+    value.backward()
+    assert any(p.grad.isnan().any() for p in trained(model).values())
