@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adaptkit.version import __version__
+from adaptkit.version import DISTRIBUTION, __version__
 
 __all__ = ["main"]
 
@@ -155,7 +155,8 @@ def _recipes() -> tuple[str, Path]:
         if folder is not None and (name == "adaptkit.recipes" or folder.parent == here.parent):
             return name, folder
     raise ImportError(
-        f"the recipes are neither in adaptkit.recipes nor beside {here}; install adaptkit with pip, or run in a clone"
+        f"the recipes are neither in adaptkit.recipes nor beside {here}; install {DISTRIBUTION} with pip, or run in a "
+        "clone"
     )
 
 

@@ -14,6 +14,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from adaptkit.version import DISTRIBUTION
+
 __all__ = ["card_beside", "check_metadata", "is_hub_id", "merged", "model_card", "renewed"]
 
 BEGIN = "<!-- adaptkit: written by push, and again by the next one. Your own words are kept above and below. -->"
@@ -221,8 +223,8 @@ def _text(header: dict[str, Any], repo_id: str) -> str:
     spec = ", ".join(f"{name} {value}" for name, value in backbone["spec"].items() if name != "family")
     parts = [
         f"# {_title(header)}",
-        f"Trained with adaptkit (`pip install adaptkit`) beside a frozen backbone: {spec}. The backbone is not in this "
-        f"file; its class is `{backbone['class']}`.",
+        f"Trained with adaptkit (`pip install {DISTRIBUTION}`) beside a frozen backbone: {spec}. The backbone is "
+        f"not in this file; its class is `{backbone['class']}`.",
         f"```python\n{_snippet(header, repo_id or 'path/to/this/folder')}```",
     ]
     results = _results(header.get("metadata", {}))
