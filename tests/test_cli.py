@@ -40,7 +40,7 @@ def test_inspect_says_what_a_file_holds_and_what_it_fits(tmp_path, capsys):
     adaptkit.attach(HOSTS["timm-vit"].build(), "sfp", head=("linear", {"num_classes": 3})).save(tmp_path)
     assert main(["inspect", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    for fact in ("adapter sfp", "head linear", "embed_dim=32, depth=4, num_heads=2, patch_size=8"):
+    for fact in ("adapter sfp", "head linear", "embed_dim=32, depth=4, num_heads=2", "patch_size=8"):
         assert fact in said
     assert main(["inspect", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["adapters"][0]["name"] == "sfp"
