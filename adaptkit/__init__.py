@@ -8,7 +8,7 @@ import importlib
 import pkgutil
 from typing import Any
 
-from adaptkit import _moved
+from adaptkit import _moved, _namesake  # noqa: F401  the second refuses to share its name
 from adaptkit.adapters.adavit import AdaViTConfig
 from adaptkit.adapters.dat import DATConfig
 from adaptkit.adapters.metaformer import MetaFormerConfig

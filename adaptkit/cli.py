@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adaptkit.version import __version__
+from adaptkit.hub.printable import printable
+from adaptkit.version import DISTRIBUTION, __version__
 
 __all__ = ["main"]
 
@@ -23,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"adaptkit {args.command}: {error}", file=sys.stderr)
+        said = "\n".join(map(printable, str(error).split("\n")))  # it may quote a file
+        print(f"adaptkit {args.command}: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
         print(f"adaptkit {args.command}: {str(stopped) or 'stopped'}", file=sys.stderr)
@@ -75,12 +77,13 @@ def _parser() -> argparse.ArgumentParser:
 def _table(title: str, rows: list[tuple[str, str]]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=Text(printable(title)), title_justify="left", show_header=False)
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(printable(cell)) for cell in row))  # as Text it is no markup
     Console().print(table)
 
 
@@ -155,7 +158,8 @@ def _recipes() -> tuple[str, Path]:
         if folder is not None and (name == "adaptkit.recipes" or folder.parent == here.parent):
             return name, folder
     raise ImportError(
-        f"the recipes are neither in adaptkit.recipes nor beside {here}; install adaptkit with pip, or run in a clone"
+        f"the recipes are neither in adaptkit.recipes nor beside {here}; install {DISTRIBUTION} with pip, or run in a "
+        "clone"
     )
 
 

@@ -40,10 +40,12 @@ __all__ = [
     "is_traced",
     "is_transformed",
     "may_be_fast",
+    "modes",
     "must_wait",
     "product_dtype",
     "reference",
     "twice",
+    "without_autocast",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -123,20 +125,47 @@ def is_reference() -> bool:
     return _reference.get()
 
 
-def bound(run: F) -> F:
-    """Return ``run`` as it runs now, text or fast path: a checkpoint calls it again outside of ``reference()``."""
-    if torch.compiler.is_compiling():  # it runs the text in any case
+def bound(run: F, state: Iterable[tuple[object, str]] = ()) -> F:
+    """Return ``run`` as it runs now, for a checkpoint that calls it again in the backward pass.
+
+    It then runs as text or fast path as it does here, and finds the attributes of ``state``, pairs of object and name,
+    as they are now: ``model.eval()`` between forward and backward changes nothing.
+    """
+    if torch.compiler.is_compiling():  # it runs the text in any case, and the graph has its modes
         return run
-    before = _reference.get()
+    before, now = _reference.get(), [(owner, name, getattr(owner, name)) for owner, name in state]
 
     def again(*args: Any, **kwargs: Any) -> Any:
+        changed = [(o, name, value, getattr(o, name)) for o, name, value in now if getattr(o, name) is not value]
         token = _reference.set(before)
         try:
+            for owner, name, value, _ in changed:
+                setattr(owner, name, value)
             return run(*args, **kwargs)
         finally:
+            for owner, name, _, later in changed:
+                setattr(owner, name, later)
             _reference.reset(token)
 
     return again  # type: ignore[return-value]
+
+
+def modes(modules: Iterable[nn.Module]) -> list[tuple[object, str]]:
+    """Return the state of :func:`bound` that says whether these modules are in training mode."""
+    return [] if torch.compiler.is_compiling() else [(module, "training") for module in modules]
+
+
+def without_autocast(backward: F) -> F:
+    """Mark the backward of a fast path: its forward ran without autocast, and so does it, whoever calls it."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return backward(ctx, *grads)
+        with torch.autocast("cpu", enabled=False):
+            return backward(ctx, *grads)
+
+    return run  # type: ignore[return-value]
 
 
 def may_be_fast(args: Iterable[Any]) -> bool:
@@ -245,6 +274,7 @@ def twice(text: Callable[..., Any], args: Sequence[Any], *grads: Tensor | None) 
 
         class Fast(torch.autograd.Function):
             @staticmethod
+            @without_autocast
             def backward(ctx, grad):
                 if torch.is_grad_enabled():
                     return seam.twice(text, (*ctx.saved_tensors, ctx.scale), grad)

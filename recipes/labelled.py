@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from adaptkit.core.view import Source
+from adaptkit.version import DISTRIBUTION
 
 from .data import filled, open_dataset, open_rows, renamed
 from .devices import sent
@@ -191,7 +192,7 @@ def _digits_of(split: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ValueError('the digits are in scikit-learn: pip install "adaptkit[recipes]"') from error
+        raise ValueError(f"the digits are in scikit-learn: pip install '{DISTRIBUTION}[recipes]'") from error
     pixels, labels = load_digits(return_X_y=True)
     held = np.arange(len(labels)) % 4 == 3
     chosen = held if split == "validation" else ~held

@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from families import HOSTS
 
 import adaptkit
-from adaptkit.cli import main
+from adaptkit.cli import _table, main
+from adaptkit.hub.printable import printable
 
 
 def test_list_names_adapters_heads_and_hosts(capsys):
@@ -43,6 +44,23 @@ def test_inspect_says_what_a_file_holds_and_what_it_fits(tmp_path, capsys):
         assert fact in said
     assert main(["inspect", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["adapters"][0]["name"] == "sfp"
+
+
+@pytest.mark.parametrize(
+    "text", ["[bold]x[/bold]", "[/]", "\x1b[31mred\x1b[0m", "\u202egnp.exe", "\x07", "a\rb", "\x9b2J"]
+)
+def test_inspect_shows_what_a_file_says_and_does_not_do_it(tmp_path, capsys, text):
+    model = adaptkit.attach(HOSTS["timm-vit"].build(), "sfp")
+    model.save(tmp_path / "a", note=text)
+    assert main(["inspect", str(tmp_path / "a")]) == 0
+    assert json.dumps(text).strip('"') in capsys.readouterr().out.replace("\n", "").replace(" ", "")
+    header = model.header()
+    header["backbone"].update(source=text)
+    rows = [("trained on", header["backbone"]["source"]), (text, "x")]
+    _table(text, rows)
+    said = capsys.readouterr().out
+    assert said.count(printable(text)) == 3
+    assert all(c.isprintable() or c == "\n" for c in said)
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def test_what_cannot_be_written_is_said_before_the_work(name, size, options, err
 
 def test_without_the_packages_it_says_which_extra_brings_them(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ImportError, match=r"onnxscript is needed: pip install adaptkit\[export\]"):
+    with pytest.raises(ImportError, match=r"onnxscript is needed: pip install 'adaptkit-vit\[export\]'"):
         to_onnx(attached(vit, PLAIN), tmp_path / "model.onnx", (32, 32))
 
 

@@ -50,5 +50,5 @@ for path in sys.argv[1:]:
 def test_the_packages_are_listed_and_another_name_is_an_attribute_error():
     import adaptkit
 
-    assert {"attach", "export", "analysis", "interop", "losses"} <= set(dir(adaptkit))
+    assert {"analysis", "attach", "export", "interop", "losses"} <= set(dir(adaptkit))
     assert not hasattr(adaptkit, "no_such_module")

@@ -80,6 +80,23 @@ def test_a_fast_path_says_what_its_text_says(text, example):
         )
 
 
+differentiated = pytest.mark.parametrize(("text", "example"), [c for c in CALLS if c.values[1].training])
+
+
+@differentiated
+def test_a_backward_that_is_called_inside_of_autocast_is_that_outside(text, example):
+    """A fast path runs without autocast. What autograd itself multiplies for it would round to bfloat16."""
+    path, found = seam.fast_paths()[text], []
+    for inside in (False, True):
+        args = example.make(dtype=torch.float32)
+        torch.manual_seed(1)  # dropped paths
+        out = [t for t in tree_leaves(path.run(*args)) if isinstance(t, Tensor) and t.requires_grad]
+        total = sum(t.square().sum() for t in out)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            found.append(torch.autograd.grad(total, inputs(args), materialize_grads=True))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @every
 def test_other_dtypes_get_the_text_bit_for_bit(text, example):
     path = seam.fast_paths()[text]
@@ -102,7 +119,7 @@ def second(run, example: Example, dtype) -> list[Tensor]:
     return [g.detach() for g in torch.autograd.grad(squares, wanted, materialize_grads=True)]
 
 
-@pytest.mark.parametrize(("text", "example"), [c for c in CALLS if c.values[1].training])
+@differentiated
 def test_second_derivatives_are_those_of_the_text(text, example):
     """In float32 both are as far from float64 as rounding takes them; a wrong derivative is off by its own size."""
     path = seam.fast_paths()[text]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adaptkit._cpu.linear import linear, row_slices
 from adaptkit.ops.grid import resample_lines, resample_map
-from adaptkit.seam import twice
+from adaptkit.seam import twice, without_autocast
 
 __all__ = ["add_resampled", "add_upsampled"]
 
@@ -68,6 +68,7 @@ class _AddUpsampled(torch.autograd.Function):
         return fine
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         coarse, weight, bias = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -99,6 +100,7 @@ class _AddResampled(torch.autograd.Function):
         return fine
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if not ctx.needs_input_grad[1]:
             return grad, None, None, None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from adaptkit._cpu.linear import row_slices
 from adaptkit.ops import pool
-from adaptkit.seam import twice
+from adaptkit.seam import twice, without_autocast
 
 __all__ = ["norm_large", "norm_pool", "norm_relu_conv", "suits"]
 
@@ -81,6 +81,7 @@ class _Norm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, mean, rstd, scale, gamma, beta = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -142,6 +143,7 @@ class _NormThen(torch.autograd.Function):
         return torch.cat(pooled) if out is None else out
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, gamma, beta, mean, rstd, scale, shift, kernel, *places = ctx.saved_tensors
         if torch.is_grad_enabled():

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from adaptkit._cpu import attention
 from adaptkit._cpu.linear import linear
 from adaptkit.core.view import Block
-from adaptkit.seam import fast_path
+from adaptkit.seam import fast_path, without_autocast
 
 __all__ = ["frozen_block"]
 
@@ -80,6 +80,7 @@ class _FrozenLinear(torch.autograd.Function):
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (weight,) = ctx.saved_tensors
         return linear(grad, weight.t()), None, None

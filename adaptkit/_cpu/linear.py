@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.ops import pool
-from adaptkit.seam import twice
+from adaptkit.seam import twice, without_autocast
 
 __all__ = ["add_linear", "branch_linear", "linear", "norm_linear", "row_slices", "wide_linear"]
 
@@ -92,6 +92,7 @@ class _NormLinear(torch.autograd.Function):
         return out.unflatten(0, x.shape[:-1]), x
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor | None, beside: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad is None:
             return beside, None, None, None, None, None
@@ -131,6 +132,7 @@ class _AddLinear(torch.autograd.Function):
         return out
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         y, weight = ctx.saved_tensors
         _, wants_y, wants_weight, wants_bias = ctx.needs_input_grad

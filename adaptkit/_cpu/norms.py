@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["conv_norm", "norm_again", "norm_map"]
+__all__ = ["conv_norm", "norm_map", "norm_twice"]
 
 
 def norm_map(norm: nn.Module, x: Tensor, mine: bool = False) -> Tensor:
@@ -21,11 +22,15 @@ def norm_map(norm: nn.Module, x: Tensor, mine: bool = False) -> Tensor:
     return torch.addcmul(shift, x, scale, out=x)
 
 
-def norm_again(norm: nn.Module, x: Tensor) -> Tensor:
-    """``norm(x)`` once more: the running statistics have seen x."""
-    if isinstance(norm, nn.BatchNorm2d) and norm.training:
-        return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
-    return norm_map(norm, x)
+def norm_twice(norm: nn.Module, x: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+    """``norm(x)``, and a function that makes it once more, later: in the mode and with the statistics of now."""
+    if _is_affine(norm):
+        scale, shift = (t[:, None, None] for t in _scale_and_shift(norm))
+        return torch.addcmul(shift, x, scale), lambda: torch.addcmul(shift, x, scale)
+    y = norm(x)
+    if isinstance(norm, nn.BatchNorm2d):  # the running statistics have seen x
+        return y, lambda: F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+    return y, lambda: norm(x)
 
 
 def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
@@ -43,4 +48,4 @@ def _is_affine(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
 
 def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return scale, norm.bias - norm.running_mean * scale
+    return scale, norm.bias - norm.running_mean.clone() * scale  # another forward may move it before the backward

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptkit.seam import without_autocast
+
 __all__ = ["grouped_softmax"]
 
 
@@ -33,6 +35,7 @@ class _GroupedSoftmax(torch.autograd.Function):
         return out
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         out, g = _rows(ctx.saved_tensors[0], ctx.groups), _rows(grad, ctx.groups)
         back = out * (g - (g * out).sum(1, keepdim=True))

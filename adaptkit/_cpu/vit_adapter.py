@@ -16,7 +16,7 @@ from adaptkit._cpu import batch_norm
 from adaptkit._cpu.accumulate import add_resampled, add_upsampled
 from adaptkit._cpu.forget import forgotten
 from adaptkit._cpu.linear import add_linear, branch_linear, linear, norm_linear, wide_linear
-from adaptkit._cpu.norms import conv_norm, norm_again, norm_map
+from adaptkit._cpu.norms import conv_norm, norm_map, norm_twice
 from adaptkit._cpu.softmax import grouped_softmax
 from adaptkit.adapters.vit_adapter.config import STRIDES
 from adaptkit.adapters.vit_adapter.network import ConvFFN, Extractor, Grids, Injector, SpatialPrior, finest_map
@@ -202,10 +202,10 @@ def _narrower(layers: nn.Sequential, x: Tensor) -> Tensor:
 
 def _normed(x: Tensor, norm: nn.Module, conv: nn.Conv2d) -> Tensor:
     """``conv(relu(norm(x)))``; x alone is kept for the backward pass."""
-    y = norm_map(norm, x)
     if isinstance(norm, SyncBatchNorm2d):  # to compute it again would take all processes again
-        return conv(y.relu_())
-    with forgotten((y, lambda: norm_again(norm, x).relu_())):
+        return conv(norm_map(norm, x).relu_())
+    y, again = norm_twice(norm, x)
+    with forgotten((y, lambda: again().relu_())):
         return conv(y.relu_())
 
 

@@ -6,7 +6,7 @@ last operation of ``run`` is a linear layer it is not computed again: its gradie
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,12 +29,13 @@ _KEPT = [
 ]
 
 
-def recompute(active: bool, run: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Return ``run(*args)``; if ``active`` and gradients are wanted, keep the arguments alone for the backward pass.
+def recompute(state: Sequence[tuple[object, str]] | None, run: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Return ``run(*args)`` and keep the arguments alone for the backward pass, where gradients are wanted.
 
-    A block that is checkpointed keeps less than that already.
+    A block that is checkpointed keeps less than that already. ``state`` is what the run reads of modules, see
+    :func:`adaptkit.seam.bound`; with None nothing is computed again.
     """
-    if not active or isinstance(run, Checkpointed) or not torch.is_grad_enabled():
+    if state is None or isinstance(run, Checkpointed) or not torch.is_grad_enabled():
         return run(*args)
     contexts = partial(create_selective_checkpoint_contexts, _KEPT)
-    return checkpoint(bound(run), *args, use_reentrant=False, context_fn=contexts)
+    return checkpoint(bound(run, state), *args, use_reentrant=False, context_fn=contexts)

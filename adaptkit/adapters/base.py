@@ -21,6 +21,7 @@ from adaptkit.core.checkpointing import OFF, Checkpointed, Checkpointing, Trace
 from adaptkit.core.hierarchical import HierarchicalViT
 from adaptkit.core.proxy import LayerProxy
 from adaptkit.core.view import Block, Features, Fn, Source, View, ViT
+from adaptkit.seam import modes
 
 __all__ = [
     "Adapter",
@@ -97,6 +98,7 @@ class BlockAdapter(Adapter):
     """
 
     inside: ClassVar[bool] = False
+    switches: ClassVar[tuple[str, ...]] = ()  #: attributes of one's own that a run of a block reads, but tensors
 
     @abstractmethod
     def wrap(self, block: Block, index: int, trace: Trace) -> Fn:
@@ -220,10 +222,17 @@ def _wrap_all(view: Any, blocks: Sequence[Block], first: int, grid: tuple[int, i
     told = [replace(b, grid=grid, repeatable=not view.vit.sharded) for b in blocks]
     builds = [partial(_build, view, b, i) for i, b in enumerate(told, first)]
     how: Checkpointing = view.how
+    state = view.state() if how.every else ()
     return [
-        Checkpointed(build, view.trace, view.trained, how.options) if how.of(i) else build(view.trace)
+        Checkpointed(build, view.trace, view.trained, how.options, state) if how.of(i) else build(view.trace)
         for i, build in enumerate(builds, first)
     ]
+
+
+def _state(adapters: Sequence[BlockAdapter]) -> list[tuple[object, str]]:
+    """What a forward of the adapters reads besides tensors: their modes and their switches."""
+    switches: list[tuple[object, str]] = [(adapter, name) for adapter in adapters for name in adapter.switches]
+    return [*modes(m for adapter in adapters for m in adapter.modules()), *switches]
 
 
 def _build(view: Any, block: Block, index: int, trace: Trace) -> Fn:
@@ -261,6 +270,10 @@ class WrappedViT(ViT):
     def norm(self, x: Tensor) -> Tensor:
         """As the inner view."""
         return self.vit.norm(x)
+
+    def state(self) -> list[tuple[object, str]]:
+        """Of the inner view, and of the adapters."""
+        return [*self.vit.state(), *_state(self.adapters)]
 
     def classify(self, x: Tensor) -> Tensor | None:
         """As the inner view."""
@@ -306,6 +319,10 @@ class WrappedHierarchicalViT(HierarchicalViT):
     def norm(self, x: Tensor) -> Tensor:
         """As the inner view."""
         return self.vit.norm(x)
+
+    def state(self) -> list[tuple[object, str]]:
+        """Of the inner view, and of the adapters."""
+        return [*self.vit.state(), *_state(self.adapters)]
 
     def classify(self, x: Tensor, grid: tuple[int, int]) -> Tensor | None:
         """As the inner view."""

@@ -8,7 +8,7 @@ adapters: so the view does it, around the wrapped block, and only where somethin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -50,12 +50,13 @@ class Checkpointed:
     trace: Trace  #: of the whole forward
     trained: bool  #: whether something is trained in the blocks, so that a gradient is wanted even if x wants none
     options: Mapping[str, Any]
+    state: Sequence[tuple[object, str]] = ()  #: what its run reads of modules, see :func:`adaptkit.seam.bound`
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, P+N, D) -> (B, P+N, D)."""
         if not (self.trained or x.requires_grad):
             return self.build(self.trace)(x)
-        run = bound(partial(_run, self.build, dict(self.trace)))
+        run = bound(partial(_run, self.build, dict(self.trace)), self.state)
         y, reported, dropped = checkpoint(run, x, use_reentrant=False, **self.options)
         self.trace.update(reported)
         for name in dropped:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from adaptkit.core.checkpointing import OFF, Checkpointing
 from adaptkit.ops.grid import cells, pad_to_multiple
-from adaptkit.seam import accelerated
+from adaptkit.seam import accelerated, modes
 
 __all__ = [
     "Block",
@@ -233,6 +233,10 @@ class View(ABC):
     def is_checkpointing(self) -> bool:
         """Whether the backbone was told to run its blocks a second time in the backward pass."""
         return False
+
+    def state(self) -> list[tuple[object, str]]:
+        """Return what a forward of the blocks reads of modules, for :func:`adaptkit.seam.bound`."""
+        return modes(self.host.modules())
 
     def how_checkpointing(self) -> Checkpointing:
         """Return which blocks run a second time: what the model was told goes before what the backbone was."""

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adaptkit.version import DISTRIBUTION
+
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
@@ -49,6 +51,6 @@ def demo_backbone(pretrained: bool = True) -> "VisionTransformer":
     )
     if pretrained:
         if not WEIGHTS.is_file():
-            raise FileNotFoundError(f"{WEIGHTS} is missing; reinstall adaptkit, or say pretrained=False")
+            raise FileNotFoundError(f"{WEIGHTS} is missing; reinstall {DISTRIBUTION}, or say pretrained=False")
         model.load_state_dict({name: tensor.float() for name, tensor in load_file(WEIGHTS).items()})
     return model.eval()

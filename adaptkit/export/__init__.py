@@ -50,7 +50,7 @@ def to_onnx(
         tolerance: how far an output may be off, as a share of its largest value (at least 1).
 
     Raises ``ValueError`` for what cannot be exported, ``RuntimeError`` where the file does not agree with the model,
-    and ``ImportError`` without ``adaptkit[export]``.
+    and ``ImportError`` without ``adaptkit-vit[export]``.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         need(package)

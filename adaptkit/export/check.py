@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.export.trace import Graph, another
+from adaptkit.version import DISTRIBUTION
 
 __all__ = ["compare", "in_place", "need", "onnx_run", "target_path"]
 
@@ -58,7 +59,7 @@ def need(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(f"to write ONNX, {package} is needed: pip install adaptkit[export]") from error
+        raise ImportError(f"to write ONNX, {package} is needed: pip install '{DISTRIBUTION}[export]'") from error
 
 
 def target_path(path: str | os.PathLike[str], suffix: str) -> Path:

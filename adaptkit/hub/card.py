@@ -9,10 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
+
+from adaptkit.hub.printable import printable
+from adaptkit.version import DISTRIBUTION
 
 __all__ = ["card_beside", "check_metadata", "is_hub_id", "merged", "model_card", "renewed"]
 
@@ -71,10 +75,8 @@ def model_card(header: dict[str, Any], repo_id: str = "") -> str:
             ``metrics``; what the card cannot use is left out.
         repo_id: where it will be found; empty for a folder.
     """
-    import yaml
-
-    front = yaml.safe_dump(_front(header, repo_id), sort_keys=False, allow_unicode=True)
-    return f"---\n{front}---\n\n{BEGIN}\n{_text(header, repo_id)}\n{END}\n"
+    text = _text(header, repo_id).replace("<!--", "<!- -")  # a mark among the names would end our part
+    return f"---\n{_dumped(_front(header, repo_id))}---\n\n{BEGIN}\n{text}\n{END}\n"
 
 
 def card_beside(folder: str | os.PathLike[str], header: dict[str, Any]) -> str | None:
@@ -116,22 +118,21 @@ def merged(card: str, old: str) -> str:
 
     ``ValueError`` where the old front matter is no YAML, or the second mark is gone.
     """
-    import yaml
-
     (new_front, new_text), (old_front, old_text) = _split(card), _split(old)
     if BEGIN in old_text and END not in old_text.partition(BEGIN)[2]:
         raise ValueError(
             f"the README.md that is there has the mark {BEGIN!r} and not the one that ends it, {END!r}: put it back "
             "where your own words begin again"
         )
-    tags = dict.fromkeys([*_listed(old_front.get("tags")), *_listed(new_front.get("tags"))])
-    front = {**old_front, **new_front, "tags": list(tags)}
+    # Somebody's tag may be anything, and 1, 1.0 and true are three.
+    tags = {repr(tag): tag for tag in (*_listed(old_front.get("tags")), *_listed(new_front.get("tags")))}
+    front = {**old_front, **new_front, "tags": list(tags.values())}
     before, begin, rest = old_text.partition(BEGIN)
     if begin:
         text = before + new_text.strip() + rest.partition(END)[2]
     else:
         text = "\n\n".join(part for part in (old_text.rstrip(), new_text.strip()) if part) + "\n"
-    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{text.lstrip()}"
+    return f"---\n{_dumped(front)}---\n\n{text.lstrip()}"
 
 
 def _split(card: str) -> tuple[dict[str, Any], str]:
@@ -144,11 +145,17 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
         return {}, card
     try:
         front = yaml.safe_load(match[1]) or {}
-    except yaml.YAMLError as error:
+    except Exception as error:  # YAMLError, or what a constructor ran into: a tag promises more than its text holds
         raise ValueError(f"the front matter of the README.md that is there is no YAML: {error}. Mend it") from error
     if not isinstance(front, dict):
         raise ValueError(f"the front matter of the README.md that is there is {front!r}, not keys and values. Mend it")
     return front, card[match.end() :]
+
+
+def _dumped(front: dict[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -172,7 +179,8 @@ def _results(metadata: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether this is a number that a card can report: a finite one, which fits into a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _front(header: dict[str, Any], repo_id: str) -> dict[str, Any]:
@@ -220,37 +228,44 @@ def _text(header: dict[str, Any], repo_id: str) -> str:
     backbone = header["backbone"]
     spec = ", ".join(f"{name} {value}" for name, value in backbone["spec"].items() if name != "family")
     parts = [
-        f"# {_title(header)}",
-        f"Trained with adaptkit (`pip install adaptkit`) beside a frozen backbone: {spec}. The backbone is not in this "
-        f"file; its class is `{backbone['class']}`.",
+        f"# {_inline(_title(header))}",
+        f"Trained with adaptkit (`pip install {DISTRIBUTION}`) beside a frozen backbone: {_inline(spec)}. The backbone "
+        f"is not in this file; its class is `{_inline(backbone['class'])}`.",
         f"```python\n{_snippet(header, repo_id or 'path/to/this/folder')}```",
     ]
     results = _results(header.get("metadata", {}))
     if results:
-        rows = [f"| {d} | {name} | {value} |" for d, values in results.items() for name, value in values.items()]
+        cells = [(d, name, value) for d, values in results.items() for name, value in values.items()]
+        rows = [f"| {_inline(d)} | {_inline(name)} | {value} |" for d, name, value in cells]
         parts.append("\n".join(["| data set | metric | value |", "|---|---|---|", *rows]))
     config = {"adapters": header["adapters"], "head": header["head"]}
     parts.append(f"```json\n{json.dumps(config, indent=2)}\n```")
     return "\n\n".join(parts)
 
 
+def _inline(text: object) -> str:
+    """Text of a file inside of a line of Markdown: no line, cell, code or tag of its own."""
+    return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("`", "'")
+
+
 def _snippet(header: dict[str, Any], where: str) -> str:
-    backbone, head = header["backbone"], header["head"]
+    backbone, head, where = header["backbone"], header["head"], printable(where)
+    kind = printable(backbone["class"])
     if head is not None and head.get("around"):
-        return _network_snippet(backbone["source"] or backbone["class"], head["class"], where)
+        return _network_snippet(printable(backbone["source"]) or kind, printable(head["class"]), where)
     given = ", head=head" if head is not None and head["name"] is None else ""
     lines = ["import torch", "", "import adaptkit", ""]
     if given:
-        lines.append(f"head = ...  # the {head['class']} that it was trained with, built by you")
+        lines.append(f"head = ...  # the {printable(head['class'])} that it was trained with, built by you")
     if backbone["source"]:
         lines.append(f'model = adaptkit.from_pretrained("{where}"{given})  # backbone, adapter and head, in eval mode')
     else:
-        lines.append(f"backbone = ...  # the {backbone['class']} that it was trained on, built by you")
+        lines.append(f"backbone = ...  # the {kind} that it was trained on, built by you")
         lines.append(f'model = adaptkit.attach(backbone, "{where}"{given})')
     side = 16 * backbone["spec"]["patch_size"] if "patch_size" in backbone["spec"] else 224
     channels = backbone["spec"].get("channels", 3)
-    kind = "RGB" if channels == 3 else f"{channels} channels"
-    lines.append(f"image = torch.rand(1, {channels}, {side}, {side})  # {kind} between 0 and 1, any size")
+    colours = "RGB" if channels == 3 else f"{channels} channels"
+    lines.append(f"image = torch.rand(1, {channels}, {side}, {side})  # {colours} between 0 and 1, any size")
     if backbone["mean"]:
         lines.append(f"mean, std = torch.tensor({backbone['mean']}), torch.tensor({backbone['std']})")
         lines.append("image = (image - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)")

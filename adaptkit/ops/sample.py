@@ -28,12 +28,17 @@ def sample(x: Tensor, places: Tensor, padding: Literal["zeros", "border"] = "zer
     """Read ``x`` (B, C, H, W) at ``places`` (B, n, 2), as (y, x) in cells -> (B, C, n) in the dtype of ``x``.
 
     ``padding``: beyond the map lie zeros, or its border goes on. The arithmetic is float32, or float64 if ``x`` is.
-    At whole coordinates, where bilinear interpolation has a kink, the derivative is the one to the right.
+    At whole coordinates, where bilinear interpolation has a kink, the derivative is the one to the right. A place that
+    is not a number reads NaN: `grid_sample` reads a pixel or zeros for it, and with a border its gradient is written
+    out of bounds.
     """
     dtype = coordinate_dtype(x)
     plain = torch.compiler.is_exporting() or is_transformed()
     read = _gather if plain else _grid_sample
-    return read(x.to(dtype), places.to(dtype), padding).to(x.dtype)
+    missing = places.isnan()
+    out = read(x.to(dtype), places.masked_fill(missing, 0).to(dtype), padding)
+    unknown = torch.zeros_like(places[:, None, :, 0], dtype=dtype).masked_fill(missing.any(-1)[:, None], torch.nan)
+    return (out + unknown).to(x.dtype)
 
 
 def _grid_sample(x: Tensor, places: Tensor, padding: str) -> Tensor:

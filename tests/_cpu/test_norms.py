@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adaptkit._cpu.norms import conv_norm, norm_again, norm_map
+from adaptkit._cpu.norms import conv_norm, norm_map, norm_twice
 from adaptkit.core.layers import norm2d
 
 KINDS = ["batch", "sync", "group", "layer"]
@@ -47,10 +47,16 @@ def test_in_eval_mode_it_is_part_of_the_convolution_before_it(kind, bias):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_once_more_it_says_the_same_and_counts_nothing(kind):
+def test_once_more_it_says_the_same_whatever_became_of_the_norm_and_counts_nothing(kind, training):
     norm, x = norm2d(kind, 6).train(), torch.randn(2, 6, 4, 4)
-    first = norm_map(norm, x)
+    norm(torch.randn(4, 6, 5, 5) + 1)
+    first, again = norm_twice(norm.train(training), x)
+    torch.testing.assert_close(first, norm(x))
+    norm.train(not training)
+    norm(x + 3)
+    norm.eval()
     before = {k: v.clone() for k, v in norm.state_dict().items()}
-    torch.testing.assert_close(norm_again(norm, x), first)
+    torch.testing.assert_close(again(), first)
     torch.testing.assert_close(norm.state_dict(), before)

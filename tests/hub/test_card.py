@@ -1,17 +1,21 @@
 """The card says what the header says, in YAML that the Hub's own client reads."""
 
+import random
 import re
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from families import HOSTS
+from fuzz_cards import TEXTS, metadata, readme
 
 import adaptkit
+import adaptkit.hub.card as card_module
 from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.hub.card import BEGIN, END, check_metadata, is_hub_id, merged, model_card
+from adaptkit.hub.printable import printable
 
 ModelCard = pytest.importorskip("huggingface_hub").ModelCard
 
@@ -169,3 +173,61 @@ def test_the_same_card_again_changes_nothing(header):
 def test_front_matter_that_is_broken_is_a_clear_error(header, front):
     with pytest.raises(ValueError, match=r"front matter of the README\.md that is there is (?s:.*)Mend it"):
         merged(card(header), f"---\n{front}\n---\n")
+
+
+# ------------------------------------------------------------------------------------------ whatever the world has in it
+
+
+OURS = (
+    "is none that the Hub knows|license_name=|give metrics=|give task=|"
+    r"front matter of the README\.md that is there is|has the mark"
+)
+
+
+def in_our_words(call, *args):
+    """What it returns, or a ``ValueError`` that says what to do; any other error is raised."""
+    try:
+        return call(*args)
+    except ValueError as error:
+        return error if re.search(OURS, str(error)) else pytest.fail(f"{error}")
+
+
+def survives(header, seed):
+    """One random header and README.md: a valid card, and a merge that is refused in our words or stable."""
+    g = random.Random(seed)
+    backbone = {**header["backbone"], "source": g.choice(["timm/vit", *TEXTS]), "class": g.choice(["a.B", *TEXTS])}
+    adapter = {"name": g.choice(["sfp", *TEXTS]), "config": {g.choice(TEXTS): g.choice(TEXTS)}}
+    said = {**header, "backbone": backbone, "adapters": [adapter], "metadata": metadata(g)}
+    in_our_words(check_metadata, said["metadata"])
+    card, old = model_card(said, g.choice(["acme/x", ""])), readme(g)
+    front, text = card_module._split(card)
+    assert front["library_name"] == "adaptkit"
+    assert text.count(BEGIN) == text.count(END) == 1
+    once = in_our_words(merged, card, old)
+    if isinstance(once, ValueError):
+        return False
+    assert once.encode().decode() == once
+    assert merged(card, once) == once
+    assert set(card_module._split(old)[0]) <= set(card_module._split(once)[0])
+    return True
+
+
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.full) for n in range(300, 9000, 300))])
+def test_cards_survive_any_metadata_and_any_front_matter(header, first):
+    merges = [survives(header, seed) for seed in range(first, first + 300)]
+    assert 100 < sum(merges) < 300
+
+
+@pytest.mark.parametrize("text", ["\x1b[31m", "\u202e", "\ud800", "a\nb", "\x85", "\u2028"])
+def test_what_acts_on_a_terminal_or_a_page_is_written_out(header, text):
+    backbone = {**header["backbone"], "source": f"<b>|{text}`"}
+    said = card({**header, "backbone": backbone}, task="depth", metrics={f"{text}<b>|": {"x": 1.0}})
+    title = next(line for line in said.splitlines() if line.startswith("# "))
+    assert printable(text).isascii() == (not text.isprintable())
+    assert title == f"# sfp for &lt;b>\\|{printable(text)}'"
+    assert f"| {printable(text)}&lt;b>\\| | x | 1.0 |" in said
+
+
+@pytest.mark.parametrize("text", ["é", "漢字", "e\u0301", "a b", "\\x"])
+def test_letters_of_every_language_stay(text):
+    assert printable(text) == text

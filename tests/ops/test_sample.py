@@ -69,3 +69,31 @@ def test_transforms_of_torch_func_say_what_autograd_says(padding):
     torch.testing.assert_close(tangent, sum((g * t.cos()).sum() for g, t in zip(expected, (x, places))))
     one_by_one = torch.func.vmap(lambda x, p: sample(x[None], p[None], padding)[0])(x, places)
     torch.testing.assert_close(one_by_one, sample(x, places, padding))
+
+
+@pytest.mark.parametrize("size", [1, 8, 64])
+@pytest.mark.parametrize("padding", ["zeros", "border"])
+@pytest.mark.parametrize("transformed", [False, True], ids=["eager", "torch.func"])
+def test_a_place_that_is_not_a_number_reads_nan_alone_and_is_never_written_to(padding, transformed, size):
+    x, places = torch.randn(2, 3, size, size + 1, generator=g), PLACES.float()
+    spoiled = places.clone()
+    spoiled[:, 3, 0] = spoiled[:, 5, 1] = torch.nan
+    spoiled[:, 7] = torch.nan
+
+    def run(x, places):
+        return sample(x, places, padding)
+
+    def gradients(places, weight):
+        if transformed:
+            return torch.func.grad(lambda *a: (run(*a) * weight).sum(), argnums=(0, 1))(x, places)
+        leaves = [t.clone().requires_grad_() for t in (x, places)]
+        return torch.autograd.grad((run(*leaves) * weight).sum(), leaves)
+
+    weight = torch.randn(2, 3, 60, generator=g)
+    bad = spoiled.isnan().any(-1)[:, None].expand(-1, 3, -1)
+    out = torch.func.vmap(run)(x[None], spoiled[None])[0] if transformed else run(x, spoiled)
+    assert torch.equal(out.isnan(), bad)
+    torch.testing.assert_close(out[~bad], run(x, places)[~bad])
+    for found, expected in zip(gradients(spoiled, weight * ~bad), gradients(places, weight * ~bad)):
+        torch.testing.assert_close(found, expected)
+    assert len(gradients(spoiled, weight)) == 2  # with a gradient at what is not a number, too

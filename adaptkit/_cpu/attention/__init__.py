@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend
 
 from adaptkit.ops import build
 from adaptkit.ops.forks import Lock
-from adaptkit.seam import twice
+from adaptkit.seam import twice, without_autocast
 
 __all__ = ["attention", "suits"]
 
@@ -67,6 +67,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, out, lse = ctx.saved_tensors
         if torch.is_grad_enabled():  # its gradient is to have one

@@ -59,6 +59,7 @@ class AdaViT(BlockAdapter):
     """
 
     inside = True
+    switches = ("execution", "policy", "open", "layouts", "capacities")
 
     def __init__(self, spec: Spec, config: AdaViTConfig) -> None:
         config = config.resolve(spec)

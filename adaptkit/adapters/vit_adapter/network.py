@@ -43,7 +43,7 @@ from adaptkit.ops.grid import (
     resample_map,
     tokens_to_map,
 )
-from adaptkit.seam import accelerated
+from adaptkit.seam import accelerated, modes
 
 __all__ = ["ConvFFN", "Extractor", "Grids", "Injector", "Interaction", "SpatialPrior", "ViTAdapter", "finest_map"]
 
@@ -178,11 +178,14 @@ class Interaction(nn.Module):
         self.injector = Injector(dim, config) if config.injector else None
         self.extractor = Extractor(dim, config)
         self.extra_extractors = nn.ModuleList(Extractor(dim, config) for _ in range(extra))
-        self.checkpoint = config.checkpoint
 
-    def forward(self, x: Tensor, c: Tensor, blocks: Sequence[Fn], read: Fn, grids: Grids) -> tuple[Tensor, ...]:
-        """x (B, P+N, D), c (B, M, D) -> x, c, and the patch tokens that were read from x by ``read``."""
-        run: Callable[..., Tensor] = partial(recompute, self.checkpoint)
+    def forward(
+        self, x: Tensor, c: Tensor, blocks: Sequence[Fn], read: Fn, grids: Grids, run: Callable[..., Tensor]
+    ) -> tuple[Tensor, ...]:
+        """x (B, P+N, D), c (B, M, D) -> x, c, and the patch tokens that were read from x by ``read``.
+
+        ``run`` calls each part, and may keep less of it than autograd would.
+        """
         if self.injector is not None:
             x = run(self.injector, x, c, grids)
         for block in blocks:
@@ -253,11 +256,15 @@ class ViTAdapter(SideAdapter):
         grids = Grids.of(vit.grid(image), vit.spec.patch_size, [(m.shape[-2], m.shape[-1]) for m in prior], image)
         c = torch.cat([map_to_tokens(m) + e for m, e in zip(prior, self.level_embed)], dim=1)  # (B, M, D)
 
-        read, taps = partial(self._read, vit, grids), []
+        read, run, taps = partial(self._read, vit, grids), partial(recompute, self._state(vit)), []
         for interaction, (first, last) in zip(self.interactions, self.config.interaction_indexes):
-            x, c, tokens = interaction(x, c, blocks[first : last + 1], read, grids)
+            x, c, tokens = interaction(x, c, blocks[first : last + 1], read, grids, run)
             taps.append(tokens)
         return vit.finish(x, image, self._pyramid(c1, c, taps, grids, image), trace)
+
+    def _state(self, vit: ViT) -> list[tuple[object, str]] | None:
+        """What a part that is computed again must find as it was; None: nothing is."""
+        return [*vit.state(), *modes(self.modules())] if self.config.checkpoint else None
 
     def _read(self, vit: ViT, grids: Grids, x: Tensor) -> Tensor:
         """Tokens (B, P+N, D) -> patch tokens (B, N, D), as extractors and pyramid read them."""

@@ -48,6 +48,7 @@ def grid_sample(value: Tensor, spatial_shapes, locations: Tensor, weights: Tenso
     queries, points, dtype = locations.shape[1], locations.shape[4], compute_dtype(value)
     levels = value.to(dtype).split([h * w for h, w in spatial_shapes], dim=1)
     grid = (2 * locations.to(dtype) - 1).transpose(1, 2)  # (N, H, Q, L, P, 2)
+    weights = weights.masked_fill(locations.isnan().any(-1), torch.nan)  # where some devices read zeros
     out = value.new_zeros((batch * heads, dim, queries), dtype=dtype)
     for level, (h, w) in enumerate(spatial_shapes):
         image = levels[level].permute(0, 2, 3, 1).reshape(batch * heads, dim, h, w)
