@@ -57,7 +57,7 @@ def build(
     tensors: dict[str, Tensor],
     where: str,
     translate: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]] = lambda module, tensors: tensors,
-    host: nn.Module | None = None,
+    backbone: nn.Module | None = None,
 ) -> nn.Module:
     """Return the module that ``make`` builds, with these tensors.
 
@@ -66,16 +66,16 @@ def build(
         tensors: of the file.
         where: names file and method in errors.
         translate: from the module and the file's tensors to those by the module's own names.
-        host: whose layers it builds around, which have values, so that it is not built on the meta device first.
+        backbone: whose layers it builds around, which have values, so that it is not built on the meta device first.
 
     Raises ``ValueError`` where it cannot be built, or has other tensors than the file; nothing large is allocated then.
     """
     try:
-        if host is None:
+        if backbone is None:
             with torch.device("meta"), _Bounded(tensors):
                 plan = make()
             check_tensors(plan.state_dict(), translate(plan, tensors), where)
-        with _Bounded(tensors, host):
+        with _Bounded(tensors, backbone):
             module = make()
         own = translate(module, tensors)
         check_tensors(module.state_dict(), own, where)
@@ -97,14 +97,14 @@ class _Bounded(TorchFunctionMode):
     bounds is refused in time. Raises ``ValueError`` where the file's own tensors are far from enough for the module.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], host: nn.Module | None = None) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], backbone: nn.Module | None = None) -> None:
         super().__init__()
         self.given = len(tensors)
         self.calls = CALLS + CALLS_PER_TENSOR * len(tensors)
         self.values = SPARE + 2 * sum(t.numel() for t in tensors.values())
-        if host is not None:  # there is one of it for each layer at most, and some keep a matrix beside it
-            self.calls += CALLS_PER_TENSOR * sum(1 for _ in host.modules())
-            self.values += 4 * sum(p.numel() for p in host.parameters())
+        if backbone is not None:  # there is one of it for each layer at most, and some keep a matrix beside it
+            self.calls += CALLS_PER_TENSOR * sum(1 for _ in backbone.modules())
+            self.values += 4 * sum(p.numel() for p in backbone.parameters())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
