@@ -75,9 +75,10 @@ def _recorded(source: str, header: dict[str, Any], download: dict[str, Any]) -> 
             f"{source} was trained on a {saved['class']} that did not know where its weights came from: the file "
             f"cannot name it; {own}"
         )
-    check_public(saved["source"], saved.get("revision"), source)
-    needs_classifier = header["head"] is None and saved.get("classes", 0) > 0
     name, cls = _name(saved)
+    if name != "demo":  # which is in this package
+        check_public(saved["source"], saved.get("revision"), source)
+    needs_classifier = header["head"] is None and saved.get("classes", 0) > 0
     try:
         model: Any = create_backbone(
             name, classifier=needs_classifier, cls=cls, revision=saved.get("revision") or None, **download
@@ -125,7 +126,9 @@ def check_public(name: str, revision: str | None, source: str) -> None:
             "folder here has: no path or URL is taken from a file. If you know it and trust it, give it yourself: "
             "from_pretrained(..., backbone=...)"
         )
-    where = f"https://huggingface.co/{name}" if "/" in name else f"timm's {name}"
+    from huggingface_hub import constants
+
+    where = f"{constants.ENDPOINT}/{name}" if "/" in name else f"timm's {name}"
     print(f"adaptkit: {source} was trained on {where}{f' at {revision}' if revision else ''}", file=sys.stderr)
 
 

@@ -16,7 +16,7 @@ import types
 import typing
 from typing import Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["MOST_BYTES", "check", "check_fields", "check_pattern", "read_json"]
+__all__ = ["MOST_BYTES", "check", "check_fields", "check_pattern", "fields_of", "read_json"]
 
 MOST_BYTES = 4 << 20  #: of a header; that of a ViT-g with its checksums has 0.1 MB
 MOST_DEPTH, MOST_NESTED = 64, 1 << 17  #: levels of values in values; lists and objects
@@ -100,9 +100,9 @@ def check(value: Any, kind: Any, where: str) -> None:
     elif origin is Literal:
         if not any(type(value) is type(a) and value == a for a in args):
             _refuse(value, " or ".join(map(repr, args)), where)
-    elif origin in (list, tuple):
+    elif args and origin in (list, tuple):
         _check_list(value, args, fixed=origin is tuple and args[-1] is not Ellipsis, where=where)
-    elif origin is dict:
+    elif args and origin is dict:
         if not isinstance(value, dict) or (len(value) > MOST_ITEMS and args[1] is not Any):
             _refuse(value, f"an object of at most {MOST_ITEMS} fields", where)
         for name, part in value.items():
@@ -140,7 +140,7 @@ def check_fields(said: Any, kind: Any, where: str) -> None:
     """Raise ``ValueError`` unless ``said`` is an object with the fields of this class, each of its type."""
     if not isinstance(said, dict):
         _refuse(said, "an object", where)
-    known, needed = _fields(kind)
+    known, needed = fields_of(kind)
     unknown, missing = sorted(said.keys() - known.keys()), sorted(needed - said.keys())
     if unknown or missing:
         what = f"the unknown field {unknown[0]!r}" if unknown else f"no field {missing[0]!r}"
@@ -150,7 +150,7 @@ def check_fields(said: Any, kind: Any, where: str) -> None:
 
 
 @functools.cache
-def _fields(kind: Any) -> tuple[dict[str, Any], frozenset[str]]:
+def fields_of(kind: Any) -> tuple[dict[str, Any], frozenset[str]]:
     """Return the fields of a class with their annotations, and the names of those without a default."""
     try:
         hints = get_type_hints(kind)

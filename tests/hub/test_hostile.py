@@ -7,6 +7,7 @@ import random
 import resource
 import subprocess
 import sys
+import typing
 import warnings
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from absurd import KINDS, METHODS, host, read, sound, write
 
 import adaptkit
 from adaptkit.cli import main
-from adaptkit.core.schema import MOST_BYTES, check_pattern, read_json
+from adaptkit.core.schema import MOST_BYTES, check, check_pattern, read_json
 
 IMAGE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 WEIGHTS = "adapter_model.safetensors"
@@ -139,6 +140,36 @@ def test_json_is_bounded_before_it_is_parsed(tmp_path, text, said):
         read_json(text, "here")
     with pytest.raises(ValueError, match=said):
         adaptkit.load(write(tmp_path / "file", text, {"sfp.a": torch.ones(1)}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (typing.Dict, {"a": [1]}), (typing.List, [1]), (tuple, [1, "a"]), (Path, "here"), (Path | None, 5), (float, 1),  # noqa: UP006
+        (dict[str, tuple[int, ...]], {"a": [1, 2]}), (int | None, None), (typing.Any, object()),
+    ],
+)  # fmt: skip
+def test_what_json_has_and_an_annotation_allows_is_taken(kind, value):
+    check(value, kind, "here")
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "said"),
+    [
+        (int, True, "here: found true, expected an integer"),
+        (bool, 1, "here: found 1, expected true or false"),
+        (int, 1.0, "here: found 1.0, expected an integer"),
+        (float, "1", 'here: found "1", expected a number'),
+        (int | None, "a", 'here: found "a", expected an integer or null'),
+        (typing.Literal["a", 1], True, "here: found true, expected 'a' or 1"),
+        (dict[str, tuple[int, ...]], {"a": [1, "b"]}, r'here\.a\[1\]: found "b", expected an integer'),
+        (tuple[int, int], [1], "here: found a list of 1, expected a list of 2"),
+        (str, "x" * 5000, r"here: found .*\.\.\. \(5002 characters\), expected a text"),
+    ],
+)
+def test_another_value_is_refused_by_its_place(kind, value, said):
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        check(value, kind, "here")
 
 
 def test_brackets_in_a_text_are_no_levels():

@@ -411,7 +411,7 @@ def test_the_backbone_that_a_file_names_is_printed(hub, backbone_files, tmp_path
     sha = hub.put("meta/tiny-dinov2", backbone_files)
     folder = adaptkit.attach(create_backbone("meta/tiny-dinov2"), "sfp").save(tmp_path / "saved")
     adaptkit.from_pretrained(folder)
-    assert f"was trained on https://huggingface.co/meta/tiny-dinov2 at {sha}" in capsys.readouterr().err
+    assert f"was trained on {hub.url}/meta/tiny-dinov2 at {sha}" in capsys.readouterr().err
 
 
 @torch.no_grad()

@@ -5,9 +5,9 @@ peft runs some of them as regular expressions, so that a file must not say just 
 
 from __future__ import annotations
 
-from typing import Any, get_type_hints
+from typing import Any
 
-from adaptkit.core.schema import check, check_pattern
+from adaptkit.core.schema import check, check_pattern, fields_of
 
 __all__ = ["check_patterns", "check_types"]
 
@@ -19,9 +19,9 @@ NAMED: dict[str, Any] = {"rank_pattern": dict[str, int], "alpha_pattern": dict[s
 SCALES = ("lora_alpha", "alpha")  #: peft says ``int`` and takes any number
 
 
-def check_types(kind: type[Any], options: dict[str, Any]) -> None:
+def check_types(kind: Any, options: dict[str, Any]) -> None:
     """Raise ``ValueError`` for an option whose value is none of its type, ``kind`` being peft's config class."""
-    hints = get_type_hints(kind)
+    hints, _ = fields_of(kind)
     for option, value in options.items():
         check(value, float if option in SCALES else hints.get(option, Any), option)
         if option in NAMED and value is not None:
