@@ -59,8 +59,10 @@ def load(
 
 
 def warn_slow(reason: str) -> None:
-    """Say why plain operators do the work of a kernel. The first reason of a process is a warning, where it can be
-    mended: the others are most often the same one."""
+    """Say why plain operators do the work of a kernel.
+
+    The first reason of a process is a warning where it can be mended; the others are most often the same one.
+    """
     level = logging.INFO if _reasons or sys.platform != "linux" else logging.WARNING
     _reasons.append(reason)
     _log.log(level, "a compiled kernel is not used, and what takes its place is slower: %s", reason)

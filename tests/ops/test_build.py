@@ -4,6 +4,7 @@ import ctypes
 import json
 import logging
 import os
+import resource
 import shutil
 import stat
 import subprocess
@@ -101,6 +102,19 @@ def test_six_processes_that_compile_at_once_leave_one_good_library(source, tmp_p
 def test_a_library_without_the_function_is_an_error_that_names_it(source):
     with pytest.raises(build.BuildError, match="two"):
         build.load(source, {}, {"one": None, "two": None})
+
+
+@needs_compiler
+def test_a_full_disk_is_an_error_and_leaves_no_half_a_library(source, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(build.BuildError):
+            build.shared_library(source, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "cache" / "adaptkit").iterdir()) == []
+    assert build.load(source, {}, {"one": ctypes.c_int}).one() == 1
 
 
 def test_a_compiler_that_is_no_command_line_is_an_error_that_says_so(source, monkeypatch):

@@ -86,6 +86,32 @@ def test_the_folder_is_free_when_its_process_is_gone(held, end):
         assert path == out
 
 
+RANKS = """
+import sys
+from accelerate import PartialState
+from recipes.folder import occupied
+process = PartialState(cpu=True)
+try:
+    with occupied(sys.argv[1], process):
+        print(f"rank {process.process_index} went in", flush=True)
+except ValueError as error:
+    print(f"rank {process.process_index}: {error}", flush=True)
+process.destroy_process_group()
+"""
+
+
+def test_every_rank_of_a_second_run_hears_why_it_is_refused(held, tmp_path):
+    out, holder = held
+    (tmp_path / "ranks.py").write_text(RANKS)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *torchrun, str(tmp_path / "ranks.py"), str(out)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        assert f"rank {rank}: process {holder.pid} on " in done.stdout
+
+
 # ------------------------------------------------------------------------------------------------ an earlier run
 
 

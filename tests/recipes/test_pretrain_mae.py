@@ -1,5 +1,6 @@
 """The pretraining recipe: it runs from the command line, and a resumed run is the run that was never stopped."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from recipes import pretrain_mae
+from recipes.folder import name_run, run_of
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--batch-size", "2", "--image-size", "64", "--canvases", "2", "--reuse", "2", "--save-every", "100"]
@@ -36,6 +38,19 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, monkeypatch):
     resumed = pretrain(monkeypatch, tmp_path / "part", "--steps", "4", "--resume")
     assert any(not torch.equal(whole[name], part[name]) for name in whole)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_folder_of_another_run_is_refused_and_its_checkpoint_is_not_gone_on_with(tmp_path, monkeypatch):
+    pretrain(monkeypatch, tmp_path, "--steps", "2", "--minutes", "0")
+    with pytest.raises(
+        ValueError, match=r"earlier run \(checkpoint, demo_backbone.safetensors, README.md\): go on with"
+    ):
+        pretrain(monkeypatch, tmp_path, "--steps", "2")
+    name_run(tmp_path, "another")
+    with pytest.raises(ValueError, match="is of run .* is the folder of run another"):
+        pretrain(monkeypatch, tmp_path, "--steps", "2", "--resume")
+    pretrain(monkeypatch, tmp_path, "--steps", "2", "--overwrite")
+    assert json.loads((tmp_path / "checkpoint" / "run.json").read_text())["run"] == run_of(tmp_path) != "another"
 
 
 def test_a_compiled_run_trains_and_publishes_under_the_same_names(tmp_path, monkeypatch):
