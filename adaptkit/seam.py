@@ -111,7 +111,8 @@ def reference() -> Iterator[None]:
     """Inside, every method runs as its paper writes it: no fast path is taken.
 
     The environment variable ``ADAPTKIT_REFERENCE=1`` does so for a whole process. What torch's own kernels cannot do
-    is not changed by it: its flash attention has no second derivative, so run the forward pass inside of
+    is not changed by it: its flash attention has neither a second derivative nor a tangent in forward mode, and raises
+    "derivative for ... is not implemented" or "does not support" it. Run the forward pass inside of
     ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` for those.
     """
     token = _reference.set(True)
