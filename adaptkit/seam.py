@@ -32,6 +32,7 @@ __all__ = [
     "FastPath",
     "accelerated",
     "bound",
+    "constant",
     "fast_path",
     "fast_paths",
     "full_precision",
@@ -110,7 +111,8 @@ def reference() -> Iterator[None]:
     """Inside, every method runs as its paper writes it: no fast path is taken.
 
     The environment variable ``ADAPTKIT_REFERENCE=1`` does so for a whole process. What torch's own kernels cannot do
-    is not changed by it: its flash attention has no second derivative, so run the forward pass inside of
+    is not changed by it: its flash attention has neither a second derivative nor a tangent in forward mode, and raises
+    "derivative for ... is not implemented" or "does not support" it. Run the forward pass inside of
     ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` for those.
     """
     token = _reference.set(True)
@@ -192,6 +194,14 @@ def is_transformed() -> bool:
 # A compiler asks while it traces, inside of the transform that it traces. This is what
 # `torch.compiler.assume_constant_result` does, without importing the compiler.
 is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def constant(x: Tensor) -> Tensor:
+    """``x`` without its derivative, in any mode: ``detach()`` lets the tangent of forward mode through."""
+    if not is_transformed():
+        return x.detach()
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return x.view(bits).view(x.dtype)
 
 
 def _is_plain(arg: Any) -> bool:

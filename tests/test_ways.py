@@ -11,7 +11,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from errors import assert_rounds_to, one_rounding_off
 from reference import image
-from test_text import ADAPTERS, FPN, SIDE, SUMS, attach, flat, scalar, trained
+from test_text import ADAPTERS, FPN, SIDE, SUMS, attach, flat, quiet, scalar, trained
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import adaptkit
 
@@ -270,3 +271,30 @@ def test_an_offset_that_is_not_a_number_makes_the_loss_not_a_number_and_backward
     assert value.isnan()
     value.backward()
     assert any(p.grad.isnan().any() for p in trained(model).values())
+
+
+# ------------------------------------------------------------------------------------------------------ forward mode
+
+
+@every_adapter
+def test_a_tangent_is_the_derivative_along_it_or_is_refused(adapter):
+    """torch's flash attention refuses; its formula has a tangent, and it is the one that gradients give."""
+    model = quiet(build(adapter)).eval()
+    parameters = trained(model)
+    along = {n: torch.randn(p.shape, generator=torch.Generator().manual_seed(3)) for n, p in parameters.items()}
+    values = {n: p.detach() for n, p in parameters.items()}
+
+    def of(values):
+        torch.manual_seed(1)
+        return scalar(flat(torch.func.functional_call(model, values, (X,))))
+
+    with sdpa_kernel(SDPBackend.MATH):
+        _, tangent = torch.func.jvp(of, (values,), (along,))
+    with adaptkit.reference():
+        expected = [
+            torch.stack([(g * v).sum() for g, v in zip(step(model, x), along.values())])
+            for x in (X, one_rounding_off(X))
+        ]
+    terms = sum(p.numel() for p in parameters.values())
+    largest = float(expected[0].abs().sum())
+    assert_rounds_to(tangent, expected[0].sum(), *SUMS, *SUMS, terms, magnitude=largest, moved=expected[1].sum())

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from adaptkit.seam import constant, is_transformed
+
 __all__ = ["gumbel_sigmoid"]
 
 
@@ -25,7 +27,8 @@ def gumbel_sigmoid(logits: Tensor, temperature: float, threshold: float, noise: 
 
     Returns a tensor of the shape of ``logits``, of zeros and ones.
     """
-    if not (noise or logits.requires_grad):  # the same comparison before the sigmoid
+    differentiated = logits.requires_grad or is_transformed()  # in forward mode nothing requires a gradient
+    if not (noise or differentiated):  # the same comparison before the sigmoid
         return (logits > temperature * math.log(threshold / (1 - threshold))).to(logits.dtype)
     if noise:
         tiny = torch.finfo(logits.dtype).tiny
@@ -33,4 +36,4 @@ def gumbel_sigmoid(logits: Tensor, temperature: float, threshold: float, noise: 
         logits = logits + uniform.log() - (-uniform).log1p()
     soft = torch.sigmoid(logits / temperature)
     hard = (soft > threshold).to(soft.dtype)
-    return hard - soft.detach() + soft if soft.requires_grad else hard
+    return hard - constant(soft) + soft if differentiated else hard

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adaptkit.seam import is_transformed
+
 __all__ = ["masked_attention"]
 
 FAR = 20.0  #: logits of an off key above the largest kept one count no further: exp(20) bounds the gradient
@@ -27,7 +29,7 @@ def masked_attention(
 
     Returns (B, heads, T, E). An image without a kept key is attended to as a whole, and nobody reads that.
     """
-    if keep.requires_grad:
+    if keep.requires_grad or is_transformed():  # in forward mode nothing requires a gradient
         logits = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
         return _softmax(logits if bias is None else logits + bias, keep[:, None, None]).to(v.dtype) @ v
     on = keep > 0

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptkit.ops.grid import pair
-from adaptkit.seam import is_transformed
+from adaptkit.seam import constant, is_transformed
 
 __all__ = ["coordinate_dtype", "sample"]
 
@@ -69,4 +69,4 @@ def _gather(x: Tensor, places: Tensor, padding: str) -> Tensor:
 
 def _clamp(x: Tensor, last: int) -> Tensor:
     """``x.clamp(0, last)``; on the border its derivative is zero, as beyond it and as that of `grid_sample`."""
-    return torch.where((x > 0) & (x < last), x, x.detach().clamp(0, last))
+    return torch.where((x > 0) & (x < last), x, constant(x).clamp(0, last))

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -42,3 +43,19 @@ def test_the_temperature_leaves_the_rate_at_one_half_as_it_is():
     torch.manual_seed(0)
     rate = gumbel_sigmoid(logits(), 5.0, 0.5, noise=True).mean()
     assert abs(rate - RATE) < chance(RATE, 100_000)
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_forward_mode_has_the_derivative_of_the_sigmoid(noise):
+    logits = torch.linspace(-3, 3, 13, dtype=torch.float64)
+
+    def decide(x):
+        torch.manual_seed(0)
+        return gumbel_sigmoid(x, 1.5, 0.5, noise)
+
+    leaf = logits.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(decide(leaf).sum(), leaf)
+    value, tangent = torch.func.jvp(decide, (logits,), (torch.ones_like(logits),))
+    assert expected.all()
+    torch.testing.assert_close(tangent, expected)
+    assert torch.equal(value, decide(logits))

@@ -329,6 +329,22 @@ def test_forward_mode_works():
     torch.testing.assert_close(tangent, (ahead - behind) / (2 * step), rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("backend", ["c", "embedding_bag"])
+def test_a_fast_backend_refuses_a_tangent_and_never_drops_it(backend):
+    args, forward_ad = [x.detach() for x in clear_of_the_kinks()], torch.autograd.forward_ad
+    leaves = [x.clone().requires_grad_() for x in args]
+    before = run(leaves, SMALL, backend)
+    said = "no forward-mode derivative; use backend='gather'"
+    with forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match=said):
+            run([forward_ad.make_dual(x, torch.ones_like(x)) for x in args], SMALL, backend)
+        with pytest.raises(RuntimeError, match=said):
+            torch.autograd.grad(before, leaves, forward_ad.make_dual(before.detach(), before.detach()))
+        torch.autograd.grad(before.sum(), leaves)  # without a tangent it is none of its business
+    with pytest.raises(RuntimeError, match=said):
+        torch.func.jvp(lambda *x: run(x, SMALL, backend), tuple(args), tuple(args))
+
+
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
 def test_a_compiler_traces_the_transforms(transform):
     torch._dynamo.reset()
@@ -539,6 +555,11 @@ def test_an_unknown_backend_is_an_error_that_names_the_known_ones():
         (lambda v, p, w, s: (v, p, w, [-4, -6, *s[2:]]), r"S=43 pixels, shapes are \[-4, -6"),
         (lambda v, p, w, s: (v, p[:, :5], w, s), r"weights has shape \(2, 7, 3, 3, 4\), expected \(2, 5, 3, 3, 4\)"),
         (lambda v, p, w, s: (v, p[:1], w, s), r"locations has shape \(1, .*expected \(2, 7, 3, 3, 4, 2\)"),
+        (lambda v, p, w, s: (v.long(), p, w, s), r"value holds torch\.int64, expected floating-point"),
+        (lambda v, p, w, s: (v, p.cfloat(), w, s), r"locations holds torch\.complex64, expected floating-point"),
+        (lambda v, p, w, s: (v, p, w > 0, s), r"weights holds torch\.bool, expected floating-point"),
+        (lambda v, p, w, s: (v, p, w, [2**62, 4, *s[2:]]), r"S=43 pixels, shapes are \[4611686018427387904, 4"),
+        (lambda v, p, w, s: (v, p, w, [0, 0, *s]), r"S=43 pixels, shapes are \[0, 0, 4, 6"),
         (lambda v, p, w, s: (v, p.to("meta"), w, s), "locations is on meta, value on cpu; move them to one device"),
     ],
 )
@@ -554,6 +575,13 @@ def test_the_operator_refuses_a_gradient_of_another_shape():
     sides = [side for shape in PYRAMID for side in shape]
     with pytest.raises(ValueError, match=r"grad has shape \(2, 7, 14\), expected \(2, 7, 15\)"):
         torch.ops.adaptkit.ms_deform_attn_backward(torch.zeros(2, 7, 14), *make(), sides, "auto")
+
+
+@pytest.mark.parametrize("name", ["gather", "nonsense", ""])
+def test_the_operator_names_its_backends(name):
+    sides = [side for shape in PYRAMID for side in shape]
+    with pytest.raises(RuntimeError, match="none of the operator's, c, triton, embedding_bag; use backend='auto'"):
+        torch.ops.adaptkit.ms_deform_attn(*make(), sides, name)
 
 
 # -------- Triton, in its interpreter

@@ -99,6 +99,8 @@ def why_not(name: str, value: Tensor, weights: Tensor) -> str | None:
     """Return why a fast backend cannot run a call, or None if it can."""
     if name == "embedding_bag":
         return None
+    if name not in _MODULES:
+        return f"it is none of the operator's, {', '.join(_MODULES)}"
     try:
         return _module(name).why_not(value, weights)
     except ImportError as error:

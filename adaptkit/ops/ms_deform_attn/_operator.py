@@ -6,6 +6,7 @@ Its gradient is an operator as well. What comes after that, the second derivativ
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from adaptkit import seam
 from adaptkit.ops.ms_deform_attn import _backends
@@ -24,12 +25,18 @@ def _check(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int],
     if not whole or pixels != sum(h * w for h, w in zip(shapes[::2], shapes[1::2], strict=True)):
         raise ValueError(f"value has S={pixels} pixels, shapes are {list(shapes)}; give h, w of each level of value")
     points = (batch, locations.shape[1], heads, len(shapes) // 2, locations.shape[4])
-    expected = {"locations": (locations, (*points, 2)), "weights": (weights, points)}
+    expected = {
+        "value": (value, tuple(value.shape)),
+        "locations": (locations, (*points, 2)),
+        "weights": (weights, points),
+    }
     if grad is not None:
         expected["grad"] = (grad, (batch, locations.shape[1], heads * dim))
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}; expand it before")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} holds {tensor.dtype}, expected floating-point numbers; convert it before")
         if tensor.device != value.device:
             raise ValueError(f"{name} is on {tensor.device}, value on {value.device}; move them to one device")
 
@@ -46,6 +53,14 @@ def _check_countable(value: Tensor, shapes: list[int]) -> None:
         )
 
 
+def _refuse_tangents() -> None:
+    """Raise ``RuntimeError`` in forward mode: torch drops the tangent of a custom operator, and reads it as zero."""
+    raise RuntimeError(
+        "the fast backends of ms_deform_attn have no forward-mode derivative; use backend='gather', which has one and "
+        "is what backend='auto' takes there"
+    )
+
+
 @torch.library.custom_op(
     "adaptkit::ms_deform_attn",
     mutates_args=(),
@@ -55,6 +70,8 @@ def operator(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int
     """Like the public function, with broadcast points and the levels' h, w one after another."""
     _check(value, locations, weights, shapes)
     _check_countable(value, shapes)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents()
     if value.numel() == 0 or weights.numel() == 0:
         return value.new_zeros((value.shape[0], locations.shape[1], value.shape[2] * value.shape[3]))
     return _backends.implementation(backend, value, weights).forward(value, locations, weights, shapes)
@@ -97,6 +114,10 @@ def _save_inputs(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(t).tangent is not None for t in (grad, *ctx.saved_tensors)
+    ):
+        _refuse_tangents()
     return *operator_backward(grad, *ctx.saved_tensors, ctx.shapes, ctx.backend), None, None
 
 
