@@ -232,8 +232,8 @@ def load(folder: str | os.PathLike[str], backbone: nn.Module) -> Network:
     Raises ``ValueError`` for a file without such a network, or of another backbone.
     """
     file = adaptkit.load(folder)
-    recipe = file.header.get("metadata", {}).get("recipe")
-    if recipe is None or recipe.get("network") not in BUILDERS:
+    recipe = (file.header.get("metadata") or {}).get("recipe")
+    if not isinstance(recipe, dict) or recipe.get("network") not in BUILDERS:
         raise ValueError(f"{file.path} holds no network of {', '.join(BUILDERS)}; attach it with adaptkit.attach")
     adapters = [(a["name"], a["config"]) for a in file.header["adapters"]]
     trained = file.header.get("train_backbone", ())
