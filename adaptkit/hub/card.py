@@ -155,7 +155,12 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
 def _dumped(front: dict[str, Any]) -> str:
     import yaml
 
-    return yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    try:
+        return yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    except RecursionError as error:
+        raise ValueError(
+            "the front matter of the README.md that is there is nested too deeply to be written. Mend it"
+        ) from error
 
 
 def _listed(value: Any) -> list[Any]:
