@@ -77,7 +77,7 @@ def append(file: FileIO, row: dict[str, Any]) -> None:
     except OSError as error:
         file.seek(before)
         file.truncate()
-        raise OSError(error.errno, error.strerror, file.name) from error
+        raise OSError(error.errno, error.strerror or str(error), file.name) from error
 
 
 def forget_after(path: Path, step: int) -> None:

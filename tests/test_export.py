@@ -200,10 +200,11 @@ def test_the_command_line_exports_a_saved_folder(tmp_path, capsys):
     backbone = adaptkit.create.create_backbone(str(tmp_path / "backbone"))
     adaptkit.attach(backbone, PLAIN).save(tmp_path / "saved")
     out = tmp_path / "model.pt2"
-    assert main(["export", str(tmp_path / "saved"), "--out", str(out), "--size", "56", "56"]) == 0
+    here = ["--backbone", str(tmp_path / "backbone")]  # a path that a file names is not followed
+    assert main(["export", str(tmp_path / "saved"), "--out", str(out), "--size", "56", "56", *here]) == 0
     said = capsys.readouterr().out
     assert "agrees with the model" in said
     assert "tokens, prefix" in said
     assert out.is_file()
-    assert main(["export", str(tmp_path / "saved"), "--out", "model.tflite"]) == 2
+    assert main(["export", str(tmp_path / "saved"), "--out", "model.tflite", *here]) == 2
     assert "give a name that ends in .onnx or .pt2" in capsys.readouterr().err

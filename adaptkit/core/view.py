@@ -236,7 +236,7 @@ class View(ABC):
 
     def state(self) -> list[tuple[object, str]]:
         """Return what a forward of the blocks reads of modules, for :func:`adaptkit.seam.bound`."""
-        return modes(self.host.modules())
+        return modes(self.backbone.modules())
 
     def how_checkpointing(self) -> Checkpointing:
         """Return which blocks run a second time: what the model was told goes before what the backbone was."""

@@ -424,7 +424,7 @@ def _temporary(target: Path, data: bytes) -> Path:
     except BaseException as error:
         path.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
-            raise OSError(error.errno, error.strerror, str(target)) from error
+            raise OSError(error.errno, error.strerror or str(error), str(target)) from error
         raise
     return path
 
