@@ -44,6 +44,7 @@ __all__ = [
     "modes",
     "must_wait",
     "product_dtype",
+    "records_gradients",
     "reference",
     "twice",
     "without_autocast",
@@ -245,6 +246,11 @@ def is_traced() -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def records_gradients() -> bool:
+    """Whether autograd records what runs here, for a backward pass that may come."""
+    return torch.is_grad_enabled()
 
 
 def must_wait(x: Tensor) -> bool:

@@ -33,7 +33,7 @@ import adaptkit
 from adaptkit.adapters.adavit import AdaViT, Random
 from adaptkit.analysis import accounting, kept_patches, usage_by_depth
 from adaptkit.create import create_backbone
-from adaptkit.hub.file import write_atomic
+from adaptkit.hub.write import write_atomic
 from adaptkit.losses import agreement_loss, annealed_budget, check_budget, macs_loss, usage
 
 from . import normalisation

@@ -22,7 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import adaptkit
 from adaptkit.create import create_backbone
-from adaptkit.hub.file import check_writable
+from adaptkit.hub.write import check_writable
 from adaptkit.losses import check_budget, usage, usage_loss
 
 from .data import warn_unseen

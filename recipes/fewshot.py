@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 import adaptkit
 from adaptkit.create import create_backbone
-from adaptkit.hub.file import check_writable, write_atomic
+from adaptkit.hub.write import check_writable, write_atomic
 
 from . import normalisation
 from .devices import copying, loading, together

@@ -17,7 +17,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from adaptkit.hub.file import check_writable, write_atomic
+from adaptkit.hub.write import check_writable, write_atomic
 
 MADE = ("checkpoints", "metrics.jsonl", "result.json", "adapter")  # what a run of the shared loop leaves
 LOCK, RUN = ".lock", "run.json"

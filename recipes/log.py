@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from adaptkit.hub.file import write_atomic
+from adaptkit.hub.write import write_atomic
 
 EVERY = 10  # steps between two looks at the loss, each of which waits for the device
 

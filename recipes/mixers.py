@@ -35,7 +35,7 @@ import adaptkit
 from adaptkit.adapters.metaformer import MetaFormer
 from adaptkit.core.view import Source, Spec
 from adaptkit.create import create_backbone
-from adaptkit.hub.file import write_atomic
+from adaptkit.hub.write import write_atomic
 from adaptkit.mixers import list_mixers
 
 from . import normalisation

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from adaptkit.demo.canvas import Canvas
 from adaptkit.demo.formula import FAMILIES, boundaries, crops, draw
-from adaptkit.hub.file import write_atomic
+from adaptkit.hub.write import write_atomic
 
 from .devices import BACKEND, together
 from .folder import adopt, begin, check_run, occupied, run_of

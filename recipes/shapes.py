@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from adaptkit.hub.file import check_writable, write_atomic
+from adaptkit.hub.write import check_writable, write_atomic
 
 from .options import seed_of
 

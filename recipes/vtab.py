@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from accelerate import PartialState
 
-from adaptkit.hub.file import check_writable, write_atomic
+from adaptkit.hub.write import check_writable, write_atomic
 
 from . import classify
 from .devices import together

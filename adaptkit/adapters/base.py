@@ -14,14 +14,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from adaptkit.core.checkpointing import OFF, Checkpointed, Checkpointing, Trace
 from adaptkit.core.hierarchical import HierarchicalViT
 from adaptkit.core.proxy import LayerProxy
 from adaptkit.core.view import Block, Features, Fn, Source, View, ViT
-from adaptkit.seam import modes
+from adaptkit.seam import modes, records_gradients
 
 __all__ = [
     "Adapter",
@@ -199,7 +198,7 @@ def wrapped(vit: View, acting: Iterable[Adapter], trace: Trace) -> View:
     """
     adapters = [adapter for adapter in acting if not isinstance(adapter, SideAdapter)]
     wrappers = [adapter for adapter in adapters if isinstance(adapter, BlockAdapter)]
-    how = vit.how_checkpointing() if torch.is_grad_enabled() else OFF
+    how = vit.how_checkpointing() if records_gradients() else OFF
     if not wrappers and not how.every:
         return vit
     trained = how.every > 0 and any(p.requires_grad for m in (vit.backbone, *adapters) for p in m.parameters())

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from adaptkit.seam import bound
+import adaptkit.ops.ms_deform_attn  # noqa: F401  the operator whose output is kept
+from adaptkit.seam import bound, records_gradients
 
-__all__ = ["OFF", "Checkpointed", "Checkpointing"]
+__all__ = ["OFF", "Checkpointed", "Checkpointing", "recompute"]
 
 Trace = dict[str, Tensor]  #: what adapters report in one forward, by name
 Run = Callable[[Tensor], Tensor]
@@ -70,3 +72,28 @@ def _run(build: Callable[[Trace], Run], before: Trace, x: Tensor) -> tuple[Tenso
     y = build(trace)(x)
     reported = {name: value for name, value in trace.items() if before.get(name) is not value}
     return y, reported, [name for name in before if name not in trace]
+
+
+# ----------------------------------------------------------------------------------------------- one part of a forward
+
+#: The output of an attention is kept: its time grows with the square of the tokens, its memory does not.
+_KEPT = [
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.adaptkit.ms_deform_attn.default,
+]
+
+
+def recompute(state: Sequence[tuple[object, str]] | None, run: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Return ``run(*args)`` and keep the arguments alone for the backward pass, where gradients are wanted.
+
+    What is cheap is computed again. A last linear layer is not: its gradient asks for its input, not its output. A
+    block that is checkpointed keeps less than that already. ``state`` is what the run reads of modules, see
+    :func:`adaptkit.seam.bound`; with None nothing is computed again.
+    """
+    if state is None or isinstance(run, Checkpointed) or not records_gradients():
+        return run(*args)
+    contexts = partial(create_selective_checkpoint_contexts, _KEPT)
+    return checkpoint(bound(run, state), *args, use_reentrant=False, context_fn=contexts)

@@ -27,6 +27,7 @@ __all__ = ["HierarchicalSpec", "HierarchicalViT"]
 Grid = tuple[int, int]
 
 
+@renamed(dims="embed_dims", dim="embed_dim", patch="patch_size", prefix="num_prefix_tokens")
 class HierarchicalSpec(NamedTuple):
     """What an adapter may depend on, and what its file stores, for a backbone of several stages."""
 
@@ -55,26 +56,6 @@ class HierarchicalSpec(NamedTuple):
     def patch_size(self) -> int:
         """Side of the tokens that leave the backbone, in pixels."""
         return self.strides[-1]
-
-    @property
-    def dims(self) -> Any:
-        """Old name of ``embed_dims``."""
-        return renamed(self, "dims", "embed_dims")
-
-    @property
-    def dim(self) -> Any:
-        """Old name of ``embed_dim``."""
-        return renamed(self, "dim", "embed_dim")
-
-    @property
-    def patch(self) -> Any:
-        """Old name of ``patch_size``."""
-        return renamed(self, "patch", "patch_size")
-
-    @property
-    def prefix(self) -> Any:
-        """Old name of ``num_prefix_tokens``."""
-        return renamed(self, "prefix", "num_prefix_tokens")
 
     @property
     def num_prefix_tokens(self) -> int:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
+from adaptkit.core.schema import check_fields
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import View
 
@@ -62,6 +63,14 @@ class Entry(NamedTuple):
                 f"{self.name!r} has no option {', '.join(map(repr, unknown))}; its options are {', '.join(known)}"
             )
         return self.config(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+
+    def from_file(self, options: dict[str, Any]) -> Any:
+        """Build the config from what a file says, types checked first: ``ValueError`` names the option."""
+        if hasattr(self.config, "from_file"):
+            return self.config.from_file(options)
+        if not hasattr(self.config, "configure"):
+            check_fields(options, self.config, "config")
+        return self.configure(options)
 
 
 class ForeignLayout(NamedTuple):

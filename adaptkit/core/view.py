@@ -15,7 +15,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -41,16 +41,29 @@ __all__ = [
 ]
 
 Fn = Callable[[Tensor], Tensor]
+T = TypeVar("T", bound=type)
 
 
-def renamed(spec: Any, old: str, new: str) -> Any:
-    """Return what is called ``new`` now, and say so."""
-    warnings.warn(
-        f"{type(spec).__name__}.{old} is called {new} now; the old name will go", DeprecationWarning, stacklevel=3
-    )
-    return getattr(spec, new)
+def renamed(**names: str) -> Callable[[T], T]:
+    """Class decorator: attributes by their old names, ``renamed(old="new")``, which work and warn."""
+
+    def of(old: str, new: str) -> property:
+        def read(self: Any) -> Any:
+            what = f"{type(self).__name__}.{old}"
+            warnings.warn(f"{what} is called {new} now; the old name will go", DeprecationWarning, stacklevel=2)
+            return getattr(self, new)
+
+        return property(read, doc=f"Old name of ``{new}``.")
+
+    def add(cls: T) -> T:
+        for old, new in names.items():
+            setattr(cls, old, of(old, new))
+        return cls
+
+    return add
 
 
+@renamed(dim="embed_dim", heads="num_heads", patch="patch_size", prefix="num_prefix_tokens")
 class Spec(NamedTuple):
     """What an adapter may depend on, and what its file stores."""
 
@@ -66,26 +79,6 @@ class Spec(NamedTuple):
     def widths(self) -> tuple[int, ...]:
         """Width of each block."""
         return (self.embed_dim,) * self.depth
-
-    @property
-    def dim(self) -> Any:
-        """Old name of ``embed_dim``."""
-        return renamed(self, "dim", "embed_dim")
-
-    @property
-    def heads(self) -> Any:
-        """Old name of ``num_heads``."""
-        return renamed(self, "heads", "num_heads")
-
-    @property
-    def patch(self) -> Any:
-        """Old name of ``patch_size``."""
-        return renamed(self, "patch", "patch_size")
-
-    @property
-    def prefix(self) -> Any:
-        """Old name of ``num_prefix_tokens``."""
-        return renamed(self, "prefix", "num_prefix_tokens")
 
 
 class Source(NamedTuple):
@@ -196,6 +189,7 @@ class Block:
         return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias, scale=self.scale))
 
 
+@renamed(host="backbone")
 class View(ABC):
     """How a frozen backbone is seen, plain or hierarchical. It holds no parameter: all is read from ``backbone``.
 
@@ -216,11 +210,6 @@ class View(ABC):
         self.sums: dict[str, list[float]] | None = None
         self.checkpointing: Checkpointing | None = None  #: what the model was told; None: as the backbone says
         self.origin: Source | None = None  #: what a module around the backbone knows better than the backbone
-
-    @property
-    def host(self) -> nn.Module:
-        """Old name of ``backbone``."""
-        return renamed(self, "host", "backbone")
 
     @abstractmethod
     def features(self, image: Tensor) -> Features:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptkit.hub.file import check_writable
+from adaptkit.hub.write import check_writable
 from adaptkit.model.adapted import AdaptedModel, attach
 
 __all__ = ["Row", "demo", "picture", "table"]

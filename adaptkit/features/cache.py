@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from adaptkit.hub.file import check_writable, write_atomic
+from adaptkit.hub.write import check_writable, write_atomic
 
 __all__ = ["FeatureCache", "checksum"]
 

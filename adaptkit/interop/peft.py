@@ -8,7 +8,8 @@ from pathlib import Path
 
 from adaptkit.adapters.lora.adapter import LoRA
 from adaptkit.adapters.lora.peft_folder import to_peft_layout
-from adaptkit.hub.file import CONFIG, WEIGHTS, serialised, write_together
+from adaptkit.hub.file import CONFIG, WEIGHTS, serialised
+from adaptkit.hub.write import write_together
 from adaptkit.model.adapted import AdaptedModel
 
 __all__ = ["to_peft"]

@@ -15,9 +15,8 @@ Half precision is computed in float32.
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
@@ -28,15 +27,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from adaptkit.core.hierarchical import HierarchicalViT
-from adaptkit.core.tree import at_rest, skeleton
 from adaptkit.core.view import Block, View, ViT
+from adaptkit.model.copied import Copy, distance, module_of
 
 __all__ = ["prove"]
 
 GRID = (2, 3)  #: of the tokens that the blocks of a plain ViT are tried on; not square, so that h and w are told apart
 STAGED_GRID = (9, 10)  #: several windows of 7 or 8, so that a shift acts
 CHANNELS = 32  #: that a block's stand-in changes
-STIRRED = 2**22  #: elements of a parameter that is not too large to be stirred
 FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
 _MODULE = set(vars(nn.Module()))
 
@@ -48,7 +46,7 @@ def prove(view: View) -> None:
     An attention whose inside is not what the view says sets ``view.splits`` to ``False``: adapters that step inside it
     are then refused by name, and the others, which run the backbone's own blocks, attach.
 
-    Hosts on the meta device, of fake tensors, or with sharded parameters cannot be computed here and are passed over.
+    What cannot be computed here is passed over: the meta device, fake tensors, sharded parameters.
 
     Raises ``TypeError`` that names what differs, by how much, and what to do.
     """
@@ -87,7 +85,7 @@ def _prove_forward(view: View) -> None:
     sizes = view.sizes()
     if not sizes:
         return
-    seen, run = _Copy(view), _Run()
+    seen, run = Copy(view), _Run()
     side = view.spec.patch_size if isinstance(view, ViT) else view.spec.strides[0]
     blocks = seen.blocks((sizes[0][0] // side * side, sizes[0][1] // side * side))
     seen.own(seen.view.backbone, but=blocks)
@@ -122,12 +120,12 @@ class _Run:
         return taken
 
 
-def _compare_tokens(seen: _Copy, where: str, tokens: Tensor, said: Tensor, ours: _Run, theirs: _Run) -> None:
+def _compare_tokens(seen: Copy, where: str, tokens: Tensor, said: Tensor, ours: _Run, theirs: _Run) -> None:
     """Raise where the tokens differ, and say from which step on."""
     if said.ndim != 3 or said.shape[2] != tokens.shape[2] or said.shape[1] > tokens.shape[1]:
         shapes = f"{tuple(said.shape)}, and {tuple(tokens.shape)} by the view: they"
         raise _other(seen.original, f"the tokens for {where} have shape {shapes}", float("inf"))
-    off = _distance(tokens[:, tokens.shape[1] - said.shape[1] :], said)
+    off = distance(tokens[:, tokens.shape[1] - said.shape[1] :], said)
     if off <= seen.tolerance:
         return
     indices = [[index for index, _ in run.blocks] for run in (ours, theirs)]
@@ -144,14 +142,14 @@ def _compare_tokens(seen: _Copy, where: str, tokens: Tensor, said: Tensor, ours:
     raise _other(seen.original, f"{what} for {where}", off)
 
 
-def _compare_answer(seen: _Copy, where: str, image: Tensor, said: Tensor) -> None:
+def _compare_answer(seen: Copy, where: str, image: Tensor, said: Tensor) -> None:
     """Raise where what the backbone returns is not made from these tokens."""
     allowed = seen.view.answers(said)
     if not allowed:
         return
     answer = tree_leaves(_tried(seen.original, where, partial(seen.view.backbone, image)))
     pairs = [(a, b) for a in answer if isinstance(a, Tensor) for b in allowed if a.shape == b.shape]
-    off = min((_distance(a, b) for a, b in pairs), default=float("inf"))
+    off = min((distance(a, b) for a, b in pairs), default=float("inf"))
     if not off <= seen.tolerance:
         raise _other(seen.original, f"what it returns for {where} and what its tokens give", off)
 
@@ -201,7 +199,7 @@ def _digest(arguments: Any) -> float:
 
 
 def _prove_blocks(view: View) -> None:
-    seen = _Copy(view)
+    seen = Copy(view)
     grid = GRID if isinstance(view, ViT) else STAGED_GRID
     seen.view.accept(grid)
     modules = [module for module, _, _ in seen.bound(grid)]
@@ -229,7 +227,7 @@ def _prove_blocks(view: View) -> None:
     view.splits = False
 
 
-def _compare_block(seen: _Copy, where: str, block: Block, x: Tensor) -> None:
+def _compare_block(seen: Copy, where: str, block: Block, x: Tensor) -> None:
     """Raise where what a block adds to its tokens is not what its parts add."""
     view = seen.original
     y = _tried(view, where, partial(block.run, x.clone()))
@@ -241,13 +239,13 @@ def _compare_block(seen: _Copy, where: str, block: Block, x: Tensor) -> None:
         raise TypeError(
             f"{_name(view.backbone)}: {where} does not run from its parts: {error}; {_remedy(view)}"
         ) from error
-    off = _distance(y - x, z - x) if isinstance(y, Tensor) and y.shape == z.shape == x.shape else float("inf")
+    off = distance(y - x, z - x) if isinstance(y, Tensor) and y.shape == z.shape == x.shape else float("inf")
     if not off <= seen.tolerance:
-        kind = type(_module(block.run) or block.run).__name__
+        kind = type(module_of(block.run) or block.run).__name__
         raise _other(view, f"{where} ({kind}) and x + attn(norm(x)), x + mlp(norm(x)) of its parts", off)
 
 
-def _comes_apart(seen: _Copy, block: Block, x: Tensor, grid: tuple[int, int]) -> bool:
+def _comes_apart(seen: Copy, block: Block, x: Tensor, grid: tuple[int, int]) -> bool:
     """Whether the inside of an attention, and of an FFN, is what the block says of it."""
     if not (isinstance(seen.original, ViT) and seen.original.splits):
         return False
@@ -311,117 +309,6 @@ def _facts(value: Any) -> Any:
 def _shapes(module: nn.Module) -> Any:
     tensors = {**module._parameters, **module._buffers}
     return tuple((n, None if t is None else (type(t), t.shape, t.dtype)) for n, t in tensors.items())
-
-
-# ---------------------------------------------------------------------------------------------------------- the copy
-
-
-class _Copy:
-    """A view of a copy of the backbone, in eval mode and without hooks, that shares its large tensors."""
-
-    def __init__(self, view: View) -> None:
-        self.original, self.view = view, copy.copy(view)
-        self.view.backbone = backbone = skeleton(view.backbone)
-        at_rest(backbone)
-        parameters = list(view.backbone.parameters())
-        self.quantised = any(not _is_plain(p) for p in parameters)
-        floating = [p for p in parameters if p.is_floating_point()] or parameters
-        given = floating[0].dtype if floating[0].is_floating_point() else torch.float32
-        self.dtype = given if self.quantised or given == torch.float64 else torch.float32
-        self.device = parameters[0].device
-        self.channels = int(view.fingerprint_tensors()["patch"].shape[1])
-        self.generator = torch.Generator("cpu").manual_seed(0)
-        self.made: dict[int, Any] = {}
-
-    @property
-    def tolerance(self) -> float:
-        """Rounding of this dtype, a few operations deep, and sums in float32; a layer in 4 or 8 bits may round anew."""
-        eps = torch.finfo(self.dtype).eps
-        if self.device.type != "cpu" and self.dtype == torch.float32:
-            eps = 2**-10  # TF32
-        return 1e-4 + 16 * eps + 0.05 * self.quantised
-
-    def agree(self, a: Tensor, b: Tensor) -> bool:
-        """Whether two tensors (..., D) are the same but for rounding."""
-        return a.shape == b.shape and _distance(a, b) <= self.tolerance
-
-    def randn(self, *shape: int) -> Tensor:
-        """Random numbers that touch no state of others."""
-        x = torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu")
-        return x.to(self.device, self.dtype)
-
-    def bound(self, grid: tuple[int, int]) -> Iterator[tuple[nn.Module | None, Block, int]]:
-        """Go through the blocks bound to a grid: the module that runs, the block, its width."""
-        view: Any = self.view
-        if isinstance(view, ViT):
-            image = self.randn(1, self.channels, grid[0] * view.spec.patch_size, grid[1] * view.spec.patch_size)
-            for block in view.blocks(image, grid):
-                yield _module(block.run), block, view.spec.embed_dim
-        elif isinstance(view, HierarchicalViT):
-            for stage, width in enumerate(view.spec.embed_dims):
-                for block in view.blocks(stage, grid):
-                    yield _module(block.run), block, width
-
-    def blocks(self, size: tuple[int, int]) -> list[nn.Module]:
-        """Return the blocks that run on an image of this size; ``[]`` where the view does not say which they are."""
-        view: Any = self.view
-        if isinstance(view, ViT):
-            grid = view.grid(torch.empty(1, 1, *size))
-            found = [_module(b.run) for b in view.blocks(self.randn(1, self.channels, *size), grid)]
-        else:
-            grids = [(size[0] // s, size[1] // s) for s in view.spec.strides]
-            found = [_module(b.run) for stage, grid in enumerate(grids) for b in view.blocks(stage, grid)]
-        distinct = {id(m) for m in found if m is not None}
-        return [m for m in found if m is not None] if len(distinct) == len(found) else []
-
-    def own(self, root: nn.Module, but: Iterable[nn.Module | None] = ()) -> None:
-        """Give the copy parameters of its own: in float32 where they were in half, the small ones stirred."""
-        left = {id(m) for kept in but if kept is not None for m in kept.modules()}
-        for module in root.modules():
-            if id(module) in left:
-                continue
-            for name, p in module._parameters.items():
-                if p is not None and _is_plain(p):
-                    module._parameters[name] = self._owned(p)
-            for name, b in module._buffers.items():
-                if b is not None and _is_plain(b):
-                    module._buffers[name] = b.to(self.dtype) if b.dtype in (torch.float16, torch.bfloat16) else b
-
-    def _owned(self, p: Tensor) -> Any:
-        if id(p) not in self.made:
-            x = p.detach().to(self.dtype) if p.dtype in (torch.float16, torch.bfloat16) else p.detach()
-            small = x.ndim < 4 and x.numel() <= STIRRED and (x.ndim != 2 or min(x.shape) <= 32)
-            if small:
-                x = x + 0.5 * self.randn(*x.shape).to(x)
-            self.made[id(p)] = nn.Parameter(x, requires_grad=False)
-            self.made[id(self.made[id(p)])] = self.made[id(p)]
-        return self.made[id(p)]
-
-
-def _is_plain(p: Tensor) -> bool:
-    return type(p) in (Tensor, nn.Parameter) and p.is_floating_point() and p.dtype.itemsize > 1
-
-
-def _module(run: Any) -> nn.Module | None:
-    """The module that a block runs, itself or inside a partial."""
-    if isinstance(run, nn.Module):
-        return run
-    if isinstance(run, partial):
-        return next((m for m in map(_module, (run.func, *run.args)) if m is not None), None)
-    return None
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    """How far a token of ``a`` (..., D) is from that of ``b``, at most, as a share of its length. NaN equals NaN."""
-    if torch.equal(a, b):
-        return 0.0
-    a, b = a.detach().double(), b.detach().double()
-    off = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, a - b).norm(dim=-1)
-    if not off.numel():
-        return 0.0
-    length = torch.nan_to_num(b, posinf=0.0, neginf=0.0).norm(dim=-1)
-    share = off / torch.maximum(length, length.mean()).clamp_min(torch.finfo(torch.float64).tiny)
-    return float("inf") if bool(share.isnan().any()) else float(share.max())
 
 
 # --------------------------------------------------------------------------------------------------------- refusals

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from adaptkit.core import schema
 from adaptkit.core.registry import Entry, configured
 from adaptkit.hub.file import FLOATS, AdapterFile
 
@@ -43,11 +42,7 @@ def configured_by(file: AdapterFile, said: Mapping[str, Any], known: dict[str, E
         entry = known.get(name)
         if entry is None:
             return configured((name, options), known, kind)  # which says what there is
-        if hasattr(entry.config, "from_file"):
-            return entry, entry.config.from_file(options)
-        if not hasattr(entry.config, "configure"):
-            schema.check_fields(options, entry.config, "config")
-        return entry, entry.configure(options)
+        return entry, entry.from_file(options)
     except Exception as error:  # of a plug-in's config, too
         raise ValueError(f"{where}: {_said(error)}") from error
 

@@ -16,7 +16,7 @@ from accelerate import PartialState
 import adaptkit
 from adaptkit.create import create_backbone
 from adaptkit.features.cache import FeatureCache
-from adaptkit.hub.file import write_atomic
+from adaptkit.hub.write import write_atomic
 from recipes import engine, segment
 from recipes.folder import begin, name_run, occupied, run_of
 from recipes.log import append

@@ -30,7 +30,7 @@ from adaptkit.core.layers import check_choice, parameter_dtype
 from adaptkit.core.registry import register_adapter
 from adaptkit.core.view import Block, Features, Fn, Spec, View, ViT
 from adaptkit.losses import KINDS
-from adaptkit.seam import is_traced, must_wait
+from adaptkit.seam import is_traced, must_wait, records_gradients
 
 __all__ = ["AdaViT"]
 
@@ -117,7 +117,7 @@ class AdaViT(BlockAdapter):
         """Mask in training and in a graph, which cannot follow shapes that depend on the data; else as it is asked."""
         if self.training or is_traced() or self.execution == "masked":
             return masked(block, x, h, decision, how)
-        if torch.is_grad_enabled() and (self.execution == "auto" or must_wait(x)):
+        if records_gradients() and (self.execution == "auto" or must_wait(x)):
             return masked(block, x, h, decision, how)
         if must_wait(x):
             return self._without_waiting(index, trace, block, x, h, decision, how)

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.adapters._recompute import recompute
 from adaptkit.adapters.base import SideAdapter, Trace
 from adaptkit.adapters.vit_adapter.config import STRIDES, ViTAdapterConfig
+from adaptkit.core.checkpointing import recompute
 from adaptkit.core.layers import DropPath, Norm, init_weights, norm2d, parameter_dtype
 from adaptkit.core.registry import register_adapter
 from adaptkit.core.view import Features, Fn, Spec, ViT
