@@ -64,7 +64,7 @@ class FastPath(NamedTuple):
 
     text: Callable[..., Any]
     run: Callable[..., Any]
-    suits: Callable[..., bool]  #: of the same arguments: whether it knows this case, beside what holds for all
+    is_supported: Callable[..., bool]  #: of the same arguments: whether it knows this case, beside what holds for all
 
 
 def _always(*args: Any, **kwargs: Any) -> bool:
@@ -80,7 +80,7 @@ def accelerated(text: F) -> F:
         if torch.compiler.is_compiling():
             return text(*args, **kwargs)
         path = _registered.get(name)
-        if path is None or not may_be_fast((*args, *kwargs.values())) or not path.suits(*args, **kwargs):
+        if path is None or not may_be_fast((*args, *kwargs.values())) or not path.is_supported(*args, **kwargs):
             return text(*args, **kwargs)
         return path.run(*args, **kwargs)
 
@@ -88,12 +88,12 @@ def accelerated(text: F) -> F:
     return run  # type: ignore[return-value]
 
 
-def fast_path(marked: Callable[..., Any], suits: Callable[..., bool] = _always) -> Callable[[F], F]:
+def fast_path(marked: Callable[..., Any], is_supported: Callable[..., bool] = _always) -> Callable[[F], F]:
     """Register the decorated function in place of a text that is marked as :func:`accelerated`."""
     text: Callable[..., Any] = marked.text  # type: ignore[attr-defined]
 
     def register(run: F) -> F:
-        _registered[f"{text.__module__}.{text.__qualname__}"] = FastPath(text, run, suits)
+        _registered[f"{text.__module__}.{text.__qualname__}"] = FastPath(text, run, is_supported)
         return run
 
     return register

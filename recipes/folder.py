@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shlex
@@ -18,6 +17,11 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from adaptkit.hub.write import check_writable, write_atomic
+
+try:
+    import fcntl
+except ImportError:  # no POSIX system: two runs in one folder are then not noticed
+    fcntl = None  # type: ignore[assignment]
 
 MADE = ("checkpoints", "metrics.jsonl", "result.json", "adapter")  # what a run of the shared loop leaves
 LOCK, RUN = ".lock", "run.json"
@@ -102,7 +106,8 @@ def _locked(folder: Path) -> int:
     """Lock the folder. The system gives the lock back when the process dies; its children do not share it."""
     handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         said = os.pread(handle, 4096, 0).decode(errors="replace").strip() or "another process"
         os.close(handle)

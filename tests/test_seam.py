@@ -66,7 +66,7 @@ def test_a_fast_path_says_what_its_text_says(text, example):
     args = example.make(dtype=torch.float32)
     assert seam.may_be_fast(args)
     with torch.set_grad_enabled(example.training):
-        assert path.suits(*args)
+        assert path.is_supported(*args)
     exact, exact_grads = outcome(path.text, example, torch.float64)
     fast, grads = outcome(path.run, example, torch.float32)
     assert_rounds_to(fast, exact, *example.sums)
@@ -101,7 +101,7 @@ def test_a_backward_that_is_called_inside_of_autocast_is_that_outside(text, exam
 def test_other_dtypes_get_the_text(text, example):
     path, args = seam.fast_paths()[text], example.make(dtype=torch.float64)
     with torch.set_grad_enabled(example.training):
-        assert not (seam.may_be_fast(args) and path.suits(*args))
+        assert not (seam.may_be_fast(args) and path.is_supported(*args))
 
 
 def second(run, example: Example, dtype) -> list[Tensor]:

@@ -51,7 +51,7 @@ class Usage(NamedTuple):
         return Usage(min(least for least, _ in pairs) > 0, *(mean for _, mean in pairs))
 
 
-@fast_path(text.skipping, suits=_keeps_no_gradient)
+@fast_path(text.skipping, is_supported=_keeps_no_gradient)
 def skipping(block: Block, x: Tensor, h: Tensor, decision: Decision, how: How) -> Tensor:
     """Skip what is off as far as that is faster, and compute the rest all the same."""
     if len(x) == 1:
@@ -65,7 +65,7 @@ def skipping(block: Block, x: Tensor, h: Tensor, decision: Decision, how: How) -
     return _together(block, x, h, decision, how, slices)
 
 
-@fast_path(text.packed, suits=_keeps_no_gradient)
+@fast_path(text.packed, is_supported=_keeps_no_gradient)
 def packed(block: Block, x: Tensor, h: Tensor, decision: Decision, how: How) -> Tensor:
     """Skip all that is off."""
     if len(x) == 1:

@@ -17,7 +17,7 @@ from adaptkit._cpu.linear import row_slices
 from adaptkit.ops import pool
 from adaptkit.seam import twice, without_autocast
 
-__all__ = ["norm_large", "norm_pool", "norm_relu_conv", "suits"]
+__all__ = ["is_supported", "norm_large", "norm_pool", "norm_relu_conv"]
 
 _OF_MAP = (0, 2, 3)  # what a channel is summed over
 _POOL = (3, 2, 1)  # kernel, stride, padding
@@ -25,7 +25,7 @@ _NUMBERS = 2**20  # of a large map at a time: they stay in the cache from one op
 _CONV = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation; not transposed; one group
 
 
-def suits(norm: nn.Module, x: Tensor) -> bool:
+def is_supported(norm: nn.Module, x: Tensor) -> bool:
     """Whether ``norm`` is the plain BatchNorm, in training, and ``x`` a map in its dtype."""
     plain = type(norm) is nn.BatchNorm2d and norm.training and x.dtype == norm.weight.dtype
     return plain and norm.running_mean is not None and norm.momentum is not None

@@ -30,7 +30,7 @@ def _wants_a_gradient(block: Block, x: Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
 
 
-@fast_path(Block.__call__, suits=_wants_a_gradient)
+@fast_path(Block.__call__, is_supported=_wants_a_gradient)
 def frozen_block(block: Block, x: Tensor) -> Tensor:
     """Run the backbone's own forward; frozen linear layers and attention have that gradient."""
     with _FrozenBlock():
@@ -55,7 +55,7 @@ class _FrozenBlock(TorchFunctionMode):
 
 def _attention(func: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     plain = not args and not any(kwargs.get(option) for option in _NOT_PLAIN[1:]) and kwargs.get(_NOT_PLAIN[0]) is None
-    if plain and any(x.requires_grad for x in (q, k, v)) and attention.suits(q, k, v):
+    if plain and any(x.requires_grad for x in (q, k, v)) and attention.is_supported(q, k, v):
         return attention.attention(q, k, v, kwargs.get("scale"))
     return func(q, k, v, *args, **kwargs)
 

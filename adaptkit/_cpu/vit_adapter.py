@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from adaptkit._cpu import batch_norm
 from adaptkit._cpu.accumulate import add_resampled, add_upsampled
-from adaptkit._cpu.forget import forgotten
 from adaptkit._cpu.linear import add_linear, branch_linear, linear, norm_linear, wide_linear
 from adaptkit._cpu.norms import conv_norm, norm_map, norm_twice
+from adaptkit._cpu.recompute import recomputed
 from adaptkit._cpu.softmax import grouped_softmax
 from adaptkit.adapters.vit_adapter.config import STRIDES
 from adaptkit.adapters.vit_adapter.network import ConvFFN, Extractor, Grids, Injector, SpatialPrior, finest_map
@@ -46,7 +46,7 @@ def _attention(self: MSDeformAttn, query: Tensor, feat: Tensor, layout: Layout, 
     """``self(norms[0](query), norms[1](feat), layout)``."""
     _, read = _reader(self, query, feat, layout, norms)
     sampled = read()
-    with forgotten((sampled, read)):
+    with recomputed((sampled, read)):
         return linear(sampled, self.output_proj.weight, self.output_proj.bias)
 
 
@@ -54,7 +54,7 @@ def _plus_attention(self: MSDeformAttn, query: Tensor, feat: Tensor, layout: Lay
     """``query + _attention(...)``, summed where the projection is made."""
     query, read = _reader(self, query, feat, layout, norms)
     sampled = read()
-    with forgotten((sampled, read)):
+    with recomputed((sampled, read)):
         return add_linear(query, sampled, self.output_proj.weight, self.output_proj.bias)
 
 
@@ -90,7 +90,7 @@ def _is_deformable(self: Injector | Extractor, *args: object) -> bool:
     return isinstance(self.attn, MSDeformAttn)
 
 
-@fast_path(Injector.forward, suits=_is_deformable)
+@fast_path(Injector.forward, is_supported=_is_deformable)
 def injector(self: Injector, x: Tensor, c: Tensor, grids: Grids) -> Tensor:
     """An injector that does not hold what it has normed and read."""
     prefix, patches = x.tensor_split([x.shape[1] - grids.tokens[0] * grids.tokens[1]], dim=1)
@@ -98,7 +98,7 @@ def injector(self: Injector, x: Tensor, c: Tensor, grids: Grids) -> Tensor:
     return torch.cat([prefix, patches + self.gamma * read], dim=1)
 
 
-@fast_path(Extractor.forward, suits=_is_deformable)
+@fast_path(Extractor.forward, is_supported=_is_deformable)
 def extractor(self: Extractor, c: Tensor, x: Tensor, grids: Grids) -> Tensor:
     """An extractor that holds nothing wide but its result."""
     c = _plus_attention(self.attn, c, x, grids.extraction, (self.query_norm, self.feat_norm))
@@ -113,14 +113,14 @@ def _plus_ffn(
     """``c + scale * ffn(norm(c))``, ``scale`` (B, 1, 1) per sample; it holds what is narrow before the convolution."""
     c, narrow = branch_linear(c, norm, ffn.fc1.weight, ffn.fc1.bias)
     mixed = _mix(ffn, narrow, levels)
-    with forgotten((mixed, lambda: _mix(ffn, narrow, levels))):
+    with recomputed((mixed, lambda: _mix(ffn, narrow, levels))):
         active = F.gelu(mixed)
     if scale is None:
         weight, bias = ffn.fc2.weight, ffn.fc2.bias
     else:  # it is cheaper to scale what is narrow, with the bias as one more channel
         weight, bias = torch.cat([ffn.fc2.weight, ffn.fc2.bias[:, None]], dim=1), None
     ready = _scaled(active, scale)
-    with forgotten((ready, lambda: _scaled(F.gelu(_mix(ffn, narrow, levels)), scale))):
+    with recomputed((ready, lambda: _scaled(F.gelu(_mix(ffn, narrow, levels)), scale))):
         return add_linear(c, ready, weight, bias)
 
 
@@ -183,7 +183,7 @@ def stem(layers: nn.Sequential, x: Tensor) -> Tensor:
         x = conv_norm(conv2, norm2, conv_norm(conv1, norm1, x).relu_()).relu_()
         return pool(conv_norm(conv3, norm3, x)).relu_()
     x = conv1(x)
-    if all(batch_norm.suits(norm, x) for norm in (norm1, norm2, norm3)):
+    if all(batch_norm.is_supported(norm, x) for norm in (norm1, norm2, norm3)):
         x = batch_norm.norm_relu_conv(batch_norm.norm_relu_conv(x, norm1, conv2.weight), norm2, conv3.weight)
         return batch_norm.norm_pool(x, norm3).relu_()
     x = _normed(x, norm1, conv2)
@@ -191,7 +191,7 @@ def stem(layers: nn.Sequential, x: Tensor) -> Tensor:
     y = norm_map(norm3, x)
     if isinstance(norm3, SyncBatchNorm2d):
         return pool(y).relu_()
-    with forgotten((y, lambda: x)):  # the gradient of a largest value asks for its place, and for the shape of the map
+    with recomputed((y, lambda: x)):  # the gradient of a largest value asks for its place, and for the shape of the map
         return pool(y).relu_()
 
 
@@ -205,7 +205,7 @@ def _normed(x: Tensor, norm: nn.Module, conv: nn.Conv2d) -> Tensor:
     if isinstance(norm, SyncBatchNorm2d):  # to compute it again would take all processes again
         return conv(norm_map(norm, x).relu_())
     y, again = norm_twice(norm, x)
-    with forgotten((y, lambda: again().relu_())):
+    with recomputed((y, lambda: again().relu_())):
         return conv(y.relu_())
 
 
@@ -224,4 +224,4 @@ def finest(
     m = add_upsampled(m, c2, up.weight, up.bias)
     if x is not None:
         m = add_resampled(m, x, patch, STRIDES[0])
-    return batch_norm.norm_large(m, norm) if batch_norm.suits(norm, m) else norm_map(norm, m, mine=True)
+    return batch_norm.norm_large(m, norm) if batch_norm.is_supported(norm, m) else norm_map(norm, m, mine=True)

@@ -218,8 +218,8 @@ def _wrap(block: Block, index: int, adapters: Sequence[BlockAdapter], trace: Tra
 
 def _wrap_all(view: Any, blocks: Sequence[Block], first: int, grid: tuple[int, int]) -> list[Fn]:
     """Wrap these blocks, the first of which has index ``first``; checkpoint those that are."""
-    told = [replace(b, grid=grid, repeatable=not view.vit.sharded) for b in blocks]
-    builds = [partial(_build, view, b, i) for i, b in enumerate(told, first)]
+    on_grid = [replace(b, grid=grid, repeatable=not view.vit.sharded) for b in blocks]
+    builds = [partial(_build, view, b, i) for i, b in enumerate(on_grid, first)]
     how: Checkpointing = view.how
     state = view.state() if how.every else ()
     return [

@@ -7,8 +7,8 @@ with the plainest mixer. Here is one registry of them, in two forms:
 * :func:`cross_mixer`, the cross form of ViT-Adapter's injector and extractor: queries (B, Q, D) on one or several grids
   read maps of one or several levels, see :class:`~adaptkit.mixers.base.Layout`.
 
-A mixer has no residual, no norm and no gate: those belong to its backbone, which has exactly one zero (a zero
-up-projection, or a zero gamma). Class and register tokens have no place on a grid: a backbone never passes them in.
+A mixer has no residual, no norm and no gate: those belong to the block around it, which has exactly one zero (a
+zero up-projection, or a zero gamma). Class and register tokens have no place on a grid and are never passed in.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ __all__ = ["MSDeformAttn", "MSDeformMixer"]
 class MSDeformAttn(CrossMixer):
     """Multi-scale deformable attention (Deformable DETR, eq. 3) with a narrower value: ``ratio`` of D.
 
-    Its backbone initialises it, by ``reset_parameters`` and after everything else.
+    Who builds it initialises it, by ``reset_parameters`` and after everything else.
     """
 
     def __init__(self, dim: int, levels: int, heads: int, points: int, ratio: float) -> None:

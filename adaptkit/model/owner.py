@@ -27,7 +27,7 @@ MARK = "_adaptkit_owner"
 
 
 def check_free(backbone: nn.Module, seen: nn.Module) -> None:
-    """Raise ``ValueError`` where an adapted model has this backbone; what a forgotten one left is put back."""
+    """Raise ``ValueError`` where an adapted model has this backbone; what a recomputed one left is put back."""
     owner: Owner | None = vars(seen).get(MARK)
     if owner is None:
         return

@@ -33,7 +33,7 @@ from adaptkit.model.copied import Copy, distance, module_of
 __all__ = ["prove"]
 
 GRID = (2, 3)  #: of the tokens that the blocks of a plain ViT are tried on; not square, so that h and w are told apart
-STAGED_GRID = (9, 10)  #: several windows of 7 or 8, so that a shift acts
+HIERARCHICAL_GRID = (9, 10)  #: several windows of 7 or 8, so that a shift acts
 CHANNELS = 32  #: that a block's stand-in changes
 FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
 _MODULE = set(vars(nn.Module()))
@@ -200,7 +200,7 @@ def _digest(arguments: Any) -> float:
 
 def _prove_blocks(view: View) -> None:
     seen = Copy(view)
-    grid = GRID if isinstance(view, ViT) else STAGED_GRID
+    grid = GRID if isinstance(view, ViT) else HIERARCHICAL_GRID
     seen.view.accept(grid)
     modules = [module for module, _, _ in seen.bound(grid)]
     first: dict[Any, int] = {}  # of each kind of block

@@ -21,7 +21,7 @@ from adaptkit.ops import build
 
 def runs_here():
     q = torch.randn(1, 1, 4, 8)
-    return ops.suits(q, q, q)
+    return ops.is_supported(q, q, q)
 
 
 needs_kernel = pytest.mark.skipif(not runs_here(), reason="no C compiler, no AVX, or not Linux")
@@ -83,7 +83,7 @@ def assert_formula(q, k, v, scale):
 )
 def test_it_is_the_formula(batch, tokens, number, dim, keys):
     q, k, v = heads(batch, tokens, number, dim, keys=keys)
-    assert ops.suits(q, k, v)
+    assert ops.is_supported(q, k, v)
     for scale in (None, 0.3):
         assert torch.equal(ops.attention(q, k, v, scale), F.scaled_dot_product_attention(q, k, v, scale=scale))
         assert_formula(q, k, v, dim**-0.5 if scale is None else scale)
@@ -146,17 +146,17 @@ def test_what_is_not_a_number_stays_visible():
 @needs_kernel
 def test_it_suits_what_torch_gives_to_its_flash_attention():
     q, k, v = heads(1, 8, 2, 16)
-    assert ops.suits(q, k, v)
-    assert not ops.suits(q.double(), k.double(), v.double())
-    assert not ops.suits(q.bfloat16(), k.bfloat16(), v.bfloat16())
-    assert not ops.suits(q[0], k[0], v[0])
-    assert not ops.suits(q, k, v[..., :8])
-    assert not ops.suits(q, k[:, :1], v[:, :1])
-    assert not ops.suits(q.mT.contiguous().mT, k, v)
-    assert not ops.suits(*(x[:, :, :0] for x in (q, k, v)))
-    assert not ops.suits(*(x.to("meta") for x in (q, k, v)))
+    assert ops.is_supported(q, k, v)
+    assert not ops.is_supported(q.double(), k.double(), v.double())
+    assert not ops.is_supported(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert not ops.is_supported(q[0], k[0], v[0])
+    assert not ops.is_supported(q, k, v[..., :8])
+    assert not ops.is_supported(q, k[:, :1], v[:, :1])
+    assert not ops.is_supported(q.mT.contiguous().mT, k, v)
+    assert not ops.is_supported(*(x[:, :, :0] for x in (q, k, v)))
+    assert not ops.is_supported(*(x.to("meta") for x in (q, k, v)))
     with sdpa_kernel(SDPBackend.MATH):
-        assert not ops.suits(q, k, v)
+        assert not ops.is_supported(q, k, v)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from adaptkit._cpu import batch_norm
-from adaptkit._cpu.batch_norm import norm_large, norm_pool, norm_relu_conv, suits
+from adaptkit._cpu.batch_norm import is_supported, norm_large, norm_pool, norm_relu_conv
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -59,10 +59,10 @@ def test_a_large_map_is_normed_part_by_part(monkeypatch, shape, layout):
 
 def test_it_suits_the_plain_norm_in_training_alone():
     x = torch.randn(2, 5, 8, 8)
-    assert suits(nn.BatchNorm2d(5), x)
-    assert not suits(nn.BatchNorm2d(5).eval(), x)
-    assert not suits(nn.BatchNorm2d(5, momentum=None), x)
-    assert not suits(nn.BatchNorm2d(5, track_running_stats=False), x)
-    assert not suits(nn.SyncBatchNorm(5), x)
-    assert not suits(nn.GroupNorm(5, 5), x)
-    assert not suits(nn.BatchNorm2d(5).double(), x)
+    assert is_supported(nn.BatchNorm2d(5), x)
+    assert not is_supported(nn.BatchNorm2d(5).eval(), x)
+    assert not is_supported(nn.BatchNorm2d(5, momentum=None), x)
+    assert not is_supported(nn.BatchNorm2d(5, track_running_stats=False), x)
+    assert not is_supported(nn.SyncBatchNorm(5), x)
+    assert not is_supported(nn.GroupNorm(5, 5), x)
+    assert not is_supported(nn.BatchNorm2d(5).double(), x)

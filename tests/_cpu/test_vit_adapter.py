@@ -27,7 +27,7 @@ def test_what_is_not_kept_changes_no_bit(monkeypatch):
     found = []
     for forget in (True, False):
         if not forget:
-            monkeypatch.setattr(fast, "forgotten", kept)
+            monkeypatch.setattr(fast, "recomputed", kept)
         torch.manual_seed(0)
         options = {"conv_inplane": 8, "gamma_init": 0.5}
         model = adaptkit.attach(HOSTS["timm-vit"].at(64, 64), ("vit-adapter", options)).train()

@@ -19,7 +19,7 @@ from adaptkit.ops import build
 from adaptkit.ops.forks import Lock
 from adaptkit.seam import twice, without_autocast
 
-__all__ = ["attention", "suits"]
+__all__ = ["attention", "is_supported"]
 
 SOURCE = Path(__file__).with_name("kernel.c")
 FLAGS = ("-ffp-contract=fast",)  # no branch depends on a rounding here
@@ -30,7 +30,7 @@ _TOLERANCE = 8e-6
 _lock = Lock()
 
 
-def suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def is_supported(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether torch would run its flash attention, and the kernel knows its gradient: float32 (B, H, N, D), one D.
 
     The first call of a process compiles or loads the kernel.
@@ -49,7 +49,7 @@ def suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """``F.scaled_dot_product_attention(q, k, v, scale=scale)`` of what ``suits``."""
+    """``F.scaled_dot_product_attention(q, k, v, scale=scale)`` of what ``is_supported``."""
     return _Attention.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
 
 

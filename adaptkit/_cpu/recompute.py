@@ -1,4 +1,4 @@
-"""Tensors that are cheap to compute again need not be kept for the backward pass."""
+"""Recomputation: tensors that are cheap to compute again need not be kept for the backward pass."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["forgotten"]
+__all__ = ["recomputed"]
 
 
 @contextmanager
-def forgotten(*made: tuple[Tensor, Callable[[], Tensor]]) -> Iterator[None]:
+def recomputed(*made: tuple[Tensor, Callable[[], Tensor]]) -> Iterator[None]:
     """Keep, in place of each tensor y, how to compute it again: pairs (y, again), ``again()`` equal to y.
 
     Operations inside the block that would hold y, or a view of it, until the backward pass call ``again`` then. What
@@ -22,7 +22,7 @@ def forgotten(*made: tuple[Tensor, Callable[[], Tensor]]) -> Iterator[None]:
     if not torch.is_grad_enabled():
         yield
         return
-    known = {y.data_ptr(): _Forgotten(y, again) for y, again in made if y.requires_grad}
+    known = {y.data_ptr(): _Recomputed(y, again) for y, again in made if y.requires_grad}
 
     def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
         found = known.get(tensor.data_ptr())
@@ -38,7 +38,7 @@ def forgotten(*made: tuple[Tensor, Callable[[], Tensor]]) -> Iterator[None]:
         known.clear()  # autograd holds `pack`
 
 
-class _Forgotten:
+class _Recomputed:
     """How to compute a tensor again: once for all who ask."""
 
     def __init__(self, y: Tensor, again: Callable[[], Tensor]) -> None:
@@ -54,9 +54,9 @@ class _Forgotten:
         """What is kept for the backward pass."""
         self.askers += 1
         size, stride = tensor.shape, tensor.stride()
-        return lambda: self.tell().as_strided(size, stride)
+        return lambda: self.value().as_strided(size, stride)
 
-    def tell(self) -> Tensor:
+    def value(self) -> Tensor:
         """Return y; the last one who asks drops it."""
         if self.found is None:
             with torch.autocast("cpu", enabled=False):  # as the forward pass ran

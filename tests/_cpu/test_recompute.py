@@ -1,11 +1,11 @@
-"""What is forgotten is computed again, once, and gives the same gradients."""
+"""What is recomputed is computed again, once, and gives the same gradients."""
 
 import weakref
 
 import torch
 import torch.nn.functional as F
 
-from adaptkit._cpu.forget import forgotten
+from adaptkit._cpu.recompute import recomputed
 
 
 def run(c, weight, other, forget):
@@ -18,7 +18,7 @@ def run(c, weight, other, forget):
 
     y = c.relu()
     if forget:
-        with forgotten((y, again)):
+        with recomputed((y, again)):
             out = F.linear(y, weight) + F.linear(y.flatten(0, 1), other).view(*y.shape[:2], -1)
     else:
         out = F.linear(y, weight) + F.linear(y, other)
