@@ -18,7 +18,9 @@ from torch import nn
 from adaptkit.core import registry
 from adaptkit.create import create_backbone
 from adaptkit.hub.repository import load
-from adaptkit.model.adapted import AdaptedModel, attach
+from adaptkit.model.adapted import attach
+from adaptkit.networks.network import load as network_of
+from adaptkit.networks.network import recipe_of
 
 __all__ = ["from_pretrained"]
 
@@ -33,8 +35,9 @@ def from_pretrained(
     subfolder: str = "",
     allow_nonfinite: bool = False,
     **download: Any,
-) -> AdaptedModel:
-    """Build the backbone that an adapter was trained on and attach the adapter; returns the model in eval mode.
+) -> Any:
+    """Build the backbone that an adapter was trained on and attach the adapter; returns the model in eval mode:
+    an ``AdaptedModel``, or a :class:`~adaptkit.networks.Network` where the file holds a detector or a mask decoder.
 
     Which backbone is downloaded is printed on stderr. The file may name one of the Hub or of timm; for one on this disk
     give ``backbone=``.
@@ -61,6 +64,8 @@ def from_pretrained(
         model = create_backbone(backbone)
     else:
         model = _recorded(str(source), file.header, {k: v for k, v in download.items() if k != "force_download"})
+    if recipe_of(file) is not None and head is None:
+        return network_of(file, model, strict)
     return attach(model, file, head=head, strict=strict).eval()
 
 

@@ -13,8 +13,9 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from adaptkit.pictures import check_frame, framed, read
+
 from .order import Rows
-from .pictures import check_frame, framed, read
 
 MOST = 2000  # files that are opened and masks that are drawn before training; the rest is checked by its JSON alone
 

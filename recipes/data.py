@@ -14,10 +14,10 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from adaptkit.core.view import Source
+from adaptkit.pictures import Picture, check_pair, class_ids, pair
 
 from .normalisation import normalise
 from .order import Rows, undecoded
-from .pictures import Picture, check_pair, class_ids, pair
 
 LABELS = 65536  # that a mask can hold, in 16 bits
 BLACK_AND_WHITE = '{"0": 0, "255": 1}'

@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 import adaptkit
 from adaptkit.create import create_backbone
 from adaptkit.losses import silog_loss
+from adaptkit.pictures import Picture, check_pair, numbers, pair
 
 from .data import open_dataset, some
 from .drawn import rooms
@@ -29,7 +30,6 @@ from .engine import Task, run
 from .normalisation import normalise, source_of
 from .options import adapters, command, parser, read, validation
 from .order import Rows
-from .pictures import Picture, check_pair, numbers, pair
 
 DEPTH_NAMES = ("depth", "depths", "depth_map", "disparity", "label", "mask")
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from adaptkit.core.view import Source
+from adaptkit.pictures import class_ids, colours, pair, read_row
 from adaptkit.version import DISTRIBUTION
 
 from .data import filled, open_dataset, open_rows, renamed
 from .devices import sent
 from .normalisation import normalise
 from .order import Rows, undecoded
-from .pictures import class_ids, colours, pair, read_row
 
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
 KNOWN = "a folder with one folder per class, or a .txt list of images"

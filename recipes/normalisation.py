@@ -8,8 +8,7 @@ from typing import Any
 from torchvision.transforms import v2
 
 from adaptkit.core.view import Source
-
-from .pictures import CHANNELS
+from adaptkit.pictures import CHANNELS
 
 HELP = """of the images that the backbone was pretrained on, for values in 0..1, in the order of the channels or
 one number for all; default: what the backbone says of itself"""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
-from .pictures import read_row
+from adaptkit.pictures import read_row
 
 
 class Rows(Dataset, ABC):

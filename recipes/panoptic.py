@@ -14,11 +14,11 @@ import argparse
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import adaptkit
 from adaptkit.create import create_backbone
+from adaptkit.networks.segmenters import merge
 
 from . import network
 from .data import warn_unseen
@@ -80,41 +80,6 @@ def loss(model: nn.Module, batch: Any, args: argparse.Namespace) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------ predict
-
-
-def merge(
-    classes: Tensor, masks: Tensor, size: tuple[int, int], things: set[int], thresholds: tuple[float, float]
-) -> Tensor:
-    """Make one panoptic map of the queries of one image (Cheng et al. 2021, MaskFormer, section 3.4).
-
-    Each pixel goes to the query with the largest p(class) * p(mask). A query whose class is uncertain takes no part,
-    and one that others hide for the larger part is dropped. Segments of one stuff class are one segment.
-
-    Args:
-        classes: logits (Q, K + 1), the last of "nothing".
-        masks: logits (Q, h, w).
-        size: (H, W) of the image.
-        things: labels of which each query is a segment by itself.
-        thresholds: least score of a query, and least share of its mask that must be visible.
-
-    Returns (H, W, 2) int64, label and segment id of each pixel; label -1 where nothing was found.
-    """
-    result = torch.full((*size, 2), -1, dtype=torch.int64, device=classes.device)
-    scores, labels = classes.float().softmax(-1).max(-1)
-    keep = (labels < classes.shape[-1] - 1) & (scores > thresholds[0])
-    if not keep.any():
-        return result
-    scores, labels = scores[keep], labels[keep]
-    inside = F.interpolate(masks[keep][None].float(), size, mode="bilinear", align_corners=False)[0].sigmoid()
-    owner = (scores[:, None, None] * inside).argmax(0)  # (H, W)
-    whole = inside >= 0.5
-    visible = whole.gather(0, owner[None])[0]  # pixels that lie inside the mask of their owner
-    seen = torch.zeros_like(labels).scatter_add_(0, owner.flatten(), visible.flatten().long())  # pixels of each query
-    kept = (seen > 0) & (seen >= thresholds[1] * whole.sum((1, 2)))
-    is_thing = torch.isin(labels, torch.tensor(sorted(things), device=labels.device))
-    number = torch.arange(1, len(labels) + 1, device=labels.device)
-    segment = torch.stack([labels, number * is_thing], dim=-1)  # (Q, 2)
-    return torch.where((visible & kept[owner])[..., None], segment[owner], result)
 
 
 def predict(model: Any, batch: Any) -> tuple[list[Tensor], list[Tensor]]:

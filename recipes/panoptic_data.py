@@ -13,11 +13,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from adaptkit.core.view import Source
+from adaptkit.pictures import framed, read, turned
 
 from .coco import MOST, check_images, image_row, read_json
 from .normalisation import normalise
 from .order import Rows
-from .pictures import framed, read, turned
 
 
 class Segments(NamedTuple):

@@ -7,11 +7,11 @@ import dataclasses
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import adaptkit
 from adaptkit.create import create_backbone
+from adaptkit.networks.segmenters import class_scores
 
 from . import network
 from .engine import Task
@@ -61,9 +61,5 @@ def set_loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) ->
 
 
 def classes_of_queries(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The class of a pixel is the largest sum over queries of p(class) * p(mask) (Cheng et al. 2021, section 3.4)."""
     image, mask = batch
-    found = model(image)
-    inside = F.interpolate(found.masks_queries_logits.float(), mask.shape[-2:], mode="bilinear", align_corners=False)
-    classes = found.class_queries_logits.float().softmax(-1)[..., :-1]
-    return torch.einsum("bqc,bqhw->bchw", classes, inside.sigmoid()).argmax(1), mask
+    return class_scores(model(image), (mask.shape[-2], mask.shape[-1])).argmax(1), mask

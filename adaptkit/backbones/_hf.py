@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adaptkit.backbones._processor import normalisation
+from adaptkit.backbones._processor import framing, normalisation
 from adaptkit.backbones._timm import class_name, is_bare, joined
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block, Perceptron, Projections, Source, Spec, ViT, identity
@@ -78,7 +78,11 @@ def hf_source(model: Any, channels: int) -> Source:
     """
     name, commit = model.config._name_or_path or "", getattr(model.config, "_commit_hash", None) or ""
     mean, std = normalisation(name, commit, channels, getattr(model, HUB_CACHE, None))
-    return Source(id=name, revision=commit, mean=mean, std=std)
+    said = framing(name, commit, getattr(model, HUB_CACHE, None))
+    side = getattr(model.config, "image_size", 0)
+    side = side if isinstance(side, int) else min(side or [0])
+    said = said or {"resize": side, "crop": side, "squash": False, "interpolation": "bilinear"}
+    return Source(id=name, revision=commit, mean=mean, std=std, **said)
 
 
 def tower(seen: HfViT, model: Any) -> HfViT:

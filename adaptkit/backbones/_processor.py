@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FILES", "Normalisation", "normalisation"]
+__all__ = ["FILES", "Normalisation", "framing", "normalisation"]
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  #: mean and std, for values in 0..1; empty: not known
 
@@ -40,6 +40,37 @@ def normalisation(name: str, commit: str, channels: int, cache: str | None = Non
     return found.pop() if len(found) == 1 else UNKNOWN
 
 
+def framing(name: str, commit: str, cache: str | None = None) -> dict[str, Any]:
+    """Return how the image processor beside a model frames an image, as ``Source`` has it; {} where none says it."""
+    found = [said for said in (_frame(_processor(folder)) for folder in _folders(name, commit, cache)) if said]
+    return found[0] if found and all(said == found[0] for said in found) else {}
+
+
+def _frame(said: dict[str, Any]) -> dict[str, Any]:
+    """``size`` is one side, a height and a width, or the shorter side; ``crop_size`` is cut from the middle."""
+    size, crop = said.get("size"), said.get("crop_size")
+    exact = isinstance(size, dict) and "height" in size
+    side = _side(size)
+    if said.get("do_resize") is False or not side:
+        return {}
+    cut = _side(crop) if said.get("do_center_crop") else 0
+    names = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+    return {
+        "resize": 0 if exact else side,
+        "crop": side if exact else cut or side,
+        "squash": exact,
+        "interpolation": names.get(said.get("resample", 2), "bilinear"),
+    }
+
+
+def _side(size: Any) -> int:
+    """One number, or the smaller of two; 0 where there is none."""
+    if isinstance(size, dict):
+        sides: list[Any] = [size[k] for k in ("height", "width") if size.get(k)]
+        size = size.get("shortest_edge") or min(sides, default=0)
+    return size if type(size) is int and size > 0 else 0
+
+
 def _folders(name: str, commit: str, cache: str | None) -> Iterator[Path]:
     if not name:
         return
@@ -58,12 +89,21 @@ def _folders(name: str, commit: str, cache: str | None) -> Iterator[Path]:
 def _in_folder(folder: Path, channels: int) -> Normalisation:
     for name in FILES:
         path = folder / name
-        said = _json(path) if path.is_file() else {}
-        if name == FILES[0]:
-            said = said.get("image_processor", {})
+        said = _part(path)
         if said:
             return _said(said, channels, path)
     return UNKNOWN
+
+
+def _processor(folder: Path) -> dict[str, Any]:
+    """What the image processor in a folder says; {} where there is none."""
+    found = (_part(folder / name) for name in FILES)
+    return next((said for said in found if isinstance(said, dict) and said), {})
+
+
+def _part(path: Path) -> Any:
+    said = _json(path) if path.is_file() else {}
+    return said.get("image_processor", {}) if path.name == FILES[0] else said
 
 
 def _json(path: Path) -> dict[str, Any]:

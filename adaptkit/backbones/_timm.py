@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -220,4 +221,17 @@ def cfg_source(cfg: dict[str, Any] | None, classes: int, channels: int) -> Sourc
         mean=mean if known else (),
         std=std if known else (),
         classes=classes,
+        **_framing(cfg),
     )
+
+
+def _framing(cfg: dict[str, Any]) -> dict[str, Any]:
+    """How images are framed in evaluation, as ``timm.data.create_transform`` reads the same record."""
+    side = int((cfg.get("input_size") or (0, 0, 0))[-1])
+    squash = cfg.get("crop_mode") == "squash"
+    return {
+        "resize": 0 if squash else math.floor(side / (cfg.get("crop_pct") or 0.875)),
+        "crop": side,
+        "squash": squash,
+        "interpolation": cfg.get("interpolation") or "bicubic",
+    }

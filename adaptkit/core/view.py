@@ -89,6 +89,10 @@ class Source(NamedTuple):
     mean: tuple[float, ...] = ()  #: normalisation of the image, channel by channel, for values in 0..1
     std: tuple[float, ...] = ()
     classes: int = 0  #: of the backbone's own classifier
+    resize: int = 0  #: how images were framed: the shorter side, in pixels, is brought to this; 0: not known
+    crop: int = 0  #: then a square of this side is cut from the middle
+    squash: bool = False  #: both sides are brought to ``crop``, whatever the shape
+    interpolation: str = ""  #: "bilinear", "bicubic", ...
 
 
 class Features(NamedTuple):

@@ -33,6 +33,8 @@ class ClassifierHeadConfig:
 class ClassifierHead(nn.Module):
     """``linear(norm(pool(tokens)))``, as linear evaluation of frozen features has it."""
 
+    answers = "classification"  #: what its logits are, for ``model.predict``
+
     def __init__(self, spec: Spec, config: ClassifierHeadConfig, strides: tuple[int, ...]) -> None:
         super().__init__()
         if config.pool != "avg" and spec.num_prefix_tokens == 0:

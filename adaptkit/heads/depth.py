@@ -46,6 +46,8 @@ class DepthHeadConfig:
 class DepthHead(nn.Module):
     """Depth as the mean of evenly spaced bins, weighted by ``relu(logits) + 0.1`` (AdaBins, DINOv2), from an FPN."""
 
+    answers = "depth"  #: what its logits are, for ``model.predict``
+
     centres: Tensor
 
     def __init__(self, spec: Spec | HierarchicalSpec, config: DepthHeadConfig, strides: tuple[int, ...]) -> None:

@@ -83,6 +83,8 @@ class FPN(_FPN):
 class FPNHead(_FPN):
     """Panoptic FPN's semantic branch on the pyramid, or on the tokens where there is none."""
 
+    answers = "segmentation"  #: what its logits are, for ``model.predict``
+
     def forward(self, features: Features) -> Tensor:
         """Features -> logits (B, classes, H, W) at the image's own size."""
         return resample_map(self.finest(features), self.strides[0], 1, features.size)

@@ -30,6 +30,8 @@ class LinearHeadConfig:
 class LinearHead(nn.Module):
     """BatchNorm and one linear layer on each patch token, upsampled."""
 
+    answers = "segmentation"  #: what its logits are, for ``model.predict``
+
     def __init__(self, spec: Spec, config: LinearHeadConfig, strides: tuple[int, ...]) -> None:
         super().__init__()
         self.config, self.patch = config, spec.patch_size

@@ -28,8 +28,16 @@ from adaptkit.model.parts import AdapterSet
 from adaptkit.model.proof import prove
 from adaptkit.model.sets import NamedSets, build_set, checked_name, ordinarily
 from adaptkit.model.trainable import check_trained
+from adaptkit.predict.predicts import Predicts
+from adaptkit.predict.tasks import TASKS, Described
 
 __all__ = ["AdaptedModel", "attach", "list_adapters", "list_heads"]
+
+#: The Hub's names of the tasks -> what is predicted.
+KINDS = {
+    "semantic-segmentation": "segmentation", "segmentation": "segmentation", "image-segmentation": "segmentation",
+    "image-classification": "classification", "classification": "classification", "depth-estimation": "depth",
+}  # fmt: skip
 
 
 def attach(
@@ -130,7 +138,7 @@ def _with_all(logits: Any, features: Features) -> Any:
     return logits + sum(x[..., :0].sum() for x in (features.tokens, features.prefix, *features.maps)).to(logits.dtype)
 
 
-class AdaptedModel(Facts, NamedSets):
+class AdaptedModel(Predicts, Facts, NamedSets):
     """A frozen backbone with adapters, as :func:`attach` builds it; ``model(image)`` returns ``Features``.
 
     The backbone is never trained: no parameter of it requires a gradient and it stays in eval mode whatever
@@ -200,6 +208,37 @@ class AdaptedModel(Facts, NamedSets):
         if self._disabled or acting.why_alone():
             raise ValueError(f"cached features do not do for these adapters: {acting.why_alone() or 'disabled'}")
         return acting
+
+    # ---------------------------------------------------------------------------------------------------- predicting
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the file of the active set says beside tensors and configs: ``task``, ``classes``, ``size``, ..."""
+        return {} if self._active is None else dict(self._acting.metadata)
+
+    def described(self) -> Described:
+        """What it predicts: as its head says, or the ``task`` of its file; without a head, the backbone's classes.
+
+        Raises ``TypeError`` where there is nothing that predicts, or nobody says what a head of the user's predicts.
+        """
+        said, head = self.metadata, self.head
+        if head is None:
+            if self.vit.source().classes < 1:
+                raise TypeError(
+                    "neither this model nor its backbone has a head, so there is nothing to predict: attach with "
+                    "head=, e.g. head=('fpn', {'num_classes': 19})"
+                )
+            return Described("classification", {}, self._logits)
+        answers = getattr(head, "answers", None) or KINDS.get(str(said.get("task")))
+        if answers not in TASKS:
+            raise TypeError(
+                f"nobody says what the head {type(head).__name__} predicts: give it the attribute answers, one of "
+                f"{', '.join(TASKS)}, or save with task=, one of {', '.join(KINDS)}"
+            )
+        return Described(answers, said, self._logits)
+
+    def _logits(self, image: Tensor) -> Any:
+        return self(image).logits
 
     # -------------------------------------------------------------------------------------------------------- saving
 

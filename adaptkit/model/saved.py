@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from adaptkit.core.registry import Entry, configured
 from adaptkit.hub.file import FLOATS, AdapterFile
 
-__all__ = ["build", "check_tensors", "configured_by"]
+__all__ = ["Bounded", "build", "check_tensors", "configured_by"]
 
 #: How many calls of torch building a module takes, and how many values are made on the way, beside the file's.
 CALLS, CALLS_PER_TENSOR, SPARE = 5000, 50, 1 << 20
@@ -67,10 +67,10 @@ def build(
     """
     try:
         if backbone is None:
-            with torch.device("meta"), _Bounded(tensors):
+            with torch.device("meta"), Bounded(tensors):
                 plan = make()
             check_tensors(plan.state_dict(), translate(plan, tensors), where)
-        with _Bounded(tensors, backbone):
+        with Bounded(tensors, backbone):
             module = make()
         own = translate(module, tensors)
         check_tensors(module.state_dict(), own, where)
@@ -85,7 +85,7 @@ def _said(error: Exception) -> str:
     return str(error) if isinstance(error, ValueError) else f"cannot be built as the header says: {error!r:.500}"
 
 
-class _Bounded(TorchFunctionMode):
+class Bounded(TorchFunctionMode):
     """Build a module within bounds, in this thread, and leave its parameters as they are allocated.
 
     The file has the values of every parameter. Until memory is written to, it takes none: an allocation beyond the

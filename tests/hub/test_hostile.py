@@ -428,6 +428,7 @@ def fuzz(files, folder, seeds):
         assert out.tokens.shape == right.tokens.shape, seed
         same_header, same_tensors = read(folder / "file")
         unchanged = same_header["adapters"] == header["adapters"] and same_header["head"] == header["head"]
+        unchanged &= same_tensors.keys() == tensors.keys()  # a layer of LoRA may be called otherwise and mean the same
         if unchanged and all(torch.equal(same_tensors[k], tensors[k]) for k in tensors):
             assert torch.equal(out.tokens, right.tokens), seed
             assert all(torch.equal(a, b) for a, b in zip(out.maps, right.maps, strict=True)), seed

@@ -10,14 +10,15 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from adaptkit import pictures
 from adaptkit.core.view import Source
-from recipes import coco, pictures, shapes
+from adaptkit.pictures import class_ids, colours, pair, read
+from recipes import coco, shapes
 from recipes.coco import Detection, read_instances
 from recipes.data import SegmentationData, open_dataset
 from recipes.labelled import LabelledData, open_images, open_labelled
 from recipes.order import Stream
 from recipes.panoptic_data import PanopticData, locate, read_segments
-from recipes.pictures import class_ids, colours, pair, read
 
 PLAIN = Source(mean=(0.0,) * 3, std=(1.0,) * 3)  # samples are the pixels themselves, in 0..1
 RNG = np.random.default_rng(0)

@@ -74,7 +74,7 @@ def read(stored: Any, name: str = "", pixels: bool = True) -> Picture:
     if not data:
         raise ValueError(f"{name} is empty (0 bytes); {AGAIN}")
     try:
-        image = Image.open(io.BytesIO(data))
+        image: Any = Image.open(io.BytesIO(data))
         wide, turn = _is_wide(image), _orientation(image)  # in this order: to ask for EXIF may load the pixels
         if pixels:
             image.load()
@@ -116,7 +116,7 @@ def _orientation(image: Image.Image) -> int:
     return turn if turn in _BACK else 1
 
 
-def _is_wide(image: Image.Image) -> bool:
+def _is_wide(image: Any) -> bool:
     """Is it a PNG of colours, or of greys with alpha, in 16 bits?"""
     return image.format == "PNG" and image.mode in ("RGB", "RGBA", "LA") and "16" in str(image.tile[0][3])
 
@@ -229,7 +229,7 @@ def numbers(picture: Picture, what: str, advice: str, palette: bool) -> np.ndarr
 def class_ids(picture: Picture) -> np.ndarray:
     """Mask -> class ids (H, W) int64. Colours and fractions are no class ids: ``ValueError``."""
     values = numbers(picture, "a mask", "store one class id per pixel (mode L or P)", palette=True)
-    ids = values.astype(np.int64)
+    ids: np.ndarray = values.astype(np.int64)
     if values.dtype.kind == "f" and not (np.isfinite(values).all() and (ids == values).all()):
         raise ValueError(f"{picture.name}: a mask holds fractions; store one class id per pixel (mode L or P)")
     return ids

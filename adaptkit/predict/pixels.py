@@ -1,0 +1,109 @@
+"""A picture of any kind -> its pixels, (C, H, W) float32 in 0..1."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from adaptkit.pictures import CHANNELS, colours, read
+
+__all__ = ["listed", "pixels"]
+
+
+def listed(images: Any) -> tuple[list[Any], bool]:
+    """Return single pictures, and whether several were asked for: a list, a tuple, or an array with a batch dimension.
+
+    Raises ``ValueError`` for an array of no image's dimensions.
+    """
+    if isinstance(images, Tensor | np.ndarray):
+        if images.ndim == 4:
+            return list(images), True
+        if images.ndim not in (2, 3):
+            raise ValueError(
+                f"an image of shape {tuple(images.shape)}: expected (H, W), (C, H, W) or (H, W, C), or a batch of them "
+                "with one dimension more in front"
+            )
+        return [images], False
+    if isinstance(images, str | bytes | os.PathLike | Image.Image):
+        return [images], False
+    if isinstance(images, Sequence):
+        return list(images), True
+    raise TypeError(
+        f"an image is a path, a PIL image, an array or a tensor, or a list of them; this is a {type(images).__name__}"
+    )
+
+
+def pixels(image: Any, channels: int = CHANNELS) -> Tensor:
+    """Picture -> (channels, H, W) float32 in 0..1, upright.
+
+    Args:
+        image: a path, the bytes of a file or a PIL image; or an array or tensor, grey (H, W), (C, H, W) or (H, W, C),
+            whole numbers of 8 or 16 bits, or floats in 0..1, or in 0..255.
+        channels: of the backbone. Grey becomes three of the same, and alpha is dropped.
+
+    Raises ``ValueError`` for a file that cannot be read (it is named), another number of channels, and floats that are
+    no pixels, such as an image that has been normalised already.
+    """
+    if isinstance(image, Tensor | np.ndarray):
+        return _channels(_scaled(_tensor(image)), channels)
+    if channels != CHANNELS:
+        raise ValueError(
+            f"a picture is read as {CHANNELS} channels, and this backbone takes {channels}: give an array ({channels}, "
+            "H, W)"
+        )
+    said = {"bytes": bytes(image), "path": None} if isinstance(image, bytes) else image
+    name = "the image" if isinstance(image, bytes | Image.Image) else ""
+    picture = read(Path(said).expanduser() if isinstance(said, str) else said, name)
+    return F.to_dtype(colours(picture), torch.float32, scale=True).as_subclass(Tensor)
+
+
+def _tensor(image: Tensor | np.ndarray) -> Tensor:
+    """(H, W), (C, H, W) or (H, W, C) -> (C, H, W): the channels are the side of at most four, or the first."""
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(np.ascontiguousarray(image.astype(np.int32) if image.dtype == np.uint16 else image))
+        sixteen = image.dtype == torch.int32
+    else:
+        sixteen = image.dtype == torch.uint16
+        image = image.detach().to(torch.int32) if sixteen else image.detach()
+    if image.ndim == 2:
+        image = image[None]
+    elif image.shape[-1] <= 4 < image.shape[0]:
+        image = image.permute(2, 0, 1)
+    return image.float() / 65535 if sixteen else image
+
+
+def _scaled(image: Tensor) -> Tensor:
+    if image.dtype == torch.uint8:
+        return image.float() / 255
+    if image.dtype == torch.bool:
+        return image.float()
+    if not image.is_floating_point():
+        raise ValueError(f"an image of {image.dtype}: give 8 or 16 bits without a sign, or floats in 0..1")
+    image = image.float()
+    low, high = (float(v) for v in torch.aminmax(image)) if image.numel() else (0.0, 0.0)
+    if not (low >= 0 and high <= 255):  # NaN is neither
+        raise ValueError(
+            f"an image with values {low:g}..{high:g}: pixels are in 0..1 or 0..255. If it is normalised already, call "
+            "the model itself: model(image)"
+        )
+    return image / 255 if high > 1 else image
+
+
+def _channels(image: Tensor, channels: int) -> Tensor:
+    if min(image.shape) == 0:
+        raise ValueError(f"an image of shape {tuple(image.shape)} has no pixel")
+    if channels == CHANNELS:
+        if image.shape[0] in (1, 2):  # grey, maybe with alpha
+            image = image[:1].expand(CHANNELS, -1, -1)
+        image = image[:CHANNELS] if image.shape[0] == 4 else image
+    if image.shape[0] != channels:
+        raise ValueError(f"an image of {image.shape[0]} channels, and this backbone takes {channels}")
+    return image
