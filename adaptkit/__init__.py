@@ -1,37 +1,40 @@
 """adaptkit: small trainable modules for frozen vision transformers.
 
-``adaptkit.attach(model, "vit-adapter")`` is the call that everybody uses. Every module of the package is an attribute,
-imported when it is first asked for: ``adaptkit.interop``, ``adaptkit.export``, ``adaptkit.analysis``.
+``adaptkit.attach(model, "vit-adapter")`` is the call that everybody uses. Every public name, and every module of the
+package (``adaptkit.interop``, ``adaptkit.export``, ``adaptkit.analysis``), is an attribute, imported when it is first
+asked for: ``import adaptkit`` alone imports no torch.
 """
 
 import importlib
 import pkgutil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adaptkit import _moved, _namesake  # noqa: F401  the second refuses to share its name
-from adaptkit.adapters.adavit import AdaViTConfig
-from adaptkit.adapters.dat import DATConfig
-from adaptkit.adapters.metaformer import MetaFormerConfig
-from adaptkit.adapters.sfp import SimpleFeaturePyramidConfig
-from adaptkit.adapters.vit_adapter import ViTAdapterConfig
-from adaptkit.core.hierarchical import HierarchicalSpec
-from adaptkit.core.registry import register_adapter, register_family, register_head, view
-from adaptkit.core.view import Features, Spec
-from adaptkit.demo import demo_backbone
-from adaptkit.heads.classifier import ClassifierHeadConfig
-from adaptkit.heads.depth import DepthHeadConfig
-from adaptkit.heads.fpn import FPNHeadConfig
-from adaptkit.heads.linear import LinearHeadConfig
-from adaptkit.hub.file import AdapterFile
-from adaptkit.hub.repository import load
-from adaptkit.mixers import list_mixers, register_mixer
-from adaptkit.model.adapted import AdaptedModel, attach, list_adapters, list_heads
-from adaptkit.model.many import ManyTasks, attach_many
-from adaptkit.model.pyramid import as_pyramid
-from adaptkit.model.sharding import shard
-from adaptkit.pretrained import from_pretrained
-from adaptkit.seam import reference
 from adaptkit.version import __version__
+
+if TYPE_CHECKING:
+    from adaptkit.adapters.adavit import AdaViTConfig
+    from adaptkit.adapters.dat import DATConfig
+    from adaptkit.adapters.metaformer import MetaFormerConfig
+    from adaptkit.adapters.sfp import SimpleFeaturePyramidConfig
+    from adaptkit.adapters.vit_adapter import ViTAdapterConfig
+    from adaptkit.core.hierarchical import HierarchicalSpec
+    from adaptkit.core.registry import register_adapter, register_family, register_head, view
+    from adaptkit.core.view import Features, Spec
+    from adaptkit.demo import demo_backbone
+    from adaptkit.heads.classifier import ClassifierHeadConfig
+    from adaptkit.heads.depth import DepthHeadConfig
+    from adaptkit.heads.fpn import FPNHeadConfig
+    from adaptkit.heads.linear import LinearHeadConfig
+    from adaptkit.hub.file import AdapterFile
+    from adaptkit.hub.repository import load
+    from adaptkit.mixers import list_mixers, register_mixer
+    from adaptkit.model.adapted import AdaptedModel, attach, list_adapters, list_heads
+    from adaptkit.model.many import ManyTasks, attach_many
+    from adaptkit.model.pyramid import as_pyramid
+    from adaptkit.model.sharding import shard
+    from adaptkit.pretrained import from_pretrained
+    from adaptkit.seam import reference
 
 __all__ = [
     "AdaViTConfig",
@@ -68,6 +71,41 @@ __all__ = [
     "view",
 ]
 
+#: public name -> the module that it is in; editors read the same from the imports above
+_NAMES = {
+    "AdaViTConfig": "adapters.adavit",
+    "AdaptedModel": "model.adapted",
+    "AdapterFile": "hub.file",
+    "ClassifierHeadConfig": "heads.classifier",
+    "DATConfig": "adapters.dat",
+    "DepthHeadConfig": "heads.depth",
+    "FPNHeadConfig": "heads.fpn",
+    "Features": "core.view",
+    "HierarchicalSpec": "core.hierarchical",
+    "LinearHeadConfig": "heads.linear",
+    "ManyTasks": "model.many",
+    "MetaFormerConfig": "adapters.metaformer",
+    "SimpleFeaturePyramidConfig": "adapters.sfp",
+    "Spec": "core.view",
+    "ViTAdapterConfig": "adapters.vit_adapter",
+    "as_pyramid": "model.pyramid",
+    "attach": "model.adapted",
+    "attach_many": "model.many",
+    "demo_backbone": "demo",
+    "from_pretrained": "pretrained",
+    "list_adapters": "model.adapted",
+    "list_heads": "model.adapted",
+    "list_mixers": "mixers",
+    "load": "hub.repository",
+    "reference": "seam",
+    "register_adapter": "core.registry",
+    "register_family": "core.registry",
+    "register_head": "core.registry",
+    "register_mixer": "mixers",
+    "shard": "model.sharding",
+    "view": "core.registry",
+}
+
 
 _moved.install()
 
@@ -77,6 +115,10 @@ def _modules() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+        globals()[name] = value  # the next time it is found without this function
+        return value
     if name == "StagedSpec":
         return importlib.import_module("adaptkit.core.hierarchical").StagedSpec
     if name in _modules() or f"{__name__}.{name}" in _moved.MOVED:
@@ -85,4 +127,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_modules()})
+    return sorted({*globals(), *__all__, *_modules()})

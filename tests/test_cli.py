@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from families import HOSTS
 
 import adaptkit
-from adaptkit.cli import _table, main
+from adaptkit.cli import main
+from adaptkit.cli._show import table
 from adaptkit.hub.printable import printable
 
 
@@ -57,7 +58,7 @@ def test_inspect_shows_what_a_file_says_and_does_not_do_it(tmp_path, capsys, tex
     header = model.header()
     header["backbone"].update(source=text)
     rows = [("trained on", header["backbone"]["source"]), (text, "x")]
-    _table(text, rows)
+    table(text, rows)
     said = capsys.readouterr().out
     assert said.count(printable(text)) == 3
     assert all(c.isprintable() or c == "\n" for c in said)
@@ -93,3 +94,34 @@ def test_demo_trains_three_ways_and_draws_a_picture(tmp_path, capsys, monkeypatc
 
     assert Image.open(tmp_path / "out" / "predictions.png").size[0] > 5 * 128
     assert torch.get_num_threads() == 1
+
+
+def test_alone_it_prints_its_help(capsys):
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("usage: adaptkit")
+    for command in ("demo", "doctor", "export", "inspect", "list", "train"):
+        assert f"\n    {command} " in said
+
+
+def test_a_command_is_one_file(tmp_path, monkeypatch, capsys):
+    import adaptkit.cli
+
+    (tmp_path / "shout.py").write_text(
+        "def add(commands):\n    commands.add_parser('shout', help='loudly').add_argument('word')\n\n\n"
+        "def run(args):\n    print(args.word.upper())\n    return 3\n"
+    )
+    (tmp_path / "_no_command.py").write_text("raise RuntimeError\n")
+    monkeypatch.setattr(adaptkit.cli, "__path__", [*adaptkit.cli.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "adaptkit.cli.shout", raising=False)
+    assert main(["shout", "here"]) == 3
+    assert capsys.readouterr().out == "HERE\n"
+    sys.modules.pop("adaptkit.cli.shout")
+
+
+@pytest.mark.parametrize("module", ["adaptkit", "adaptkit.cli"])
+def test_python_dash_m_is_the_command_line(module):
+    import subprocess
+
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"adaptkit {adaptkit.__version__}\n")

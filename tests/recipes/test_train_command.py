@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import adaptkit.cli as cli
+from adaptkit.cli.train import recipes
 from adaptkit.core import registry
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
@@ -23,7 +24,7 @@ def test_alone_it_lists_the_tasks(capsys):
 
 
 def test_it_forwards_every_argument_untouched(monkeypatch):
-    package, _ = cli._recipes()
+    package, _ = recipes()
     seen = []
     monkeypatch.setattr(importlib.import_module(f"{package}.classify"), "main", seen.append)
     assert cli.main(["train", "classify", "--train", "x", "--adapter", "lora", "dat", "--help", "--", "y"]) == 0

@@ -1,0 +1,53 @@
+"""Finds the commands of this folder and runs one."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from adaptkit.version import __version__
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. An error of the user's is one line on stderr and status 2."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return args.run(args) or 0
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        from adaptkit.hub.printable import printable
+
+        said = "\n".join(map(printable, str(error).split("\n")))  # it may quote a file
+        print(f"adaptkit {args.command}: {said}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stopped:
+        print(f"adaptkit {args.command}: {str(stopped) or 'stopped'}", file=sys.stderr)
+        return getattr(stopped, "status", 130)  # 143 where a recipe was asked to stop by SIGTERM
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="adaptkit", description="Small trainable modules for frozen ViTs.")
+    parser.add_argument("--version", action="version", version=f"adaptkit {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for module in _commands():
+        known = set(commands.choices)
+        module.add(commands)
+        for name in commands.choices.keys() - known:
+            commands.choices[name].set_defaults(run=module.run)
+    return parser
+
+
+def _commands() -> list[ModuleType]:
+    """Import every command of this folder, in the order of their names."""
+    package = importlib.import_module("adaptkit.cli")
+    names = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+    return [importlib.import_module(f"adaptkit.cli.{name}") for name in names]
