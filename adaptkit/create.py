@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from adaptkit.backbones._hf import HUB_CACHE
 from adaptkit.backbones._processor import FILES
 
-__all__ = ["create_backbone"]
+__all__ = ["best_device", "create_backbone"]
 
 
 def create_backbone(
@@ -54,6 +55,21 @@ def create_backbone(
     if "/" in name:
         return _transformers(name, pretrained, cls, download)
     return _timm(name, pretrained, classifier, download)
+
+
+def best_device(name: str | None = None) -> torch.device:
+    """Return the device of this name; without one the GPU where there is one, else the CPU.
+
+    Raises ``ValueError`` for a device that this machine does not have.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(f"the device {name!r} is not to be had here: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def _timm(name: str, pretrained: bool, classifier: bool, download: dict[str, Any]) -> nn.Module:
