@@ -138,9 +138,7 @@ def _with_all(logits: Any, features: Features) -> Any:
     return logits + sum(x[..., :0].sum() for x in (features.tokens, features.prefix, *features.maps)).to(logits.dtype)
 
 
-def describe(
-    vit: View, said: Mapping[str, Any], head: nn.Module | None, scores: Callable[[Tensor], Any]
-) -> Described:
+def describe(vit: View, said: Mapping[str, Any], head: nn.Module | None, scores: Callable[[Tensor], Any]) -> Described:
     """Return what a set of adapters predicts: ``said`` is its metadata, ``scores`` runs it; errors as ``described()``."""
     if head is None:
         if vit.source().classes < 1:

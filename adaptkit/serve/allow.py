@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from adaptkit.hub.repository import is_hub_id
+from adaptkit.hub.card import is_hub_id
 from adaptkit.serve.limits import Refused
 
 __all__ = ["Allowed"]
@@ -35,13 +35,14 @@ class Allowed:
             raise Refused(403, "this server mounts and unmounts nothing on request: start it with --allow-mount PLACE")
         if file is None or any(self._holds(place, file) for place in self.places):
             return
-        raise Refused(403, f"{file[:200]!r} is in none of the places that may be mounted from: {', '.join(self.places)}")
+        raise Refused(
+            403, f"{file[:200]!r} is in none of the places that may be mounted from: {', '.join(self.places)}"
+        )
 
     @staticmethod
     def _holds(place: str, file: str) -> bool:
         if place == ANYWHERE:
             return True
         if place == "hub" or place.startswith("hub:"):
-            on_hub = is_hub_id(file) and not Path(file).exists()
-            return on_hub and place in ("hub", f"hub:{file.partition('/')[0]}")
-        return Path(file).resolve().is_relative_to(Path(place).resolve())
+            return is_hub_id(file) and place in ("hub", f"hub:{file.partition('/')[0]}")
+        return not is_hub_id(file) and Path(file).resolve().is_relative_to(Path(place).resolve())

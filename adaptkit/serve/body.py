@@ -24,7 +24,9 @@ class Bounded:
     def __init__(self, app: Any, most: int) -> None:
         self.app, self.most = app, most
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Callable[[], Awaitable[Message]], send: Any) -> None:
+    async def __call__(
+        self, scope: MutableMapping[str, Any], receive: Callable[[], Awaitable[Message]], send: Any
+    ) -> None:
         """Count what is received."""
         if scope["type"] != "http" or scope["path"].startswith("/ui"):  # Gradio has limits of its own
             await self.app(scope, receive, send)

@@ -15,7 +15,9 @@ class Metrics:
     def __init__(self) -> None:
         own = self.registry = CollectorRegistry()
         self.requests = Counter("adaptkit_requests", "Requests answered", ["task", "status"], registry=own)
-        self.errors = Counter("adaptkit_errors", "Requests answered with a status from 400 on", ["status"], registry=own)
+        self.errors = Counter(
+            "adaptkit_errors", "Requests answered with a status from 400 on", ["status"], registry=own
+        )
         self.seconds = Histogram("adaptkit_request_seconds", "From request to answer", ["task"], buckets=SECONDS,
                                  registry=own)  # fmt: skip
         self.images = Histogram("adaptkit_batch_images", "Images that were answered together",

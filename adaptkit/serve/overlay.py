@@ -40,7 +40,7 @@ def _blended(seen: np.ndarray, colours: np.ndarray) -> np.ndarray:
 
 def _panoptic(seen: np.ndarray, answer: Panoptic) -> np.ndarray:
     """(H, W, 3) in the colours of the classes, with white lines between segments."""
-    table = np.zeros((1 + max((s["id"] for s in answer.found), default=0), 3), np.uint8)
+    table: np.ndarray = np.zeros((1 + max((s["id"] for s in answer.found), default=0), 3), np.uint8)
     for segment in answer.found:
         table[segment["id"]] = answer.palette[segment["label"]]
     ids = answer.segments

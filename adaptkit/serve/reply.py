@@ -30,18 +30,13 @@ def chosen(accept: str | None) -> str:
         name, *parameters = (p.strip().lower() for p in part.split(";"))
         weight = next((_number(p[2:]) for p in parameters if p.startswith("q=")), 1.0)
         for kind in wanted:
-            exactness = [f"{kind.partition('/')[0]}/*", kind].index(name) + 1 if name in _ranges(kind) else -1
-            exactness = 0 if name == "*/*" else exactness
-            if exactness > wanted[kind][0]:
-                wanted[kind] = (exactness, weight)
+            ranges = ["*/*", f"{kind.partition('/')[0]}/*", kind]
+            if name in ranges and ranges.index(name) > wanted[kind][0]:
+                wanted[kind] = (ranges.index(name), weight)
     best = max(wanted, key=lambda kind: wanted[kind][1])
     if wanted[best][1] <= 0:
         raise Refused(406, f"Accept: {accept}: answers are {JSON} or {PNG}")
     return best
-
-
-def _ranges(kind: str) -> tuple[str, str]:
-    return f"{kind.partition('/')[0]}/*", kind
 
 
 def _number(text: str) -> float:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class Worker:
             raise ValueError(f"window={window}, most={most}: give at least 0 seconds and 1 image")
         self.mounts, self.window, self.most = mounts, window, most
         self._queue: queue.SimpleQueue[Job | _Call | None] = queue.SimpleQueue()
+        self._left: list[_Call | None] = []  # what ended a batch
         self._lock, self._closed = threading.Lock(), False
         self._thread = threading.Thread(target=self._loop, name="adaptkit-serve", daemon=True)
         self._thread.start()
@@ -90,18 +92,14 @@ class Worker:
     # -------------------------------------------------------------------------------------------- in the thread itself
 
     def _loop(self) -> None:
-        item = self._queue.get()
-        while item is not None:
-            after: Job | _Call | None | bool = False  # what came behind the batch and is none of it
+        while (item := self._left.pop() if self._left else self._queue.get()) is not None:
             if isinstance(item, _Call):
                 _finish(item.future, item.run)
             else:
-                batch, after = self._gathered(item)
-                self._answer(batch)
-            item = self._queue.get() if after is False else after  # type: ignore[assignment]
+                self._answer(self._gathered(item))
 
-    def _gathered(self, first: Job) -> tuple[list[Job], Job | _Call | None | bool]:
-        """Wait for others, up to the window; return them, and what ended the batch if it is no image."""
+    def _gathered(self, first: Job) -> list[Job]:
+        """Wait for others, up to the window; what is no image ends the batch, and comes next."""
         batch, until = [first], time.monotonic() + self.window
         while len(batch) < self.most:
             try:
@@ -109,9 +107,10 @@ class Worker:
             except queue.Empty:
                 break
             if not isinstance(item, Job):
-                return batch, item
+                self._left.append(item)
+                break
             batch.append(item)
-        return batch, False
+        return batch
 
     def _answer(self, batch: list[Job]) -> None:
         batch = [job for job in batch if job.future.set_running_or_notify_cancel()]
@@ -128,7 +127,7 @@ class Worker:
                 log.exception("a batch of %d images failed: they run one by one", len(batch))
                 passes.forget()
             for job in batch:
-                _finish(job.future, lambda job=job: self._answers(job), started=True)
+                _finish(job.future, partial(self._answers, job), started=True)
         passes.forget()
 
     def _ahead(self, batch: list[Job]) -> list[Tensor]:
