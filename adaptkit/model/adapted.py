@@ -139,7 +139,10 @@ def _with_all(logits: Any, features: Features) -> Any:
 
 
 def describe(vit: View, said: Mapping[str, Any], head: nn.Module | None, scores: Callable[[Tensor], Any]) -> Described:
-    """Return what a set of adapters predicts: ``said`` is its metadata, ``scores`` runs it; errors as ``described()``."""
+    """Return what a set of adapters predicts: ``said`` is its metadata, ``scores`` runs it.
+
+    Raises ``TypeError`` as ``described()``.
+    """
     if head is None:
         if vit.source().classes < 1:
             raise TypeError(

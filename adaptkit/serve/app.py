@@ -26,10 +26,11 @@ __all__ = ["create_app"]
 log = logging.getLogger("adaptkit.serve")
 
 FILE = {"type": "string", "format": "binary"}
+FORM = {"type": "object", "properties": {"image": {"type": "array", "items": FILE}}}
 IMAGES = {
     "requestBody": {"required": True, "content": {
         "image/*": {"schema": FILE},
-        "multipart/form-data": {"schema": {"type": "object", "properties": {"image": {"type": "array", "items": FILE}}}},
+        "multipart/form-data": {"schema": FORM},
     }},
 }  # fmt: skip
 ERRORS: dict[int | str, dict[str, Any]] = {

@@ -16,7 +16,7 @@ from adaptkit.predict.pixels import pixels
 __all__ = ["FORMATS", "Gate", "Limits", "Refused", "decoded", "sizes_of"]
 
 #: Formats that are opened. Pillow knows more, and runs other programs for some of them (Ghostscript for EPS).
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
 class Refused(Exception):
@@ -90,6 +90,7 @@ def sizes_of(images: Sequence[bytes], limits: Limits) -> list[int]:
 
     Raises :class:`Refused`: 400 for what is no image, 413 for one that has more pixels than ``limits`` allow.
     """
+    Image.init()  # otherwise Pillow knows five formats until it met another
     found = []
     for number, data in enumerate(images, 1):
         which = f"image {number}" if len(images) > 1 else "the image"
