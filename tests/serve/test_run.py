@@ -16,7 +16,7 @@ import adaptkit
 from adaptkit.cli import main
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import stirred
+from conftest import backbone, stirred
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
@@ -66,3 +66,35 @@ def test_a_mistake_is_one_line(words, why, capsys):
     said = capsys.readouterr().err
     assert why in said
     assert said.count("\n") == 1
+
+
+def test_the_page_says_what_was_found_and_escapes_what_a_file_says():
+    from adaptkit.predict.answers import Classification, Segmentation
+    from adaptkit.serve.ui import legend
+
+    mask = np.array([[0, 0, 0, 1]], np.uint8)
+    said = legend(Segmentation((1, 4), ["road", "<script>"], [(1, 2, 3), (4, 5, 6)], mask=mask))
+    assert "rgb(1, 2, 3)" in said
+    assert "road <b>75.0%</b>" in said
+    assert "&lt;script&gt;" in said
+    assert "<script>" not in said
+    twice = Classification((1, 4), ["a", "a"], [(1, 2, 3), (4, 5, 6)], probabilities=np.float32([0.2, 0.8]))
+    assert "<b>80.0%</b>" in legend(twice)
+
+
+def test_the_page_is_at_ui_beside_the_routes(files):
+    pytest.importorskip("gradio")
+    from fastapi.testclient import TestClient
+
+    from adaptkit.serve import Mounts, Worker
+    from adaptkit.serve.app import create_app
+    from adaptkit.serve.service import Service
+    from adaptkit.serve.ui import with_page
+
+    mounts = Mounts(backbone())
+    mounts.mount("seg", str(files["seg"]))
+    service = Service(mounts, Worker(mounts))
+    with TestClient(with_page(create_app(service), service)) as client:
+        assert "adaptkit" in client.get("/ui/").text
+        assert client.get("/healthz").status_code == 200
+    assert not service.worker.is_ready  # the page keeps the application's own end
