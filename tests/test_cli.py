@@ -100,7 +100,7 @@ def test_alone_it_prints_its_help(capsys):
     assert main([]) == 0
     said = capsys.readouterr().out
     assert said.startswith("usage: adaptkit")
-    for command in ("demo", "doctor", "export", "inspect", "list", "train"):
+    for command in ("demo", "doctor", "export", "inspect", "list", "serve", "train"):
         assert f"\n    {command} " in said
 
 

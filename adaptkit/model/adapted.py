@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from adaptkit.model.trainable import check_trained
 from adaptkit.predict.predicts import Predicts
 from adaptkit.predict.tasks import TASKS, Described
 
-__all__ = ["AdaptedModel", "attach", "list_adapters", "list_heads"]
+__all__ = ["AdaptedModel", "attach", "describe", "list_adapters", "list_heads"]
 
 #: The Hub's names of the tasks -> what is predicted.
 KINDS = {
@@ -138,6 +138,27 @@ def _with_all(logits: Any, features: Features) -> Any:
     return logits + sum(x[..., :0].sum() for x in (features.tokens, features.prefix, *features.maps)).to(logits.dtype)
 
 
+def describe(vit: View, said: Mapping[str, Any], head: nn.Module | None, scores: Callable[[Tensor], Any]) -> Described:
+    """Return what a set of adapters predicts: ``said`` is its metadata, ``scores`` runs it.
+
+    Raises ``TypeError`` as ``described()``.
+    """
+    if head is None:
+        if vit.source().classes < 1:
+            raise TypeError(
+                "neither this model nor its backbone has a head, so there is nothing to predict: attach with "
+                "head=, e.g. head=('fpn', {'num_classes': 19})"
+            )
+        return Described("classification", {}, scores)
+    answers: Any = getattr(head, "answers", None) or KINDS.get(str(said.get("task")))
+    if answers not in TASKS:
+        raise TypeError(
+            f"nobody says what the head {type(head).__name__} predicts: give it the attribute answers, one of "
+            f"{', '.join(TASKS)}, or save with task=, one of {', '.join(KINDS)}"
+        )
+    return Described(answers, said, scores)
+
+
 class AdaptedModel(Predicts, Facts, NamedSets):
     """A frozen backbone with adapters, as :func:`attach` builds it; ``model(image)`` returns ``Features``.
 
@@ -221,21 +242,7 @@ class AdaptedModel(Predicts, Facts, NamedSets):
 
         Raises ``TypeError`` where there is nothing that predicts, or nobody says what a head of the user's predicts.
         """
-        said, head = self.metadata, self.head
-        if head is None:
-            if self.vit.source().classes < 1:
-                raise TypeError(
-                    "neither this model nor its backbone has a head, so there is nothing to predict: attach with "
-                    "head=, e.g. head=('fpn', {'num_classes': 19})"
-                )
-            return Described("classification", {}, self._logits)
-        answers = getattr(head, "answers", None) or KINDS.get(str(said.get("task")))
-        if answers not in TASKS:
-            raise TypeError(
-                f"nobody says what the head {type(head).__name__} predicts: give it the attribute answers, one of "
-                f"{', '.join(TASKS)}, or save with task=, one of {', '.join(KINDS)}"
-            )
-        return Described(answers, said, self._logits)
+        return describe(self.vit, self.metadata, self.head, self._logits)
 
     def _logits(self, image: Tensor) -> Any:
         return self(image).logits
