@@ -14,6 +14,7 @@ from adaptkit.adapters.dat import DATConfig
 from adaptkit.adapters.metaformer import MetaFormerConfig
 from adaptkit.adapters.sfp import SimpleFeaturePyramidConfig
 from adaptkit.adapters.vit_adapter import ViTAdapterConfig
+from adaptkit.adapters.vit_split import ViTSplitConfig
 from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.registry import register_adapter, register_family, register_head, view
 from adaptkit.core.view import Features, Spec
@@ -49,6 +50,7 @@ __all__ = [
     "SimpleFeaturePyramidConfig",
     "Spec",
     "ViTAdapterConfig",
+    "ViTSplitConfig",
     "__version__",
     "as_pyramid",
     "attach",
