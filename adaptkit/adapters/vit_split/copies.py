@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,7 +86,9 @@ class BlockCopies(nn.ModuleList):
         side, like = view.spec.patch_size, next(self.parameters())
         image = like.new_empty(1, view.spec.channels, grid[0] * side, grid[1] * side)  # its shape alone is read
         blocks = view.blocks(image, grid)
-        return [blocks[i] for i in self.indices]
+        chosen = [blocks[i] for i in self.indices]
+        same = next(view.backbone.parameters()).dtype == like.dtype
+        return chosen if same else [_raised(block, like.dtype) for block in chosen]
 
     def check(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
         """Raise ``ValueError`` where tensors below this prefix have other names than the blocks need.
@@ -101,6 +105,22 @@ class BlockCopies(nn.ModuleList):
                 f"{', '.join(less) or 'nothing'} of it: attach to a backbone of the library and kind that it was "
                 "trained on"
             )
+
+
+def _raised(block: Block, dtype: torch.dtype) -> Block:
+    """A block of a backbone in half precision: a bias that all blocks share is the backbone's, and comes in its own."""
+    bound = replace(block, attn=_in(dtype, block.attn))
+    rebuilt = getattr(block.run, "__func__", None) is Block.equation
+    return replace(bound, run=bound.equation if rebuilt else _in(dtype, block.run))
+
+
+def _in(dtype: torch.dtype, part: Any) -> Any:
+    if isinstance(part, Tensor) and torch.promote_types(part.dtype, dtype) == dtype:
+        return part.to(dtype)
+    if isinstance(part, partial):
+        told = {name: _in(dtype, value) for name, value in part.keywords.items()}
+        return partial(_in(dtype, part.func), *(_in(dtype, value) for value in part.args), **told)
+    return part
 
 
 def _copy(block: nn.Module, index: int) -> nn.Module:
