@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -50,6 +51,8 @@ class Adapter(nn.Module, ABC):
         False  #: whether it also acts on hierarchical backbones; its spec may then be a HierarchicalSpec
     )
     takes_backbone: ClassVar[bool] = False
+    #: Of parts of it, by name, over that of the rest, as its authors train it; the recipes do so.
+    learning_rates: ClassVar[Mapping[str, float]] = MappingProxyType({})
 
     def __init__(self, spec: Any, config: Any) -> None:
         super().__init__()

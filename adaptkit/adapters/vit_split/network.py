@@ -15,7 +15,8 @@ transposed convolutions and pooling of the fused map.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -85,6 +86,7 @@ class ViTSplit(SideAdapter):
 
     strides: tuple[int, ...] = STRIDES
     takes_backbone: ClassVar[bool] = True
+    learning_rates: ClassVar[Mapping[str, float]] = MappingProxyType({"split_head": 0.1})  # they are pretrained
 
     def __init__(self, spec: Spec, config: ViTSplitConfig, backbone: nn.Module) -> None:
         config = config.resolve(spec)
