@@ -121,7 +121,8 @@ def parameter_groups(
 
 def slower_parts(model: nn.Module) -> dict[int, float]:
     """Return by the id of a parameter its learning rate over that of the others, where an adapter says so."""
-    parts = ((m, name, rate) for m in model.modules() if isinstance(m, Adapter) for name, rate in m.learning_rates.items())
+    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
+    parts = ((adapter, name, rate) for adapter in adapters for name, rate in adapter.learning_rates.items())
     return {id(p): rate for adapter, name, rate in parts for p in adapter.get_submodule(name).parameters()}
 
 

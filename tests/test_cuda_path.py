@@ -59,7 +59,16 @@ HEADS = {
     "depth": ("depth", {"max_depth": 80.0, "bins": 16, "channels": 16}),
     "none": None,
 }
-ON_TRANSFORMERS = ("vit-adapter", "vit-adapter-extract-only", "vit-split", "sfp", "adavit-masked", "dat", "metaformer-msda", "lora")
+ON_TRANSFORMERS = (
+    "vit-adapter",
+    "vit-adapter-extract-only",
+    "vit-split",
+    "sfp",
+    "adavit-masked",
+    "dat",
+    "metaformer-msda",
+    "lora",
+)
 CASES = [
     *(pytest.param(name, "timm-vit", "fpn", id=name) for name in ADAPTERS),
     *(pytest.param(name, "hf-dinov2", "fpn", id=f"hf-{name}") for name in ON_TRANSFORMERS),

@@ -44,9 +44,7 @@ class UpsampleHead(nn.Module):
     Of a pyramid it reads the coarsest map that is no coarser than the patch.
     """
 
-    def __init__(
-        self, spec: Spec | HierarchicalSpec, config: UpsampleHeadConfig, strides: tuple[int, ...]
-    ) -> None:
+    def __init__(self, spec: Spec | HierarchicalSpec, config: UpsampleHeadConfig, strides: tuple[int, ...]) -> None:
         super().__init__()
         self.config, self.pyramid = config, bool(strides)
         patch = STAGES_STRIDE if isinstance(spec, HierarchicalSpec) else spec.patch_size

@@ -1,6 +1,7 @@
 """ViT-Split: copies that are the blocks, what is read, cached and saved, and what it refuses."""
 
 import copy
+import itertools
 import sys
 from pathlib import Path
 
@@ -142,7 +143,9 @@ def test_checkpointed_copies_have_the_same_gradients_bitwise_and_run_twice(how):
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("name", [n for n in ("hf-dinov2", "hf-dinov2-swiglu", "hf-beit", "timm-eva02-clip") if n in HOSTS])
+@pytest.mark.parametrize(
+    "name", [n for n in ("hf-dinov2", "hf-dinov2-swiglu", "hf-beit", "timm-eva02-clip") if n in HOSTS]
+)
 def test_a_file_speaks_timms_names_and_the_parameters_those_of_the_block(name):
     model = attached(name)
     adapter = model.adapters["vit-split"]
@@ -178,7 +181,10 @@ def test_names_of_parts_are_joined_where_all_are_there():
 def test_a_file_of_blocks_that_are_built_otherwise_is_refused_by_what_they_have(tmp_path):
     attached("timm-vit").save(tmp_path)
     other = VisionTransformer(32, 8, embed_dim=DIM, depth=4, num_heads=2, num_classes=0, init_values=0.1)
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"lack ls1\.gamma, ls2\.gamma of it: attach to a"):
+    with (
+        pytest.warns(UserWarning, match="weights"),
+        pytest.raises(ValueError, match=r"lack ls1\.gamma, ls2\.gamma of it: attach to a"),
+    ):
         adaptkit.attach(other, tmp_path)
 
 
@@ -204,7 +210,7 @@ def test_the_defaults_fit_any_depth():
     for depth in range(2, 60):
         taps = evenly(depth)
         assert taps[-1] == depth - 1
-        assert all(a < b for a, b in zip(taps, taps[1:]))
+        assert all(a < b for a, b in itertools.pairwise(taps))
         assert adaptkit.ViTSplitConfig().resolve(Spec("timm-vit", 32, depth, 2, 8, 1)).select_layers[0] >= 1
 
 

@@ -109,7 +109,9 @@ def test_the_transformers_copy_of_the_backbone_does_too(golden):
         )
     )
     state = official(tensors)
-    dinov2.load_state_dict(_by_transformers({k[18:]: v for k, v in state.items() if k.startswith("backbone.backbone.")}))
+    dinov2.load_state_dict(
+        _by_transformers({k[18:]: v for k, v in state.items() if k.startswith("backbone.backbone.")})
+    )
     said = {"out_indices": config["out_indices"], "select_layers": config["select_layers"]}
     model = from_official("vit-split", state, dinov2.eval(), **said)
     features, atol = model(tensors["input"]), 2e-4
@@ -153,9 +155,7 @@ def made(case):
     options = {"reg_tokens": case["registers"], "no_embed_class": True} if case["registers"] else {}
     torch.manual_seed(0)
     vit = randomise(
-        VisionTransformer(
-            4 * case["patch"], case["patch"], init_values=0.5, dynamic_img_size=True, **sizes, **options
-        )
+        VisionTransformer(4 * case["patch"], case["patch"], init_values=0.5, dynamic_img_size=True, **sizes, **options)
     )
     dim, taps, g = case["dim"], len(case["out_indices"]), torch.Generator().manual_seed(1)
     shapes = {}
@@ -172,9 +172,7 @@ def made(case):
 
 def deformable(x, state, name):
     """One output cell after the other, as the equation says it."""
-    x = torch.nn.functional.gelu(
-        torch.nn.functional.conv2d(x, state[f"{name}.0.weight"], state[f"{name}.0.bias"])
-    )
+    x = torch.nn.functional.gelu(torch.nn.functional.conv2d(x, state[f"{name}.0.weight"], state[f"{name}.0.bias"]))
     offsets = torch.nn.functional.conv2d(
         x, state[f"{name}.2.offsets.weight"], state[f"{name}.2.offsets.bias"], padding=1
     )
@@ -217,7 +215,9 @@ def by_hand(vit, state, case, image):
     prior = deformable(torch.cat([as_map(states[i]) for i in case["out_indices"]], 1), state, "frozen_conv")
     task = states[case["depth"] - case["copies"] - 1]
     for place, block in enumerate(vit.blocks[-case["copies"] :]):
-        own = {k.removeprefix(f"split_head.{place}."): v for k, v in state.items() if k.startswith(f"split_head.{place}.")}
+        own = {
+            k.removeprefix(f"split_head.{place}."): v for k, v in state.items() if k.startswith(f"split_head.{place}.")
+        }
         task = torch.func.functional_call(block, own, (task,))
     return deformable(torch.cat([prior, as_map(task)], 1), state, "fusion_conv")
 
@@ -249,7 +249,9 @@ def test_what_the_tensors_do_not_tell_is_asked_for_by_name():
 def test_options_that_contradict_tensors_or_backbone_are_refused():
     refused(r"out_indices=\[0, 1\] are 2, the checkpoint's tensors say 3", out_indices=[0, 1])
     refused(r"select_layers=\[2\] are 1, the checkpoint's tensors say 2", out_indices=[0, 1, 2], select_layers=[2])
-    refused(r"registers=4 and a class token are 5 prefix tokens, the backbone has 1", out_indices=[0, 1, 2], registers=4)
+    refused(
+        r"registers=4 and a class token are 5 prefix tokens, the backbone has 1", out_indices=[0, 1, 2], registers=4
+    )
     refused(r"pad=\[3, 0, 0, 0\]: left and top are half", out_indices=[0, 1, 2], pad=[3, 0, 0, 0])
     refused(r"'vit-split' has no option 'layers'", out_indices=[0, 1, 2], layers=3)
 

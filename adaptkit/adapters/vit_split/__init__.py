@@ -1,4 +1,4 @@
-"""ViT-Split (Li et al., ICCV 2025): what is chosen in ``config``, the paper in ``network``, its blocks in ``copies``."""
+"""ViT-Split (Li et al., ICCV 2025): choices in ``config``, the paper in ``network``, its blocks in ``copies``."""
 
 from adaptkit.adapters.vit_split.config import ViTSplitConfig
 from adaptkit.adapters.vit_split.copies import BlockCopies

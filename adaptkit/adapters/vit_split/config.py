@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -38,7 +39,7 @@ class ViTSplitConfig:
             object.__setattr__(self, "strides", check_strides(self.strides, STRIDES))
             if self.pad == "centre":
                 raise ValueError(
-                    "pad='centre' goes with strides=None: maps at strides 4 to 32 count from the image's top left corner"
+                    "pad='centre' goes with strides=None: maps at strides 4 to 32 count from the image's corner"
                 )
 
     def resolve(self, spec: Spec) -> ViTSplitConfig:
@@ -67,7 +68,7 @@ def evenly(depth: int) -> tuple[int, ...]:
 
 
 def _check_copied(copied: Sequence[int], depth: int) -> None:
-    ascending = all(a < b for a, b in zip(copied, copied[1:]))
+    ascending = all(a < b for a, b in itertools.pairwise(copied))
     if not copied or not ascending or copied[0] < 1 or copied[-1] >= depth:
         raise ValueError(
             f"select_layers={_few(copied)} must be blocks 1 to {depth - 1} in ascending order: the first copy runs on "

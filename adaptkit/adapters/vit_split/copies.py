@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from adaptkit.core import registry
 from adaptkit.core.proxy import own_layer
-from adaptkit.core.tree import at_rest, blocks_of, plain_name, skeleton, unwrapped
+from adaptkit.core.tree import at_rest, blocks_of, skeleton, unwrapped
 from adaptkit.core.view import Block, ViT
 
 __all__ = ["BlockCopies", "common_names"]
