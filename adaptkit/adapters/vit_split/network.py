@@ -175,7 +175,7 @@ class ViTSplit(SideAdapter):
         if vit.replayed:
             raise ValueError(
                 f"images of {image.shape[-2]}x{image.shape[-1]} pixels are padded on all sides here (pad='centre'), "
-                "and a pass that is cached or shared at the right and the bottom; give images whose sides are multiples "
-                f"of {self.spec.patch_size}"
+                "and a pass that is cached or shared at the right and the bottom; give images whose sides are "
+                f"multiples of {self.spec.patch_size}"
             )
         return F.pad(image, (right // 2, right - right // 2, down // 2, down - down // 2))
