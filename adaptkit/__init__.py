@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from adaptkit.adapters.metaformer import MetaFormerConfig
     from adaptkit.adapters.sfp import SimpleFeaturePyramidConfig
     from adaptkit.adapters.vit_adapter import ViTAdapterConfig
+    from adaptkit.adapters.vit_split import ViTSplitConfig
     from adaptkit.core.hierarchical import HierarchicalSpec
     from adaptkit.core.registry import register_adapter, register_family, register_head, view
     from adaptkit.core.view import Features, Spec
@@ -52,6 +53,7 @@ __all__ = [
     "SimpleFeaturePyramidConfig",
     "Spec",
     "ViTAdapterConfig",
+    "ViTSplitConfig",
     "__version__",
     "as_pyramid",
     "attach",
@@ -88,6 +90,7 @@ _NAMES = {
     "SimpleFeaturePyramidConfig": "adapters.sfp",
     "Spec": "core.view",
     "ViTAdapterConfig": "adapters.vit_adapter",
+    "ViTSplitConfig": "adapters.vit_split",
     "as_pyramid": "model.pyramid",
     "attach": "model.adapted",
     "attach_many": "model.many",

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import adaptkit
+from adaptkit.adapters.base import Adapter
 from adaptkit.create import create_backbone
 from adaptkit.hub.write import check_writable, write_atomic
 from adaptkit.model.trained import TrainedBackbone
@@ -104,16 +105,25 @@ def parameter_groups(
     """No weight decay on vectors: norms, biases, and gamma, which decay would hold at zero.
 
     ``layer_decay``: what is trained of the backbone learns by ``lr * layer_decay ** n``, n the blocks above it (Clark
-    et al. 2020, ELECTRA, section 3.2; as BEiT and MAE are fine-tuned).
+    et al. 2020, ELECTRA, section 3.2; as BEiT and MAE are fine-tuned). Parts of adapters learn at the rates that their
+    authors give them (``Adapter.learning_rates``).
     """
-    above = blocks_above(model)
-    groups: dict[tuple[int, bool], list[nn.Parameter]] = {(0, True): [], (0, False): []}
+    above, factors = blocks_above(model), slower_parts(model)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
     for parameter in (p for p in model.parameters() if p.requires_grad):
-        groups.setdefault((above.get(id(parameter), 0), parameter.ndim > 1), []).append(parameter)
-    rate = {n: {"lr": lr * layer_decay**n} if n and layer_decay < 1 else {} for n, _ in groups}
+        rate = factors.get(id(parameter), 1.0) * layer_decay ** above.get(id(parameter), 0)
+        groups.setdefault((rate, parameter.ndim > 1), []).append(parameter)
     return [
-        {"params": p, "weight_decay": weight_decay if matrix else 0.0, **rate[n]} for (n, matrix), p in groups.items()
+        {"params": p, "weight_decay": weight_decay if matrix else 0.0, **({} if rate == 1 else {"lr": lr * rate})}
+        for (rate, matrix), p in groups.items()
     ]
+
+
+def slower_parts(model: nn.Module) -> dict[int, float]:
+    """Return by the id of a parameter its learning rate over that of the others, where an adapter says so."""
+    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
+    parts = ((adapter, name, rate) for adapter in adapters for name, rate in adapter.learning_rates.items())
+    return {id(p): rate for adapter, name, rate in parts for p in adapter.get_submodule(name).parameters()}
 
 
 def blocks_above(model: nn.Module) -> dict[int, int]:

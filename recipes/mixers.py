@@ -138,7 +138,7 @@ def train(row: dict[str, Any], seed: int, data: tuple[Tensor, Tensor], args: arg
     adapters = [] if row["options"] is None else [("metaformer", row["options"])]
     backbone = create_backbone(args.backbone)
     model = adaptkit.attach(backbone, *adapters, head=("linear", {"num_classes": args.num_classes})).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=args.lr)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01, args.lr), lr=args.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, args.steps, 0.1))
     order = torch.Generator().manual_seed(seed)
     for _ in range(args.steps):

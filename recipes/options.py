@@ -22,7 +22,7 @@ OPTIONS_HELP = """e.g. '{"injector": false}'; with several adapters '{"lora": {.
 VIEWS_HELP = """make K random views (crop, mirror, colour) of each image and come back to them:
 epoch e trains on view e modulo K; 0: a new view in every epoch"""
 CACHE_HELP = """run the frozen backbone once for each of the K views, keep its features in this folder and
-train on them, now and in later runs. For adapters that only read: none, linear, sfp, and
+train on them, now and in later runs. For adapters that only read: none, linear, sfp, vit-split and
 vit-adapter with '{"injector": false}'. A run that is killed goes on where it was; features of
 another backbone, data, transform, size or seed are an error"""
 CROP_HELP = """train on a window of H x W pixels of what the backbone saw of the whole image, a new one,

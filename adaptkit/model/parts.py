@@ -148,7 +148,7 @@ class AdapterSet(nn.Module):
         given: dict[str, Tensor] = {k: v for k, v in tensors.items() if k.partition(".")[0] not in self.adapters}
         for name, module in self.adapters.items():
             own = {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + ".")}
-            own = module.translated(own) if isinstance(module, WeightAdapter) else own
+            own = module.translated(own) if isinstance(module, Adapter) else own
             given.update({f"{name}.{k}": v for k, v in own.items()})
         check_tensors(self.tensors(), given, "the tensors given")
         for name, module in self.modules_by_name().items():
@@ -228,14 +228,14 @@ def _build(part: Part, vit: View) -> nn.Module:
     weight = issubclass(cls, WeightAdapter)
 
     def make() -> nn.Module:
-        return cls(vit.spec, part.config, *([vit.backbone] if weight else []))
+        return cls(vit.spec, part.config, *([vit.backbone] if cls.takes_backbone else []))
 
     if part.file is None:
         return make()
     where = f"{part.file.path}, adapter {part.entry.name!r}"
     tensors = part.file.tensors_of(part.entry.name)
     # Layers of peft are built around those of the backbone, which have values.
-    return build(make, tensors, where, cls.translated, backbone=vit.backbone) if weight else build(make, tensors, where)
+    return build(make, tensors, where, cls.translated, backbone=vit.backbone if weight else None)
 
 
 def _build_head(
