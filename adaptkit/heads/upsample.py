@@ -44,6 +44,8 @@ class UpsampleHead(nn.Module):
     Of a pyramid it reads the coarsest map that is no coarser than the patch.
     """
 
+    answers = "segmentation"  #: what its logits are, for ``model.predict``
+
     def __init__(self, spec: Spec | HierarchicalSpec, config: UpsampleHeadConfig, strides: tuple[int, ...]) -> None:
         super().__init__()
         self.config, self.pyramid = config, bool(strides)
