@@ -125,8 +125,21 @@ def __getattr__(name: str) -> Any:
     if name == "StagedSpec":
         return importlib.import_module("adaptkit.core.hierarchical").StagedSpec
     if name in _modules() or f"{__name__}.{name}" in _moved.MOVED:
-        return importlib.import_module(f"{__name__}.{name}")
+        return _opened(importlib.import_module(f"{__name__}.{name}"))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _opened(module: Any) -> Any:
+    """Let a package import its own modules when they are asked for: ``adaptkit.ops.pool``."""
+    if hasattr(module, "__path__") and "__getattr__" not in vars(module):
+
+        def inside(name: str) -> Any:
+            if name in [found.name for found in pkgutil.iter_modules(module.__path__)]:
+                return _opened(importlib.import_module(f"{module.__name__}.{name}"))
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+        module.__getattr__ = inside
+    return module
 
 
 def __dir__() -> list[str]:
