@@ -24,6 +24,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from adaptkit.core.hierarchical import HierarchicalSpec
+from adaptkit.core.near import beside
 from adaptkit.core.registry import ForeignLayout, layouts
 from adaptkit.core.schema import MOST_BYTES
 from adaptkit.core.view import Spec, View
@@ -77,10 +78,11 @@ def load(path: str | os.PathLike[str], allow_nonfinite: bool = False) -> Adapter
     Raises ``FileNotFoundError`` where there is none, ``ValueError`` where the file is truncated, not an adapter file,
     of a newer format, or holds NaN or infinity and ``allow_nonfinite`` is not given.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
+    near = "" if file.exists() else beside(file)
     file = file / WEIGHTS if file.is_dir() else file
     if not file.is_file():
-        raise FileNotFoundError(f"no adapter at {path}: expected a folder with {WEIGHTS}, or that file itself")
+        raise FileNotFoundError(f"no adapter at {path}{near}: expected a folder with {WEIGHTS}, or that file itself")
     try:
         with safe_open(file, "pt") as f:
             metadata = f.metadata() or {}
@@ -302,7 +304,7 @@ def write_folder(
         data[CARD] = card.encode()
     # One metadata key: with several, safetensors does not promise their order, and equal adapters are equal bytes.
     data[WEIGHTS] = serialised(tensors, {"adaptkit": said})
-    return write_together(folder, data)
+    return write_together(Path(folder).expanduser(), data)
 
 
 def serialised(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from adaptkit.adapters.base import Adapter, BlockAdapter, SideAdapter, WeightAdapter
 from adaptkit.core import registry
 from adaptkit.core.hierarchical import HierarchicalSpec, HierarchicalViT
+from adaptkit.core.near import looks_like_path
 from adaptkit.core.registry import configured
 from adaptkit.core.view import View, ViT
 from adaptkit.hub.file import AdapterFile, check_fits, load_into, metadata_of
@@ -42,7 +43,8 @@ def as_file(arg: Any) -> AdapterFile | None:
         return arg
     if not isinstance(arg, str | os.PathLike) or str(arg) in registry.adapters():
         return None
-    return load(arg) if Path(arg).exists() or is_hub_id(arg) else None
+    is_place = Path(arg).expanduser().exists() or looks_like_path(arg) or is_hub_id(arg)
+    return load(arg) if is_place else None
 
 
 def parts_of(args: Sequence[Any], vit: View, strict: bool) -> tuple[list[Part], list[AdapterFile]]:

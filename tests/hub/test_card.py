@@ -89,7 +89,10 @@ def test_a_folder_that_exists_is_no_hub_id(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"task": "segmenting"}, "task='segmenting' is none that the Hub knows; choose one of .*semantic-segmentation"),
+        (
+            {"task": "segmenting"},
+            "task='segmenting' is none that the Hub knows .*; choose one of .*semantic-segmentation",
+        ),
         ({"license": "other"}, "license='other' needs license_name="),
         ({"metrics": {"mIoU": 0.4}, "task": "depth"}, "give task= and dataset= beside metrics"),
         ({"metrics": {"mIoU": 0.4}, "dataset": "x"}, "give task= and dataset= beside metrics"),
