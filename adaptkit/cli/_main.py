@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except (ValueError, TypeError, OSError, ImportError) as error:
-        from adaptkit.hub.printable import printable
+        from adaptkit.core.printable import printable
 
         said = "\n".join(map(printable, str(error).split("\n")))  # it may quote a file
         print(f"adaptkit {args.command}: {said}", file=sys.stderr)

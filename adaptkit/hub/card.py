@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.core.near import hint, looks_like_path
-from adaptkit.hub.printable import printable
+from adaptkit.core.printable import printable
 from adaptkit.version import DISTRIBUTION
 
 __all__ = ["card_beside", "check_metadata", "is_hub_id", "merged", "model_card", "renewed"]

@@ -27,6 +27,7 @@ from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.near import beside
 from adaptkit.core.registry import ForeignLayout, layouts
 from adaptkit.core.schema import MOST_BYTES
+from adaptkit.core.shown import Rows, Shown
 from adaptkit.core.view import Spec, View
 from adaptkit.hub.digest import block_sums, digest, other_blocks, other_layers
 from adaptkit.hub.header import FORMAT, check_keys, read_header, spec_of
@@ -52,8 +53,8 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  #: one i
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
 
-@dataclass(frozen=True, eq=False)
-class AdapterFile:
+@dataclass(frozen=True, eq=False, repr=False)
+class AdapterFile(Shown):
     """A saved adapter, ready to be attached: ``adaptkit.attach(model, adaptkit.load("folder"))``."""
 
     path: Path
@@ -70,6 +71,21 @@ class AdapterFile:
     def tensors_of(self, name: str) -> dict[str, Tensor]:
         """Tensors of one adapter (or ``"head"``), by its own keys."""
         return {k[len(name) + 1 :]: v for k, v in self.tensors.items() if k.startswith(name + ".")}
+
+    def _shown(self) -> tuple[str, Rows]:
+        header, backbone, head = self.header, self.header["backbone"], self.header["head"]
+        values, size = sum(t.numel() for t in self.tensors.values()), sum(t.nbytes for t in self.tensors.values())
+        rows = [("tensors", f"{len(self.tensors)}, {values:,} values, {size / 1e6:.2f} MB")]
+        rows += [(f"adapter {a['name']}", json.dumps(a["config"])) for a in header["adapters"]]
+        if head is not None:
+            rows.append((f"head {head['name'] or head['class']}", json.dumps(head.get("config", {}))))
+        if header.get("train_backbone"):
+            rows.append(("of the backbone", ", ".join(header["train_backbone"])))
+        if backbone is not None:
+            rows.append(("trained on", f"{backbone['source'] or 'unnamed'} ({backbone['class']})"))
+            rows.append(("fits", f"backbones of {say_spec(self.spec)}"))
+        rows.append(("metadata", json.dumps(header.get("metadata") or {})))
+        return f"AdapterFile {self.path}", rows
 
 
 def load(path: str | os.PathLike[str], allow_nonfinite: bool = False) -> AdapterFile:

@@ -23,10 +23,12 @@ from adaptkit.hub.file import describe_backbone, write_folder
 from adaptkit.hub.metadata import plain
 from adaptkit.hub.repository import Commit, push
 from adaptkit.model.facts import Facts
+from adaptkit.model.image import check_image
 from adaptkit.model.owner import Owner, check_free
 from adaptkit.model.parts import AdapterSet
 from adaptkit.model.proof import prove
 from adaptkit.model.sets import NamedSets, build_set, checked_name, ordinarily
+from adaptkit.model.shown import ShownModel
 from adaptkit.model.trainable import check_trained
 
 __all__ = ["AdaptedModel", "attach", "list_adapters", "list_heads"]
@@ -130,11 +132,13 @@ def _with_all(logits: Any, features: Features) -> Any:
     return logits + sum(x[..., :0].sum() for x in (features.tokens, features.prefix, *features.maps)).to(logits.dtype)
 
 
-class AdaptedModel(Facts, NamedSets):
+class AdaptedModel(ShownModel, Facts, NamedSets):
     """A frozen backbone with adapters, as :func:`attach` builds it; ``model(image)`` returns ``Features``.
 
     The backbone is never trained: no parameter of it requires a gradient and it stays in eval mode whatever
     ``train()`` is told. Several sets of adapters can be attached, each with a name; one is active at a time.
+
+    ``print(model)`` is ten lines; ``print(torch.nn.Module.__repr__(model))`` is every module in it.
     """
 
     # ------------------------------------------------------------------------------------------------------ running
@@ -142,13 +146,13 @@ class AdaptedModel(Facts, NamedSets):
     def forward(self, image: Tensor | CachedFeatures) -> Features:
         """Image (B, 3, H, W), normalised as the backbone wants it, of any size -> features.
 
-        Or what :meth:`extract` made of such images: then the backbone does not run.
+        Or what :meth:`extract` made of such images: then the backbone does not run. ``TypeError`` and ``ValueError``
+        for anything else (:mod:`adaptkit.model.image`).
         """
         if isinstance(image, CachedFeatures):
             return run(CachedView(self.vit, image), self._readers(), image.image_or_shape())
-        if image.ndim != 4:
-            raise ValueError(f"image has shape {tuple(image.shape)}; expected (batch, channels, height, width)")
         vit = self.vit
+        check_image(vit, image)
         if not torch.compiler.is_compiling():
             self._owner.check(vit.backbone)
         if self._disabled or self._active is None:

@@ -14,8 +14,8 @@ from fuzz_cards import TEXTS, metadata, readme
 import adaptkit
 import adaptkit.hub.card as card_module
 from adaptkit.core.hierarchical import HierarchicalSpec
+from adaptkit.core.printable import printable
 from adaptkit.hub.card import BEGIN, END, check_metadata, is_hub_id, merged, model_card
-from adaptkit.hub.printable import printable
 
 ModelCard = pytest.importorskip("huggingface_hub").ModelCard
 
