@@ -31,6 +31,7 @@ from adaptkit.core.shown import Rows, Shown
 from adaptkit.core.view import Spec, View
 from adaptkit.hub.digest import block_sums, digest, other_blocks, other_layers
 from adaptkit.hub.header import FORMAT, check_keys, read_header, spec_of
+from adaptkit.hub.packages import origin_of
 from adaptkit.hub.write import check_writable, write_atomic, write_together
 from adaptkit.version import __version__
 
@@ -168,6 +169,7 @@ def describe_backbone(vit: View, metadata: Mapping[str, Any] = MappingProxyType(
     source = vit.source()
     mean, std = normalisation_of(metadata, vit.spec.channels) or (list(source.mean), list(source.std))
     return {
+        **origin_of(type(vit)),
         "spec": vit.spec._asdict(),
         "class": f"{type(vit.backbone).__module__}.{type(vit.backbone).__qualname__}",
         "positions": vit.positions,

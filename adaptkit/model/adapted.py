@@ -25,7 +25,7 @@ from adaptkit.hub.repository import Commit, push
 from adaptkit.model.facts import Facts
 from adaptkit.model.image import check_image
 from adaptkit.model.owner import Owner, check_free
-from adaptkit.model.parts import AdapterSet
+from adaptkit.model.parts import AdapterSet, view_of
 from adaptkit.model.proof import prove
 from adaptkit.model.sets import NamedSets, build_set, checked_name, ordinarily
 from adaptkit.model.shown import ShownModel
@@ -80,7 +80,7 @@ def attach(
         adapters = ((adapters[0], options),)
     checked_name(name)
     with ordinarily():
-        vit = registry.view(model)
+        vit = view_of(model, adapters)
         check_free(model, vit.backbone)
         prove(vit)
         found = (entry.module.existing(vit.backbone) for entry in registry.adapters().values())  # type: ignore[attr-defined]
