@@ -40,8 +40,8 @@ def to_onnx(
     """Write an ONNX file; returns its path.
 
     The graph holds no ``GridSample``: points are read by gathering. The file's metadata says what to feed it:
-    ``input``, ``size``, ``mean``, ``std``, and ``adaptkit``, the header of the adapter file. Open axes are called ``batch``,
-    ``height`` and ``width``.
+    ``input``, ``size``, ``mean``, ``std``, and ``adaptkit``, the header of the adapter file. Open axes are named
+    ``batch``, ``height`` and ``width``.
 
     Args:
         model: what ``attach`` or ``from_pretrained`` returned.

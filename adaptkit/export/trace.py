@@ -211,17 +211,27 @@ def refuse_antialias(program: torch.export.ExportedProgram, graph: Graph) -> Non
 
 def axis_names(program: torch.export.ExportedProgram, graph: Graph) -> dict[str, list[str | int]]:
     """Return the axes of ``image`` and of each output: numbers, and ``batch``, ``height`` and ``width``, or what
-    follows from them, e.g. ``height/4``, where they are left open."""
+    follows from them, e.g. ``height/4``, where they are left open.
+
+    Raises ``ValueError`` where tracing has closed an axis that should be open.
+    """
     import sympy
 
     nodes = list(program.graph.nodes)
     image = next(n for n in nodes if n.op == "placeholder" and n.name == "image")
     opened: dict[Any, Any] = {}
     for side, name in zip(image.meta["val"].shape, ("batch", "", "height", "width")):
-        if isinstance(side, torch.SymInt):
-            expression = side.node.expr  # a symbol, or a multiple of one
-            symbol = next(iter(expression.free_symbols))
-            opened[symbol] = sympy.Symbol(name, positive=True, integer=True) * symbol / expression
+        if not isinstance(side, torch.SymInt):
+            continue
+        expression = side.node.expr  # a symbol, or a multiple of one
+        if not expression.free_symbols:
+            raise ValueError(
+                f"{type(graph.model.vit.backbone).__name__} turns the {name} of the image into a plain number while it "
+                f"is traced, so that the graph would hold for {name} {expression} alone: leave out dynamic_size=True "
+                "and export one file for each size"
+            )
+        symbol = next(iter(expression.free_symbols))
+        opened[symbol] = sympy.Symbol(name, positive=True, integer=True) * symbol / expression
 
     def said(side: Any) -> str | int:
         if not isinstance(side, torch.SymInt):
