@@ -13,6 +13,7 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from adaptkit.core.near import beside
 from adaptkit.pictures import check_frame, framed, read
 
 from .order import Rows
@@ -43,7 +44,7 @@ def locate(name: str, images: str | None, flag: str) -> tuple[Path, Path]:
 def read_json(path: Path, keys: tuple[str, ...], flag: str) -> dict[str, Any]:
     """Read a file of COCO's format; a ``ValueError`` where it is none."""
     if not path.is_file():
-        raise ValueError(f"{flag}: there is no file {path}")
+        raise ValueError(f"{flag}: there is no file {path}{beside(path)}")
     try:
         data = json.loads(path.read_text())
     except (ValueError, UnicodeDecodeError) as error:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from adaptkit.core.near import beside, hint, looks_like_path
 from adaptkit.core.view import Source
 from adaptkit.pictures import Picture, check_pair, class_ids, pair
 
@@ -66,13 +67,15 @@ def open_rows(name: str, split: str, folder: str, streaming: bool = False) -> An
     path = Path(name)
     if path.suffix == ".parquet" or "*" in name:
         if "*" not in name and not path.is_file():
-            raise ValueError(f"there is no file {name}")
+            raise ValueError(f"there is no file {name}{beside(name)}")
         try:
             data = datasets.load_dataset("parquet", data_files=name, split="train", streaming=streaming)
         except ValueError as error:  # how datasets says that a file has no rows
             raise ValueError(f"{name} holds no rows ({error})") from error
     elif path.exists():
         raise ValueError(f"{name} is neither a Parquet file nor {folder}")
+    elif looks_like_path(name):
+        raise ValueError(f"there is no file or folder {name}{beside(name)}: the Hub is not asked for a path")
     else:
         repository, _, own = name.partition("@")
         data = datasets.load_dataset(repository, split=own or split, streaming=streaming)
@@ -151,7 +154,8 @@ def _columns(data: Any, columns: tuple[str | None, str | None], name: str, names
     pictures = [k for k, f in data.features.items() if isinstance(f, datasets.Image)]
     for column in columns:
         if column is not None and column not in pictures:
-            raise ValueError(f"{name} has no column of images {column!r}; its columns are {dict(data.features)}")
+            near = hint(column, pictures)
+            raise ValueError(f"{name} has no column of images {column!r}{near}; its columns are {dict(data.features)}")
     mask = columns[1] or next((m for m in (*names, "mask") if m in pictures), None)
     image = columns[0] or next((k for k in pictures if k != mask), None)
     mask = mask or next((k for k in pictures if k != image), None)

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from adaptkit.core.near import beside, hint
 from adaptkit.core.view import Source
 from adaptkit.pictures import class_ids, colours, pair, read_row
 from adaptkit.version import DISTRIBUTION
@@ -123,7 +124,7 @@ def _listed(path: Path) -> Any:
     import datasets
 
     if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+        raise ValueError(f"there is no file {path}{beside(path)}")
     rows: dict[str, list[Any]] = {"image": [], "label": []}
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if not line.strip():
@@ -233,7 +234,8 @@ def _columns(data: Any, columns: tuple[str | None, str | None], name: str) -> tu
 
     for column in columns:
         if column is not None and column not in data.features:
-            raise ValueError(f"{name} has no column {column!r}; its columns are {', '.join(data.features)}")
+            near = hint(column, data.features)
+            raise ValueError(f"{name} has no column {column!r}{near}; its columns are {', '.join(data.features)}")
     image = columns[0] or next((k for k, f in data.features.items() if isinstance(f, datasets.Image)), None)
     label = columns[1] or next((k for k in LABEL_NAMES if k in data.features and k != image), None)
     if image is None or label is None:

@@ -43,6 +43,7 @@ from .data import SegmentationData, check_labels, open_dataset
 from .devices import together
 from .engine import cosine, parameter_groups
 from .folder import begin, occupied
+from .help import RecipeParser
 from .normalisation import source_of
 from .options import OVERWRITE_HELP, command, seed_of
 
@@ -57,7 +58,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(prog="mixers", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p = RecipeParser(prog="mixers", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--train", required=True, help="Parquet file, Hub data set id, or folder with images/ and masks/")
     p.add_argument("--val", required=True, help="the same for validation")
     p.add_argument("--num-classes", type=int, required=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import json
 import sys
 from collections.abc import Callable
@@ -13,7 +12,10 @@ from typing import Any
 
 import torch
 
+from adaptkit.core.near import hint
+
 from . import normalisation
+from .help import RecipeParser
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
 CONFIGS = Path(__file__).parent / "configs"
@@ -66,7 +68,7 @@ def precision(asked: str) -> str:
 
 def parser(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
     """Return a parser with the options that every task has; ``defaults`` overrides theirs."""
-    p = argparse.ArgumentParser(prog=name, description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    p = RecipeParser(prog=name, description=doc, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument(
         "--config", help="YAML file of options, or the name of one in recipes/configs; the command line wins"
     )
@@ -150,7 +152,8 @@ def config_arguments(p: argparse.ArgumentParser, config: str) -> list[str]:
     path = next((f for f in (Path(config), CONFIGS / config, CONFIGS / f"{config}.yaml") if f.is_file()), None)
     if path is None:
         known = ", ".join(sorted(f.stem for f in CONFIGS.glob("*.yaml")))
-        p.error(f"--config {config}: there is no such file, nor one in recipes/configs ({known})")
+        near = hint(config, [f.stem for f in CONFIGS.glob("*.yaml")])
+        p.error(f"--config {config}: there is no such file, nor one in recipes/configs{near} ({known})")
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
@@ -162,8 +165,7 @@ def config_arguments(p: argparse.ArgumentParser, config: str) -> list[str]:
     for key, value in values.items():
         flag = "--" + str(key).replace("_", "-")
         if flag not in options or flag in ("--config", "--help"):
-            near = difflib.get_close_matches(flag, options, 1)
-            p.error(f"--config {path}: unknown key {key!r}" + (f"; did you mean {near[0][2:]!r}?" if near else ""))
+            p.error(f"--config {path}: unknown key {key!r}{hint(key, [one[2:] for one in options if one[:2] == '--'])}")
         if value is None:
             continue
         if isinstance(options[flag], argparse.BooleanOptionalAction):

@@ -13,7 +13,7 @@ from families import HOSTS
 import adaptkit
 from adaptkit.cli import main
 from adaptkit.cli._show import table
-from adaptkit.hub.printable import printable
+from adaptkit.core.printable import printable
 
 
 def test_list_names_adapters_heads_and_hosts(capsys):

@@ -27,7 +27,7 @@ def table(title: str, rows: list[tuple[str, str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from adaptkit.hub.printable import printable
+    from adaptkit.core.printable import printable
 
     drawn = Table(title=Text(printable(title)), title_justify="left", show_header=False)
     drawn.add_column(no_wrap=True, style="bold")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as _TorchSyncBatchNorm
 
+from adaptkit.core.near import hint
+
 __all__ = ["DropPath", "LayerNorm2d", "Norm", "SyncBatchNorm2d", "check_choice", "check_numbers", "doubled", "norm2d"]
 
 Norm = Literal["batch", "sync", "group", "layer"]
@@ -127,7 +129,8 @@ def doubled(channels: int, times: int = 1) -> nn.Sequential:
 def check_choice(option: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise ``ValueError`` where ``value`` is none of the choices."""
     if value not in choices:
-        raise ValueError(f"{option}={value!r} is not a choice; choose one of {', '.join(map(repr, choices))}")
+        named = ", ".join(map(repr, choices))
+        raise ValueError(f"{option}={value!r} is not a choice{hint(value, choices)}; choose one of {named}")
 
 
 def check_numbers(config: Any, but: tuple[str, ...] = ()) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adaptkit.core.near import hint
 from adaptkit.interop.adavit import adavit
 from adaptkit.interop.dat import dat
 from adaptkit.interop.peft import to_peft
@@ -59,7 +60,8 @@ def from_official(
     tensors are missing or do not fit the backbone, or where an option is needed, by name.
     """
     if method not in _METHODS:
-        raise ValueError(f"no official checkpoints are known for {method!r}; known: {', '.join(sorted(_METHODS))}")
+        known = ", ".join(sorted(_METHODS))
+        raise ValueError(f"no official checkpoints are known for {method!r}{hint(method, _METHODS)}; known: {known}")
     if backbone is None and method != "dat":
         raise ValueError(f"{method!r} needs the backbone that the checkpoint is attached to; give a ViT")
     for whole in ("state_dict_ema", "state_dict", "model"):

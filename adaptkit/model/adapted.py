@@ -23,10 +23,12 @@ from adaptkit.hub.file import describe_backbone, write_folder
 from adaptkit.hub.metadata import plain
 from adaptkit.hub.repository import Commit, push
 from adaptkit.model.facts import Facts
+from adaptkit.model.image import check_image
 from adaptkit.model.owner import Owner, check_free
-from adaptkit.model.parts import AdapterSet
+from adaptkit.model.parts import AdapterSet, view_of
 from adaptkit.model.proof import prove
 from adaptkit.model.sets import NamedSets, build_set, checked_name, ordinarily
+from adaptkit.model.shown import ShownModel
 from adaptkit.model.trainable import check_trained
 from adaptkit.predict.predicts import Predicts
 from adaptkit.predict.tasks import TASKS, Described
@@ -86,7 +88,7 @@ def attach(
         adapters = ((adapters[0], options),)
     checked_name(name)
     with ordinarily():
-        vit = registry.view(model)
+        vit = view_of(model, adapters)
         check_free(model, vit.backbone)
         prove(vit)
         found = (entry.module.existing(vit.backbone) for entry in registry.adapters().values())  # type: ignore[attr-defined]
@@ -159,11 +161,13 @@ def describe(vit: View, said: Mapping[str, Any], head: nn.Module | None, scores:
     return Described(answers, said, scores)
 
 
-class AdaptedModel(Predicts, Facts, NamedSets):
+class AdaptedModel(Predicts, ShownModel, Facts, NamedSets):
     """A frozen backbone with adapters, as :func:`attach` builds it; ``model(image)`` returns ``Features``.
 
     The backbone is never trained: no parameter of it requires a gradient and it stays in eval mode whatever
     ``train()`` is told. Several sets of adapters can be attached, each with a name; one is active at a time.
+
+    ``print(model)`` is ten lines; ``print(torch.nn.Module.__repr__(model))`` is every module in it.
     """
 
     # ------------------------------------------------------------------------------------------------------ running
@@ -171,13 +175,13 @@ class AdaptedModel(Predicts, Facts, NamedSets):
     def forward(self, image: Tensor | CachedFeatures) -> Features:
         """Image (B, 3, H, W), normalised as the backbone wants it, of any size -> features.
 
-        Or what :meth:`extract` made of such images: then the backbone does not run.
+        Or what :meth:`extract` made of such images: then the backbone does not run. ``TypeError`` and ``ValueError``
+        for anything else (:mod:`adaptkit.model.image`).
         """
         if isinstance(image, CachedFeatures):
             return run(CachedView(self.vit, image), self._readers(), image.image_or_shape())
-        if image.ndim != 4:
-            raise ValueError(f"image has shape {tuple(image.shape)}; expected (batch, channels, height, width)")
         vit = self.vit
+        check_image(vit, image)
         if not torch.compiler.is_compiling():
             self._owner.check(vit.backbone)
         if self._disabled or self._active is None:

@@ -24,6 +24,7 @@ from adaptkit.core.proxy import LayerProxy, Route, Routed, WeightProxy, put, rou
 from adaptkit.core.view import Features, View
 from adaptkit.features.replay import replay
 from adaptkit.model.adapted import AdaptedModel, attach, run
+from adaptkit.model.image import check_image
 from adaptkit.model.parts import AdapterSet
 
 __all__ = ["ManyTasks", "attach_many"]
@@ -136,6 +137,7 @@ class ManyTasks(nn.Module):
         Images of a task are in the order in which they were given. With ``tasks`` those that only read the backbone
         and those that change its layers (LoRA) share one pass, each row with its own adapter.
         """
+        check_image(self.model.vit, image)
         if tasks is None:
             return self._run(image, dict.fromkeys(self.active))
         if len(tasks) != len(image):

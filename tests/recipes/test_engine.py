@@ -175,7 +175,7 @@ def test_a_configuration_gives_options_and_the_command_line_wins(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("num-clases: 7", "unknown key 'num-clases'; did you mean 'num-classes'?"),
+        ("num-clases: 7", "unknown key 'num-clases' (did you mean 'num-classes'?)"),
         ("size: [64]", "--size: expected 2 arguments"),
         ("steps: many", "--steps: invalid int value: 'many'"),
         ("streaming: 3", "streaming is 3; give true or false"),
