@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--out", default="adaptkit-demo", help="folder for report, picture and adapters (default: %(default)s)"
     )
-    demo.add_argument("--steps", type=int, default=800, help="per way (default: %(default)s)")
+    demo.add_argument("--steps", type=int, default=650, help="per way (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
 

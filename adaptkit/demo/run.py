@@ -25,7 +25,7 @@ from adaptkit.model.adapted import AdaptedModel, attach
 
 __all__ = ["STEPS", "WAYS", "demo"]
 
-STEPS = 800
+STEPS = 650
 SHOWN = 4  #: images in the picture
 PYRAMID_HEAD = ("fpn", {"num_classes": len(CLASSES), "channels": 64})
 
