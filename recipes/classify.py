@@ -84,7 +84,7 @@ def loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> Ten
     return task + usage_loss(features.aux, args.budget) if usage(features.aux) else task
 
 
-def predict(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+def predict(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     image, label = batch
     return model(image).logits.float(), label
 

@@ -129,7 +129,7 @@ def loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> Ten
     return silog_loss(model(image).logits, depth, args.variance_focus)
 
 
-def predict(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+def predict(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     image, depth = batch
     return model(image).logits.float(), depth
 

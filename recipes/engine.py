@@ -87,7 +87,8 @@ class Task:
     build: Callable[[argparse.Namespace], Any]  #: -> the model to train
     data: Callable[[argparse.Namespace, Any, bool], Rows]  #: (args, model, train) -> samples
     loss: Callable[[nn.Module, Any, argparse.Namespace], Tensor]  #: (model, batch, args) -> scalar
-    predict: Callable[[nn.Module, Any], tuple[Any, Any]]  #: (model, batch) -> (prediction, target), an entry per image
+    #: (model, batch, args) -> (prediction, target), an entry per image
+    predict: Callable[[nn.Module, Any, argparse.Namespace], tuple[Any, Any]]
     metric: Callable[[argparse.Namespace], Any]  #: -> update(prediction, target), and compute() -> {name: number}
     ragged: bool = False  #: predictions and targets are lists, e.g. of boxes, an entry per image
     collate: Callable[[list[Any]], Any] | None = None
@@ -177,7 +178,7 @@ def evaluate(
     model.eval()
     for batch in loader:
         with accelerator.autocast():
-            prediction, target = task.predict(model, batch)
+            prediction, target = task.predict(model, batch, args)
         if task.ragged:
             pairs = accelerator.gather_for_metrics(list(zip(prediction, target)), use_gather_object=True)
             pairs = send_to_device(pairs, "cpu")
@@ -298,7 +299,8 @@ def training_batches(rows: Any, first: int, task: Task, accelerator: Accelerator
 def validation_batches(rows: Rows, task: Task, accelerator: Accelerator, args: argparse.Namespace) -> DataLoader:
     """Return the loader of this rank's share; a stream is read by the first rank, which deals it out."""
     data: Any = Stream(rows, args.batch_size, workers=args.workers, endless=False) if args.streaming else rows
-    loader = DataLoader(data, args.batch_size, collate_fn=task.collate, **loading(accelerator.device, args.workers))
+    collate = getattr(rows, "collate", task.collate)
+    loader = DataLoader(data, args.batch_size, collate_fn=collate, **loading(accelerator.device, args.workers))
     return accelerator.prepare(loader)
 
 

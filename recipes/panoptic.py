@@ -82,7 +82,7 @@ def loss(model: nn.Module, batch: Any, args: argparse.Namespace) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ predict
 
 
-def predict(model: Any, batch: Any) -> tuple[list[Tensor], list[Tensor]]:
+def predict(model: Any, batch: Any, args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor]]:
     image, targets = batch
     found, truth = model(image), [t["truth"] for t in targets]
     recipe = recipe_of(model)

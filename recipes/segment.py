@@ -13,19 +13,21 @@ import argparse
 import json
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassJaccardIndex
 
 import adaptkit
 from adaptkit.create import create_backbone
 
-from . import network, semantic
+from . import native, network, semantic
 from .data import SegmentationData, check_labels, label_table, open_dataset
 from .engine import Task, run
+from .native import NativeSegmentation, masks, predictor
 from .normalisation import source_of
 from .options import adapters, command, makes_pyramid, parser, read, validation
+from .order import Rows
+from .scores.segmentation import SemanticScores, confusion
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,6 +41,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                    help="label 0 is ignored and the others come down by one, as in ADE20K")  # fmt: skip
     p.add_argument("--head", default=None, help="fpn, linear, upernet or mask2former; default: fpn, or linear alone")
     p.add_argument("--size", type=int, nargs=2, default=(240, 320), metavar=("H", "W"))
+    native.options(p)
     network.mask2former_options(p)
     args = read(p, argv)
     args.head = args.head or ("linear" if args.adapter in (["none"], ["linear"]) else "fpn")
@@ -62,14 +65,14 @@ def build(args: argparse.Namespace) -> adaptkit.AdaptedModel:
     ).train()
 
 
-def data(args: argparse.Namespace, model: Any, train: bool) -> SegmentationData:
+def data(args: argparse.Namespace, model: Any, train: bool) -> Rows:
     name, split, option = (args.train, "train", "--train") if train else (validation(args), "validation", "--val")
     opened = open_dataset(name, split, (args.image_column, args.mask_column), args.streaming)
     labels = label_table(args.label_map, args.reduce_zero_label, args.ignore_index)
     may_be = {"labels": labels, "classes": args.num_classes, "ignore": args.ignore_index}
     rows = SegmentationData(opened, args.size, source_of(model.vit, args), args.seed, train, **may_be, name=option)
     check_labels(rows, args.num_classes, args.ignore_index, option, train=train)
-    return rows
+    return rows if train else NativeSegmentation(rows)
 
 
 def loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> Tensor:
@@ -79,18 +82,21 @@ def loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> Ten
     return total / (mask != args.ignore_index).sum().clamp(min=1)
 
 
-def predict(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
-    image, mask = batch
-    return model(image).logits.argmax(1), mask
+def predict(model: nn.Module, batch: Any, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Images and masks at their own size -> the confusion matrix of each image (B, K, K)."""
+    images, truth = batch
+    found = masks(predictor(model, args), images)
+    pairs = zip(found, truth)
+    matrices = torch.stack([confusion(m, t.to(m.device), args.num_classes, args.ignore_index) for (m, _), t in pairs])
+    return matrices, torch.zeros(len(matrices), device=matrices.device)
 
 
-def metric(args: argparse.Namespace) -> MetricCollection:
-    common: dict[str, Any] = {"sync_on_compute": False, "validate_args": False}  # the masks were checked when read
-    miou = MulticlassJaccardIndex(args.num_classes, ignore_index=args.ignore_index, **common)
-    return MetricCollection({"miou": miou})
+def metric(args: argparse.Namespace) -> SemanticScores:
+    return SemanticScores()
 
 
-TASK = Task("segment", "semantic-segmentation", "miou", ("miou",), build, data, loss, predict, metric)
+PERCENT = ("miou", "macc", "aacc")
+TASK = Task("segment", "semantic-segmentation", "miou", PERCENT, build, data, loss, predict, metric)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
