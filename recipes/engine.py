@@ -159,7 +159,7 @@ class Training:
             accelerator.load_state(str(checkpoint))
             as_asked(schedule, optimizer, asked)
             self.best.go_on(progress.get("best", {"scored": self.first}))
-            before = progress.get("seconds", 0.0)
+            self.metrics, before = progress.get("metrics", {}), progress.get("seconds", 0.0)
             if accelerator.is_main_process:
                 restore_best(self.out, checkpoint)
             accelerator.print(f"resumed from {checkpoint}, step {self.first}")
@@ -234,7 +234,7 @@ class Training:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        more = {"best": self.best.state(), "seconds": self.log.seconds()}
+        more = {"best": self.best.state(), "metrics": self.metrics, "seconds": self.log.seconds()}
         save_checkpoint(self.accelerator, self.out, self.done, self.args, more)
         self.saved = self.done
 

@@ -104,3 +104,14 @@ def saved(name: str) -> AdapterFile | None:
     from adaptkit.model.parts import as_file
 
     return None if name in ("none", "linear") else as_file(name)
+
+
+def saved_head(args: argparse.Namespace) -> str | None:
+    """Return the name of the head, or of the network around the pyramid, in a file of ``--adapter`` or ``--init``."""
+    names = [*args.adapter, *([args.init] if args.init else [])]
+    for file in filter(None, map(saved, names)):
+        head = file.header["head"]
+        if head is not None:
+            recipe = (file.header.get("metadata") or {}).get("recipe") or {}
+            return head["name"] or recipe.get("network")
+    return None

@@ -29,6 +29,7 @@ from adaptkit.losses import balanced_weights, dice_loss, focal_loss, pixel_loss
 from . import augment, network, semantic
 from .data import SegmentationData, check_labels, label_table, open_dataset
 from .engine import Task, run
+from .initial import saved_head
 from .normalisation import source_of
 from .options import adapters, command, makes_pyramid, parser, read, validation
 
@@ -36,6 +37,10 @@ LOSSES = {"cross-entropy": pixel_loss, "dice": dice_loss, "focal": focal_loss}
 LOSS_HELP = """one or several of cross-entropy, dice and focal, added up: --loss cross-entropy dice=0.5"""
 WEIGHTS_HELP = """of the classes in the loss: a number for each, or balanced, from the pixels of the training masks
 (the fewer, the more: all classes weigh the same as a whole)"""
+
+
+HEAD_HELP = """fpn, linear, upernet or mask2former; default: the one that a file in --adapter or --init holds, else fpn,
+or linear without an adapter"""
 
 
 def named(text: str) -> tuple[str, float]:
@@ -83,11 +88,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     p.add_argument("--class-weights", nargs="+", default=[], metavar="W", help=WEIGHTS_HELP)
     p.add_argument("--augment", default="medium", choices=augment.NAMES, help=augment.HELP)
-    p.add_argument("--head", default=None, help="fpn, linear, upernet or mask2former; default: fpn, or linear alone")
+    p.add_argument("--head", default=None, help=HEAD_HELP)
     p.add_argument("--size", type=int, nargs=2, default=(240, 320), metavar=("H", "W"))
     network.mask2former_options(p)
     args = read(p, argv)
-    args.head = args.head or ("linear" if args.adapter in (["none"], ["linear"]) else "fpn")
+    args.head = args.head or saved_head(args) or ("linear" if args.adapter in (["none"], ["linear"]) else "fpn")
     sides = makes_pyramid(args)
     if args.head == "linear" and sides:
         p.error(f"--head linear reads the tokens, so {sides[0]}'s pyramid would not be trained; use --head fpn")
