@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
+import multiprocessing
 import os
 import signal
 import threading
@@ -121,15 +124,29 @@ class Stop:
         return int(accelerator.gather(said).max())
 
 
+# ------------------------------------------------------------------------------------------- workers of a DataLoader
+
+ENDED = getattr(signal, "SIGUSR2", None)  #: what a parent that ends says to its workers; not every system has it
+
+
 def patient(worker: int) -> None:
     """Ignore, as a worker of a ``DataLoader``, the signals that are meant for the whole job, as SLURM sends them.
 
-    Its parent finishes the step with what it has loaded, and ends it. A second SIGTERM ends it all the same, which is
-    how a parent gets rid of one that hangs.
+    The others of a run may need what it loads until all have agreed to stop. It ends with its parent: :func:`ends`.
     """
+    if ENDED is not None:
+        signal.signal(ENDED, lambda *_: os._exit(0))  # with this status it is no worker that was lost
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-    def once(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, once)
+@functools.cache
+def ends() -> None:
+    """See that workers end when this process does, by whatever error; Python's SIGTERM they ignore."""
+    atexit.register(_dismiss, os.getpid())
+
+
+def _dismiss(process: int) -> None:
+    for child in multiprocessing.active_children() if os.getpid() == process else ():
+        if ENDED is not None and child.daemon and child.pid is not None:
+            os.kill(child.pid, ENDED)
