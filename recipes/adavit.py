@@ -38,13 +38,13 @@ from adaptkit.losses import agreement_loss, annealed_budget, check_budget, macs_
 
 from . import normalisation
 from .devices import BACKEND, together
-from .engine import cosine
 from .finite import Finite
 from .folder import begin, occupied
 from .help import RecipeParser
 from .labelled import Labelled, open_labelled
 from .log import EVERY, append
 from .normalisation import source_of
+from .optimising import cosine
 from .options import MODES, OVERWRITE_HELP, PRECISION_HELP, command, precision, seed_of
 from .order import folded
 from .stopping import Stop, Stopped

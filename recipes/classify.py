@@ -25,17 +25,21 @@ from adaptkit.create import create_backbone
 from adaptkit.hub.write import check_writable
 from adaptkit.losses import check_budget, usage, usage_loss
 
+from . import augment
 from .data import warn_unseen
 from .engine import Task, run
 from .labelled import LabelledData, open_images
 from .normalisation import source_of
 from .options import adapters, command, makes_pyramid, parser, read, validation
 
+AUGMENT_HELP = """of training images: none, crop, flip (crops, mirrored too), or by name as in segment: light and
+medium (mirrored crops; medium: colours, too), strong, trivial, rand, auto. All crop at least --least-crop"""
+
 
 def add_options(p: argparse.ArgumentParser) -> None:
     """Add what is asked of one classification; `vtab` asks the same of each of its tasks."""
     p.add_argument("--size", type=int, default=224, help="side of the images in pixels")
-    p.add_argument("--augment", default="crop", choices=["none", "crop", "flip"], help="flip: crops, mirrored too")
+    p.add_argument("--augment", default="crop", choices=["none", "crop", "flip", *augment.NAMES[1:]], help=AUGMENT_HELP)
     p.add_argument("--least-crop", type=float, default=0.5, metavar="SHARE", help="of the image, at least")
     p.add_argument("--pool", default=None, choices=["avg", "token", "both"], help="default: both, avg without a token")
     p.add_argument("--zero-head", action=argparse.BooleanOptionalAction, default=False, help="start it at zero")

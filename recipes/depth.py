@@ -177,7 +177,8 @@ def metric(args: argparse.Namespace) -> DepthMetric:
 
 
 PERCENT = ("delta1", "delta2", "delta3")
-TASK = Task("depth", "depth-estimation", "delta1", PERCENT, build, data, loss, predict, metric)
+LOWER = ("abs_rel", "rmse", "silog")
+TASK = Task("depth", "depth-estimation", "delta1", PERCENT, build, data, loss, predict, metric, lower=LOWER)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from adaptkit.core.view import Source
 from adaptkit.pictures import class_ids, colours, pair, read_row
 from adaptkit.version import DISTRIBUTION
 
+from .augment import NAMES, of_images
 from .data import filled, open_dataset, open_rows, renamed
 from .devices import sent
 from .normalisation import normalise
@@ -146,8 +147,8 @@ class LabelledData(Rows):
         size: side in pixels.
         source: of the backbone, for the normalisation.
         seed: of the augmentation.
-        augment: ``"crop"`` (a random part of at least ``least`` of the image), ``"flip"`` (mirrored at random too), or
-            ``"none"``, the whole image squeezed to a square.
+        augment: ``"crop"`` (a random part of at least ``least`` of the image), ``"flip"`` (mirrored at random too),
+            ``"none"``, the whole image squeezed to a square, or one of ``augment.NAMES``.
         train: whether to augment; else the centre of the image, 7/8 of it, or the whole with ``augment="none"``.
         least: share of the image in a crop.
         classes: labels are in 0..classes - 1; None: any.
@@ -170,6 +171,8 @@ class LabelledData(Rows):
         self.classes = classes
         if augment == "none":
             steps = [v2.Resize((size, size), antialias=True)]
+        elif train and augment in NAMES:
+            steps = of_images(augment, size, least)
         elif train:
             steps = [v2.RandomResizedCrop(size, scale=(least, 1.0), antialias=True)]
             steps += [v2.RandomHorizontalFlip()] if augment == "flip" else []

@@ -41,10 +41,10 @@ from adaptkit.mixers import list_mixers
 from . import normalisation
 from .data import SegmentationData, check_labels, open_dataset
 from .devices import together
-from .engine import cosine, parameter_groups
 from .folder import begin, occupied
 from .help import RecipeParser
 from .normalisation import source_of
+from .optimising import cosine, parameter_groups
 from .options import OVERWRITE_HELP, command, seed_of
 
 ABLATIONS: dict[str, dict[str, Any]] = {

@@ -73,6 +73,14 @@ class SemanticScores:
         sums = [matrices.diagonal(dim1=1, dim2=2), matrices.sum(1), matrices.sum(2)]
         self.images += list(torch.stack(sums, 1))
 
+    def join(self, parts: list[SemanticScores]) -> None:
+        """Become the sum of the parts that several processes have counted."""
+        device = "cpu"
+        totals = [part.total.to(device) for part in parts if part.images]
+        self.total = torch.stack(totals).sum(0) if totals else 0
+        for name in ("images", "boundaries", "bins"):
+            setattr(self, name, [one.to(device) for part in parts for one in getattr(part, name)])
+
     def compute(self) -> dict[str, float]:
         """Return mIoU, mean accuracy and pixel accuracy, in 0..1."""
         sums = torch.stack(self.images).sum(0)

@@ -15,8 +15,8 @@ from PIL import Image
 import adaptkit
 from recipes import options, segment
 from recipes.average import Average
-from recipes.engine import linear
 from recipes.log import forget_after
+from recipes.optimising import linear
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_segment import QUICK, write_folder  # noqa: E402
 
 import adaptkit  # noqa: E402
-from recipes.engine import parameter_groups  # noqa: E402
+from recipes.optimising import parameter_groups  # noqa: E402
 from recipes.segment import main  # noqa: E402
 
 
