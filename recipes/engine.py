@@ -98,7 +98,8 @@ def evaluate(
             metric.update(prediction.to(where), target.to(where))
     model.train(training)
     if own:
-        metric.join(gather_object([metric]))
+        parts = gather_object([metric])
+        metric.join(parts[:1] if args.shard else parts)
     return {name: float(value) for name, value in metric.compute().items()}
 
 
@@ -133,7 +134,9 @@ def validation_batches(rows: Rows, task: Task, accelerator: Accelerator, args: a
     """
     collate, how = getattr(rows, "collate", task.collate), loading(accelerator.device, args.workers)
     if args.streaming and hasattr(rows, "collate"):
-        share = 0, accelerator.process_index, accelerator.num_processes, args.workers
+        # With --shard all ranks run each pass of the backbone together, so that there each reads all.
+        rank, ranks = (0, 1) if args.shard else (accelerator.process_index, accelerator.num_processes)
+        share = 0, rank, ranks, args.workers
         return OwnShare(
             Stream(rows, args.batch_size, *share, endless=False), args.batch_size, collate_fn=collate, **how
         )
@@ -239,8 +242,13 @@ class Training:
         self.log.score(self.done, self.metrics, time.time() - started)
 
     def heeding(self, loader: Any) -> Iterable[Any]:
-        """The batches of a validation, shown as they come; ``Asked`` where the processes are to stop."""
+        """The batches of a validation, shown as they come; ``Asked`` where the processes are to stop.
+
+        Those that read shares of their own read different numbers of batches, and agree on a stop after them.
+        """
         total = None if self.args.streaming else len(loader)
+        if isinstance(loader, OwnShare) and self.accelerator.num_processes > 1:
+            return self.log.validating(loader, total)
         return self.stop.heeding(self.log.validating(loader, total), self.accelerator)
 
     def write(self, folder: Path, **more: Any) -> None:

@@ -71,7 +71,7 @@ def silent(monkeypatch):
         "fewshot",
         "mixers",
         "adavit",
-        "engine",
+        "task",
         "network",
     ):
         monkeypatch.setattr(f"recipes.{recipe}.create_backbone", forgetful)
