@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from adaptkit.pictures import CHANNELS, colours, read
 
@@ -52,6 +51,8 @@ def pixels(image: Any, channels: int = CHANNELS) -> Tensor:
     Raises ``ValueError`` for a file that cannot be read (it is named), another number of channels, and floats that are
     no pixels, such as an image that has been normalised already.
     """
+    from torchvision.transforms.v2 import functional as F  # here, for it takes a second to import
+
     if isinstance(image, Tensor | np.ndarray):
         return _channels(_scaled(_tensor(image)), channels)
     if channels != CHANNELS:

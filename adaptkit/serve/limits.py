@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from adaptkit.ops.forks import Lock
 from adaptkit.predict.pixels import pixels
 
 __all__ = ["FORMATS", "Gate", "Limits", "Refused", "decoded", "sizes_of"]
@@ -52,7 +52,7 @@ class Gate:
 
     def __init__(self, limits: Limits) -> None:
         self.limits, self.requests, self.held = limits, 0, 0
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     @contextmanager
     def request(self) -> Iterator[None]:

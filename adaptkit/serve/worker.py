@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptkit.ops.forks import Lock
 from adaptkit.predict.answers import Answer
 from adaptkit.predict.tasks import Asked
 from adaptkit.serve.limits import Refused
@@ -57,7 +58,7 @@ class Worker:
         self.mounts, self.window, self.most = mounts, window, most
         self._queue: queue.SimpleQueue[Job | _Call | None] = queue.SimpleQueue()
         self._left: list[_Call | None] = []  # what ended a batch
-        self._lock, self._closed = threading.Lock(), False
+        self._lock, self._closed = Lock(), False
         self._thread = threading.Thread(target=self._loop, name="adaptkit-serve", daemon=True)
         self._thread.start()
 
