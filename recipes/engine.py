@@ -80,6 +80,7 @@ def evaluate(
     and may show how many there were, or break off. Where each rank reads a share of its own, the metrics are joined.
     """
     own = isinstance(loader, OwnShare)
+    share_statistics(model)
     metric, training = task.metric(args), model.training
     where = "cpu" if accelerator.device.type == "mps" else accelerator.device
     if isinstance(metric, nn.Module):  # one of torchmetrics; others add up where the tensors are that they are given
@@ -120,6 +121,16 @@ def training_batches(rows: Any, first: int, task: Task, accelerator: Accelerator
     loader = DataLoader(stream, args.batch_size, collate_fn=task.collate, **loading(accelerator.device, args.workers))
     batches = islice(loader, (args.steps - first) * k)
     return (send_to_device(batch, accelerator.device, accelerator.non_blocking) for batch in batches)
+
+
+def share_statistics(model: nn.Module) -> None:
+    """Give every rank the first one's buffers, which are saved: BatchNorm counts on each rank for itself.
+
+    DDP does so at the start of its next forward, which scoring the module inside of it does not go through.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        for buffer in model.module.buffers():
+            torch.distributed.broadcast(buffer, 0)
 
 
 class OwnShare(DataLoader):

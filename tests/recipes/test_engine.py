@@ -118,7 +118,7 @@ def test_a_sharded_backbone_trains_the_same_adapter(two):
     for key, tensor in whole.items():
         torch.testing.assert_close(sharded[key], tensor, atol=1e-5, rtol=1e-5)
     scores = [json.loads((two / run / "result.json").read_text()) for run in ("sharded", "whole")]
-    assert scores[0]["miou"] == scores[1]["miou"] == scores[0]["miou_reattached"]
+    assert scores[0]["miou"] == scores[1]["miou"] == scores[0]["miou_reattached"] == scores[1]["miou_reattached"]
 
 
 def test_sharding_on_one_process_is_refused(pictures, tmp_path):
