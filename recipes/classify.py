@@ -26,6 +26,7 @@ from adaptkit.hub.write import check_writable
 from adaptkit.losses import check_budget, usage, usage_loss
 
 from . import augment
+from . import names as class_names
 from .data import warn_unseen
 from .engine import Task, run
 from .labelled import LabelledData, open_images
@@ -53,6 +54,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--image-column", help="default: the first column of images")
     p.add_argument("--label-column", help="default: the first named label, labels, ...")
     p.add_argument("--num-classes", type=int, help="needed where a stream does not name them")
+    class_names.options(p)
     args = read(p, argv)
     check(args)
     return args
@@ -117,6 +119,7 @@ def task(args: argparse.Namespace) -> Task:
     most = max([max(d["label"]) for d in (train, val) if not args.streaming], default=0)
     if most >= args.num_classes:
         raise ValueError(f"a label is {most}, and --num-classes {args.num_classes} allows 0..{args.num_classes - 1}")
+    args.named = class_names.named(args, names) if hasattr(args, "classes") else {}
     if not args.streaming:
         unseen = sorted(set(range(args.num_classes)) - set(train["label"]))
         called = [names[k] if k < len(names) else str(k) for k in unseen]

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 import adaptkit
 from adaptkit.hub.write import check_writable, write_atomic
 
-from . import record
+from . import names, record
 from .average import Average
 from .best import best_of
 from .cached import Views, cached
@@ -266,7 +266,8 @@ class Training:
         """Write the adapter file, with the metrics in it."""
         size = self.args.size if isinstance(self.args.size, int) else list(self.args.size)
         model = self.accelerator.unwrap_model(self.model)
-        self.task.save(model, folder, task=self.task.kind, size=size, **to_record(self.args), **more, **self.metrics)
+        said = {**to_record(self.args), **names.to_record(self.args), **more, **self.metrics}
+        self.task.save(model, folder, task=self.task.kind, size=size, **said)
 
     def save(self) -> None:
         """Write a checkpoint."""

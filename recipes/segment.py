@@ -24,7 +24,7 @@ import adaptkit
 from adaptkit.create import create_backbone
 from adaptkit.losses import balanced_weights, dice_loss, focal_loss, pixel_loss
 
-from . import augment, native, network, semantic
+from . import augment, names, native, network, semantic
 from .data import SegmentationData, check_labels, label_table, open_dataset
 from .engine import Task, run
 from .initial import saved_head
@@ -92,8 +92,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--head", default=None, help=HEAD_HELP)
     p.add_argument("--size", type=int, nargs=2, default=(240, 320), metavar=("H", "W"))
     native.options(p)
+    names.options(p)
     network.mask2former_options(p)
     args = read(p, argv)
+    args.named = names.named(args)
     args.head = args.head or saved_head(args) or ("linear" if args.adapter in (["none"], ["linear"]) else "fpn")
     sides = makes_pyramid(args)
     if args.head == "linear" and sides:

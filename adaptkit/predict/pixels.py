@@ -69,8 +69,8 @@ def pixels(image: Any, channels: int = CHANNELS) -> Tensor:
 def _tensor(image: Tensor | np.ndarray) -> Tensor:
     """(H, W), (C, H, W) or (H, W, C) -> (C, H, W): the channels are the side of at most four, or the first."""
     if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.ascontiguousarray(image.astype(np.int32) if image.dtype == np.uint16 else image))
-        sixteen = image.dtype == torch.int32
+        sixteen = image.dtype == np.uint16
+        image = torch.from_numpy(np.array(image, np.int32 if sixteen else image.dtype, order="C"))
     else:
         sixteen = image.dtype == torch.uint16
         image = image.detach().to(torch.int32) if sixteen else image.detach()
