@@ -14,8 +14,8 @@ __all__ = ["GROUPS", "RecipeParser"]
 #: that a recipe does not have is passed over.
 GROUPS: dict[str, tuple[str, ...]] = {
     "data": (
-        "train", "val", "data", "train-images", "val-images", "train-masks", "val-masks", "image-column",
-        "mask-column", "label-column", "depth-column", "num-classes", "classes", "ignore-index", "label-map",
+        "train", "val", "data", "train-images", "val-images", "train-masks", "val-masks", "train-maps", "val-maps",
+        "image-column", "mask-column", "label-column", "depth-column", "num-classes", "classes", "ignore-index", "label-map",
         "reduce-zero-label", "mean", "std", "size", "augment", "least-crop", "streaming", "shuffle-buffer", "workers",
     ),
     "model": (
@@ -29,9 +29,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "features of the backbone, computed once": (
         "views", "cache-features", "cache-dtype", "crop-features", "flip-features",
     ),
+    "validation": ("slide", "stride", "resize", "scales", "flip"),
     "run": (
         "config", "out", "seed", "seeds", "eval-every", "save-every", "keep-best", "early-stopping", "patience",
-        "tracker", "resume", "overwrite", "shard", "help",
+        "tracker", "resume", "change", "overwrite", "shard", "help",
     ),
 }  # fmt: skip
 REST = "this task"

@@ -85,11 +85,14 @@ def test_grey_sixteen_bits_and_alpha():
     grey = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
     assert torch.equal(pixels(grey), pixels(np.stack([grey] * 3, -1)))
     assert torch.equal(pixels(Image.fromarray(grey)), pixels(grey))
-    deep = (np.arange(36).reshape(3, 3, 4) * 1800).astype(np.uint16)
+    deep = (np.arange(90).reshape(3, 6, 5) * 700).astype(np.uint16)
     torch.testing.assert_close(pixels(deep), torch.from_numpy(deep.astype(np.float32)) / 65535)
     rgba = np.concatenate([np.stack([grey] * 3, -1), np.full((3, 4, 1), 255, np.uint8)], -1)
     assert torch.equal(pixels(rgba), pixels(grey))
     assert pixels(np.ones((13, 6, 5), np.float32), 13).shape == (13, 6, 5)
+    assert pixels(np.ones((3, 5, 13), np.float32), 13).shape == (13, 3, 5)
+    narrow = torch.arange(36.0).reshape(3, 3, 4) / 36  # of a tensor the channels are first, where both sides could be
+    assert torch.equal(pixels(narrow), narrow)
 
 
 @pytest.mark.parametrize(

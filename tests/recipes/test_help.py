@@ -45,6 +45,12 @@ def test_no_option_is_in_two_groups():
     assert sorted(names) == sorted(set(names))
 
 
+def test_an_option_of_every_recipe_is_in_a_group():
+    """A new option of ``recipes.options`` is to be shown under a title, not as a peculiarity of each task."""
+    everywhere = options.parser("mine", "Mine.")
+    assert shown.REST not in everywhere._grouped()
+
+
 def test_what_no_group_names_is_the_tasks_own(capsys):
     p = options.parser("mine", "Mine.")
     p.add_argument("--peculiar", default="100%", help="of mine")
