@@ -15,8 +15,9 @@ __all__ = ["GROUPS", "RecipeParser"]
 GROUPS: dict[str, tuple[str, ...]] = {
     "data": (
         "train", "val", "data", "train-images", "val-images", "train-masks", "val-masks", "train-maps", "val-maps",
-        "image-column", "mask-column", "label-column", "depth-column", "num-classes", "classes", "ignore-index", "label-map",
-        "reduce-zero-label", "mean", "std", "size", "augment", "least-crop", "streaming", "shuffle-buffer", "workers",
+        "image-column", "mask-column", "label-column", "depth-column", "num-classes", "classes", "ignore-index",
+        "label-map", "reduce-zero-label", "mean", "std", "size", "augment", "least-crop", "streaming", "shuffle-buffer",
+        "workers",
     ),
     "model": (
         "backbone", "random-backbone", "adapter", "adapter-options", "init", "train-backbone", "head", "model", "pool",

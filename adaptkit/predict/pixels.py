@@ -51,8 +51,6 @@ def pixels(image: Any, channels: int = CHANNELS) -> Tensor:
     Raises ``ValueError`` for a file that cannot be read (it is named), another number of channels, and floats that are
     no pixels, such as an image that has been normalised already.
     """
-    from torchvision.transforms.v2 import functional as F  # here, for it takes a second to import
-
     if isinstance(image, Tensor | np.ndarray):
         return _channels(_scaled(_tensor(image, channels)), channels)
     if channels != CHANNELS:
@@ -63,7 +61,7 @@ def pixels(image: Any, channels: int = CHANNELS) -> Tensor:
     said = {"bytes": bytes(image), "path": None} if isinstance(image, bytes) else image
     name = "the image" if isinstance(image, bytes | Image.Image) else ""
     picture = read(Path(said).expanduser() if isinstance(said, str) else said, name)
-    return F.to_dtype(colours(picture), torch.float32, scale=True).as_subclass(Tensor)
+    return _scaled(colours(picture).as_subclass(Tensor))
 
 
 def _tensor(image: Tensor | np.ndarray, channels: int) -> Tensor:
@@ -91,7 +89,9 @@ def _tensor(image: Tensor | np.ndarray, channels: int) -> Tensor:
 
 def _scaled(image: Tensor) -> Tensor:
     if image.dtype == torch.uint8:
-        return image.float() / 255
+        from torchvision.transforms.v2 import functional as F  # here, for it takes a second to import
+
+        return F.to_dtype(image, torch.float32, scale=True)  # what training does, to the bit
     if image.dtype == torch.bool:
         return image.float()
     if not image.is_floating_point():
