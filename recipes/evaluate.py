@@ -71,7 +71,8 @@ def show(found: dict[str, Any]) -> None:
         if name not in LONG:
             low, high = between.get(name, (None, None))
             said = f"{value:.4f}" if isinstance(value, float) else str(value)
-            console.print(f"{name:18} {said}" + ("" if low is None else f"  (95 %: {low:.4f} to {high:.4f})"))
+            between_them = "" if low is None else f"  (95 %: {low:.4f} to {high:.4f})"
+            console.print(f"{name:18} {said}{between_them}", soft_wrap=True)
     if found.get("per_class"):
         columns = [k for k in ("per_class", "per_class_accuracy", "per_class_boundary_iou") if k in found]
         table = Table("class", *columns)
