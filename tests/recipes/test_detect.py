@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import adaptkit
 from adaptkit.create import create_backbone
-from recipes import coco, detect, network, shapes
-from recipes.coco import Detection, as_lists, average_precision, read_instances
+from adaptkit.pretrained import from_pretrained
+from recipes import coco, detect, evaluate, network, shapes
+from recipes.coco import Detection, as_lists, average_precision, average_precisions, read_instances
 
 QUICK = ["--backbone", "test_vit", "--random-backbone", "--adapter-options", '{"conv_inplane": 8}', "--size", "32", "48",
          "--width", "16", "--anchor", "4", "--batch-size", "2", "--lr", "3e-3"]  # fmt: skip
@@ -169,6 +170,42 @@ def test_the_truth_scores_one_and_nothing_scores_zero(folder):
         entry.pop("area")  # files made by hand often lack it
         entry.pop("iscrowd")
     assert average_precision(data, found, masks=True)["mask_ap"] == pytest.approx(1.0)
+
+
+def test_by_class_is_the_score_of_each_class_alone(folder):
+    data, found = truth(folder), []
+    for i, row in enumerate(data.rows):
+        for k, one in enumerate(row["instances"]):
+            x1, y1, x2, y2 = one["box"]
+            off = 3 * one["label"] if (i + k) % 2 else 0  # classes are missed by different distances
+            box = [x1 + off, y1, x2 - x1, y2 - y1]
+            found.append({"image_id": row["id"], "label": one["label"], "score": 0.5 + 0.1 * k, "bbox": box})
+    means, by_class = average_precisions(data, found, masks=False)
+    for label in range(1, 4):
+        only = {**data.truth, "annotations": [a for a in data.truth["annotations"]
+                                              if a["category_id"] == data.categories[label - 1]["id"]]}  # fmt: skip
+        alone = data._replace(truth=only)
+        expected = average_precision(alone, [f for f in found if f["label"] == label], masks=False)["box_ap"]
+        occurs = bool(only["annotations"])
+        assert by_class["box"][label - 1] == (pytest.approx(expected) if occurs else None)
+    known = [v for v in by_class["box"] if v is not None]
+    assert 1 < len(known) < 3  # one class does not occur here
+    assert means["box_ap"] == pytest.approx(sum(known) / len(known))
+    assert 0 < means["box_ap"] < 1
+
+
+def test_eval_of_the_file_says_what_the_run_said(trained, folder, monkeypatch):
+    argv, out, result = trained
+
+    def opened(file, backbone=None):
+        torch.manual_seed(detect.parse(argv).seed)
+        return from_pretrained(file, backbone=create_backbone("test_vit", pretrained=False))
+
+    monkeypatch.setattr(evaluate, "from_pretrained", opened)
+    found = evaluate.main(argv=[str(out / "adapter"), "--data", str(folder / "val")])
+    assert 100 * found["box_ap"] == pytest.approx(result["box_ap"], abs=0.006)  # two digits of per cent
+    assert (found["images"], found["classes"]) == (3, ["disc", "square", "triangle"])
+    assert len(found["per_class"]) == 3
 
 
 def test_an_image_that_two_ranks_saw_counts_once(folder):

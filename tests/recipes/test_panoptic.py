@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import adaptkit
 from adaptkit.create import create_backbone
-from recipes import network, panoptic, shapes
+from recipes import evaluate, network, panoptic, shapes
 from recipes.panoptic_data import PanopticData, locate, read_segments, segment_ids, stacked
 
 QUICK = ["--backbone", "test_vit", "--random-backbone", "--adapter-options", '{"conv_inplane": 8}', "--size", "32", "48",
@@ -80,6 +80,21 @@ def test_training_lowers_the_loss_and_the_file_scores_as_the_run_did(trained):
     stored = adaptkit.load(out / "adapter")
     assert stored.header["head"]["class"].endswith("Mask2FormerForUniversalSegmentation")
     assert not any("attn.qkv" in k for k in stored.tensors)
+
+
+def test_eval_of_the_file_says_what_the_run_said(trained, folder, monkeypatch):
+    argv, out, result = trained
+
+    def opened(file, backbone=None):
+        torch.manual_seed(panoptic.parse(argv).seed)
+        return adaptkit.from_pretrained(file, backbone=create_backbone("test_vit", pretrained=False))
+
+    monkeypatch.setattr(evaluate, "from_pretrained", opened)
+    found = evaluate.main(argv=[str(out / "adapter"), "--data", str(folder / "val")])
+    assert found["images"] == 3
+    known = [v for v in found["per_class"] if v is not None]
+    assert found["pq"] == pytest.approx(sum(known) / len(known))
+    assert {k: found[k] for k in ("pq", "sq", "rq")} == pytest.approx({k: result[k] / 100 for k in ("pq", "sq", "rq")})
 
 
 def test_stopped_and_resumed_is_byte_identical_to_never_stopped(trained, folder, tmp_path, monkeypatch):
