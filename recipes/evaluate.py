@@ -5,7 +5,8 @@
     python -m recipes.evaluate runs/depth/adapter --data nyu/test --crop eigen
 
 `adaptkit eval` is the same. The task is the file's, and `--data` is what the recipe of that task reads: a Parquet file,
-a folder, a Hub id; COCO's JSON, or a folder with it, for detectors. How labels are to be read is recorded in the file.
+a folder, a Hub id; COCO's JSON, or a folder with it, for detectors. The file records how labels are to be read, and how
+its run looked at images in validation (--slide, --resize, ...): this is done again where nothing else is asked for.
 Numbers are in 0..1; depths in metres. The interval is the 95 % bootstrap over images: of two runs on the same images,
 those whose intervals are apart differ by more than the choice of images.
 """
@@ -13,6 +14,7 @@ those whose intervals are apart differ by more than the choice of images.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -29,6 +31,7 @@ from adaptkit.pretrained import from_pretrained
 
 from .corruptions import CORRUPTIONS, SEVERITIES, corrupted
 from .options import command
+from .scores import recorded
 from .scores.protocols import EVALUATIONS, SCORE
 
 #: Of what is found, not shown in the terminal: it is in --json.
@@ -44,14 +47,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Open the file, and return what it scores. Raises what reading a file or data raises."""
-    asked = Asked(Ways(**ways_of(args)), confidence=True, threshold=0.0)
     model = from_pretrained(args.file, backbone=args.backbone).to(best_device(args.device))
-    kind = model.described().answers
+    described = model.described()
+    kind, ways = described.answers, recorded.ways_of(described.said, Ways(**ways_of(args)))
+    asked = Asked(ways, confidence=True, threshold=0.0)
 
     def score(alter: Callable[[Tensor, int], Tensor]) -> dict[str, Any]:
         return EVALUATIONS[kind](model, asked, args, alter)
 
-    found = {"task": kind, "file": str(args.file), "data": args.data, "size": "native", **score(lambda image, i: image)}
+    found = {"task": kind, "file": str(args.file), "data": args.data, "size": "native",
+             "ways": dataclasses.asdict(ways), **score(lambda image, i: image)}  # fmt: skip
     if args.corruptions is not None:
         worse = {
             name: [score(corrupted(name, s))[SCORE[kind]] for s in range(1, SEVERITIES + 1)]

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .scores.recorded import LABELS, WAYS
+
 HELP = """names of the classes, in the order of their ids; or a file with one name a line, or a JSON list of names or of
 {"name": ..., "color": [r, g, b]}. Default: classes.txt or classes.json in the folder of the data, or Cityscapes'"""
 FOUND = ("classes.json", "classes.txt")
@@ -14,7 +16,6 @@ CITYSCAPES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
     "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
 )  # fmt: skip
-LABELS = ("ignore_index", "label_map", "reduce_zero_label")  #: how the masks of the training were read
 
 
 def options(p: argparse.ArgumentParser) -> None:
@@ -69,11 +70,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def to_record(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what a file must say for prediction and evaluation: names, and how the labels of the data were read."""
+    """Return what a file must say for prediction and evaluation: names, how labels were read, and images looked at."""
     said = dict(getattr(args, "named", {}))
     labels = {k: getattr(args, k) for k in LABELS if getattr(args, k, None) not in (None, {}, False)}
     if labels:
         said["labels"] = labels
+    looked = {k: getattr(args, k) for k in WAYS if getattr(args, k, None) not in (None, False, [1.0])}
+    if looked:
+        said["evaluation"] = looked
     if isinstance(args.size, int):  # of classification: how an image became a square
         said["framing"] = "squash" if getattr(args, "augment", "") == "none" else "crop"
     return said

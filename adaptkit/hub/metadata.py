@@ -21,7 +21,7 @@ __all__ = ["KNOWN", "check_names", "plain"]
 #: Metadata that something reads: the card, ``inspect``, prediction, or whoever builds the model again.
 KNOWN = (
     "task", "license", "license_name", "license_link", "dataset", "datasets", "metrics",
-    "classes", "palette", "labels", "size", "framing", "mean", "std", "recipe",
+    "classes", "palette", "labels", "evaluation", "size", "framing", "mean", "std", "recipe",
 )  # fmt: skip
 #: Options of ``push`` itself, which a wrong name may have meant.
 OPTIONS = ("private", "token", "revision", "commit_message", "extra")

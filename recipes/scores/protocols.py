@@ -27,6 +27,7 @@ from ..panoptic_data import locate as locate_segments
 from .calibration import calibration_sums
 from .classification import ClassificationScores
 from .depth import DepthScores, cropped
+from .recorded import labels_of
 from .segmentation import SemanticScores, boundary, confusion
 
 Alter = Callable[[Tensor, int], Tensor]  #: image (3, H, W) in 0..1 and its number -> what is looked at
@@ -36,10 +37,10 @@ SCORE = {"segmentation": "miou", "classification": "top1", "depth": "delta1", "d
 def segmentation(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) -> dict[str, Any]:
     """IoU, accuracy and boundary IoU by class, confusion matrix, calibration of all pixels."""
     described, transform = model.described(), model.transform
-    labels = described.said.get("labels") or {}
-    ignore = labels.get("ignore_index", 255) if args.ignore_index is None else args.ignore_index
-    table = label_table(args.label_map or labels.get("label_map") or {},
-                        args.reduce_zero_label or bool(labels.get("reduce_zero_label")), ignore)  # fmt: skip
+    labels = labels_of(described.said)
+    ignore = labels["ignore_index"] if args.ignore_index is None else args.ignore_index
+    reduce = args.reduce_zero_label or labels["reduce_zero_label"]
+    table = label_table(args.label_map or labels["label_map"], reduce, ignore)
     classes = classes_of(model)
     opened = open_dataset(args.data, args.split, (args.image_column, args.target_column))
     source = Source(mean=transform.mean, std=transform.std)

@@ -139,6 +139,41 @@ def test_data_that_do_not_fit_the_file_are_refused_by_name(scenes, segmenter, tm
         evaluated(tmp_path / "three", "--data", scenes)
 
 
+def test_the_protocol_of_the_run_is_followed_unless_another_is_asked_for(scenes, tmp_path):
+    model = stirred(adaptkit.attach(backbone(), "sfp", head=("fpn", {"num_classes": CLASSES, "channels": 16})))
+    said = {"mean": [0.4] * 3, "std": [0.25] * 3, "size": [SIDE, 64]}
+    model.save(tmp_path / "plain", **said)
+    model.save(tmp_path / "slides", **said, evaluation={"slide": [32, 48], "stride": [16, 32], "flip": True})
+    asked = evaluated(tmp_path / "plain", "--data", scenes, "--slide", 32, 48, "--stride", 16, 32, "--flip")
+    found = evaluated(tmp_path / "slides", "--data", scenes)
+    assert found["ways"] == asked["ways"]
+    assert found["per_class"] == asked["per_class"]
+    whole = evaluated(tmp_path / "slides", "--data", scenes, "--resize", SIDE)
+    assert whole["per_class"] == pytest.approx(evaluated(tmp_path / "plain", "--data", scenes)["per_class"], abs=1e-3)
+    assert whole["per_class"] != found["per_class"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"labels": [1]},
+        {"labels": {"label_map": 3}},
+        {"labels": {"ignore_index": "x"}},
+        {"labels": {"other": 1}},
+        {"evaluation": "slide"},
+        {"evaluation": {"slide": 3}},
+        {"evaluation": {"slide": [3, "x"]}},
+        {"evaluation": {"resize": "big"}},
+        {"evaluation": {"scales": [0]}},
+    ],
+)
+def test_what_a_file_says_of_its_evaluation_is_checked(scenes, tmp_path, said):
+    model = adaptkit.attach(backbone(), head=("linear", {"num_classes": CLASSES}))
+    model.save(tmp_path / "file", mean=[0.4] * 3, std=[0.25] * 3, size=[SIDE, 64], **said)
+    with pytest.raises(ValueError, match="the file's (labels|evaluation)"):
+        evaluated(tmp_path / "file", "--data", scenes)
+
+
 def test_classes_scored_as_scikit_learn_counts(tmp_path):
     from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 
