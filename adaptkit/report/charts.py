@@ -61,6 +61,7 @@ def lines(title: str, rows: Sequence[Line], x: str = "step", marks: bool = False
             axes.plot(row.x, row.y, label=row.label, **_look(row.place, marks))
         axes.set_xlabel(x, fontsize=8.5)
         axes.margins(x=0.02)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if len({row.place for row in rows}) > 1:
             axes.legend(loc="best", ncols=2, handlelength=2.6)
         return _svg(figure, title)

@@ -10,7 +10,7 @@ from typing import Any
 from adaptkit.predict.palette import checked_palette
 from adaptkit.report.groups import PLACE, Group, Spread, best
 from adaptkit.report.run import Run
-from adaptkit.report.words import METRICS, amount, duration, metric, number, size
+from adaptkit.report.words import METRICS, SPACE, amount, duration, metric, number, size
 
 __all__ = ["classes", "comparison", "configuration", "confusion", "figures", "metrics", "missing", "runs", "sentence"]
 
@@ -24,8 +24,10 @@ BY_CLASS = {
     "detection": (("per_class", "AP"),),
     "panoptic": (("per_class", "PQ"),),
 }  # fmt: skip
-WHY = {"worst": "Worst images", "best": "Best images", "even": "Images that nobody chose"}
+WHY = {"even": "Images that nobody chose", "worst": "Worst images", "best": "Best images"}
 PANELS = ("image", "truth", "prediction")
+#: What an image by itself is scored by.
+PER_IMAGE = {"segmentation": "mIoU", "depth": "δ < 1.25", "detection": "F1", "panoptic": "PQ"}
 
 
 def sentence(groups: Sequence[Group]) -> str:
@@ -53,7 +55,7 @@ def _seeds(score: Spread) -> str:
 
 
 def _interval(group: Group) -> str:
-    between = group.runs[0].interval if len(group.runs) == 1 else None
+    between = group.lead.interval if len(group.runs) == 1 else None
     if between is None or group.metric is None:
         return ""
     low, high = (number(group.metric, v, unit=False) for v in between)
@@ -69,7 +71,7 @@ def _cost(group: Group) -> str:
 
 def _verdict(one: Group, other: Group) -> str:
     """Whether the seeds of two groups tell them apart, and the intervals over images."""
-    scores = [[run.score for run in g.runs if run.score is not None] for g in (one, other)]
+    scores = [[run.score for run in g.counted if run.score is not None] for g in (one, other)]
     if min(map(len, scores)) > 1:
         clear = min(scores[0]) > max(scores[1])
         seeds = f"{'Every' if clear else 'Not every'} seed of {one.label} scores above every seed of {other.label}"
@@ -84,17 +86,31 @@ def _verdict(one: Group, other: Group) -> str:
 
 def comparison(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """What each setup scores and costs; the best score is marked."""
-    top, rows = best(groups), []
+    top, rows = best(groups), list[dict[str, Any]]()
     for group in groups:
         lead, score = group.lead.result, group.score
+        costs = {
+            "trained parameters": _count(lead.get("trained_parameters")),
+            "of the model": _share(lead.get("trained_parameters"), lead.get("parameters")),
+            "file": size(lead.get("file_bytes")),
+            "MACs per image": amount(lead.get("macs")),
+            "training": _costs(group, Run.seconds, duration),
+            "peak memory": _costs(group, Run.memory, _mebibytes),
+            "kept by a step": size(lead.get("kept_bytes")),
+        }
         rows.append({
-            "label": group.label, "place": group.place, "best": group is top and len(groups) > 1,
-            "seeds": len(group.runs), "score": score.said(group.metric, unit=False) if score and group.metric else "–",
-            "trained": _count(lead.get("trained_parameters")), "total": amount(lead.get("parameters")),
-            "file": size(lead.get("file_bytes")), "macs": amount(lead.get("macs")),
-            "seconds": _costs(group, Run.seconds, duration), "memory": _costs(group, Run.memory, _mebibytes),
+            "label": group.label, "place": group.place, "best": group is top and len(groups) > 1, "costs": costs,
+            "seeds": _of(len(group.counted), len(group.runs)), "score": score.said(group.metric, unit=False) if score and group.metric else "–",
         })  # fmt: skip
-    return rows
+    return _known(rows, "costs")
+
+
+def _of(part: int, whole: int) -> str:
+    return str(part) if part == whole else f"{part} of {whole}"
+
+
+def _share(part: int | None, whole: int | None) -> str:
+    return f"{part / whole:.1%}".replace("%", f"{SPACE}%") if part and whole else "–"
 
 
 def _count(value: int | None) -> str:
@@ -130,21 +146,31 @@ def _value(run: Run, name: str) -> float | None:
 
 
 def runs(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Every run: seed, score, interval, steps, time."""
+    """Every run: seed, score, interval, steps, time; of these what is known of any."""
     rows = []
     for group in groups:
         for run in group.runs:
             name, between = run.metric, run.interval
-            rows.append({
-                "name": run.name, "label": group.label, "place": group.place,
-                "seed": "–" if run.seed is None else run.seed,
+            cells = {
+                "seed": "–" if run.seed is None else str(run.seed),
                 "score": number(name, run.score, unit=False) if name else "–",
-                "interval": " to ".join(number(name, v, unit=False) for v in between) if name and between else "–",
-                "steps": run.result.get("steps") or (run.rows[-1]["step"] if run.rows else "–"),
-                "seconds": duration(run.seconds()), "memory": _mebibytes(run.memory()),
-                "state": "" if run.is_finished else "not finished",
-                "digest": str(run.result.get("file_sha256") or "")[:12],
-            })  # fmt: skip
+                "95 % interval over images": " to ".join(number(str(name), v, unit=False) for v in between or ())
+                or "–",
+                "steps": str(run.result.get("steps") or (run.rows[-1]["step"] if run.rows else "–")),
+                "training": duration(run.seconds()),
+                "peak memory": _mebibytes(run.memory()),
+                "SHA-256 of the file": str(run.result.get("file_sha256") or "–")[:12],
+            }
+            state = "" if run.is_finished else "not ended"
+            rows.append({"name": run.name, "label": group.label, "place": group.place, "state": state, "cells": cells})
+    return _known(rows, "cells")
+
+
+def _known(rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """Leave out the columns that nobody fills."""
+    for name in [name for name in rows[0][key] if all(row[key][name] == "–" for row in rows)]:
+        for row in rows:
+            del row[key][name]
     return rows
 
 
@@ -176,10 +202,9 @@ def classes(groups: Sequence[Group]) -> dict[str, Any] | None:
     rows = []
     for k in range(count):
         values = [column[2][k] for column in columns]
-        top = max((v.mean for v in values if v is not None), default=None)
         cells = [
             {"said": "–" if v is None else v.said("miou", unit=False), "share": 0 if v is None else 100 * v.mean,
-             "best": len(scored) > 1 and v is not None and v.mean == top}
+             "best": len(scored) > 1 and _leads(v, values)}
             for v in values
         ]  # fmt: skip
         share = f"{100 * counted[k] / whole:.1f} %" if counted and whole else ""
@@ -190,9 +215,15 @@ def classes(groups: Sequence[Group]) -> dict[str, Any] | None:
             "counted": "pixels" if evaluation.get("pixels") else "images"}  # fmt: skip
 
 
+def _leads(value: Spread | None, values: Sequence[Spread | None]) -> bool:
+    """Whether it is the highest of several that are not all the same."""
+    means = {v.mean for v in values if v is not None}
+    return len(means) > 1 and value is not None and value.mean == max(means)
+
+
 def confusion(group: Group | None) -> dict[str, Any] | None:
     """What is taken for what, over all seeds of a setup; None where it is not recorded."""
-    matrices = [run.evaluation["confusion"] for run in group.runs if run.evaluation.get("confusion")] if group else []
+    matrices = [r.evaluation["confusion"] for r in group.counted if r.evaluation.get("confusion")] if group else []
     if group is None or not matrices:
         return None
     count = len(matrices[0])
@@ -210,28 +241,27 @@ def confusion(group: Group | None) -> dict[str, Any] | None:
 
 def figures(groups: Sequence[Group], top: Group | None) -> list[dict[str, Any]]:
     """Pictures: those that nobody chose with every setup's prediction, the worst and the best of the best setup."""
-    lead = (top or groups[0]).lead
-    sections = []
+    lead, sections = (top or groups[0]).lead, []
     for why, title in WHY.items():
         shown = [p for p in lead.evaluation.get("pictures") or () if p.get("why") == why]
-        rows = [row for row in (_row(p, lead, groups if why == "even" else [], top) for p in shown) if row["panels"]]
+        mine = groups if why == "even" else [top or groups[0]]
+        rows = [row for row in (_row(p, lead, mine) for p in shown) if row["panels"]]
         if rows:
-            of = f" of {top.label}" if top is not None and why != "even" and len(groups) > 1 else ""
+            of = f" of {mine[0].label}" if len(mine) < len(groups) else ""
             sections.append({"title": title + of, "rows": rows})
     return sections
 
 
-def _row(picture: dict[str, Any], lead: Run, groups: Sequence[Group], top: Group | None) -> dict[str, Any]:
-    label = top.label if top is not None and len(groups) > 1 else "prediction"
-    panels = [_panel(lead, picture, panel, panel if panel != "prediction" else label) for panel in PANELS]
+def _row(picture: dict[str, Any], lead: Run, groups: Sequence[Group]) -> dict[str, Any]:
+    """One image: itself, the truth, and what each of the groups says."""
+    panels = [_panel(lead, picture, panel, panel) for panel in PANELS[:2]]
     for group in groups:
-        if group is top:
-            continue
         same = [p for p in group.lead.evaluation.get("pictures") or () if p.get("index") == picture.get("index")]
-        panels += [_panel(group.lead, same[0], "prediction", group.label)] if same else []
+        label = group.label if len(groups) > 1 else "prediction"
+        panels += [_panel(group.lead, same[0], "prediction", label)] if same else []
     score, said = picture.get("score"), [f"image {picture.get('index')}"]
-    name = {"segmentation": "mIoU", "depth": "δ < 1.25", "detection": "F1", "panoptic": "PQ"}.get(str(lead.task))
-    said += [f"{name} {100 * score:.1f} %"] if name and score is not None and not groups else []
+    name = PER_IMAGE.get(str(lead.task))
+    said += [f"{name} {100 * score:.1f} %"] if name and score is not None and len(groups) == 1 else []
     words = {"true": "true: {}", "said": "said: {}", "range": "depth from {}"}
     said += [form.format(picture[key]) for key, form in words.items() if picture.get(key)]
     return {"caption": " · ".join(said), "panels": [p for p in panels if p]}
@@ -276,8 +306,9 @@ def missing(groups: Sequence[Group]) -> list[str]:
         where = run.path or Path(run.name)
         if run.config and not run.is_finished:
             recipe = (run.config.get("run") or {}).get("recipe")
-            said.append(f"{run.name} has not finished: adaptkit train {recipe} --config {where}/config.yaml "
-                        f"--out {where} --resume")  # fmt: skip
+            how = "--resume" if any(where.glob("checkpoints/*")) else "--overwrite"
+            said.append(f"{run.name} has not ended: adaptkit train {recipe} --config {where}/config.yaml "
+                        f"--out {where} {how}")  # fmt: skip
         elif not run.evaluation:
             data = ((run.config.get("data") or {}).get("val") or {}).get("name") or "DATA"
             said.append(f"{run.name} has no evaluation, so no classes, confusions or pictures: adaptkit eval "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from adaptkit.report.run import Run
-from adaptkit.report.words import metric, number
+from adaptkit.report.words import SPACE, metric, number
 
 __all__ = ["Group", "Spread", "best", "grouped", "spread"]
 
@@ -29,7 +29,8 @@ class Spread(NamedTuple):
         if self.deviation is None:
             return number(name, self.mean, unit)
         apart = number(name, self.deviation, unit=False)
-        return f"{number(name, self.mean, unit=False)} ± {apart}{' %' if unit and metric(name).percent else ''}"
+        percent = f"{SPACE}%" if unit and metric(name).percent else ""
+        return f"{number(name, self.mean, unit=False)}{SPACE}±{SPACE}{apart}{percent}"
 
 
 def spread(values: Sequence[float | None]) -> Spread | None:
@@ -53,9 +54,14 @@ class Group:
         """Which number is the score."""
         return next((run.metric for run in self.runs if run.metric), None)
 
+    @property
+    def counted(self) -> list[Run]:
+        """The runs that have ended: the score of half a training is no draw of the same number. Without any, all."""
+        return [run for run in self.runs if run.is_finished] or self.runs
+
     def of(self, value: Callable[[Run], float | None]) -> Spread | None:
-        """Return mean and spread of what ``value`` says of each run."""
-        return spread([value(run) for run in self.runs])
+        """Return mean and spread of what ``value`` says of each run that counts."""
+        return spread([value(run) for run in self.counted])
 
     @property
     def score(self) -> Spread | None:
@@ -65,17 +71,21 @@ class Group:
     @property
     def lead(self) -> Run:
         """The run that pictures and files are of: the best one."""
-        return max(self.runs, key=lambda run: -1.0 if run.score is None else run.score)
+        return max(self.counted, key=lambda run: -1.0 if run.score is None else run.score)
 
     def per_class(self, key: str) -> list[Spread | None]:
         """Return mean and spread of each class of a list that the evaluations hold; [] where none does."""
-        rows = [run.evaluation[key] for run in self.runs if run.evaluation.get(key)]
+        rows = [run.evaluation[key] for run in self.counted if run.evaluation.get(key)]
         return [spread(list(values)) for values in zip(*rows)] if rows else []
 
 
 def best(groups: Sequence[Group]) -> Group | None:
-    """Return the group with the highest score (scores are such that more is better); None where none has one."""
+    """Return the group with the highest score (of a score more is better); None where none has one.
+
+    Groups none of whose runs has ended are passed over, unless all are such.
+    """
     scored = [group for group in groups if group.score is not None]
+    scored = [group for group in scored if group.lead.is_finished] or scored
     return max(scored, key=lambda group: group.score.mean if group.score else 0.0, default=None)
 
 
@@ -127,7 +137,8 @@ def _labels(members: list[list[Run]]) -> list[str]:
 
 def _adapter(setup: dict[str, Any], run: Run) -> str:
     named = setup.get("adapter") or run.result.get("adapter") or run.name
-    return " + ".join(map(str, named)) if isinstance(named, list) else str(named)
+    said = " + ".join(map(str, named)) if isinstance(named, list) else str(named)
+    return "no adapter" if said == "none" else said
 
 
 def _said(key: str, value: Any) -> str:

@@ -65,12 +65,14 @@ def page(runs: Sequence[Run], extra: Extra = Extra()) -> str:
         title=extra.title or _title(groups, runs), lead=extra.lead or facts.sentence(groups), extra=extra,
         style=(folder / "style.css").read_text(encoding="utf-8"), version=__version__, tiles=_tiles(top or groups[0]),
         picture=extra.picture and base64.b64encode(extra.picture[0]).decode(), groups=groups,
+        top=top and top.label, several=len(runs) > len(groups),
+        per_image=facts.PER_IMAGE.get(str(runs[0].task)) if tasks != ["detection"] else None,
         score=metric(top.metric).label if top and top.metric else "score",
         percent=bool(top and top.metric and metric(top.metric).percent), comparison=facts.comparison(groups),
         metrics=facts.metrics(groups), runs=facts.runs(groups), charts=_charts(groups), classes=facts.classes(groups),
         confusion=facts.confusion(top or groups[0]), figures=facts.figures(groups, top),
         calibration=_calibration(groups), config=facts.configuration(groups),
-        notes=[*extra.notes, *facts.missing(groups), *_undrawn()],
+        missing=[*facts.missing(groups), *_undrawn()],
         commands=extra.commands or _commands((top or groups[0]).lead),
     )  # fmt: skip
 
@@ -86,9 +88,7 @@ def _tiles(group: Group) -> list[tuple[str, str]]:
     """The numbers that are read first."""
     row, name, score = facts.comparison([group])[0], group.metric, group.score
     found = [(metric(name).label, score.said(name))] if name and score else []
-    rest = (("trained parameters", row["trained"]), ("file", row["file"]), ("training", row["seconds"]),
-            ("peak memory", row["memory"]), ("MACs per image", row["macs"]))  # fmt: skip
-    return found + [(label, value) for label, value in rest if value != "–"]
+    return found + [(label, value) for label, value in row["costs"].items() if value != "–" and label != "of the model"]
 
 
 def _undrawn() -> list[str]:
@@ -105,7 +105,7 @@ def _charts(groups: Sequence[Group]) -> list[tuple[str, str]]:
     scored = [charts.Row(f"{g.label}, seed {run.seed}" if run.seed is not None else g.label, g.place,
                          _shown(name, run.score), _both(name, run.interval))
               for g in groups for run in g.runs if name and run.score is not None]  # fmt: skip
-    if name and len(scored) > 1:
+    if name and len(scored) > 1 and (any(row.between for row in scored) or len(scored) > len(groups)):
         unit = " in %" if metric(name).percent else ""
         title = f"{metric(name).label} of each run{unit}"
         title += ", with its 95 % interval over images" if any(r.between for r in scored) else ""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["METRICS", "SCORE", "TASK_OF", "Metric", "amount", "duration", "metric", "number", "size"]
+__all__ = ["METRICS", "SCORE", "SPACE", "TASK_OF", "Metric", "amount", "duration", "metric", "number", "size"]
 
 #: What a file predicts -> the number that is its score, as in ``adaptkit eval``.
 SCORE = {"segmentation": "miou", "classification": "top1", "depth": "delta1", "detection": "box_ap", "panoptic": "pq"}
 #: Recipe -> what its file predicts.
 TASK_OF = {"segment": "segmentation", "classify": "classification", "depth": "depth", "detect": "detection",
            "panoptic": "panoptic"}  # fmt: skip
+
+
+SPACE = "\u00a0"  #: one at which no line ends
 
 
 class Metric(NamedTuple):
@@ -61,7 +64,7 @@ def number(name: str, value: float | None, unit: bool = True) -> str:
         return "–"
     known = metric(name)
     if known.percent:
-        return f"{100 * value:.1f}" + (" %" if unit else "")
+        return f"{100 * value:.1f}" + (f"{SPACE}%" if unit else "")
     return f"{value:.3f}" + (known.unit if unit else "")
 
 
