@@ -35,6 +35,8 @@ TASKS = ("classify", "depth", "detect", "panoptic", "segment")
 PAGE = "report.html"
 #: Options that may differ between a run that is there and the one that is asked for.
 FREE = ("out", "workers", "tracker", "details", "seed", "save_every")
+#: What is left to a run, which records what it found: the number of classes, their weights.
+FOUND: tuple[Any, ...] = (None, ["balanced"])
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,10 @@ def state(asked: Asked, recipe: Any) -> list[str] | None:
     if not config.is_file():
         return [*asked.arguments, "--overwrite"]  # or nothing is there
     there = (yaml.safe_load(config.read_text()) or {}).get("options") or {}
-    differ = [k for k in {**there, **wanted} if there.get(k) != wanted.get(k) and k not in FREE]
+    told = [k for k, value in wanted.items() if k in there and k not in FREE and value not in FOUND]
+    differ = [k for k in told if there[k] != wanted[k]]
     if differ:
-        said = ", ".join(f"{k} {there.get(k)!r}, now {wanted.get(k)!r}" for k in differ)
+        said = ", ".join(f"{k} {there[k]!r}, now {wanted[k]!r}" for k in differ)
         raise ValueError(f"{asked.out} holds a run with other options: {said}. Give those, or choose another --out")
     if (asked.out / "result.json").is_file():
         return None
@@ -134,11 +137,12 @@ def show(groups: list[Group]) -> None:
     from adaptkit.report.words import metric
 
     rows, name = comparison(groups), next((g.metric for g in groups if g.metric), "score")
+    columns = [c for c in ("trained parameters", "training", "peak memory") if c in rows[0]["costs"]]
     table = Table(title=sentence(groups), title_justify="left")
-    for column in ("", metric(name).label, "seeds", *rows[0]["costs"]):
-        table.add_column(column, justify="left" if not column else "right", no_wrap=not column)
+    for column in ("", metric(name).label, "seeds", *columns):
+        table.add_column(column, justify="left" if not column else "right")
     for row in rows:
-        cells = row["label"], row["score"], str(row["seeds"]), *row["costs"].values()
+        cells = row["label"], row["score"], str(row["seeds"]), *(row["costs"][c] for c in columns)
         table.add_row(*cells, style="bold" if row["best"] else None)
     Console().print(table)
 

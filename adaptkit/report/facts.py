@@ -100,7 +100,8 @@ def comparison(groups: Sequence[Group]) -> list[dict[str, Any]]:
         }
         rows.append({
             "label": group.label, "place": group.place, "best": group is top and len(groups) > 1, "costs": costs,
-            "seeds": _of(len(group.counted), len(group.runs)), "score": score.said(group.metric, unit=False) if score and group.metric else "–",
+            "seeds": _of(len(group.counted), len(group.runs)),
+            "score": score.said(group.metric, unit=False) if score and group.metric else "–",
         })  # fmt: skip
     return _known(rows, "costs")
 

@@ -104,7 +104,7 @@ def _charts(groups: Sequence[Group]) -> list[tuple[str, str]]:
     name, drawn = next((g.metric for g in groups if g.metric), None), []
     scored = [charts.Row(f"{g.label}, seed {run.seed}" if run.seed is not None else g.label, g.place,
                          _shown(name, run.score), _both(name, run.interval))
-              for g in groups for run in g.runs if name and run.score is not None]  # fmt: skip
+              for g in groups for run in g.counted if name and run.score is not None]  # fmt: skip
     if name and len(scored) > 1 and (any(row.between for row in scored) or len(scored) > len(groups)):
         unit = " in %" if metric(name).percent else ""
         title = f"{metric(name).label} of each run{unit}"
