@@ -17,8 +17,6 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
 import adaptkit
 from adaptkit.create import create_backbone
@@ -32,6 +30,7 @@ from .engine import Task, run
 from .labelled import LabelledData, open_images
 from .normalisation import source_of
 from .options import adapters, command, makes_pyramid, parser, read, validation
+from .scores.classification import ClassificationScores
 
 AUGMENT_HELP = """of training images: none, crop, flip (crops, mirrored too), or by name as in segment: light and
 medium (mirrored crops; medium: colours, too), strong, trivial, rand, auto. All crop at least --least-crop"""
@@ -95,12 +94,8 @@ def predict(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> 
     return model(image).logits.float(), label
 
 
-def metric(args: argparse.Namespace) -> MetricCollection:
-    common: dict[str, Any] = {"average": "micro", "sync_on_compute": False, "validate_args": False}
-    k = args.num_classes
-    return MetricCollection(
-        {f"top{n}": MulticlassAccuracy(k, top_k=min(n, k), **common) for n in (1, 5)}, compute_groups=False
-    )
+def metric(args: argparse.Namespace) -> ClassificationScores:
+    return ClassificationScores(args.num_classes)
 
 
 def task(args: argparse.Namespace) -> Task:
@@ -131,7 +126,8 @@ def task(args: argparse.Namespace) -> Task:
         source = source_of(model.vit, args)
         return LabelledData(rows, args.size, source, args.seed, args.augment, training, args.least_crop, **known)
 
-    return Task("classify", "image-classification", "top1", ("top1", "top5"), build, data, loss, predict, metric)
+    return Task("classify", "image-classification", "top1", ("top1", "top5"), build, data, loss, predict, metric,
+                native=False)  # fmt: skip
 
 
 def fit(args: argparse.Namespace, last: bool = True) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from .engine import Task, run
 from .normalisation import normalise, source_of
 from .options import adapters, command, parser, read, validation
 from .order import Rows
+from .scores.depth import NAMES, DepthScores
 
 DEPTH_NAMES = ("depth", "depths", "depth_map", "disparity", "label", "mask")
 
@@ -143,7 +144,8 @@ class DepthMetric:
     """
 
     def __init__(self) -> None:
-        self.totals: dict[str, Tensor] = {}  #: sums over images, where the predictions are
+        self.rows: list[Tensor] = []  #: (B, 6) scores of images in the order of NAMES, where the predictions are
+        self.measured: list[Tensor] = []  #: (B,), whether an image has a measured pixel
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Both (B, 1, H, W); targets of 0 are left out, and images without any other."""
@@ -156,20 +158,30 @@ class DepthMetric:
             return (values * known).sum(1) / pixels.clamp(min=1)
 
         ratio, log = torch.maximum(p / t, t / p), (p / t).log()
-        scores = {f"delta{k}": mean(ratio < 1.25**k) for k in (1, 2, 3)}
-        scores["abs_rel"] = mean((p - t).abs() / t)
-        scores["rmse"] = mean((p - t).square()).sqrt()
-        scores["silog"] = 100 * mean((log - mean(log)[:, None]).square()).sqrt()
-        for name, value in {**scores, "images": pixels > 0}.items():
-            self.totals[name] = self.totals.get(name, 0) + torch.where(pixels > 0, value, 0).sum()
+        scores = [mean(ratio < 1.25**k) for k in (1, 2, 3)]
+        scores += [mean((p - t).abs() / t), mean((p - t).square()).sqrt()]
+        scores.append(100 * mean((log - mean(log)[:, None]).square()).sqrt())
+        self.rows.append(torch.stack(scores, 1))
+        self.measured.append(pixels > 0)
+
+    def scored(self) -> DepthScores:
+        """Return the images that have a measured pixel; ``ValueError`` where none has."""
+        rows = torch.cat(self.rows)[torch.cat(self.measured)].cpu() if self.rows else ()
+        if not len(rows):
+            raise ValueError("no validation image has a depth in the range; look at --depth-scale and --max-depth")
+        scores = DepthScores()
+        scores.images = list(rows)
+        return scores
 
     def compute(self) -> dict[str, float]:
         """Return the means; ``ValueError`` where no image had a measured pixel."""
-        totals = {name: float(total) for name, total in self.totals.items()}
-        images = totals.pop("images", 0.0)
-        if images == 0:
-            raise ValueError("no validation image has a depth in the range; look at --depth-scale and --max-depth")
-        return {name: total / images for name, total in totals.items()}
+        return dict(zip(NAMES, torch.stack(self.scored().images).mean(0).tolist()))
+
+    def details(self) -> dict[str, Any]:
+        """Return the means, and what a report shows beside them."""
+        found, scores = self.scored().details(), torch.cat(self.rows)[:, 0].tolist()
+        known = torch.cat(self.measured).tolist()
+        return {**found, "per_image": [score if ok else None for score, ok in zip(scores, known)]}
 
 
 def metric(args: argparse.Namespace) -> DepthMetric:
@@ -178,7 +190,9 @@ def metric(args: argparse.Namespace) -> DepthMetric:
 
 PERCENT = ("delta1", "delta2", "delta3")
 LOWER = ("abs_rel", "rmse", "silog")
-TASK = Task("depth", "depth-estimation", "delta1", PERCENT, build, data, loss, predict, metric, lower=LOWER)
+TASK = Task(
+    "depth", "depth-estimation", "delta1", PERCENT, build, data, loss, predict, metric, lower=LOWER, native=False
+)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

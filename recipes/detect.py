@@ -20,11 +20,21 @@ import adaptkit
 from adaptkit.create import create_backbone
 
 from . import network
-from .coco import Detection, Instances, as_lists, as_results, average_precision, locate, read_instances
+from .coco import (
+    Detection,
+    Instances,
+    as_lists,
+    as_results,
+    average_precision,
+    average_precisions,
+    locate,
+    read_instances,
+)
 from .data import warn_unseen
 from .engine import Task, run
 from .normalisation import source_of
 from .options import adapters, command, parser, read
+from .scores.detection import image_f1
 
 MODELS = ("mask-rcnn", "faster-rcnn", "retinanet", "fcos")
 
@@ -117,7 +127,20 @@ class AveragePrecision:
         self.found.update(zip(ids, results))
 
     def compute(self) -> dict[str, float]:
-        return average_precision(self.data, [entry for row in self.found.values() for entry in row], self.masks)
+        return average_precision(self.data, self._entries(), self.masks)
+
+    def _entries(self) -> list[dict[str, Any]]:
+        return [entry for row in self.found.values() for entry in row]
+
+    def details(self) -> dict[str, Any]:
+        """Return the means, and what a report shows beside them; an image scores its F1 (``scores.detection``)."""
+        means, by_class = average_precisions(self.data, self._entries(), self.masks)
+        return {
+            **means,
+            "images": len(self.data.rows),
+            "per_class": by_class["mask" if self.masks else "box"],
+            "per_image": [image_f1(self.found.get(row["id"], []), row["instances"]) for row in self.data.rows],
+        }
 
 
 PERCENT = tuple(f"{kind}_{k}" for kind in ("box", "mask") for k in ("ap", "ap50", "ap75"))

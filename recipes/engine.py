@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 import adaptkit
 from adaptkit.hub.write import check_writable, write_atomic
 
-from . import names, record
+from . import final, names, record
 from .average import Average
 from .best import best_of
 from .cached import Views, cached
@@ -64,7 +64,6 @@ from .windows import Windowed, Windows
 # ---------------------------------------------------------------------------------------------------- evaluation
 
 
-@torch.no_grad()
 def evaluate(
     task: Task,
     model: nn.Module,
@@ -73,12 +72,33 @@ def evaluate(
     args: argparse.Namespace,
     through: Callable[[Any], Iterable[Any]] = iter,
 ) -> dict[str, float]:
-    """Return the metrics over the whole set, each image counted once however many ranks share it.
+    """Return the metrics over the whole set: what :func:`measure` counted."""
+    return computed(measure(task, model, loader, accelerator, args, through))
+
+
+def computed(metric: Any) -> dict[str, float]:
+    """Return what a metric says."""
+    return {name: float(value) for name, value in metric.compute().items()}
+
+
+@torch.no_grad()
+def measure(
+    task: Task,
+    model: nn.Module,
+    loader: DataLoader,
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    through: Callable[[Any], Iterable[Any]] = iter,
+    fully: bool = False,
+) -> Any:
+    """Return the metric over the whole set, each image counted once however many ranks share it.
 
     Metrics add up where the predictions are, so that a batch need not wait for the one before it. Entries per image
     go to the CPU, and so does all on a Mac's GPU, which has no float64. ``through`` yields the batches of the loader,
     and may show how many there were, or break off. Where each rank reads a share of its own, the metrics are joined.
+    ``fully`` looks as the record at the end of a run wants it (``Task.predict_fully``).
     """
+    predict = (task.predict_fully if fully else None) or task.predict
     own = isinstance(loader, OwnShare)
     share_statistics(model)
     metric, training = task.metric(args), model.training
@@ -88,7 +108,7 @@ def evaluate(
     model.eval()
     for batch in through(loader):
         with accelerator.autocast():
-            prediction, target = task.predict(model, batch, args)
+            prediction, target = predict(model, batch, args)
         if task.ragged:
             pairs = accelerator.gather_for_metrics(list(zip(prediction, target)), use_gather_object=True)
             pairs = send_to_device(pairs, "cpu")
@@ -101,7 +121,7 @@ def evaluate(
     if own:
         parts = gather_object([metric])
         metric.join(parts[:1] if args.shard else parts)
-    return {name: float(value) for name, value in metric.compute().items()}
+    return metric
 
 
 # ------------------------------------------------------------------------------------------------------- batches
@@ -416,10 +436,11 @@ def finish(
     set_seed(folded(args.seed, 31))  # a random backbone is the same random one
     again = placed(task.again(args, folder), accelerator, args)
     try:
-        metrics, found = run.metrics, evaluate(task, again, prepared.val, accelerator, args, run.heeding)
+        last_look = measure(task, again, prepared.val, accelerator, args, run.heeding, fully=args.details)
     except Asked as asked:
         raise run.leave(asked.number) from None
     run.log.close()
+    metrics, found = run.metrics, computed(last_look)
     score, score_again = metrics[task.score], found[task.score]
     result = {
         "adapter": " + ".join(args.adapter),
@@ -432,11 +453,14 @@ def finish(
         **({"seconds_to_cache": round(prepared.filling, 1)} if args.cache_features else {}),
         "peak_memory_mib": round(memory),
         "trained_parameters": sum(p.numel() for p in run.trained),
+        **final.costs(again, args),
         "file_bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
         "file_sha256": record.digest(folder / record.WEIGHTS),
         **({"best": {k: run.best.state()[k] for k in ("metric", "step", "value")}} if run.best.metric else {}),
     }
     if accelerator.is_main_process:
+        if args.details:
+            final.write(task, run.out, again, last_look, prepared.data[1], args)
         write_atomic(run.out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
         apart = "the same" if score_again == score else f"{abs(score_again - score):.2g} apart"
         both = said(task.percent, {task.score: score_again})

@@ -36,7 +36,8 @@ from .scores.protocols import EVALUATIONS, SCORE
 
 #: Of what is found, not shown in the terminal: it is in --json.
 LONG = ("per_class", "per_class_accuracy", "per_class_boundary_iou", "pixels", "confusion", "per_image", "interval",
-        "classes", "corruptions", "ways")  # fmt: skip
+        "classes", "corruptions", "ways", "palette", "calibration", "count",
+        "per_image_confidence")  # fmt: skip
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

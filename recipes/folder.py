@@ -30,6 +30,8 @@ MADE = (
     "adapter",
     "best",
     "config.yaml",
+    "evaluation.json",
+    "pictures",
 )  # what a run of the shared loop leaves
 LOCK, RUN = ".lock", "run.json"
 

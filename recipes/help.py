@@ -33,7 +33,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "validation": ("slide", "stride", "resize", "scales", "flip"),
     "run": (
         "config", "out", "seed", "seeds", "eval-every", "save-every", "keep-best", "early-stopping", "patience",
-        "tracker", "resume", "change", "overwrite", "shard", "help",
+        "details", "tracker", "resume", "change", "overwrite", "shard", "help",
     ),
 }  # fmt: skip
 REST = "this task"

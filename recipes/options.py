@@ -51,6 +51,8 @@ CHANGE_HELP = """options that may differ from those of the run that --resume goe
 weight-decay clip patience keep-best. Data, model and loss may not"""
 KEEP_HELP = """keep the adapter with the best METRIC of all evaluations in OUT/best; none: do not. Default: the
 score of the task where --eval-every is given"""
+DETAILS_HELP = """at the end write evaluation.json and some pictures for `adaptkit report`: scores class by class and
+image by image, boundaries, calibration, cost. The last validation finds most of it in passing"""
 PATIENCE_HELP = "end after N evaluations in a row without a better --keep-best; 0: never"
 TRACKER_HELP = "tensorboard, wandb, mlflow, ...; metrics.jsonl is always written"
 OVERWRITE_HELP = "delete what an earlier run left in --out"
@@ -137,6 +139,7 @@ def parser(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentPars
     p.add_argument("--workers", type=int, default=0)
     p.add_argument("--eval-every", type=int, default=0, help="steps; 0: at the end only")
     p.add_argument("--save-every", type=int, default=100, help="steps between checkpoints; 0: none")
+    p.add_argument("--details", action=argparse.BooleanOptionalAction, default=True, help=DETAILS_HELP)
     p.add_argument("--keep-best", default=None, metavar="METRIC", help=KEEP_HELP)
     p.add_argument("--patience", type=int, default=0, metavar="N", help=PATIENCE_HELP)
     p.add_argument("--tracker", default=None, help=TRACKER_HELP)

@@ -26,6 +26,8 @@ from .engine import Task, run
 from .normalisation import source_of
 from .options import adapters, command, parser, read
 from .panoptic_data import PanopticData, Segments, locate, read_segments, stacked
+from .scores.bootstrap import interval
+from .scores.segmentation import listed
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -117,15 +119,18 @@ class PanopticQuality:
         self.things, self.nothing = len(things), len(categories)
         stuff = set(range(len(categories) + 1)) - things
         self.metric = PanopticQuality(things, stuff, allow_unknown_preds_category=True, sync_on_compute=False)
+        self.images: list[Tensor] = []  #: (4, K), what each image added to the sums
 
     def update(self, maps: list[Tensor], truth: list[Tensor]) -> None:
         for found, true in zip(maps, truth):
+            before = self._counted()
             self.metric.update(relabelled(found, self.nothing), relabelled(true, self.nothing + 1))  # 1 more: ignored
+            self.images.append((self._counted() - before).cpu())
 
-    def _counted(self) -> tuple[Tensor, ...]:
-        """Sum of IoU, TP, FP and FN of each category, things first, then stuff."""
+    def _counted(self) -> Tensor:
+        """Sum of IoU, TP, FP and FN of each category (4, K), things first, then stuff."""
         counted = (self.metric.iou_sum, self.metric.true_positives, self.metric.false_positives)
-        return tuple(x[:-1].double() for x in (*counted, self.metric.false_negatives))
+        return torch.stack([x[:-1].double() for x in (*counted, self.metric.false_negatives)])
 
     def by_class(self) -> list[float | None]:
         """PQ of each category, in the order of their labels; None for one that does not occur."""
@@ -135,6 +140,18 @@ class PanopticQuality:
         ordered = [float(values[place[label]]) for label in range(self.nothing)]
         return [None if value != value else value for value in ordered]
 
+    def details(self) -> dict[str, Any]:
+        """Return the means, and what a report shows beside them; the categories in the order of their labels."""
+        images = torch.stack(self.images)
+        between = interval(images, mean_quality)
+        return {
+            **self.compute(),
+            "images": len(images),
+            "per_class": self.by_class(),
+            "per_image": listed(mean_quality(images)),
+            "interval": {"pq": list(between)},
+        }
+
     def compute(self) -> dict[str, float]:
         iou, tp, fp, fn = self._counted()
         occurs = tp + fp + fn > 0
@@ -143,6 +160,12 @@ class PanopticQuality:
         scores = {"pq": sq * rq, "sq": sq, "rq": rq}
         means = {name: mean(values[occurs]) for name, values in scores.items()}
         return {**means, "pq_things": mean((sq * rq)[occurs & thing]), "pq_stuff": mean((sq * rq)[occurs & ~thing])}
+
+
+def mean_quality(sums: Tensor) -> Tensor:
+    """(..., 4, K) sums as :meth:`PanopticQuality._counted` -> PQ (...,), the mean over the categories that occur."""
+    iou, tp, fp, fn = sums.unbind(-2)
+    return (iou / (tp + fp / 2 + fn / 2)).nanmean(-1)
 
 
 def relabelled(x: Tensor, label: int) -> Tensor:

@@ -23,16 +23,17 @@ from torch import Tensor, nn
 import adaptkit
 from adaptkit.create import create_backbone
 from adaptkit.losses import balanced_weights, dice_loss, focal_loss, pixel_loss
+from adaptkit.predict.tasks import Asked
 
 from . import augment, names, native, network, semantic
 from .data import SegmentationData, check_labels, label_table, open_dataset
 from .engine import Task, run
 from .initial import saved_head
-from .native import NativeSegmentation, masks, predictor
+from .native import NativeSegmentation, masks, predictor, ways
 from .normalisation import source_of
 from .options import adapters, command, makes_pyramid, parser, read, validation
 from .order import Rows
-from .scores.segmentation import SemanticScores, confusion
+from .scores.segmentation import SemanticScores, confusion, extras, packed
 
 LOSSES = {"cross-entropy": pixel_loss, "dice": dice_loss, "focal": focal_loss}
 LOSS_HELP = """one or several of cross-entropy, dice and focal, added up: --loss cross-entropy dice=0.5"""
@@ -160,12 +161,26 @@ def predict(model: nn.Module, batch: Any, args: argparse.Namespace) -> tuple[Ten
     return matrices, torch.zeros(len(matrices), device=matrices.device)
 
 
+def predict_fully(model: nn.Module, batch: Any, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """As ``predict``, and of each image its boundaries and how sure its pixels were: (B, 2 K + 3 bins)."""
+    images, truth = batch
+    matrices, rows = [], []
+    for (mask, confidence), true in zip(
+        masks(predictor(model, args, Asked(ways(args), confidence=True)), images), truth
+    ):
+        one = extras(mask, true.to(mask.device), confidence, args.num_classes, args.ignore_index)
+        matrices.append(one[0])
+        rows.append(packed(*one[1:]))
+    return torch.stack(matrices), torch.stack(rows)
+
+
 def metric(args: argparse.Namespace) -> SemanticScores:
     return SemanticScores()
 
 
 PERCENT = ("miou", "macc", "aacc")
-TASK = Task("segment", "semantic-segmentation", "miou", PERCENT, build, data, loss, predict, metric)
+TASK = Task("segment", "semantic-segmentation", "miou", PERCENT, build, data, loss, predict, metric,
+            predict_fully=predict_fully)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -54,3 +54,6 @@ class Task:
     restore: Callable[[Any, Path], None] = restore_adapted
     again: Callable[[argparse.Namespace, Path], nn.Module] = attach_again
     lower: tuple[str, ...] = ()  #: metrics of which less is better
+    #: ``predict`` with what the record at the end of a run has beside the score; None: the same
+    predict_fully: Callable[[nn.Module, Any, argparse.Namespace], tuple[Any, Any]] | None = None
+    native: bool = True  #: whether the score is of the images' own size

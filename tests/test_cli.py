@@ -93,6 +93,13 @@ def test_demo_trains_three_ways_and_draws_a_picture(tmp_path, capsys, monkeypatc
     from PIL import Image
 
     assert Image.open(tmp_path / "out" / "predictions.png").size[0] > 5 * 128
+    page = (tmp_path / "out" / "index.html").read_text()
+    for way in json.loads((tmp_path / "out" / "result.json").read_text())["ways"]:
+        assert f"<td>{100 * way['miou']:.1f}</td>" in page
+        assert f"<td>{way['trained_parameters']:,}</td>" in page
+    assert "data:image/png;base64," in page
+    assert "http" not in page
+    assert "wire" in page[page.index("Marked with ◆") :]
     assert torch.get_num_threads() == 1
 
 

@@ -18,7 +18,7 @@ from adaptkit.demo.backbone import demo_backbone
 from adaptkit.demo.page import page
 from adaptkit.demo.picture import picture
 from adaptkit.demo.scenes import CLASSES, THIN
-from adaptkit.demo.scoring import Result, Row, ious
+from adaptkit.demo.scoring import Result, Row, confusion, ious
 from adaptkit.demo.training import BATCH, Examples, examples, fit, kept_bytes, predict, tensors
 from adaptkit.hub.write import check_writable, write_atomic
 from adaptkit.model.adapted import AdaptedModel, attach
@@ -83,7 +83,9 @@ def _row(
     model: AdaptedModel = attach(demo_backbone(), *WAYS[name].adapters, head=WAYS[name].head)
     kept = kept_bytes(model, data)
     started = time.perf_counter()
+    losses = []
     for value in fit(model, data, steps, seed):
+        losses.append(value)
         if advance is not None:
             advance(name, value)
     seconds = time.perf_counter() - started
@@ -91,5 +93,6 @@ def _row(
     saved = model.save(folder / name, task="semantic-segmentation", classes=list(CLASSES))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = (saved / "adapter_model.safetensors").stat().st_size
-    scores = ious(predicted, unseen.masks, len(CLASSES))
-    return Row(name, trained, size, seconds, kept, scores, predicted[:SHOWN])
+    matrix = confusion(predicted, unseen.masks, len(CLASSES))
+    held = tuple(map(tuple, matrix.tolist()))
+    return Row(name, trained, size, seconds, kept, ious(matrix), predicted[:SHOWN], held, tuple(losses))

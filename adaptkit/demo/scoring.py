@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Result", "Row", "ious", "tables"]
+__all__ = ["Result", "Row", "confusion", "ious", "tables"]
 
 
 class Row(NamedTuple):
@@ -21,6 +21,8 @@ class Row(NamedTuple):
     kept_bytes: int  #: what a training step keeps for the backward pass
     iou: tuple[float, ...]  #: of each class over the whole validation set, 0..1; NaN for one that occurs nowhere
     prediction: Tensor  #: (n, H, W) for the first validation images
+    confusion: tuple[tuple[int, ...], ...] = ()  #: pixels of each true class (rows) by predicted class
+    losses: tuple[float, ...] = ()  #: of every step
 
     @property
     def miou(self) -> float:
@@ -62,12 +64,16 @@ class Result(NamedTuple):
         return json.dumps(said, indent=2) + "\n"
 
 
-def ious(predicted: Tensor, masks: Tensor, classes: int) -> tuple[float, ...]:
-    """Intersection over union of each class, of all pixels of class ids (n, H, W); NaN where nobody says it."""
+def confusion(predicted: Tensor, masks: Tensor, classes: int) -> Tensor:
+    """Class ids (n, H, W) -> pixels of each true class (rows) by predicted class, (classes, classes)."""
     counts = torch.bincount(masks.flatten() * classes + predicted.flatten(), minlength=classes**2)
-    confusion = counts.view(classes, classes).double()
-    hit = confusion.diagonal()
-    return tuple((hit / (confusion.sum(0) + confusion.sum(1) - hit)).tolist())
+    return counts.view(classes, classes)
+
+
+def ious(matrix: Tensor) -> tuple[float, ...]:
+    """Confusion matrix -> intersection over union of each class; NaN where nobody says it."""
+    hit = matrix.double().diagonal()
+    return tuple((hit / (matrix.sum(0) + matrix.sum(1) - hit)).tolist())
 
 
 def tables(result: Result) -> list[Any]:

@@ -97,6 +97,8 @@ class Depth(Answer):
     """A depth for each pixel; ``np.asarray(answer)`` is the map."""
 
     depth: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))  #: (H, W) float32, metres
+    #: metres that are drawn darkest and lightest; None: the map's own 1st and 99th percentile
+    between: tuple[float, float] | None = None
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self.depth.astype(np.float32 if dtype is None else dtype, copy=bool(copy))

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from adaptkit.predict.answers import Answer, Classification, Depth, Detection, Panoptic, Segmentation, name_of
 from adaptkit.predict.palette import Colour, palette, ramp
 
-__all__ = ["LARGEST", "coloured", "legend", "outlined", "overlay"]
+__all__ = ["LARGEST", "coloured", "laid", "legend", "outlined", "overlay"]
 
 LARGEST = 2048  #: longer side of what is drawn, in pixels
 OPACITY = 0.55  #: of a class over the picture
@@ -27,36 +27,53 @@ def overlay(image: np.ndarray, answer: Answer) -> Image.Image:
 
     Returns an image of at most ``LARGEST`` pixels a side, and a legend beside it where classes are shown.
     """
+    drawn, shown = DRAWN[type(answer)](sized(image), answer)
+    return drawn if shown is None else legend(drawn, shown)
+
+
+def laid(image: np.ndarray, answer: Answer, largest: int = LARGEST) -> Image.Image:
+    """Draw as :func:`overlay` does, without the legend; pixels of no class (a mask of the truth) stay uncovered."""
+    return DRAWN[type(answer)](sized(image, largest), answer)[0]
+
+
+def sized(image: np.ndarray, largest: int = LARGEST) -> Image.Image:
+    """(H, W, 3) uint8 -> a picture of at most ``largest`` pixels a side."""
     height, width = image.shape[:2]
-    ratio = min(1.0, LARGEST / max(height, width))
+    ratio = min(1.0, largest / max(height, width))
     size = max(1, round(width * ratio)), max(1, round(height * ratio))
-    seen = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR) if ratio < 1 else Image.fromarray(image)
-    return DRAWN[type(answer)](seen, answer)
+    seen = Image.fromarray(image)
+    return seen.resize(size, Image.Resampling.BILINEAR if ratio > 0.5 else Image.Resampling.BOX) if ratio < 1 else seen
 
 
-def _segmentation(seen: Image.Image, answer: Segmentation) -> Image.Image:
-    mask = _nearest(answer.mask, seen.size)
-    shown = [(name_of(answer.names, c["id"]), answer.palette[c["id"]]) for c in answer.json()["classes"]]
-    return legend(blended(seen, coloured(mask, answer.palette), outlined(mask)), shown)
+#: What is drawn, and the names and colours of its legend, None where it needs none.
+Drawn = tuple[Image.Image, list[tuple[str, Any]] | None]
 
 
-def _panoptic(seen: Image.Image, answer: Panoptic) -> Image.Image:
+def _segmentation(seen: Image.Image, answer: Segmentation) -> Drawn:
+    mask, classes = _nearest(answer.mask, seen.size), len(answer.palette)
+    there = [c["id"] for c in answer.json()["classes"] if c["id"] < classes]
+    colours = coloured(np.minimum(mask, classes - 1), answer.palette)
+    shown = [(name_of(answer.names, k), answer.palette[k]) for k in there]
+    return blended(seen, colours, outlined(mask), mask < classes), shown
+
+
+def _panoptic(seen: Image.Image, answer: Panoptic) -> Drawn:
     ids = _nearest(answer.segments, seen.size)
     colours = [PAPER, *(_varied(answer.palette[s["label"]], s["id"], s["isthing"]) for s in answer.found)]
     shown = {s["name"]: answer.palette[s["label"]] for s in sorted(answer.found, key=lambda s: -s["area"])}
-    return legend(blended(seen, coloured(ids, colours), outlined(ids), ids > 0), list(shown.items()))
+    return blended(seen, coloured(ids, colours), outlined(ids), ids > 0), list(shown.items())
 
 
-def _depth(seen: Image.Image, answer: Depth) -> Image.Image:
+def _depth(seen: Image.Image, answer: Depth) -> Drawn:
     depth = np.asarray(Image.fromarray(answer.depth).resize(seen.size, Image.Resampling.BILINEAR))
-    low, high = (float(np.percentile(depth, q)) for q in (1, 99))
+    low, high = answer.between or (float(np.percentile(depth, q)) for q in (1, 99))
     drawn = Image.fromarray(ramp(np.clip((depth - low) / max(high - low, 1e-6), 0, 1)))
     steps = np.linspace(0, 1, 5)
     shown = [(f"{low + s * (high - low):.3g} m", tuple(ramp(np.array([[s]]))[0, 0].tolist())) for s in steps]
-    return legend(drawn, shown)
+    return drawn, shown
 
 
-def _detection(seen: Image.Image, answer: Detection) -> Image.Image:
+def _detection(seen: Image.Image, answer: Detection) -> Drawn:
     ratio = seen.width / answer.size[1]
     if answer.masks is not None and len(answer):
         pixels = np.asarray(seen).copy()
@@ -70,14 +87,14 @@ def _detection(seen: Image.Image, answer: Detection) -> Image.Image:
         colour, place = answer.palette[label], [float(v) * ratio for v in box]
         pen.rectangle(place, outline=colour, width=max(2, seen.width // 300))
         _tag(pen, (place[0], place[1]), f"{name_of(answer.names, label)} {score:.2f}", colour, font)
-    return seen
+    return seen, None
 
 
-def _classification(seen: Image.Image, answer: Classification) -> Image.Image:
-    return legend(seen, [(f"{name}  {score:.1%}", c) for (name, score), c in zip(answer.top(), palette(5))])
+def _classification(seen: Image.Image, answer: Classification) -> Drawn:
+    return seen, [(f"{name}  {score:.1%}", c) for (name, score), c in zip(answer.top(), palette(5))]
 
 
-DRAWN: dict[type[Answer], Callable[[Image.Image, Any], Image.Image]] = {
+DRAWN: dict[type[Answer], Callable[[Image.Image, Any], Drawn]] = {
     Segmentation: _segmentation,
     Panoptic: _panoptic,
     Depth: _depth,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,3 +24,15 @@ def ece(sums: Tensor) -> Tensor:
     """(..., 3, BINS) -> (...,): the mean over bins of |accuracy - confidence|, weighted by how many fall in each."""
     _, confidence, right = sums.unbind(-2)
     return (right - confidence).abs().sum(-1) / sums[..., 0, :].sum(-1)
+
+
+def reliability(sums: Tensor) -> dict[str, Any]:
+    """(3, BINS) -> what a reliability diagram draws: of each bin how many, and their mean confidence and accuracy.
+
+    None where a bin is empty.
+    """
+    count, confidence, right = sums.cpu()
+    filled = count > 0
+    means = {"confidence": confidence / count, "accuracy": right / count}
+    rows = {name: [float(v) if ok else None for v, ok in zip(values, filled)] for name, values in means.items()}
+    return {"count": count.long().tolist(), **rows}

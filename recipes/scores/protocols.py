@@ -24,11 +24,10 @@ from ..order import undecoded
 from ..panoptic import PanopticQuality
 from ..panoptic_data import PanopticData, read_segments
 from ..panoptic_data import locate as locate_segments
-from .calibration import calibration_sums
 from .classification import ClassificationScores
 from .depth import DepthScores, cropped
 from .recorded import labels_of
-from .segmentation import SemanticScores, boundary, confusion
+from .segmentation import SemanticScores, extras, packed
 
 Alter = Callable[[Tensor, int], Tensor]  #: image (3, H, W) in 0..1 and its number -> what is looked at
 SCORE = {"segmentation": "miou", "classification": "top1", "depth": "delta1", "detection": "box_ap", "panoptic": "pq"}
@@ -54,13 +53,10 @@ def segmentation(model: Any, asked: Asked, args: argparse.Namespace, alter: Alte
             images, truth = native.collate([native[i] for i in numbers])
             images = [alter(image, i) for image, i in zip(images, numbers)]
             for (mask, confidence), true in zip(masks(task, images), truth):  # type: ignore[arg-type]
-                true = true.to(mask.device)
-                scores.update(confusion(mask, true, classes, ignore)[None])
-                scores.boundaries.append(boundary(mask.long(), true.long(), classes, ignore))
-                known = true != ignore
-                if confidence is not None:
-                    scores.bins.append(calibration_sums(confidence[known], (mask == true)[known]))
-    return {**scores.details(), "classes": task.palette(classes)["names"]}
+                matrix, rims, bins = extras(mask, true.to(mask.device), confidence, classes, ignore)
+                scores.update(matrix[None], packed(rims, bins)[None])
+    said = task.palette(classes)
+    return {**scores.details(), "classes": said["names"], "palette": said["palette"]}
 
 
 def classes_of(model: Any) -> int:
@@ -85,7 +81,7 @@ def classification(model: Any, asked: Asked, args: argparse.Namespace, alter: Al
         scores = scores or ClassificationScores(len(shares))
         if label >= len(shares):
             raise ValueError(f"--data {args.data} has the label {label}, and the file knows {len(shares)} classes")
-        scores.update(shares, int(label))
+        scores.update(shares[None], torch.tensor([int(label)]), shares[None])
         known = answer.names
     assert scores is not None  # the data are not empty
     return {**scores.details(), "classes": known}
@@ -155,7 +151,7 @@ def panoptic(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) -
         found = torch.stack([torch.from_numpy(label)[ids], ids], -1)
         quality.update([found], [rows.truth(data.rows[i])])
     names = [str(c.get("name", c["id"])) for c in data.categories]
-    return {**quality.compute(), "per_class": quality.by_class(), "classes": names, "images": len(data.rows)}
+    return {**quality.details(), "classes": names}
 
 
 def _check_categories(model: Any, categories: list[dict[str, Any]]) -> None:

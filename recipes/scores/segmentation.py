@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .bootstrap import interval
-from .calibration import ece
+from .calibration import BINS, calibration_sums, ece, reliability
 
 
 def confusion(prediction: Tensor, target: Tensor, classes: int, ignore: int) -> Tensor:
@@ -29,22 +29,34 @@ def boundary(prediction: Tensor, target: Tensor, classes: int, ignore: int, shar
     """
     height, width = target.shape
     reach = max(1, round(share * (height**2 + width**2) ** 0.5))
-    known = target != ignore
-    sums = torch.zeros(2, classes, dtype=torch.float64, device=target.device)
-    for label in torch.unique(torch.cat([target[known], prediction[known]])).tolist():
-        if not 0 <= label < classes:
-            continue
-        one, other = (_rim(ids == label, reach) & known for ids in (prediction, target))
-        sums[0, label], sums[1, label] = (one & other).sum(), (one | other).sum()
-    return sums
+    known = (target != ignore) & (target >= 0) & (target < classes)
+    found, true = (_rim(ids, reach) & known for ids in (prediction, target))
+    both = found & true & (prediction == target)
+    counts = [torch.bincount(ids[where].long(), minlength=classes).double()
+              for ids, where in ((prediction, found), (target, true), (target, both))]  # fmt: skip
+    return torch.stack([counts[2], counts[0] + counts[1] - counts[2]])
 
 
-def _rim(mask: Tensor, reach: int) -> Tensor:
-    """(H, W) bool -> the pixels that eroding ``reach`` times by a square of 3 takes away."""
-    outside = F.pad((~mask).float()[None, None], [reach] * 4, value=1.0)
-    size = 2 * reach + 1
-    near = F.max_pool2d(F.max_pool2d(outside, (size, 1), 1), (1, size), 1)[0, 0] > 0
-    return mask & near
+def _rim(ids: Tensor, reach: int) -> Tensor:
+    """(H, W) -> the pixels that eroding the mask of their own class ``reach`` times by a square of 3 takes away.
+
+    Such a pixel has another class, or the border of the image, within ``reach`` rows and columns.
+    """
+    size, rim = 2 * reach + 1, torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
+    if min(ids.shape) >= size:
+        high, low = (_moving(_moving(ids, size, 0, pick), size, 1, pick) for pick in (torch.maximum, torch.minimum))
+        rim[reach : ids.shape[0] - reach, reach : ids.shape[1] - reach] = high != low
+    return rim
+
+
+def _moving(x: Tensor, size: int, dim: int, pick: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return the ``pick`` of every ``size`` neighbours, by windows that double: n values -> n - size + 1."""
+    span = 1
+    while span < size:
+        step = min(span, size - span)
+        x = pick(x.narrow(dim, 0, x.shape[dim] - step), x.narrow(dim, step, x.shape[dim] - step))
+        span += step
+    return x
 
 
 def iou(sums: Tensor) -> Tensor:
@@ -68,10 +80,14 @@ class SemanticScores:
         self.bins: list[Tensor] = []  #: (3, BINS) of each, where they are given
 
     def update(self, matrices: Tensor, extra: Any = None) -> None:
-        """Add matrices (B, K, K), rows true and columns predicted."""
+        """Add matrices (B, K, K), rows true and columns predicted; ``extra``: what :func:`packed` returned of each."""
         self.total = self.total + matrices.sum(0)
         sums = [matrices.diagonal(dim1=1, dim2=2), matrices.sum(1), matrices.sum(2)]
         self.images += list(torch.stack(sums, 1))
+        if isinstance(extra, Tensor) and extra.ndim == 2:  # else there is none, and it holds the place
+            rims, bins = extra.split([2 * matrices.shape[1], 3 * BINS], 1)
+            self.boundaries += list(rims.view(len(rims), 2, -1))
+            self.bins += list(bins.view(len(bins), 3, BINS))
 
     def join(self, parts: list[SemanticScores]) -> None:
         """Become the sum of the parts that several processes have counted."""
@@ -111,8 +127,24 @@ class SemanticScores:
             values = rims[0] / rims[1]
             said |= {"boundary_iou": float(values.nanmean()), "per_class_boundary_iou": listed(values)}
         if self.bins:
-            said["ece"] = float(ece(torch.stack(self.bins).sum(0)))
+            bins = torch.stack(self.bins).sum(0)
+            said |= {"ece": float(ece(bins)), "calibration": reliability(bins)}
         return said
+
+
+def extras(mask: Tensor, true: Tensor, confidence: Tensor | None, classes: int, ignore: int) -> tuple[Tensor, ...]:
+    """One image, (H, W) each -> its confusion matrix (K, K), boundaries (2, K) and bins of calibration (3, BINS)."""
+    known = true != ignore
+    bins = torch.zeros(3, BINS, dtype=torch.float64, device=mask.device)
+    if confidence is not None:
+        bins = calibration_sums(confidence[known], (mask == true)[known])
+    rims = boundary(mask.long(), true.long(), classes, ignore)
+    return confusion(mask, true, classes, ignore), rims, bins
+
+
+def packed(rims: Tensor, bins: Tensor) -> Tensor:
+    """:func:`boundary` (2, K) and the bins (3, BINS) of one image -> one row, which ranks can exchange."""
+    return torch.cat([rims.flatten(), bins.to(rims).flatten()])
 
 
 def listed(values: Tensor) -> list[float | None]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import adaptkit
-from adaptkit.demo.scoring import Result, Row, ious, percent
+from adaptkit.demo.scoring import Result, Row, confusion, ious, percent
 from adaptkit.demo.training import examples, fit, kept_bytes, loss, predict, weights
 
 
@@ -84,7 +84,7 @@ def test_counting_what_a_step_keeps_leaves_the_model_as_it_was(data):
 
 def test_iou_by_class_and_what_is_not_defined():
     predicted, masks = torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 1, 1, 1]])
-    scores = ious(predicted, masks, 3)
+    scores = ious(confusion(predicted, masks, 3))
     assert scores[:2] == (1 / 2, 2 / 3)
     assert math.isnan(scores[2])
     row = Row("linear", 10, 20, 1.0, 30, scores, predicted)

@@ -23,7 +23,8 @@ def test_scores_are_those_counted_by_hand():
     metric = depth.DepthMetric()
     metric.update(prediction, target)
     said = metric.compute()
-    assert metric.totals["images"] == 1
+    assert metric.details()["images"] == 1
+    assert metric.details()["per_image"] == [pytest.approx(1 / 3), None]
     assert said["delta1"] == pytest.approx(1 / 3)  # ratios 1, 1.5, 2
     assert said["delta2"] == pytest.approx(2 / 3)  # below 1.5625
     assert said["delta3"] == pytest.approx(2 / 3)  # below 1.953125

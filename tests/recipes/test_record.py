@@ -46,7 +46,8 @@ def rows(out):
 
 def test_the_folder_holds_the_record(run):
     there = {p.name for p in run[0].iterdir() if not p.name.startswith(".")}
-    assert there == {"config.yaml", "metrics.jsonl", "run.json", "result.json", "adapter", "best", "checkpoints"}
+    made = {"config.yaml", "metrics.jsonl", "run.json", "result.json", "evaluation.json"}
+    assert there == made | {"adapter", "best", "checkpoints", "pictures"}
 
 
 def test_the_configuration_names_data_backbone_versions_and_machine(run, pictures):

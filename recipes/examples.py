@@ -1,0 +1,105 @@
+"""Images of a validation set with their truth, as answers: what `adaptkit.predict` draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from adaptkit.pictures import colours, framed, pair, read
+from adaptkit.predict.answers import Answer, Classification, Depth, Detection, Panoptic, Segmentation, name_of
+
+
+class Truth(NamedTuple):
+    """What is right of one image."""
+
+    drawn: Answer | None  #: None where words say it
+    words: Mapping[str, str] = MappingProxyType({})  #: what is said beside the pictures
+    answer: Answer | None = None  #: to draw in place of the prediction, where it must be drawn as the truth is
+
+
+#: rows and an index -> image (3, H, W) in 0..1, and the truth as an answer like the one that is given
+Example = tuple[Tensor, Callable[[Any], Truth]]
+
+
+def _floats(image: Any) -> Tensor:
+    return F.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor)
+
+
+def segmentation(rows: Any, i: int) -> Example:
+    """Of ``native.NativeSegmentation``."""
+    image, mask = rows[i]
+    return image, lambda said: Truth(Segmentation(said.size, said.names, said.palette, mask=mask.numpy()))
+
+
+def classification(rows: Any, i: int) -> Example:
+    """Of ``labelled.LabelledData``."""
+    row = rows.read(rows.data[i], i)
+
+    def truth(said: Classification) -> Truth:
+        return Truth(None, {"true": name_of(said.names, int(row["label"])), "said": f"{said.name} {said.score:.0%}"})
+
+    return _floats(colours(row["image"])), truth
+
+
+def depth(rows: Any, i: int) -> Example:
+    """Of ``depth.DepthData``; both are drawn from the least to the greatest true depth."""
+    row = rows.read(rows.data[i], i)
+    image, metres = pair(row["image"], row["mask"], rows.metres(row["mask"]), "a depth map")
+
+    def truth(said: Depth) -> Truth:
+        true = metres.numpy()
+        known = true[true > 0]
+        low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+        words = {"range": f"{low:.3g} m (dark) to {high:.3g} m (light)"}
+        seen = Depth(said.size, depth=np.where(true > 0, true, low).astype(np.float32), between=(low, high))
+        return Truth(seen, words, replace(said, between=(low, high)))
+
+    return _floats(image), truth
+
+
+def detection(rows: Any, i: int) -> Example:
+    """Of ``coco.Detection``; true boxes have the score 1."""
+    image, target = rows[i]
+
+    def truth(said: Detection) -> Truth:
+        masks = target["masks"].bool().numpy() if "masks" in target and said.masks is not None else None
+        count = len(target["boxes"])
+        return Truth(Detection(said.size, said.names, said.palette, boxes=target["boxes"].numpy(), masks=masks,
+                               scores=np.ones(count, np.float32), labels=target["labels"].numpy() - 1))  # fmt: skip
+
+    return image, truth
+
+
+def panoptic(rows: Any, i: int) -> Example:
+    """Of ``panoptic_data.PanopticData``."""
+    row = rows.data[i]
+
+    def truth(said: Panoptic) -> Truth:
+        labels, ids = rows.truth(row).unbind(-1)
+        segments = torch.zeros(labels.shape, dtype=torch.int32)
+        found = []
+        for key, (label, crowd) in row["segments"].items():
+            inside = (ids == key) & (labels >= 0)
+            if not crowd and bool(inside.any()):
+                segments[inside] = len(found) + 1
+                found.append({"id": len(found) + 1, "label": label, "name": name_of(said.names, label),
+                              "isthing": True, "area": int(inside.sum())})  # fmt: skip
+        return Truth(Panoptic(said.size, said.names, said.palette, segments=segments.numpy(), found=found))
+
+    return _floats(framed(read(row["path"]), (row["height"], row["width"]))), truth
+
+
+EXAMPLES: dict[str, Callable[[Any, int], Example]] = {
+    "segmentation": segmentation,
+    "classification": classification,
+    "depth": depth,
+    "detection": detection,
+    "panoptic": panoptic,
+}

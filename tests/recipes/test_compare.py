@@ -1,0 +1,142 @@
+"""`adaptkit compare` makes each run once, goes on with those that were stopped, and puts all on one page."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_segment import write_folder
+
+from adaptkit.cli import main as cli
+from recipes import compare, segment
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture
+def given(tmp_path):
+    data = str(write_folder(tmp_path / "data"))
+    return ["segment", "--adapter", "none", "metaformer", "--adapter-options", '{"metaformer": {"width": 8}}', "--seeds", "1",
+            "--out", str(tmp_path / "out"), "--train", data, "--val", data, "--num-classes", "3", "--size", "32", "48",
+            "--head", "linear", "--random-backbone", "--batch-size", "2", "--steps", "2", "--save-every", "1"]  # fmt: skip
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Run the recipe in this process; the arguments of each run."""
+    made = []
+
+    def call(command):
+        assert command[:3] == [sys.executable, "-m", "recipes.segment"]
+        made.append(command[3:])
+        segment.main(command[3:])
+        return 0
+
+    monkeypatch.setattr(compare.subprocess, "call", call)
+    return made
+
+
+def test_each_run_is_made_once_and_all_are_on_the_page(given, calls, tmp_path, capsys):
+    assert cli(["compare", *given]) == 0
+    said = capsys.readouterr().out
+    out = tmp_path / "out"
+    assert [Path(c[c.index("--out") + 1]).name for c in calls] == [
+        "none-seed1", "metaformer-seed1",
+    ]  # fmt: skip
+    options = [
+        yaml.safe_load((out / n / "config.yaml").read_text())["options"] for n in ("none-seed1", "metaformer-seed1")
+    ]
+    assert [o["adapter_options"] for o in options] == [{}, {"metaformer": {"width": 8}}]
+    assert [o["seed"] for o in options] == [1, 1]
+    for part in ("no adapter", "metaformer", "trained", "peak memory", "report.html"):
+        assert part in said
+    html = (out / "report.html").read_text()
+    score = json.loads((out / "metaformer-seed1" / "evaluation.json").read_text())["miou"]
+    assert f">{100 * score:.1f}<" in html
+    calls.clear()
+    # One run is taken back to its last checkpoint, one has none: the first goes on, the second begins anew.
+    (out / "none-seed1" / "result.json").unlink()
+    (out / "metaformer-seed1" / "result.json").unlink()
+    for checkpoint in (out / "metaformer-seed1" / "checkpoints").iterdir():
+        checkpoint.rename(tmp_path / checkpoint.name)
+    before = (out / "none-seed1" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert cli(["compare", *given]) == 0
+    assert [c[-1] for c in calls] == ["--resume", "--overwrite"]
+    assert (out / "none-seed1" / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    assert "[1/2] none-seed1 goes on" in capsys.readouterr().out
+    calls.clear()
+    assert cli(["compare", *given]) == 0
+    assert calls == []
+    assert "[2/2] metaformer-seed1 is there" in capsys.readouterr().out
+    assert cli(["compare", *given, "--steps", "3"]) == 2
+    assert "holds a run with other options: steps 2, now 3" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_leaves_the_others(given, monkeypatch, tmp_path, capsys):
+    def call(command):
+        if "metaformer" in command:
+            return 1
+        segment.main(command[3:])
+        return 0
+
+    monkeypatch.setattr(compare.subprocess, "call", call)
+    assert cli(["compare", *given]) == 2
+    assert "these runs failed, see above: metaformer-seed1" in capsys.readouterr().err
+    assert "no adapter" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_stop_is_a_stop(given, monkeypatch, capsys):
+    monkeypatch.setattr(compare.subprocess, "call", lambda command: 130)
+    assert cli(["compare", *given]) == 130
+    assert "stopped in none-seed1; the same command goes on" in capsys.readouterr().err
+
+
+def test_several_adapters_in_one_and_a_cache_of_its_own():
+    args, rest = compare.parse(["segment", "--adapter", "lora+sfp", "--out", "o", "--adapter-options", '{"lora": {"r": 2}}',
+                                "--cache-features", "c"])  # fmt: skip
+    (run,) = compare.planned(args, rest)
+    assert run.out == Path("o/lora+sfp-seed0")
+    assert run.arguments == ["--cache-features", "c/lora+sfp-seed0", "--adapter", "lora", "sfp", "--adapter-options",
+                             '{"lora": {"r": 2}}', "--seed", "0", "--out", "o/lora+sfp-seed0"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--seed", "1"], "--seed is set for each run"),
+        (["--overwrite"], "--overwrite is set for each run"),
+        (["--adapter-options", '{"lora": {}}'], "--adapter-options has lora: name the adapters, none"),
+        (["--stepz", "3"], "--stepz"),
+    ],
+)
+def test_a_mistake_is_said_before_anything_is_trained(more, message, tmp_path, capsys):
+    given = [
+        "segment",
+        "--adapter",
+        "none",
+        "--out",
+        str(tmp_path / "o"),
+        "--train",
+        "t",
+        "--val",
+        "v",
+        "--num-classes",
+        "3",
+    ]
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(argv=[*given, *more])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_in_processes_of_their_own(given, tmp_path):
+    import subprocess
+
+    done = subprocess.run([sys.executable, "-m", "adaptkit", "compare", *given], cwd=Path(__file__).parents[2],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "report.html").is_file()
