@@ -27,9 +27,9 @@ from adaptkit.losses import check_budget, usage, usage_loss
 
 from . import augment
 from . import names as class_names
-from .data import warn_unseen
 from .engine import Task, run
 from .labelled import LabelledData, open_images
+from .labels import warn_unseen
 from .normalisation import source_of
 from .options import adapters, command, makes_pyramid, parser, read, validation
 

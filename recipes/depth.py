@@ -24,9 +24,10 @@ from adaptkit.create import create_backbone
 from adaptkit.losses import silog_loss
 from adaptkit.pictures import Picture, check_pair, numbers, pair
 
-from .data import open_dataset, some
+from .data import open_dataset
 from .drawn import rooms
 from .engine import Task, run
+from .labels import some
 from .normalisation import normalise, source_of
 from .options import adapters, command, parser, read, validation
 from .order import Rows
@@ -36,8 +37,14 @@ DEPTH_NAMES = ("depth", "depths", "depth_map", "disparity", "label", "mask")
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p = parser("depth", __doc__, adapter=["vit-adapter"])
-    p.add_argument("--image-column", help="default: the first column of images")
-    p.add_argument("--depth-column", help="default: the second column of images, or one named depth, ...")
+    p.add_argument(
+        "--image-column", help="default: the one column of images, or the one named image; of a folder: images"
+    )
+    p.add_argument(
+        "--depth-column",
+        help="default: the other column of images, or the one named depth, ...; of a folder, its folder of depths",
+    )
+    p.add_argument("--depth-suffix", metavar="_END", help="as a_END.png beside a.jpg. Default: _depth, _gt, ...")
     p.add_argument("--depth-scale", type=float, default=1000.0, help="values per metre: NYU 1000, KITTI 256")
     p.add_argument("--max-depth", type=float, required=True, help="metres: NYU 10, KITTI 80")
     p.add_argument("--min-depth", type=float, default=1e-3, help="metres")
@@ -99,7 +106,7 @@ def data(args: argparse.Namespace, model: Any, train: bool) -> DepthData:
         opened = rooms(int(name.removeprefix("drawn:")), seed=0 if train else 1, scale=args.depth_scale)
     else:
         columns = (args.image_column, args.depth_column)
-        opened = open_dataset(name, split, columns, args.streaming, names=DEPTH_NAMES)
+        opened = open_dataset(name, split, columns, args.streaming, DEPTH_NAMES, args.depth_suffix)
     rows = DepthData(opened, source_of(model.vit, args), args, train)
     if not args.streaming:
         check_depth(rows, option, args)

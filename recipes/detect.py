@@ -21,8 +21,8 @@ from adaptkit.create import create_backbone
 
 from . import network
 from .coco import Detection, Instances, as_lists, as_results, average_precision, locate, read_instances
-from .data import warn_unseen
 from .engine import Task, run
+from .labels import warn_unseen
 from .normalisation import source_of
 from .options import adapters, command, parser, read
 

@@ -17,6 +17,7 @@ from adaptkit.core.near import hint
 
 from . import normalisation
 from .help import RecipeParser
+from .layouts import has_splits
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
 CONFIGS = Path(__file__).parent / "configs"
@@ -224,7 +225,7 @@ def config_arguments(p: argparse.ArgumentParser, config: str) -> list[str]:
 def validation(args: argparse.Namespace) -> str:
     """Return ``--val``, or the set of ``--train`` where that has splits. Raises ``ValueError`` where it has none."""
     path = Path(args.train)
-    splits = (path / "leftImg8bit").is_dir() or not (path.exists() or "*" in args.train or path.suffix == ".parquet")
+    splits = has_splits(path) or not (path.exists() or "*" in args.train or path.suffix == ".parquet")
     if args.val is None and not splits:
         raise ValueError(f"{args.train} has no splits, and a score on training data says little; give --val")
     return args.val or args.train

@@ -21,8 +21,8 @@ from adaptkit.create import create_backbone
 from adaptkit.networks.segmenters import merge
 
 from . import network
-from .data import warn_unseen
 from .engine import Task, run
+from .labels import warn_unseen
 from .normalisation import source_of
 from .options import adapters, command, parser, read
 from .panoptic_data import PanopticData, Segments, locate, read_segments, stacked

@@ -16,9 +16,11 @@ from adaptkit.pictures import colours, framed, pair, read, read_row
 from adaptkit.predict.tasks import TASKS, Asked
 
 from ..coco import average_precisions, locate, read_instances
-from ..data import SegmentationData, check_labels, label_table, open_dataset
+from ..data import SegmentationData, open_dataset
 from ..depth import DEPTH_NAMES, stored_depth
 from ..labelled import open_images
+from ..labels import palette_of, reading
+from ..look import check_labels
 from ..native import NativeSegmentation, masks
 from ..order import undecoded
 from ..panoptic import PanopticQuality
@@ -38,12 +40,14 @@ def segmentation(model: Any, asked: Asked, args: argparse.Namespace, alter: Alte
     described, transform = model.described(), model.transform
     labels = described.said.get("labels") or {}
     ignore = labels.get("ignore_index", 255) if args.ignore_index is None else args.ignore_index
-    table = label_table(args.label_map or labels.get("label_map") or {},
-                        args.reduce_zero_label or bool(labels.get("reduce_zero_label")), ignore)  # fmt: skip
-    classes = classes_of(model)
-    opened = open_dataset(args.data, args.split, (args.image_column, args.target_column))
+    classes, mapping = classes_of(model), args.label_map or labels.get("label_map") or {}
+    palette = palette_of(args.palette) or ([] if args.label_map else labels.get("palette") or [])
+    reduce = args.reduce_zero_label or bool(labels.get("reduce_zero_label"))
+    how = reading({} if args.palette else mapping, reduce, ignore, classes, palette, described.said.get("palette"))
+    columns = args.image_column, args.target_column
+    opened = open_dataset(args.data, args.split, columns, suffix=args.mask_suffix)
     source = Source(mean=transform.mean, std=transform.std)
-    rows = SegmentationData(opened, (32, 32), source, labels=table, classes=classes, ignore=ignore, name="--data")
+    rows = SegmentationData(opened, (32, 32), source, labels=how, classes=classes, ignore=ignore, name="--data")
     check_labels(rows, classes, ignore, "--data")
     native = NativeSegmentation(rows)
     task, scores = TASKS["segmentation"](model, described, transform, asked), SemanticScores()
@@ -92,7 +96,8 @@ def classification(model: Any, asked: Asked, args: argparse.Namespace, alter: Al
 
 def depth(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) -> dict[str, Any]:
     """The usual scores, at the size of the depth map, within the range of the head."""
-    data = undecoded(open_dataset(args.data, args.split, (args.image_column, args.target_column), names=DEPTH_NAMES))
+    columns = args.image_column, args.target_column
+    data = undecoded(open_dataset(args.data, args.split, columns, names=DEPTH_NAMES, suffix=args.mask_suffix))
     config: Any = model.head.config
     scores, truth = DepthScores(), []
 
