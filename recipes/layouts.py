@@ -5,6 +5,7 @@
     images/train, images/val, ...          splits: that of --train and that of --val are read, each from its own folder
     train/images, val/images, ...          the same
     leftImg8bit/<split> and gtFine/<split> Cityscapes
+    cat/**/a.jpg, dog/**/b.jpg, ...        of images with a class each: the class is the first folder
 
 Nothing is guessed: an image without a map, a map without an image and two of one name are errors that name the file.
 """
@@ -22,6 +23,8 @@ MAPS = re.compile(
     r"[_-](?:masks?|gt\w*|labels?|labelids|seg|segmentation|annotations?|depth|disparity)$", re.IGNORECASE
 )
 IMAGES = re.compile(r"[_-](?:sat|img|image|rgb|leftImg8bit)$", re.I)
+
+MORE = {".gif", ".ppm", ".pgm", ".pnm", ".jfif", ".jp2", ".tga"}  # of images with a class each
 
 Files = dict[str, Path]  #: relative path without suffix -> file
 
@@ -219,3 +222,29 @@ def _cityscapes(path: Path, split: str) -> tuple[Files, Files]:
     if not found["leftImg8bit"]:
         raise ValueError(f"{path}/leftImg8bit/{split} holds no <city>/*_leftImg8bit.png")
     return both(path, found["leftImg8bit"], found["gtFine"])
+
+
+# ------------------------------------------------------------------------------------------------- one class each
+
+
+def class_folders(path: Path, split: str) -> tuple[list[Path], list[int], list[str]]:
+    """Return the pictures of a folder with one folder per class, the class of each, and the names of the classes.
+
+    The class is the first folder, however deep a picture lies in it, and every picture counts, whatever it is called.
+    An empty folder is a class without pictures. Raises ``ValueError`` for pictures in no class and for less than two
+    classes.
+    """
+    path = of_split(path, split)
+    folders = sorted(one for one in path.glob("[!.]*") if one.is_dir() and one.name != "__MACOSX")
+    found = [(one, k) for k, folder in enumerate(folders) for one in pictures(folder, SUFFIXES | MORE)]
+    stray = next((one for one in pictures(path, SUFFIXES | MORE) if one.parent == path), None)
+    if stray is not None and folders:
+        raise ValueError(
+            f"{stray} lies in no folder of a class ({', '.join(f.name for f in folders[:5])}, ...); move it"
+        )
+    if len(folders) < 2 or not found:
+        raise ValueError(
+            f"{path} has {len(found)} rows of images and not two folders of them: a folder holds one folder per class, "
+            f"at least two, e.g. {path}/cat and {path}/dog"
+        )
+    return [one for one, _ in found], [k for _, k in found], [one.name for one in folders]
