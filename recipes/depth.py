@@ -31,6 +31,7 @@ from .labels import some
 from .normalisation import normalise, source_of
 from .options import adapters, command, parser, read, validation
 from .order import Rows
+from .summary import Summary
 
 DEPTH_NAMES = ("depth", "depths", "depth_map", "disparity", "label", "mask")
 
@@ -118,9 +119,12 @@ def check_depth(rows: DepthData, name: str, args: argparse.Namespace, most: int 
 
     Raises ``ValueError`` where none has a depth in the range, and for a map of another size than its image.
     """
+    seen = Summary(name, "pixels", len(rows))
     for index, row in some(rows.data, 100 * most):
         sizes = rows.read(row, index, pixels=False)
         check_pair(sizes["image"], sizes["mask"], "a depth map")
+        seen.looked += 1
+        seen.sizes.append(sizes["image"].upright)
     found = [rows.read({"mask": rows.data[i]["mask"]}, i)["mask"] for i in range(min(len(rows), most))]
     if not any((rows.metres(picture) > 0).any() for picture in found):
         values = [stored_depth(picture) for picture in found]
@@ -129,6 +133,13 @@ def check_depth(rows: DepthData, name: str, args: argparse.Namespace, most: int 
             f"{name}: no pixel of the first {len(found)} depth maps lies in {args.min_depth}..{args.max_depth} metres: "
             f"their values are {low:g}..{high:g}, at --depth-scale {args.depth_scale:g} values per metre"
         )
+    metres = [rows.metres(picture) for picture in found]
+    known = np.concatenate([depth[depth > 0] for depth in metres])
+    seen.facts = [
+        f"depths of the first {len(found)}: {known.min():.3g} to {known.max():.3g} m, median {np.median(known):.3g} m; "
+        f"{known.size / sum(depth.size for depth in metres):.0%} of the pixels are measured"
+    ]
+    rows.summary = seen
 
 
 def loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> Tensor:
@@ -188,8 +199,14 @@ LOWER = ("abs_rel", "rmse", "silog")
 TASK = Task("depth", "depth-estimation", "delta1", PERCENT, build, data, loss, predict, metric, lower=LOWER)
 
 
+def task(args: argparse.Namespace) -> Task:
+    """What these options train."""
+    return TASK
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    return run(TASK, parse(argv))
+    args = parse(argv)
+    return run(task(args), args)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from .engine import Task, run
 from .labels import warn_unseen
 from .normalisation import source_of
 from .options import adapters, command, parser, read
+from .summary import of_counts
 from .yolo import has_splits
 
 MODELS = ("mask-rcnn", "faster-rcnn", "retinanet", "fcos")
@@ -104,7 +105,15 @@ def names(categories: list[dict[str, Any]]) -> str:
 
 
 def data(args: argparse.Namespace, model: Any, train: bool) -> Detection:
-    return Detection(instances(args, train), masks(args), args.seed, train)
+    found = instances(args, train)
+    rows = Detection(found, masks(args), args.seed, train)
+    labels = [[one["label"] - 1 for one in row["instances"]] for row in found.rows]
+    called = [str(c.get("name", c["id"])) for c in found.categories]
+    sizes = [(row["height"], row["width"]) for row in found.rows]
+    rows.summary = of_counts("--train" if train else "--val", "boxes", labels, sizes, called)
+    empty = sum(not one for one in labels)
+    rows.summary.facts = [f"{empty:,} images without an object"] if empty else []
+    return rows
 
 
 def loss(model: nn.Module, batch: Any, args: argparse.Namespace) -> Tensor:
@@ -151,8 +160,14 @@ TASK = Task(
 )
 
 
+def task(args: argparse.Namespace) -> Task:
+    """What these options train."""
+    return TASK
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    return run(TASK, parse(argv))
+    args = parse(argv)
+    return run(task(args), args)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         args.class_weights = check_weights(args.class_weights, args.num_classes)
     except ValueError as error:
         p.error(str(error))
-    if args.head == "upernet" and args.batch_size < 2:
+    if args.head == "upernet" and args.batch_size == 1:
         p.error("--head upernet pools each image to one value, and BatchNorm needs two: --batch-size 2 or more")
     return args
 
@@ -178,9 +178,14 @@ PERCENT = ("miou", "macc", "aacc")
 TASK = Task("segment", "semantic-segmentation", "miou", PERCENT, build, data, loss, predict, metric)
 
 
+def task(args: argparse.Namespace) -> Task:
+    """What these options train."""
+    return semantic.task(TASK, args.head) if args.head in network.BUILDERS else TASK
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
-    return run(semantic.task(TASK, args.head) if args.head in network.BUILDERS else TASK, args)
+    return run(task(args), args)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Summary", "as_json", "lines"]
+__all__ = ["Summary", "about", "as_json", "lines", "of_counts", "of_labels"]
 
 ROWS = 16  # classes that are shown: those that never occur first, then the rarest, then the most frequent
 LARGER = 4.0  # times the side of --size, from which images are said to be much larger
@@ -50,6 +50,17 @@ class Summary:
         return [k for k, n in enumerate(self.counts) if n == 0 and k not in self.uncounted]
 
 
+def of_labels(name: str, rows: Any, labels: list[int], classes: int) -> Summary:
+    """Return the summary of images with a class each; the sizes are those of a few of them."""
+    from .labels import some
+
+    counts = np.bincount(labels, minlength=classes)
+    seen = Summary(name, "images", len(labels), len(labels), counts, counts)
+    for index, row in some(rows.data, SIZES):
+        seen.sizes.append(rows.read({"image": row["image"]}, index, pixels=False)["image"].upright)
+    return seen
+
+
 def of_counts(
     name: str, unit: str, images: list[list[int]], sizes: list[tuple[int, int]], classes: list[str]
 ) -> Summary:
@@ -62,6 +73,12 @@ def of_counts(
 
 
 # --------------------------------------------------------------------------------------------------------- shown
+
+
+def about(rows: tuple[Any, Any], args: Any) -> list[str]:
+    """Return the lines of :func:`lines` for the rows of training and validation, as far as they were looked at."""
+    found = [one.summary for one in rows if one.summary is not None]
+    return lines(found, args.size, getattr(args, "named", {}).get("classes")) if found else []
 
 
 def lines(found: list[Summary], size: Any, names: list[str] | None = None) -> list[str]:
