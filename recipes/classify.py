@@ -25,12 +25,13 @@ from adaptkit.losses import check_budget, usage, usage_loss
 
 from . import augment
 from . import names as class_names
-from .data import warn_unseen
 from .engine import Task, run
 from .labelled import LabelledData, open_images
+from .labels import warn_unseen
 from .normalisation import source_of
 from .options import adapters, command, makes_pyramid, parser, read, validation
 from .scores.classification import ClassificationScores
+from .summary import of_labels
 
 AUGMENT_HELP = """of training images: none, crop, flip (crops, mirrored too), or by name as in segment: light and
 medium (mirrored crops; medium: colours, too), strong, trivial, rand, auto. All crop at least --least-crop"""
@@ -124,7 +125,11 @@ def task(args: argparse.Namespace) -> Task:
         rows = train if training else val
         known = {"classes": args.num_classes, "name": "--train" if training else "--val"}
         source = source_of(model.vit, args)
-        return LabelledData(rows, args.size, source, args.seed, args.augment, training, args.least_crop, **known)
+        made = LabelledData(rows, args.size, source, args.seed, args.augment, training, args.least_crop, **known)
+        if not args.streaming:
+            made.summary = of_labels(made.name, made, rows["label"][:], args.num_classes)
+            made.summary.classes = list(args.named.get("classes") or names)
+        return made
 
     return Task("classify", "image-classification", "top1", ("top1", "top5"), build, data, loss, predict, metric,
                 native=False)  # fmt: skip

@@ -41,6 +41,20 @@ def locate(name: str, images: str | None, flag: str) -> tuple[Path, Path]:
     return path, folder
 
 
+def open_instances(name: str, images: str | None, split: str, masks: bool, flag: str, skip: bool = False) -> Instances:
+    """Read a split of boxes or masks, in COCO's format or in YOLO's, as :func:`read_instances` does."""
+    from .yolo import is_yolo, read_yolo
+
+    if not is_yolo(name):
+        path, folder = locate(name, images, flag)
+        return read_instances(folder, path, masks, flag, skip)
+    if images is not None:
+        raise ValueError(
+            f"{flag}-images is for COCO's format; {name} is in YOLO's, and data.yaml says where images are"
+        )
+    return read_yolo(name, split, masks, flag, skip)
+
+
 def read_json(path: Path, keys: tuple[str, ...], flag: str) -> dict[str, Any]:
     """Read a file of COCO's format; a ``ValueError`` where it is none."""
     if not path.is_file():
@@ -83,8 +97,14 @@ def read_instances(images: Path, annotations: Path, masks: bool, flag: str, skip
     Raises ``ValueError`` for files that are missing or no images, for unknown images and categories, for numbers that
     are no box, masks of another size, and instances without area, naming the first.
     """
-    path = annotations
-    data = read_json(path, ("images", "annotations", "categories"), flag)
+    data = read_json(annotations, ("images", "annotations", "categories"), flag)
+    return instances_of(data, images, annotations, masks, flag, skip)
+
+
+def instances_of(
+    data: dict[str, Any], images: Path, path: Path, masks: bool, flag: str, skip: bool, wheres: list[str] | None = None
+) -> Instances:
+    """Check what a file of COCO's format says, and make rows of it; ``wheres`` names its annotations for errors."""
     categories = sorted(data["categories"], key=lambda c: c["id"])
     label = {c["id"]: i + 1 for i, c in enumerate(categories)}
     rows = {e["id"]: {**image_row(e, images, path, flag), "instances": []} for e in data["images"]}
@@ -93,7 +113,7 @@ def read_instances(images: Path, annotations: Path, masks: bool, flag: str, skip
         raise ValueError(f"{flag}: {path} holds no annotations")
     flat = []
     for n, entry in enumerate(data["annotations"]):
-        where = f"{flag}: {path}, annotation {entry.get('id', f'number {n}')}"
+        where = wheres[n] if wheres else f"{flag}: {path}, annotation {entry.get('id', f'number {n}')}"
         row = rows.get(entry.get("image_id"))
         if row is None:
             raise ValueError(f"{where}: image_id {entry.get('image_id')!r} is not among the images")

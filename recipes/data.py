@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
@@ -15,16 +12,17 @@ from torchvision.transforms import v2
 
 from adaptkit.core.near import beside, hint, looks_like_path
 from adaptkit.core.view import Source
-from adaptkit.pictures import Picture, check_pair, class_ids, pair
+from adaptkit.pictures import pair
 
 from .augment import of_pixels
+from .labels import Reading, check_range
+from .layouts import Files, pairs
 from .normalisation import normalise
 from .order import Rows, undecoded
 
-LABELS = 65536  # that a mask can hold, in 16 bits
-BLACK_AND_WHITE = '{"0": 0, "255": 1}'
 MASK_NAMES = ("label", "mask", "annotation", "semantic_segmentation", "segmentation", "labels", "segmentation_mask")
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+IMAGE_NAMES = ("image", "images", "img", "picture", "photo", "rgb", "pixel_values")
+GENERIC = ("label", "labels", "mask")  #: what a depth map may be called, where nothing is called depth
 
 
 def open_dataset(
@@ -33,24 +31,25 @@ def open_dataset(
     columns: tuple[str | None, str | None] = (None, None),
     streaming: bool = False,
     names: tuple[str, ...] = MASK_NAMES,
+    suffix: str | None = None,
 ) -> Any:
     """Return a ``datasets.Dataset`` with the columns ``image`` and ``mask``, both decoded to PIL images.
 
     Args:
-        name: a Parquet file or a pattern (``"train-*.parquet"``), a folder with ``images/`` and ``masks/`` (or
-            another of ``names``; same file stems), a Cityscapes folder (``leftImg8bit/`` and ``gtFine/``), or a Hub id.
-        split: what is read of a Hub id and of Cityscapes.
-        columns: of images and of masks, where they are not found by themselves.
+        name: a Parquet file or a pattern (``"train-*.parquet"``), a folder in one of the layouts of ``layouts.py``, or
+            a Hub id.
+        split: what is read of a Hub id, and of a folder with several.
+        columns: of images and of masks, where they are not found by themselves; of a folder, its folders.
         streaming: return an ``IterableDataset``, read as it goes.
-        names: of the second column, and of its folder, in the order of preference.
+        names: of the second column, and of its folder.
+        suffix: how the name of a mask ends in a folder, ``"_mask"``; None: as the layouts say.
 
-    Raises ``ValueError`` where images or masks are not found or nothing is in it.
+    Raises ``ValueError`` where images or masks are not found or nothing is in it, and where it is not clear which of
+    several columns or folders is meant.
     """
     path = Path(name)
-    if (path / "leftImg8bit").is_dir():
-        data = _cityscapes(path, {"validation": "val"}.get(split, split))
-    elif path.is_dir():
-        data = _folder(path, next((n for n in names if (path / n).is_dir()), "masks"))
+    if path.is_dir():
+        data, columns = _dataset(*pairs(path, split, columns, names, suffix)), ("image", "mask")
     else:
         data = open_rows(name, split, "a folder with images/ and masks/", streaming)
     data = filled(data, f"{name} ({split})", streaming)
@@ -103,47 +102,9 @@ def renamed(data: Any, names: dict[str, str]) -> Any:
     return data.rename_columns(other) if other else data
 
 
-def _folder(path: Path, second: str) -> Any:
-    images, masks = _by_stem(path / "images"), _by_stem(path / second)
-    if not images:
-        raise ValueError(f"{path}/images holds no images ({', '.join(sorted(SUFFIXES))})")
-    return _paired(path, images, masks)
-
-
-def _by_stem(folder: Path) -> dict[str, Path]:
-    """The pictures of a folder; what begins with a dot is not meant (macOS puts ``._name`` beside each file)."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.glob("[!.]*")):
-        if path.suffix.lower() not in SUFFIXES or path.is_dir():
-            continue
-        if path.stem in found:
-            raise ValueError(
-                f"{found[path.stem]} and {path.name} have the same stem, which pairs images and masks; take one out"
-            )
-        found[path.stem] = path
-    return found
-
-
-def _cityscapes(path: Path, split: str) -> Any:
-    """``leftImg8bit/<split>/<city>/<name>_leftImg8bit.png`` with ``gtFine/.../<name>_gtFine_labelIds.png``."""
-    found = {}
-    for folder, end in (("leftImg8bit", "_leftImg8bit.png"), ("gtFine", "_gtFine_labelIds.png")):
-        found[folder] = {p.name.removesuffix(end): p for p in sorted((path / folder / split).glob(f"*/*{end}"))}
-    if not found["leftImg8bit"]:
-        raise ValueError(f"{path}/leftImg8bit/{split} holds no <city>/*_leftImg8bit.png")
-    return _paired(path, found["leftImg8bit"], found["gtFine"])
-
-
-def _paired(path: Path, images: dict[str, Path], masks: dict[str, Path]) -> Any:
+def _dataset(images: Files, masks: Files) -> Any:
     import datasets
 
-    lonely = sorted(images.keys() ^ masks.keys())
-    if lonely:
-        there = images.get(lonely[0], masks.get(lonely[0]))
-        raise ValueError(
-            f"{path}: {len(lonely)} files have no partner ({len(images)} images, {len(masks)} masks), e.g. {there}: an "
-            f"image and its mask have the same name, and one of the suffixes {', '.join(sorted(SUFFIXES))}"
-        )
     rows = {"image": [str(images[k]) for k in images], "mask": [str(masks[k]) for k in images]}
     features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
     return datasets.Dataset.from_dict(rows, features=features)
@@ -157,15 +118,34 @@ def _columns(data: Any, columns: tuple[str | None, str | None], name: str, names
         if column is not None and column not in pictures:
             near = hint(column, pictures)
             raise ValueError(f"{name} has no column of images {column!r}{near}; its columns are {dict(data.features)}")
-    mask = columns[1] or next((m for m in (*names, "mask") if m in pictures), None)
-    image = columns[0] or next((k for k in pictures if k != mask), None)
-    mask = mask or next((k for k in pictures if k != image), None)
+    second = "mask" if names is MASK_NAMES else names[0]
+    called = [m for m in dict.fromkeys((*names, "mask")) if m in pictures and m != columns[0]]
+    sure = called if names is MASK_NAMES else ([m for m in called if m not in GENERIC] or called)
+    mask = columns[1] or only(sure, name, f"--{second}-column")
+    image = columns[0] or image_column([k for k in pictures if k != mask], name)
+    mask = mask or only([k for k in pictures if k != image], name, f"--{second}-column")
     if image is None or mask is None:
         raise ValueError(
             f"{name} has no pair of image columns; its columns are {dict(data.features)}. Name them with "
-            f"--image-column and --{'mask' if names is MASK_NAMES else names[0]}-column"
+            f"--image-column and --{second}-column"
         )
     return image, mask
+
+
+def image_column(columns: list[str], name: str) -> str | None:
+    """Return the one that holds the images: the only one, or the one that is called so; None of none."""
+    called = [k for k in columns if k.lower() in IMAGE_NAMES]
+    return only(called if called else columns, name, "--image-column")
+
+
+def only(columns: list[str], name: str, option: str) -> str | None:
+    """Return the only one, None of none; ``ValueError`` for several, any of which may be meant."""
+    if len(columns) > 1:
+        raise ValueError(
+            f"{name} has several columns of images, {', '.join(columns)}, and any of them may be meant: choose "
+            f"one with {option} {columns[0]}"
+        )
+    return columns[0] if columns else None
 
 
 class SegmentationData(Rows):
@@ -180,7 +160,7 @@ class SegmentationData(Rows):
         source: of the backbone, for the normalisation.
         seed: of the augmentation.
         train: whether to augment.
-        labels: what each label of a file becomes (:func:`label_table`).
+        labels: what the values of a mask mean (``labels.py``).
         classes: labels of 0..classes - 1 and ``ignore`` are all there may be; None: any.
         ignore: the label that counts nowhere.
         name: of the set, for errors.
@@ -194,129 +174,23 @@ class SegmentationData(Rows):
         source: Source,
         seed: int = 0,
         train: bool = False,
-        labels: Tensor | None = None,
+        labels: Reading | None = None,
         classes: int | None = None,
         ignore: int = 255,
         name: str = "",
         augment: str = "medium",
     ) -> None:
         super().__init__(data, seed, name)
-        self.labels, self.classes, self.ignore = labels, classes, ignore
+        self.labels, self.classes, self.ignore = labels or Reading(), classes, ignore
         steps: list[Any] = [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
         steps += of_pixels(augment if train else "none", size, ignore)
         self.transform = v2.Compose([*steps, normalise(source)])
 
     def make(self, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Row with image and mask -> (image (3, H, W) float, mask (H, W) int64)."""
-        ids = self.ids(row["mask"])
+        ids = self.labels.ids(row["mask"])
         if self.classes is not None:
             check_range(ids, self.classes, self.ignore, row["mask"].name)
         image, mask = pair(row["image"], row["mask"], ids, "a mask")
         image, mask = self.transform(image, tv_tensors.Mask(mask))
         return image.as_subclass(Tensor), mask.as_subclass(Tensor)
-
-    def ids(self, mask: Picture) -> np.ndarray:
-        """Mask -> class ids (H, W), by the table of labels if there is one."""
-        ids = class_ids(mask)
-        if self.labels is None:
-            return ids
-        if ids.min() < 0 or ids.max() >= len(self.labels):
-            raise ValueError(f"{mask.name}: the mask holds labels {ids.min()}..{ids.max()}; give 0..{LABELS - 1}")
-        return self.labels.numpy()[ids]
-
-
-# ---------------------------------------------------------------------------------------------------------- labels
-
-
-def label_table(mapping: dict[str, int], reduce_zero: bool, ignore_index: int) -> Tensor | None:
-    """Return what each label of a file becomes, (65536,), or None where it stays.
-
-    Args:
-        mapping: ``{"7": 0, "8": 1}``; labels that are not in it are ignored.
-        reduce_zero: label 0 is ignored and the others come down by one, as ADE20K's 150 classes are meant.
-        ignore_index: what an ignored label becomes.
-
-    Raises ``ValueError`` for a label that no mask can hold.
-    """
-    if not mapping and not reduce_zero:
-        return None
-    table = torch.full((LABELS,), ignore_index) if mapping else torch.arange(LABELS)
-    for label, target in mapping.items():
-        if not str(label).isdigit() or int(label) >= LABELS:
-            raise ValueError(f"--label-map: {label!r} is no label of a mask; give 0..{LABELS - 1}")
-        table[int(label)] = target
-    if reduce_zero:
-        moved = torch.where((table == 0) | (table == ignore_index), ignore_index, table - 1)
-        table = moved
-    return table
-
-
-def check_range(ids: np.ndarray, num_classes: int, ignore_index: int, name: str, file: str = "") -> None:
-    """``ValueError`` where a mask holds labels that are neither classes nor ignored."""
-    outside = np.unique(ids[((ids < 0) | (ids >= num_classes)) & (ids != ignore_index)])
-    if len(outside) == 0:
-        return
-    wrong = outside.tolist()
-    black_and_white = f", or --label-map '{BLACK_AND_WHITE}' if white is a class" if wrong == [255] else ""
-    more = f"--num-classes {max(wrong) + 1} or " if max(wrong) >= num_classes else ""
-    raise ValueError(
-        f"{name}: the mask holds labels {wrong[:5]}, outside 0..{num_classes - 1} and not the ignore index "
-        f"{ignore_index}{f', in {file}' if file else ''}; pass {more}--ignore-index {wrong[-1]}{black_and_white}"
-    )
-
-
-def check_labels(
-    data: SegmentationData, num_classes: int, ignore_index: int, name: str, most: int = 2000, train: bool = False
-) -> np.ndarray:
-    """Look at ``most`` masks, evenly chosen (of a stream at the first tenth of it); return the pixels of each class.
-
-    Raises ``ValueError`` for labels out of range and masks of another size than their image. What will teach nothing is
-    a warning: masks that are ignored as a whole, white that is ignored, and, of training data, classes without a pixel.
-    """
-    looked, ignored, pixels, stored = 0, 0, np.zeros(num_classes, np.int64), set()
-    for index, row in some(data.data, most):
-        mask = data.read({"mask": row["mask"]}, index)["mask"]
-        check_pair(data.read({"image": row["image"]}, index, pixels=False)["image"], mask, "a mask")
-        ids = data.ids(mask)
-        check_range(ids, num_classes, ignore_index, f"{name}, row {index}", mask.name)
-        counts = np.bincount(ids[ids != ignore_index], minlength=num_classes)
-        looked, ignored, pixels = looked + 1, ignored + (not counts.any()), pixels + counts
-        if len(stored) < 3:
-            stored |= set(np.unique(class_ids(mask)).tolist())
-    if stored <= {0, 255} and 255 in stored and data.labels is None and ignore_index == 255:
-        warnings.warn(
-            f"{name}: the {looked} masks that were looked at hold 0 and 255 alone, and 255 is ignored: if they are "
-            f"black and white, and white is a class, pass --label-map '{BLACK_AND_WHITE}'",
-            stacklevel=2,
-        )
-    elif ignored:
-        warnings.warn(
-            f"{name}: {ignored} of {looked} masks that were looked at are ignored as a whole (label {ignore_index}) "
-            "and teach nothing; check --ignore-index, --label-map and --reduce-zero-label",
-            stacklevel=2,
-        )
-    if train:
-        advice = "check --num-classes, --label-map and --reduce-zero-label"
-        unseen = [str(k) for k in np.flatnonzero(pixels == 0) if k != ignore_index]
-        warn_unseen(unseen, num_classes, name, f"{looked} masks", advice)
-    return pixels
-
-
-def warn_unseen(unseen: list[str], classes: int, name: str, where: str, advice: str) -> None:
-    """Warn of classes that never occur in what is trained on: nothing teaches them."""
-    if unseen:
-        shown = ", ".join(unseen[:10]) + (", ..." if len(unseen) > 10 else "")
-        warnings.warn(
-            f"{name}: {len(unseen)} of {classes} classes occur in none of the {where} that were looked at ({shown}), "
-            f"and nothing teaches them; {advice}",
-            stacklevel=3,
-        )
-
-
-def some(data: Any, most: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (number, row) of ``most`` rows, evenly chosen; of a stream of the first, a tenth as many."""
-    if hasattr(data, "__len__"):
-        for index in np.linspace(0, len(data) - 1, min(len(data), most)).round().astype(int).tolist():
-            yield index, data[index]
-    else:
-        yield from enumerate(data.take(most // 10))

@@ -24,21 +24,29 @@ from adaptkit.create import create_backbone
 from adaptkit.losses import silog_loss
 from adaptkit.pictures import Picture, check_pair, numbers, pair
 
-from .data import open_dataset, some
+from .data import open_dataset
 from .drawn import rooms
 from .engine import Task, run
+from .labels import some
 from .normalisation import normalise, source_of
 from .options import adapters, command, parser, read, validation
 from .order import Rows
 from .scores.depth import NAMES, DepthScores
+from .summary import Summary
 
 DEPTH_NAMES = ("depth", "depths", "depth_map", "disparity", "label", "mask")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p = parser("depth", __doc__, adapter=["vit-adapter"])
-    p.add_argument("--image-column", help="default: the first column of images")
-    p.add_argument("--depth-column", help="default: the second column of images, or one named depth, ...")
+    p.add_argument(
+        "--image-column", help="default: the one column of images, or the one named image; of a folder: images"
+    )
+    p.add_argument(
+        "--depth-column",
+        help="default: the other column of images, or the one named depth, ...; of a folder, its folder of depths",
+    )
+    p.add_argument("--depth-suffix", metavar="_END", help="as a_END.png beside a.jpg. Default: _depth, _gt, ...")
     p.add_argument("--depth-scale", type=float, default=1000.0, help="values per metre: NYU 1000, KITTI 256")
     p.add_argument("--max-depth", type=float, required=True, help="metres: NYU 10, KITTI 80")
     p.add_argument("--min-depth", type=float, default=1e-3, help="metres")
@@ -100,7 +108,7 @@ def data(args: argparse.Namespace, model: Any, train: bool) -> DepthData:
         opened = rooms(int(name.removeprefix("drawn:")), seed=0 if train else 1, scale=args.depth_scale)
     else:
         columns = (args.image_column, args.depth_column)
-        opened = open_dataset(name, split, columns, args.streaming, names=DEPTH_NAMES)
+        opened = open_dataset(name, split, columns, args.streaming, DEPTH_NAMES, args.depth_suffix)
     rows = DepthData(opened, source_of(model.vit, args), args, train)
     if not args.streaming:
         check_depth(rows, option, args)
@@ -112,9 +120,12 @@ def check_depth(rows: DepthData, name: str, args: argparse.Namespace, most: int 
 
     Raises ``ValueError`` where none has a depth in the range, and for a map of another size than its image.
     """
+    seen = Summary(name, "pixels", len(rows))
     for index, row in some(rows.data, 100 * most):
         sizes = rows.read(row, index, pixels=False)
         check_pair(sizes["image"], sizes["mask"], "a depth map")
+        seen.looked += 1
+        seen.sizes.append(sizes["image"].upright)
     found = [rows.read({"mask": rows.data[i]["mask"]}, i)["mask"] for i in range(min(len(rows), most))]
     if not any((rows.metres(picture) > 0).any() for picture in found):
         values = [stored_depth(picture) for picture in found]
@@ -123,6 +134,13 @@ def check_depth(rows: DepthData, name: str, args: argparse.Namespace, most: int 
             f"{name}: no pixel of the first {len(found)} depth maps lies in {args.min_depth}..{args.max_depth} metres: "
             f"their values are {low:g}..{high:g}, at --depth-scale {args.depth_scale:g} values per metre"
         )
+    metres = [rows.metres(picture) for picture in found]
+    known = np.concatenate([depth[depth > 0] for depth in metres])
+    seen.facts = [
+        f"depths of the first {len(found)}: {known.min():.3g} to {known.max():.3g} m, median {np.median(known):.3g} m; "
+        f"{known.size / sum(depth.size for depth in metres):.0%} of the pixels are measured"
+    ]
+    rows.summary = seen
 
 
 def loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> Tensor:
@@ -195,8 +213,14 @@ TASK = Task(
 )
 
 
+def task(args: argparse.Namespace) -> Task:
+    """What these options train."""
+    return TASK
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    return run(TASK, parse(argv))
+    args = parse(argv)
+    return run(task(args), args)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
         --val coco/annotations/instances_val2017.json --val-images coco/val2017 \
         --model mask-rcnn --adapter vit-adapter --size 800 1333 --steps 90000 --batch-size 2 --out runs/detect
 
-Or name a folder that holds `annotations.json` and `images/`. Boxes alone are enough for faster-rcnn, retinanet and
-fcos; mask-rcnn wants a segmentation of every instance. Several GPUs: `torchrun --nproc_per_node 8 -m recipes.detect`.
+Or name a folder that holds `annotations.json` and `images/`, or `data.yaml` of a set in YOLO's format.
+Boxes alone are enough for faster-rcnn, retinanet and fcos; mask-rcnn wants a segmentation of every instance. Several
+GPUs: `torchrun --nproc_per_node 8 -m recipes.detect`.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ from .coco import (
     as_results,
     average_precision,
     average_precisions,
-    locate,
-    read_instances,
+    open_instances,
 )
-from .data import warn_unseen
 from .engine import Task, run
+from .labels import warn_unseen
 from .normalisation import source_of
 from .options import adapters, command, parser, read
 from .scores.detection import image_f1
+from .summary import of_counts
+from .yolo import has_splits
 
 MODELS = ("mask-rcnn", "faster-rcnn", "retinanet", "fcos")
 
@@ -52,8 +54,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.head = args.model  # as the other recipes say it in result.json
     if args.streaming:
         p.error("--streaming reads rows as they come; COCO's format is files: leave it out")
-    if not args.val:
-        p.error("--val is needed: a JSON file in COCO's format, or a folder with annotations.json")
+    if not args.val and not has_splits(args.train):
+        p.error(
+            "--val is needed: a JSON file in COCO's format, or a folder with annotations.json; or data.yaml of YOLO"
+        )
     if args.size[0] > args.size[1] or args.size[0] < 1:
         p.error(f"--size {args.size[0]} {args.size[1]}: give the shorter side first, in pixels")
     if args.width < 1:
@@ -71,8 +75,8 @@ def masks(args: argparse.Namespace) -> bool:
 
 def instances(args: argparse.Namespace, train: bool) -> Instances:
     flag, name = ("--train", args.train) if train else ("--val", args.val)
-    annotations, images = locate(name, args.train_images if train else args.val_images, flag)
-    return read_instances(images, annotations, masks(args), flag, args.skip_degenerate)
+    images, split = (args.train_images, "train") if train else (args.val_images, "validation")
+    return open_instances(name or args.train, images, split, masks(args), flag, args.skip_degenerate)
 
 
 def build(args: argparse.Namespace) -> network.Network:
@@ -81,7 +85,7 @@ def build(args: argparse.Namespace) -> network.Network:
     unseen = [str(c.get("name", c["id"])) for i, c in enumerate(categories, 1) if i not in seen]
     warn_unseen(unseen, len(categories), "--train", f"{len(rows)} images", "check the categories of the JSON file")
     found = instances(args, False).categories
-    if [c["id"] for c in found] != [c["id"] for c in categories]:
+    if not same(found, categories):
         raise ValueError(f"--val has categories {names(found)}, --train has {names(categories)}: they must be the same")
     backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
     source = source_of(adaptkit.view(backbone), args)
@@ -97,12 +101,28 @@ def build(args: argparse.Namespace) -> network.Network:
     return network.build(adaptkit.attach(backbone, *adapters(args), train_backbone=args.train_backbone), recipe).train()
 
 
+def same(found: list[dict[str, Any]], known: list[dict[str, Any]]) -> bool:
+    """Whether two lists of categories have the same ids, and the same names where both name them."""
+    return len(found) == len(known) and all(
+        a["id"] == b["id"] and str(a.get("name", b.get("name"))) == str(b.get("name", a.get("name")))
+        for a, b in zip(found, known)
+    )
+
+
 def names(categories: list[dict[str, Any]]) -> str:
     return ", ".join(f"{c['id']} {c.get('name', '')}".strip() for c in categories)
 
 
 def data(args: argparse.Namespace, model: Any, train: bool) -> Detection:
-    return Detection(instances(args, train), masks(args), args.seed, train)
+    found = instances(args, train)
+    rows = Detection(found, masks(args), args.seed, train)
+    labels = [[one["label"] - 1 for one in row["instances"]] for row in found.rows]
+    called = [str(c.get("name", c["id"])) for c in found.categories]
+    sizes = [(row["height"], row["width"]) for row in found.rows]
+    rows.summary = of_counts("--train" if train else "--val", "boxes", labels, sizes, called)
+    empty = sum(not one for one in labels)
+    rows.summary.facts = [f"{empty:,} images without an object"] if empty else []
+    return rows
 
 
 def loss(model: nn.Module, batch: Any, args: argparse.Namespace) -> Tensor:
@@ -162,8 +182,14 @@ TASK = Task(
 )
 
 
+def task(args: argparse.Namespace) -> Task:
+    """What these options train."""
+    return TASK
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    return run(TASK, parse(argv))
+    args = parse(argv)
+    return run(task(args), args)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ from .checkpoints import (
     save_checkpoint,
 )
 from .devices import compile_adapted, copying, loading, together
+from .dry import fitting, wrapped
 from .finite import Finite
 from .folder import adopt, begin, occupied
 from .initial import initialise
@@ -57,6 +58,7 @@ from .optimising import as_asked, optimizer_of, schedule_of
 from .options import precision
 from .order import Rows, Steps, Stream, folded, plain_errors, shuffled
 from .stopping import Asked, Stop, Stopped
+from .summary import about
 from .task import Task
 from .trackers import check_tracker
 from .windows import Windowed, Windows
@@ -403,9 +405,13 @@ def prepare(task: Task, args: argparse.Namespace, accelerator: Accelerator) -> P
     model = task.build(args)
     initialise(model, args)
     train_rows, val_rows = task.data(args, model, True), task.data(args, model, False)
+    if accelerator.is_main_process:
+        print(*about((train_rows, val_rows), args), sep="\n", flush=True)
+    windows = Windows.of(args, train_rows, model)
+    if args.batch_size == "auto":
+        args.batch_size = batch_size(task, train_rows, windows, args, accelerator)
     val = validation_batches(val_rows, task, accelerator, args)
     started = time.time()
-    windows = Windows.of(args, train_rows, model)
     rows: Any = train_rows
     if args.cache_features:
         rows = cached(train_rows, model.to(accelerator.device), accelerator, args, windows)
@@ -413,6 +419,23 @@ def prepare(task: Task, args: argparse.Namespace, accelerator: Accelerator) -> P
         rows = Views(rows, args.views) if args.views else rows
         rows = Windowed(rows, windows) if windows else rows
     return Prepared(model, rows, (train_rows, val_rows), val, time.time() - started)
+
+
+def batch_size(
+    task: Task, rows: Any, windows: Windows | None, args: argparse.Namespace, accelerator: Accelerator
+) -> int:
+    """Find ``--batch-size auto``; a run that goes on keeps what it began with."""
+    if args.resume:
+        found = progress_of(newest(Path(args.out)))["arguments"]["batch_size"]
+        accelerator.print(f"--batch-size auto: {found} per process, as the run began")
+        return found
+
+    def build() -> Any:
+        return placed(task.build(args), accelerator, args)
+
+    found, said = fitting(task, build, wrapped(rows, windows, args), args, accelerator)
+    accelerator.print(said)
+    return found
 
 
 def describe(task: Task, out: Path, args: argparse.Namespace, accelerator: Accelerator, prepared: Prepared) -> None:

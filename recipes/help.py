@@ -16,7 +16,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "data": (
         "train", "val", "data", "train-images", "val-images", "train-masks", "val-masks", "train-maps", "val-maps",
         "image-column", "mask-column", "label-column", "depth-column", "num-classes", "classes", "ignore-index",
-        "label-map", "reduce-zero-label", "mean", "std", "size", "augment", "least-crop", "streaming", "shuffle-buffer",
+        "label-map", "palette", "mask-suffix", "depth-suffix",
+        "reduce-zero-label", "mean", "std", "size", "augment", "least-crop", "streaming", "shuffle-buffer",
         "workers",
     ),
     "model": (

@@ -18,8 +18,9 @@ from adaptkit.pictures import class_ids, colours, pair, read_row
 from adaptkit.version import DISTRIBUTION
 
 from .augment import NAMES, of_images
-from .data import filled, open_dataset, open_rows, renamed
+from .data import filled, image_column, open_dataset, open_rows, renamed
 from .devices import sent
+from .layouts import class_folders
 from .normalisation import normalise
 from .order import Rows, undecoded
 
@@ -80,7 +81,7 @@ def open_images(
     Args:
         name: ``digits``, a Parquet file or a pattern, a folder with one folder per class, a ``.txt`` list whose lines
             are ``path label`` with paths beside it, or a Hub id.
-        split: what is read of the digits (``train`` or ``validation``) and of a Hub id.
+        split: what is read of the digits (``train`` or ``validation``), of a Hub id, and of a folder with several.
         columns: of images and of labels, where they are not found by themselves.
         streaming: return an ``IterableDataset``, read as it goes.
 
@@ -96,7 +97,7 @@ def open_images(
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(10)})
         data = datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features)
     elif path.is_dir():
-        data = datasets.load_dataset("imagefolder", data_dir=name, split="train", streaming=streaming)
+        data = _foldered(path, split, streaming)
     elif path.suffix == ".txt":
         data = _listed(path)
     else:
@@ -110,6 +111,20 @@ def open_images(
     if not names and not streaming:
         names = [str(i) for i in range(max(data["label"]) + 1)]
     return data, list(names)
+
+
+def _foldered(path: Path, split: str, streaming: bool) -> Any:
+    """Read a folder of class folders; one with ``metadata.csv`` or ``.jsonl`` as ``datasets`` does.
+
+    ``datasets`` itself takes the last folder for the class, and leaves out files with "test" or "val" in their names.
+    """
+    import datasets
+
+    if any((path / f"metadata.{end}").is_file() for end in ("csv", "jsonl", "parquet")):
+        return datasets.load_dataset("imagefolder", data_dir=str(path), split="train", streaming=streaming)
+    files, labels, names = class_folders(path, split)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    return datasets.Dataset.from_dict({"image": list(map(str, files)), "label": labels}, features=features)
 
 
 def check_classes(labels: list[Any], name: str) -> None:
@@ -239,7 +254,7 @@ def _columns(data: Any, columns: tuple[str | None, str | None], name: str) -> tu
         if column is not None and column not in data.features:
             near = hint(column, data.features)
             raise ValueError(f"{name} has no column {column!r}{near}; its columns are {', '.join(data.features)}")
-    image = columns[0] or next((k for k, f in data.features.items() if isinstance(f, datasets.Image)), None)
+    image = columns[0] or image_column([k for k, f in data.features.items() if isinstance(f, datasets.Image)], name)
     label = columns[1] or next((k for k in LABEL_NAMES if k in data.features and k != image), None)
     if image is None or label is None:
         size = f"{len(data)} rows" if hasattr(data, "__len__") else "rows"

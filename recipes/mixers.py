@@ -39,10 +39,11 @@ from adaptkit.hub.write import write_atomic
 from adaptkit.mixers import list_mixers
 
 from . import normalisation
-from .data import SegmentationData, check_labels, open_dataset
+from .data import SegmentationData, open_dataset
 from .devices import together
 from .folder import begin, occupied
 from .help import RecipeParser
+from .look import check_labels
 from .normalisation import source_of
 from .optimising import cosine, parameter_groups
 from .options import OVERWRITE_HELP, command, seed_of

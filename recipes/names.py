@@ -7,15 +7,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .labels import Reading, colour_of, palette_of, reading
 from .scores.recorded import LABELS, WAYS
 
 HELP = """names of the classes, in the order of their ids; or a file with one name a line, or a JSON list of names or of
-{"name": ..., "color": [r, g, b]}. Default: classes.txt or classes.json in the folder of the data, or Cityscapes'"""
-FOUND = ("classes.json", "classes.txt")
+{"name": ..., "color": [r, g, b]}. Default: classes.json, classes.txt, class_dict.csv (name,r,g,b) or CVAT's
+labelmap.txt in the folder of the data, or Cityscapes'"""
+FOUND = ("classes.json", "classes.txt", "class_dict.csv", "labelmap.txt")
+MAP_HELP = """of labels in files, or of colours, to classes: '{"7": 0, "8": 1}', '{"#804080": 0, "0,0,0": 255}';
+what is not listed is ignored, of colours an error"""
+PALETTE_HELP = """for masks of colours: the colour of each class, in their order, '#804080' or 128,64,128, or a file
+of them. Default: the colours of --classes, or of classes.json in the folder of the data"""
+SUFFIX_HELP = "how the name of a mask ends that lies beside its image: a.jpg and a_END.png. Default: _mask, _gt, ..."
 CITYSCAPES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
     "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
 )  # fmt: skip
+TABLES = ("class_dict.csv", "labelmap.txt")
 
 
 def options(p: argparse.ArgumentParser) -> None:
@@ -34,6 +42,8 @@ def named(args: argparse.Namespace, found: list[str] | None = None) -> dict[str,
     """
     given, count, folder = args.classes, args.num_classes, Path(args.train)
     beside = next((folder / name for name in FOUND if (folder / name).is_file()), None)
+    if beside is not None and beside.name in TABLES and len(_read(beside)["classes"]) != count:
+        beside = None  # CamVid's has 32 classes, and most train on 11 of them
     if len(given) == 1 and Path(given[0]).suffix in (".txt", ".json"):
         said, where = _read(Path(given[0])), f"--classes {given[0]}"
     elif given:
@@ -49,9 +59,18 @@ def named(args: argparse.Namespace, found: list[str] | None = None) -> dict[str,
     return said
 
 
+def reading_of(args: argparse.Namespace) -> Reading:
+    """Return how the masks of a training are read; ``args.palette`` becomes the list of colours that it names."""
+    args.palette = palette_of(args.palette)
+    found = args.named.get("palette")
+    return reading(args.label_map, args.reduce_zero_label, args.ignore_index, args.num_classes, args.palette, found)
+
+
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
+    if path.name in TABLES:
+        return _read_table(path)
     if path.suffix == ".txt":
         return {"classes": [line.strip() for line in path.read_text().splitlines() if line.strip()]}
     try:
@@ -69,15 +88,29 @@ def _read(path: Path) -> dict[str, Any]:
     return {"classes": entries}
 
 
+def _read_table(path: Path) -> dict[str, Any]:
+    """``name,r,g,b`` a line after a line of titles, or ``name:r,g,b:...`` as CVAT writes it."""
+    cvat, lines = path.suffix == ".txt", path.read_text().splitlines()
+    rows = [line.split(":")[:2] if cvat else line.split(",", 1) for line in lines if line.strip() and line[0] != "#"]
+    rows = rows if cvat else rows[1:]
+    names, colours = [row[0].strip() for row in rows], [colour_of(row[-1]) for row in rows]
+    if not rows or None in colours:
+        wrong = "no class" if not rows else f"{rows[colours.index(None)][-1]!r}, which is no colour"
+        raise ValueError(f"{path} holds {wrong}; its lines are {'name:r,g,b::' if cvat else 'name,r,g,b'}")
+    return {"classes": names, "palette": [[c >> 16, c >> 8 & 255, c & 255] for c in colours if c is not None]}
+
+
 def to_record(args: argparse.Namespace) -> dict[str, Any]:
     """Return what a file must say for prediction and evaluation: names, how labels were read, and images looked at."""
     said = dict(getattr(args, "named", {}))
-    labels = {k: getattr(args, k) for k in LABELS if getattr(args, k, None) not in (None, {}, False)}
+    labels = {k: getattr(args, k) for k in LABELS if getattr(args, k, None) not in (None, {}, False, [])}
     if labels:
         said["labels"] = labels
     looked = {k: getattr(args, k) for k in WAYS if getattr(args, k, None) not in (None, False, [1.0])}
     if looked:
         said["evaluation"] = looked
+    if len(labels.get("palette", ())) == getattr(args, "num_classes", None):
+        said.setdefault("palette", [[int(one[i : i + 2], 16) for i in (1, 3, 5)] for one in labels["palette"]])
     if isinstance(args.size, int):  # of classification: how an image became a square
         said["framing"] = "squash" if getattr(args, "augment", "") == "none" else "crop"
     return said

@@ -16,7 +16,8 @@ from adaptkit.predict.tasks import TASKS, Asked, Segments
 from adaptkit.predict.transform import transform_of
 from adaptkit.predict.ways import Ways
 
-from .data import SegmentationData, check_range
+from .data import SegmentationData
+from .labels import check_range
 from .normalisation import source_of
 from .order import Rows
 
@@ -49,11 +50,11 @@ class NativeSegmentation(Rows):
 
     def __init__(self, rows: SegmentationData) -> None:
         super().__init__(rows.data, rows.seed, rows.name)
-        self.rows = rows
+        self.rows, self.summary = rows, rows.summary
 
     def make(self, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Row with image and mask -> (image, mask)."""
-        ids = self.rows.ids(row["mask"])
+        ids = self.rows.labels.ids(row["mask"])
         if self.rows.classes is not None:
             check_range(ids, self.rows.classes, self.rows.ignore, row["mask"].name)
         image, mask = pair(row["image"], row["mask"], ids, "a mask")

@@ -17,6 +17,7 @@ from adaptkit.core.near import hint
 
 from . import normalisation
 from .help import RecipeParser
+from .layouts import has_splits
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
 CONFIGS = Path(__file__).parent / "configs"
@@ -54,8 +55,19 @@ score of the task where --eval-every is given"""
 DETAILS_HELP = """at the end write evaluation.json and some pictures for `adaptkit report`: scores class by class and
 image by image, boundaries, calibration, cost. The last validation finds most of it in passing"""
 PATIENCE_HELP = "end after N evaluations in a row without a better --keep-best; 0: never"
+BATCH_HELP = """images per process; auto: as many as memory allows, tried out on a GPU, estimated on a CPU from steps
+of 4 and 8 (half of the machine's memory). What was chosen is said, and recorded in config.yaml"""
 TRACKER_HELP = "tensorboard, wandb, mlflow, ...; metrics.jsonl is always written"
 OVERWRITE_HELP = "delete what an earlier run left in --out"
+
+
+def batch_of(text: str) -> int | str:
+    """Read ``--batch-size``, as argparse asks for it."""
+    if text == "auto":
+        return text
+    with contextlib.suppress(ValueError):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: give a number of images, or auto")
 
 
 def seed_of(text: str) -> int:
@@ -118,7 +130,7 @@ def parser(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentPars
     p.add_argument("--train-backbone", nargs="+", default=[], metavar="PART", help=TRAIN_HELP)
     p.add_argument("--layer-decay", type=float, default=1.0, metavar="FACTOR", help=DECAY_HELP)
     p.add_argument("--steps", type=int, default=400, help="optimiser steps")
-    p.add_argument("--batch-size", type=int, default=8, help="per process")
+    p.add_argument("--batch-size", type=batch_of, default=8, metavar="N", help=BATCH_HELP)
     p.add_argument("--accumulate", type=int, default=1, help="batches per optimiser step")
     p.add_argument("--optimizer", default="adamw", choices=["adamw", "sgd"], help="sgd: momentum 0.9")
     p.add_argument("--lr", type=float, default=1e-3)
@@ -160,7 +172,8 @@ def read(p: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.
     tokens = [] if config is None else config_arguments(p, config)
     args = p.parse_args([*tokens, *(argv if argv is not None else sys.argv[1:])], Options())
     args.names = tuple(action.dest for action in p._actions if action.dest != "help")
-    if min(getattr(args, k, 1) for k in ("steps", "batch_size", "accumulate")) < 1:
+    counts = (getattr(args, k, 1) for k in ("steps", "batch_size", "accumulate"))
+    if min(1 if n == "auto" else n for n in counts) < 1:
         p.error("--steps, --batch-size and --accumulate must be at least 1")
     if not 0 < getattr(args, "layer_decay", 1.0) <= 1:
         p.error(f"--layer-decay {args.layer_decay}: a factor in 0..1, e.g. 0.8; 1 is the same rate for all blocks")
@@ -227,7 +240,7 @@ def config_arguments(p: argparse.ArgumentParser, config: str) -> list[str]:
 def validation(args: argparse.Namespace) -> str:
     """Return ``--val``, or the set of ``--train`` where that has splits. Raises ``ValueError`` where it has none."""
     path = Path(args.train)
-    splits = (path / "leftImg8bit").is_dir() or not (path.exists() or "*" in args.train or path.suffix == ".parquet")
+    splits = has_splits(path) or not (path.exists() or "*" in args.train or path.suffix == ".parquet")
     if args.val is None and not splits:
         raise ValueError(f"{args.train} has no splits, and a score on training data says little; give --val")
     return args.val or args.train

@@ -14,12 +14,16 @@ from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from adaptkit.pictures import read_row
 
+from .summary import Summary
+
 
 class Rows(Dataset, ABC):
     """Rows of a ``datasets.Dataset`` or ``IterableDataset``, made into samples.
 
     What is random in a sample depends on seed, epoch and index: not on workers, ranks or the steps of this run.
     """
+
+    summary: Summary | None = None  #: what the look before training found
 
     def __init__(self, data: Any, seed: int = 0, name: str = "") -> None:
         self.data, self.seed, self.name = undecoded(data), seed, name

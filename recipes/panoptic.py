@@ -21,13 +21,14 @@ from adaptkit.create import create_backbone
 from adaptkit.networks.segmenters import merge
 
 from . import network
-from .data import warn_unseen
 from .engine import Task, run
+from .labels import warn_unseen
 from .normalisation import source_of
 from .options import adapters, command, parser, read
 from .panoptic_data import PanopticData, Segments, locate, read_segments, stacked
 from .scores.bootstrap import interval
 from .scores.segmentation import listed
+from .summary import of_counts
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -71,7 +72,13 @@ def build(args: argparse.Namespace) -> network.Network:
 
 
 def data(args: argparse.Namespace, model: Any, train: bool) -> PanopticData:
-    return PanopticData(segments(args, train), args.size, source_of(model.vit, args), args.seed, train)
+    found = segments(args, train)
+    rows = PanopticData(found, args.size, source_of(model.vit, args), args.seed, train)
+    labels = [[label for label, crowd in row["segments"].values() if not crowd] for row in found.rows]
+    called = [str(c.get("name", c["id"])) for c in found.categories]
+    sizes = [(row["height"], row["width"]) for row in found.rows]
+    rows.summary = of_counts("--train" if train else "--val", "segments", labels, sizes, called)
+    return rows
 
 
 def loss(model: nn.Module, batch: Any, args: argparse.Namespace) -> Tensor:
@@ -200,8 +207,14 @@ TASK = Task(
 )
 
 
+def task(args: argparse.Namespace) -> Task:
+    """What these options train."""
+    return TASK
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    return run(TASK, parse(argv))
+    args = parse(argv)
+    return run(task(args), args)
 
 
 if __name__ == "__main__":

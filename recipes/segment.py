@@ -26,9 +26,10 @@ from adaptkit.losses import balanced_weights, dice_loss, focal_loss, pixel_loss
 from adaptkit.predict.tasks import Asked
 
 from . import augment, names, native, network, semantic
-from .data import SegmentationData, check_labels, label_table, open_dataset
+from .data import SegmentationData, open_dataset
 from .engine import Task, run
 from .initial import saved_head
+from .look import check_labels
 from .native import NativeSegmentation, masks, predictor, ways
 from .normalisation import source_of
 from .options import adapters, command, makes_pyramid, parser, read, validation
@@ -78,11 +79,18 @@ def check_weights(given: list[str], classes: int) -> list[Any]:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p = parser("segment", __doc__, adapter=["vit-adapter"])
-    p.add_argument("--image-column", help="default: the first column of images")
-    p.add_argument("--mask-column", help="default: the second column of images, or one named label, mask, ...")
+    p.add_argument(
+        "--image-column", help="default: the one column of images, or the one named image; of a folder: images"
+    )
+    p.add_argument(
+        "--mask-column",
+        help="default: the other column of images, or the one named label, mask, ...; of a folder, its folder of masks",
+    )
     p.add_argument("--num-classes", type=int, required=True)
     p.add_argument("--ignore-index", type=int, default=255)
-    p.add_argument("--label-map", type=json.loads, default={}, metavar="JSON", help="of labels in files to classes")
+    p.add_argument("--label-map", type=json.loads, default={}, metavar="JSON", help=names.MAP_HELP)
+    p.add_argument("--palette", nargs="+", default=[], metavar="COLOUR", help=names.PALETTE_HELP)
+    p.add_argument("--mask-suffix", metavar="_END", help=names.SUFFIX_HELP)
     p.add_argument("--reduce-zero-label", action=argparse.BooleanOptionalAction, default=False,
                    help="label 0 is ignored and the others come down by one, as in ADE20K")  # fmt: skip
     p.add_argument(
@@ -97,6 +105,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     network.mask2former_options(p)
     args = read(p, argv)
     args.named = names.named(args)
+    names.reading_of(args)  # an error, before anything is opened
     args.head = args.head or saved_head(args) or ("linear" if args.adapter in (["none"], ["linear"]) else "fpn")
     sides = makes_pyramid(args)
     if args.head == "linear" and sides:
@@ -109,7 +118,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         args.class_weights = check_weights(args.class_weights, args.num_classes)
     except ValueError as error:
         p.error(str(error))
-    if args.head == "upernet" and args.batch_size < 2:
+    if args.head == "upernet" and args.batch_size == 1:
         p.error("--head upernet pools each image to one value, and BatchNorm needs two: --batch-size 2 or more")
     return args
 
@@ -126,15 +135,16 @@ def build(args: argparse.Namespace) -> adaptkit.AdaptedModel:
 
 def data(args: argparse.Namespace, model: Any, train: bool) -> Rows:
     name, split, option = (args.train, "train", "--train") if train else (validation(args), "validation", "--val")
-    opened = open_dataset(name, split, (args.image_column, args.mask_column), args.streaming)
-    labels = label_table(args.label_map, args.reduce_zero_label, args.ignore_index)
+    columns = args.image_column, args.mask_column
+    opened = open_dataset(name, split, columns, args.streaming, suffix=args.mask_suffix)
+    labels = names.reading_of(args)
     may_be = {"labels": labels, "classes": args.num_classes, "ignore": args.ignore_index}
     rows = SegmentationData(
         opened, args.size, source_of(model.vit, args), args.seed, train, **may_be, name=option, augment=args.augment
     )
-    pixels = check_labels(rows, args.num_classes, args.ignore_index, option, train=train)
+    seen = check_labels(rows, args.num_classes, args.ignore_index, option, train=train)
     if train and args.class_weights == ["balanced"]:
-        args.class_weights = balanced_weights(torch.from_numpy(pixels)).tolist()
+        args.class_weights = balanced_weights(torch.from_numpy(seen.counts)).tolist()
     return rows if train else NativeSegmentation(rows)
 
 
@@ -183,9 +193,14 @@ TASK = Task("segment", "semantic-segmentation", "miou", PERCENT, build, data, lo
             predict_fully=predict_fully)  # fmt: skip
 
 
+def task(args: argparse.Namespace) -> Task:
+    """What these options train."""
+    return semantic.task(TASK, args.head) if args.head in network.BUILDERS else TASK
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
-    return run(semantic.task(TASK, args.head) if args.head in network.BUILDERS else TASK, args)
+    return run(task(args), args)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,12 @@ from adaptkit.core.view import Source
 from adaptkit.pictures import colours, framed, pair, read, read_row
 from adaptkit.predict.tasks import TASKS, Asked
 
-from ..coco import average_precisions, locate, read_instances
-from ..data import SegmentationData, check_labels, label_table, open_dataset
+from ..coco import average_precisions, open_instances
+from ..data import SegmentationData, open_dataset
 from ..depth import DEPTH_NAMES, stored_depth
 from ..labelled import open_images
+from ..labels import palette_of, reading
+from ..look import check_labels
 from ..native import NativeSegmentation, masks
 from ..order import undecoded
 from ..panoptic import PanopticQuality
@@ -38,12 +40,14 @@ def segmentation(model: Any, asked: Asked, args: argparse.Namespace, alter: Alte
     described, transform = model.described(), model.transform
     labels = labels_of(described.said)
     ignore = labels["ignore_index"] if args.ignore_index is None else args.ignore_index
+    classes, mapping = classes_of(model), args.label_map or labels["label_map"]
+    palette = palette_of(args.palette) or ([] if args.label_map else labels["palette"])
     reduce = args.reduce_zero_label or labels["reduce_zero_label"]
-    table = label_table(args.label_map or labels["label_map"], reduce, ignore)
-    classes = classes_of(model)
-    opened = open_dataset(args.data, args.split, (args.image_column, args.target_column))
+    how = reading({} if args.palette else mapping, reduce, ignore, classes, palette, described.said.get("palette"))
+    columns = args.image_column, args.target_column
+    opened = open_dataset(args.data, args.split, columns, suffix=args.mask_suffix)
     source = Source(mean=transform.mean, std=transform.std)
-    rows = SegmentationData(opened, (32, 32), source, labels=table, classes=classes, ignore=ignore, name="--data")
+    rows = SegmentationData(opened, (32, 32), source, labels=how, classes=classes, ignore=ignore, name="--data")
     check_labels(rows, classes, ignore, "--data")
     native = NativeSegmentation(rows)
     task, scores = TASKS["segmentation"](model, described, transform, asked), SemanticScores()
@@ -73,10 +77,11 @@ def classes_of(model: Any) -> int:
 
 def classification(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) -> dict[str, Any]:
     """Top-1, top-5, accuracy by class, confusion matrix, calibration."""
-    data, _ = open_images(args.data, args.split, (args.image_column, args.target_column))
+    data, names = open_images(args.data, args.split, (args.image_column, args.target_column))
+    labels = same_classes(data["label"][:], names, model.described().said.get("classes"), args.data)
     answers = model.predict_each(_pictures(data, args.data, alter), asked)
     scores: ClassificationScores | None = None
-    for label, answer in zip(data["label"][:], answers):
+    for label, answer in zip(labels, answers):
         shares = torch.from_numpy(answer.probabilities)
         scores = scores or ClassificationScores(len(shares))
         if label >= len(shares):
@@ -87,9 +92,27 @@ def classification(model: Any, asked: Asked, args: argparse.Namespace, alter: Al
     return {**scores.details(), "classes": known}
 
 
+def same_classes(labels: list[int], names: list[str], known: Any, where: str) -> list[int]:
+    """Labels of a set -> those of the file, by the names of the classes where both have some; a set may lack classes.
+
+    Raises ``ValueError`` for a class that the file does not know.
+    """
+    if not isinstance(known, list | tuple) or all(n.isdecimal() for n in names) or list(known[: len(names)]) == names:
+        return labels
+    used = sorted(set(labels))
+    strange = [names[k] for k in used if names[k] not in known]
+    if strange:
+        raise ValueError(
+            f"--data {where} has the class {strange[0]!r}, and the file knows {', '.join(map(str, known[:5]))}, ...: a "
+            "label would mean another class. Give the folders the names of the classes that it was trained on"
+        )
+    return [list(known).index(names[k]) for k in labels]
+
+
 def depth(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) -> dict[str, Any]:
     """The usual scores, at the size of the depth map, within the range of the head."""
-    data = undecoded(open_dataset(args.data, args.split, (args.image_column, args.target_column), names=DEPTH_NAMES))
+    columns = args.image_column, args.target_column
+    data = undecoded(open_dataset(args.data, args.split, columns, names=DEPTH_NAMES, suffix=args.mask_suffix))
     config: Any = model.head.config
     scores, truth = DepthScores(), []
 
@@ -111,8 +134,7 @@ def depth(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) -> d
 def detection(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) -> dict[str, Any]:
     """COCO's AP of boxes, and of masks where the detector makes them; by class."""
     with_masks = model.recipe["network"] == "mask-rcnn"
-    annotations, folder = locate(args.data, args.images, "--data")
-    data = read_instances(folder, annotations, with_masks, "--data")
+    data = open_instances(args.data, args.images, args.split, with_masks, "--data")
     _check_categories(model, data.categories)
 
     def images() -> Iterator[Tensor]:
@@ -155,9 +177,15 @@ def panoptic(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) -
 
 
 def _check_categories(model: Any, categories: list[dict[str, Any]]) -> None:
-    theirs, mine = [c["id"] for c in categories], [c["id"] for c in model.recipe["categories"]]
+    theirs, mine = (
+        [(c["id"], str(c.get("name", c["id"]))) for c in found] for found in (categories, model.recipe["categories"])
+    )
     if theirs != mine:
-        raise ValueError(f"--data has the categories {theirs[:5]}..., the file was trained on {mine[:5]}...")
+        other = next((pair for pair in zip(theirs, mine) if pair[0] != pair[1]), (theirs[-1], mine[-1]))
+        raise ValueError(
+            f"--data has {len(theirs)} categories and the file was trained on {len(mine)}; the first that differs has "
+            f"id and name {other[0]} in --data, {other[1]} in the file: they must be the same"
+        )
 
 
 def _pictures(data: Any, name: str, alter: Alter) -> Iterator[Tensor]:

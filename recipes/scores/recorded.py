@@ -8,20 +8,24 @@ from typing import Any
 
 from adaptkit.predict.ways import Ways
 
-LABELS = ("ignore_index", "label_map", "reduce_zero_label")
+LABELS = ("ignore_index", "label_map", "reduce_zero_label", "palette")
 WAYS = ("slide", "stride", "resize", "scales", "flip")
 
 
 def labels_of(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``ignore_index``, ``label_map`` and ``reduce_zero_label`` of the file; ``ValueError`` for others."""
-    found = _mapping(said, "labels", LABELS)
-    ignore, table, reduce = (found.get(k, d) for k, d in zip(LABELS, (255, {}, False)))
-    ids = {**table, "ignore_index": ignore} if isinstance(table, Mapping) else {"label_map": None}
-    if not all(isinstance(v, int) and not isinstance(v, bool) for v in ids.values()) or not isinstance(reduce, bool):
+    """Return ``ignore_index``, ``label_map``, ``reduce_zero_label``, ``palette``; ``ValueError`` for other things."""
+    default = {"ignore_index": 255, "label_map": {}, "reduce_zero_label": False, "palette": []}
+    found = {**default, **_mapping(said, "labels", LABELS)}
+    table, palette = found["label_map"], found["palette"]
+    ids = [found["ignore_index"], *table.values()] if isinstance(table, Mapping) else [None]
+    known = all(isinstance(v, int) and not isinstance(v, bool) for v in ids)
+    known &= isinstance(found["reduce_zero_label"], bool)
+    if not known or not isinstance(palette, list) or not all(isinstance(c, str) for c in palette):
         raise ValueError(
-            f"the file's labels are {found!r:.200}: ids are whole numbers. Give --label-map, --ignore-index"
+            f"the file's labels are {found!r:.200}: ids are whole numbers, colours texts. Give --label-map, --palette, "
+            "--ignore-index"
         )
-    return {"ignore_index": ignore, "label_map": dict(table), "reduce_zero_label": reduce}
+    return found
 
 
 def ways_of(said: Mapping[str, Any], asked: Ways) -> Ways:

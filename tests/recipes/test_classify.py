@@ -176,3 +176,45 @@ def test_a_folder_of_one_class_says_what_it_needs(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "cat" / "0.png")
     with pytest.raises(ValueError, match=r"has 1 rows of images .* a folder holds one folder per class, at least two"):
         open_images(str(tmp_path), "train")
+
+
+def class_folders(path, *files):
+    for i, name in enumerate(files):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(path / name)
+    return str(path)
+
+
+def test_the_class_of_a_nested_picture_is_the_first_folder_and_no_name_leaves_it_out(tmp_path):
+    """``datasets`` would call the classes a, b, c, and leave out what is called test."""
+    name = class_folders(tmp_path, "cat/a/1.png", "cat/b/test_2.png", "dog/3-val.png", "dog/c/d/4.png")
+    data, names = open_images(name, "train")
+    assert names == ["cat", "dog"]
+    assert data["label"][:] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("named", [("train", "val"), ("training", "valid")])
+def test_each_split_of_class_folders_is_read_from_its_own(tmp_path, named):
+    name = class_folders(tmp_path, *(f"{split}/{c}/{split}.png" for split in named for c in ("cat", "dog")))
+    for split, folder in zip(("train", "validation"), named):
+        data, names = open_images(name, split)
+        assert (names, data["label"][:]) == (["cat", "dog"], [0, 1])
+        assert data.cast_column("image", datasets.Image(decode=False))[0]["image"]["path"].endswith(f"{folder}.png")
+    args = classify.parse(["--train", name])
+    assert classify.task(args).name == "classify"  # --val is not needed
+
+
+def test_pictures_in_no_class_are_named(tmp_path):
+    name = class_folders(tmp_path, "cat/1.png", "dog/2.png", "stray.png")
+    with pytest.raises(ValueError, match=r"stray.png lies in no folder of a class \(cat, dog"):
+        open_images(name, "train")
+
+
+def test_an_evaluation_knows_classes_by_their_names():
+    from recipes.scores.protocols import same_classes
+
+    assert same_classes([0, 1, 1], ["cat", "emu"], ["cat", "dog", "emu"], "d") == [0, 2, 2]
+    assert same_classes([0, 1], ["0", "1"], ["cat", "dog", "emu"], "d") == [0, 1]
+    assert same_classes([0, 1], ["cat", "dog"], None, "d") == [0, 1]
+    with pytest.raises(ValueError, match="has the class 'fox', and the file knows cat, dog"):
+        same_classes([0, 1], ["cat", "fox"], ["cat", "dog"], "d")

@@ -6,7 +6,9 @@ import torch
 from PIL import Image
 
 from adaptkit.core.view import Source
-from recipes.data import SegmentationData, check_labels, label_table, open_dataset
+from recipes.data import SegmentationData, open_dataset
+from recipes.labels import Reading, label_table
+from recipes.look import check_labels
 
 HALF = Source(mean=(0.5,) * 3, std=(0.5,) * 3)
 
@@ -39,7 +41,7 @@ def cityscapes(tmp_path):
 def test_cityscapes_is_read_from_its_own_folders(cityscapes):
     data = open_dataset(str(cityscapes), "validation")
     table = label_table({"7": 0, "26": 13}, False, 255)
-    rows = SegmentationData(data, (16, 24), HALF, labels=table)
+    rows = SegmentationData(data, (16, 24), HALF, labels=Reading(table))
     assert len(rows) == 2
     mask = rows[1][1]
     assert (mask[4:, :12] == 0).all()

@@ -42,14 +42,39 @@ def opened(path, *more, train=True):
 # ---------------------------------------------------------------------------------------------- said before training
 
 
-def test_black_and_white_masks_whose_white_is_ignored_are_a_warning_that_says_how_to_map_them(tmp_path):
+MAPPED = ["--label-map", '{"0": 0, "255": 1}']
+
+
+def test_black_and_white_masks_whose_white_is_ignored_are_an_error_that_says_how_to_map_them(tmp_path):
     path = write(tmp_path, [filled(0, 255), filled(255, 0)])
-    with pytest.warns(UserWarning, match=r"""2 masks .* hold 0 and 255 alone.*--label-map '\{"0": 0, "255": 1\}'"""):
-        opened(path, "--num-classes", "2")
+    for train in (True, False):
+        with pytest.raises(
+            ValueError, match=r"""2 masks .* hold 0 and 255 alone.*--label-map '\{"0": 0, "255": 1\}'"""
+        ):
+            opened(path, "--num-classes", "2", train=train)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rows = opened(path, "--num-classes", "2", "--label-map", '{"0": 0, "255": 1}')
+        rows = opened(path, "--num-classes", "2", *MAPPED)
     assert rows[0, 0][1].unique().tolist() == [0, 1]
+
+
+def test_white_that_is_said_to_be_ignored_is_taken_so(tmp_path):
+    path = write(tmp_path, [filled(0, 255), filled(255, 0)])
+    with pytest.warns(UserWarning, match="1 of 2 classes occur in none"):
+        rows = opened(path, "--num-classes", "2", "--label-map", '{"0": 0, "255": 255}')
+    assert rows[0, 0][1].unique().tolist() == [0, 255]
+
+
+def test_a_validation_set_of_many_classes_may_happen_to_hold_the_first_alone(tmp_path):
+    path = write(tmp_path, [filled(0, 255)])
+    with pytest.warns(UserWarning, match="hold 0 and 255 alone"):
+        assert opened(path, "--num-classes", "5", train=False)[0][1].unique().tolist() == [0, 255]
+
+
+def test_training_masks_that_are_all_ignored_are_an_error(tmp_path):
+    path = write(tmp_path, [filled(9), filled(9)])
+    with pytest.raises(ValueError, match=r"2 of 2 masks .* are ignored as a whole \(label 9\)"):
+        opened(path, "--num-classes", "2", "--ignore-index", "9")
 
 
 def test_black_and_white_masks_with_another_ignore_index_are_an_error_that_says_how_to_map_them(tmp_path):
