@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,11 +20,22 @@ HUB_CACHE = "_adaptkit_hub_cache"
 
 
 class HfViT(ViT):
-    """A transformers base model. It has no classifier (a pooler is none) and its config knows its Hub id."""
+    """A transformers base model, alone or in the class that adds a classifier; its config knows its Hub id.
+
+    A family reads the base model as ``body``. A pooler is no classifier.
+    """
+
+    inside: str = ""  #: attribute of the backbone that holds the base model; "": it is one
+    head: Callable[[Any, Tensor], Tensor] | None = None  #: backbone, its tokens (B, P+N, D) -> logits (B, classes)
 
     def __init__(self, backbone: Any, spec: Spec) -> None:
         super().__init__(backbone, spec)
         self.origin = hf_source(backbone, spec.channels)
+
+    @property
+    def body(self) -> Any:
+        """The base model."""
+        return getattr(self.backbone, self.inside) if self.inside else self.backbone
 
     @abstractmethod
     def layers(self) -> Any:
@@ -34,8 +46,8 @@ class HfViT(ViT):
         return any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers())
 
     def classify(self, x: Tensor) -> Tensor | None:
-        """None."""
-        return None
+        """As the class with a classifier does it; None for a base model."""
+        return None if self.head is None else self.head(self.backbone, x)
 
     def source(self) -> Source:
         """From the config, and the normalisation from the image processor beside the weights, read once."""
@@ -43,22 +55,25 @@ class HfViT(ViT):
 
     def sizes(self) -> Sequence[tuple[int, int]]:
         """The backbone's own, and another."""
-        config: Any = self.backbone.config
-        return _pair(config.image_size), (3 * self.spec.patch_size, 5 * self.spec.patch_size)
+        return _pair(self.body.config.image_size), (3 * self.spec.patch_size, 5 * self.spec.patch_size)
 
     def reference(self, image: Tensor) -> Tensor:
         """``last_hidden_state``."""
         return self._say(image)
 
+    def answers(self, tokens: Tensor) -> Sequence[Tensor]:
+        """The logits, at the size that a backbone takes without being told of another; nothing of a base model."""
+        cells = math.prod(side // self.spec.patch_size for side in _pair(self.body.config.image_size))
+        logits = self.classify(tokens) if tokens.shape[1] == self.spec.num_prefix_tokens + cells else None
+        return () if logits is None else (logits,)
+
     def _say(self, image: Tensor, **options: Any) -> Tensor:
-        """Run the backbone and return the tokens that it gives; of a Backbone class its last map."""
-        backbone: Any = self.backbone
-        if not any(module._forward_hooks for module in backbone.modules()):
-            for (
-                module
-            ) in backbone.modules():  # a copy comes without hooks: those that record hidden states are made anew
+        """Run the base model and return the tokens that it gives; of a Backbone class its last map."""
+        if not any(module._forward_hooks for module in self.backbone.modules()):
+            # A copy comes without hooks: those that record hidden states are made anew.
+            for module in self.backbone.modules():
                 vars(module).pop("_output_capturing_hooks_installed", None)
-        said = backbone(image, **options)
+        said = self.body(image, **options)
         tokens = getattr(said, "last_hidden_state", None)
         if tokens is not None:
             return tokens
@@ -68,7 +83,7 @@ class HfViT(ViT):
 
     def interpolating(self, image: Tensor) -> dict[str, bool]:
         """Return the option by which a backbone is told that its positions must be resampled."""
-        return {} if is_native(image, self.backbone.config.image_size) else {"interpolate_pos_encoding": True}
+        return {} if is_native(image, self.body.config.image_size) else {"interpolate_pos_encoding": True}
 
 
 def hf_source(model: Any, channels: int) -> Source:
@@ -83,6 +98,13 @@ def hf_source(model: Any, channels: int) -> Source:
     side = side if isinstance(side, int) else min(side or [0])
     said = said or {"resize": side, "crop": side, "squash": False, "interpolation": "bilinear"}
     return Source(id=name, revision=commit, mean=mean, std=std, **said)
+
+
+def headed(seen: HfViT, model: Any, inside: str, head: Callable[[Any, Tensor], Tensor]) -> HfViT:
+    """Return the view of the base model in ``model.<inside>`` as that of ``model``, which classifies by ``head``."""
+    seen.backbone, seen.inside, seen.head = model, inside, head
+    seen.origin = hf_source(model, seen.spec.channels)._replace(classes=model.config.num_labels)
+    return seen
 
 
 def tower(seen: HfViT, model: Any) -> HfViT:

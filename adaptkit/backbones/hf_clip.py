@@ -30,13 +30,13 @@ class HfCLIP(HfViT):
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``backbone.embeddings`` and the norm before the first block."""
-        backbone: Any = self.backbone
+        backbone: Any = self.body
         interpolate = not is_native(image, backbone.embeddings.image_size)
         return backbone.pre_layrnorm(backbone.embeddings(image, interpolate_pos_encoding=interpolate))
 
     def layers(self) -> Any:
         """``backbone.encoder.layers``."""
-        return self.backbone.encoder.layers
+        return self.body.encoder.layers
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The backbone's layers."""
@@ -44,7 +44,7 @@ class HfCLIP(HfViT):
 
     def norm(self, x: Tensor) -> Tensor:
         """``backbone.post_layernorm``, over all tokens."""
-        return self.backbone.post_layernorm(x)
+        return self.body.post_layernorm(x)
 
     def reference(self, image: Tensor) -> Tensor:
         """``last_hidden_state``, normed."""
@@ -52,7 +52,7 @@ class HfCLIP(HfViT):
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
-        backbone: Any = self.backbone
+        backbone: Any = self.body
         layers = backbone.encoder.layers
         patch = backbone.embeddings.patch_embedding.weight
         return {

@@ -35,15 +35,15 @@ class HfDINOv3(HfViT):
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``backbone.embeddings``, which has no positions."""
-        return self.backbone.embeddings(image)
+        return self.body.embeddings(image)
 
     def layers(self) -> Any:
         """``backbone.model.layer``."""
-        return self.backbone.model.layer
+        return self.body.model.layer
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The backbone's layers, given the rotary angles of this grid."""
-        backbone: Any = self.backbone
+        backbone: Any = self.body
         layers, rope = block_list(self.layers()), backbone.rope_embeddings(image)
         blocks = [dino_block(layer, position_embeddings=rope) for layer in layers]
         return [
@@ -59,11 +59,11 @@ class HfDINOv3(HfViT):
 
     def norm(self, x: Tensor) -> Tensor:
         """``backbone.norm``."""
-        return self.backbone.norm(x)
+        return self.body.norm(x)
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
-        backbone: Any = self.backbone
+        backbone: Any = self.body
         layers = backbone.model.layer
         patch = backbone.embeddings.patch_embeddings.weight
         return {"patch": patch, "first": unwrapped(layers[0]).norm1.weight, "last": unwrapped(layers[-1]).norm2.weight}
