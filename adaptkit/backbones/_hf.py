@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.backbones._processor import framing, normalisation
@@ -133,6 +134,13 @@ def is_native(image: Tensor, size: Any) -> bool:
     return tuple(image.shape[-2:]) == _pair(size)
 
 
+def resampled(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Positions (1, n*n, D) of a square grid on another one, bicubic without antialias, as transformers does."""
+    side = round(table.shape[1] ** 0.5)
+    square = table.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    return F.interpolate(square, size=grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+
+
 def _pair(x: Any) -> tuple[int, int]:
     return (x, x) if isinstance(x, int) else tuple(x)
 
@@ -152,8 +160,11 @@ def vit_block(outer: Any) -> Block:
     )
 
 
-def dino_block(outer: Any, **given: Any) -> Block:
-    """A layer as in DINOv2 and DINOv3, maybe compiled or wrapped, called with these keywords."""
+def dino_block(outer: Any, proj: str = "o_proj", scale: str = "scaling", **given: Any) -> Block:
+    """A layer as in DINOv2 and DINOv3, maybe compiled or wrapped, called with these keywords.
+
+    ``proj``, ``scale``: how its attention calls these.
+    """
     layer: Any = unwrapped(outer)
     return Block(
         run=partial(outer, **given),
@@ -163,7 +174,7 @@ def dino_block(outer: Any, **given: Any) -> Block:
         mlp=layer.mlp,
         perceptron=partial(perceptron, layer.mlp),
         scale2=joined(layer.layer_scale2, layer.drop_path),
-        **attention_parts(layer.attention, "o_proj", "scaling", **given),
+        **attention_parts(layer.attention, proj, scale, **given),
     )
 
 
@@ -189,9 +200,9 @@ def attention_parts(outer: Any, proj: str, scale: str, **given: Any) -> dict[str
     """
     attn: Any = unwrapped(outer)
     return {
-        "attn": partial(_attend, outer, given),
+        "attn": partial(attend, outer, given),
         "qkv": partial(project_qkv, attn),
-        "out": partial(_out, getattr(attn, proj)),
+        "out": partial(merge_heads, getattr(attn, proj)),
         "scale": getattr(attn, scale),
         "projections": partial(_projections, outer, getattr(attn, proj)),
     }
@@ -226,9 +237,11 @@ def project_qkv(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _attend(attn: Any, given: dict[str, Any], h: Tensor) -> Tensor:
-    return attn(h, **given)[0]  # transformers returns the weights beside the output
+def attend(attn: Any, given: dict[str, Any], h: Tensor) -> Tensor:
+    """Run an attention; transformers returns the weights beside the output."""
+    return attn(h, **given)[0]
 
 
-def _out(proj: nn.Module, x: Tensor) -> Tensor:
+def merge_heads(proj: nn.Module, x: Tensor) -> Tensor:
+    """(B, heads, P+N, E) -> (B, P+N, D)."""
     return proj(x.transpose(1, 2).flatten(2))

@@ -1,0 +1,161 @@
+"""Tiny random vision towers of libraries and of classes around them: what attaches, and what each says of its tokens.
+
+``families.py`` holds the hosts that meet the whole contract. These are proven bitwise at two sizes and meet every adapter
+once (``tests/backbones/test_towers.py``), and ``tests/fits.py`` prints them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from families import DEPTH, DIM, HEADS, randomise
+from torch import Tensor, nn
+
+SIDE, PATCH = 32, 8
+SIZES = {"hidden_size": DIM, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "image_size": SIDE}
+SIZES |= {"patch_size": PATCH, "intermediate_size": 2 * DIM}
+
+
+class Tower(NamedTuple):
+    """How to build a backbone, and how to ask it for its own tokens (B, P+N, D), prefix first, after the final norm."""
+
+    build: Callable[[], nn.Module]
+    tokens: Callable[[Any, Tensor], Tensor]
+    sizes: tuple[tuple[int, int], ...] = ((SIDE, SIDE), (24, 40))  # that the host itself takes
+    library: str = "transformers"
+    logits: Callable[[Any, Tensor], Tensor] | None = None
+
+
+TOWERS: dict[str, Tower] = {}
+
+
+def have(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
+
+
+def _of(path: str, cls: str) -> Any:
+    return getattr(importlib.import_module(f"transformers.models.{path}"), cls)
+
+
+def hf(path: str, cls: str, config: str, **options: Any) -> Callable[[], nn.Module]:
+    """A function that builds a class of transformers from a tiny config."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return randomise(_of(path, cls)(_of(path, config)(**{**SIZES, **options})))
+
+    return build
+
+
+def last(**options: Any) -> Callable[[Any, Tensor], Tensor]:
+    """``last_hidden_state``; these options at another size than the host's own."""
+
+    def tokens(host: Any, image: Tensor) -> Tensor:
+        return host(image, **(options if image.shape[-2:] != (SIDE, SIDE) else {})).last_hidden_state
+
+    return tokens
+
+
+def _normed(host: Any, image: Tensor) -> Tensor:
+    """CLIP's, all of them through the norm that the host keeps for the pooled one."""
+    return host.post_layernorm(last(interpolate_pos_encoding=True)(host, image))
+
+
+RESIZED = last(interpolate_pos_encoding=True)
+NATIVE = ((SIDE, SIDE),)
+TOWERS["MetaClip2VisionModel"] = Tower(hf("metaclip_2", "MetaClip2VisionModel", "MetaClip2VisionConfig"), _normed)
+TOWERS["ChineseCLIPVisionModel"] = Tower(
+    hf("chinese_clip", "ChineseCLIPVisionModel", "ChineseCLIPVisionConfig"), _normed
+)
+TOWERS["AltCLIPVisionModel"] = Tower(hf("altclip", "AltCLIPVisionModel", "AltCLIPVisionConfig"), _normed)
+TOWERS["CLIPSegVisionModel"] = Tower(hf("clipseg", "CLIPSegVisionModel", "CLIPSegVisionConfig"), _normed)
+TOWERS["OwlViTVisionTransformer"] = Tower(
+    lambda: hf("owlvit", "OwlViTVisionModel", "OwlViTVisionConfig")().vision_model, _normed
+)
+TOWERS["Owlv2VisionTransformer"] = Tower(
+    lambda: hf("owlv2", "Owlv2VisionModel", "Owlv2VisionConfig")().vision_model, _normed
+)
+TOWERS["BlipVisionModel"] = Tower(hf("blip", "BlipVisionModel", "BlipVisionConfig"), RESIZED)
+TOWERS["Blip2VisionModel"] = Tower(hf("blip_2", "Blip2VisionModel", "Blip2VisionConfig"), RESIZED)
+TOWERS["InstructBlipVisionModel"] = Tower(
+    hf("instructblip", "InstructBlipVisionModel", "InstructBlipVisionConfig", qkv_bias=False), RESIZED
+)
+TOWERS["InternVLVisionModel"] = Tower(
+    hf("internvl", "InternVLVisionModel", "InternVLVisionConfig", layer_scale_init_value=0.5, use_qk_norm=True,
+       use_absolute_position_embeddings=True, norm_type="rms_norm"), last(),
+)  # fmt: skip
+TOWERS["Aimv2VisionModel"] = Tower(hf("aimv2", "Aimv2VisionModel", "Aimv2VisionConfig"), last(), NATIVE)
+TOWERS["Aimv2VisionModel (native)"] = Tower(
+    hf("aimv2", "Aimv2VisionModel", "Aimv2VisionConfig", is_native=True, qkv_bias=True), last()
+)
+_data2vec = ("data2vec.modeling_data2vec_vision", "Data2VecVisionModel")
+TOWERS["Data2VecVisionModel"] = Tower(
+    lambda: _data2vec_vision(use_relative_position_bias=True), last()
+)
+TOWERS["Data2VecVisionModel (shared bias)"] = Tower(
+    lambda: _data2vec_vision(use_shared_relative_position_bias=True, use_absolute_position_embeddings=True,
+                             use_mean_pooling=False, layer_scale_init_value=0.0), last(),
+)  # fmt: skip
+
+
+def _data2vec_vision(cls: str = "Data2VecVisionModel", **options: Any) -> nn.Module:
+    config = _of("data2vec", "Data2VecVisionConfig")(**{**SIZES, "layer_scale_init_value": 0.5, **options})
+    torch.manual_seed(0)
+    return randomise(_of("data2vec.modeling_data2vec_vision", cls)(config))
+
+
+DETECTING = {"num_detection_tokens": 3, "image_size": [SIDE, SIDE]}
+YOLOS_SIZES = ((SIDE, SIDE), (24, 40))
+
+
+def _detection_first(host: Any, image: Tensor) -> Tensor:
+    """Class token, detection tokens, patches."""
+    x = host(image).last_hidden_state
+    return torch.cat([x[:, :1], x[:, -3:], x[:, 1:-3]], dim=1)
+
+
+TOWERS["YolosModel"] = Tower(
+    hf("yolos", "YolosModel", "YolosConfig", use_mid_position_embeddings=True, **DETECTING), _detection_first
+)
+TOWERS["YolosModel (positions once)"] = Tower(
+    hf("yolos", "YolosModel", "YolosConfig", use_mid_position_embeddings=False, qkv_bias=False, **DETECTING),
+    _detection_first,
+)
+
+
+def patches(image: Tensor) -> dict[str, Tensor]:
+    """An image as SigLIP 2's processor gives it, no patch padded."""
+    from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
+
+    rows = torch.stack([convert_image_to_patches(x, PATCH) for x in image])
+    shape = torch.tensor([image.shape[2] // PATCH, image.shape[3] // PATCH]).expand(len(image), 2)
+    return {"pixel_values": rows, "pixel_attention_mask": torch.ones(rows.shape[:2]).long(), "spatial_shapes": shape}
+
+
+TOWERS["Siglip2VisionModel"] = Tower(
+    hf("siglip2", "Siglip2VisionModel", "Siglip2VisionConfig", num_patches=16),
+    lambda host, image: host(**patches(image)).last_hidden_state,
+)
+
+
+def _no_queries(host: Any, image: Tensor) -> Tensor:
+    """EoMT's blocks by hand, without the queries that join before the last ones."""
+    x, given = host.embeddings(image), {}
+    if hasattr(host, "rope_embeddings"):
+        given = {"position_embeddings": host.rope_embeddings(image)}
+    for layer in host.layers:
+        x = layer(x, **given)
+    return host.layernorm(x)
+
+
+EOMT = {"num_blocks": 2, "num_queries": 3, "num_register_tokens": 2, "num_upscale_blocks": 1}
+TOWERS["EomtForUniversalSegmentation"] = Tower(
+    hf("eomt", "EomtForUniversalSegmentation", "EomtConfig", **EOMT), _no_queries, NATIVE
+)
+TOWERS["EomtDinov3ForUniversalSegmentation"] = Tower(
+    hf("eomt_dinov3", "EomtDinov3ForUniversalSegmentation", "EomtDinov3Config", **EOMT), _no_queries
+)
