@@ -159,3 +159,93 @@ TOWERS["EomtForUniversalSegmentation"] = Tower(
 TOWERS["EomtDinov3ForUniversalSegmentation"] = Tower(
     hf("eomt_dinov3", "EomtDinov3ForUniversalSegmentation", "EomtDinov3Config", **EOMT), _no_queries
 )
+
+
+# ------------------------------------------------------------------------------------ those with a classifier of theirs
+
+
+def _headed(path: str, cls: str, config: str, inside: str, tokens: Callable[[Any, Tensor], Tensor], **more: Any) -> None:
+    """``more``: of the config, and ``sizes``."""
+    sizes = more.pop("sizes", NATIVE)
+    TOWERS[cls] = Tower(
+        hf(path, cls, config, num_labels=5, **more),
+        lambda host, image: tokens(getattr(host, inside), image),
+        sizes,
+        logits=lambda host, image: host(image).logits,
+    )
+
+
+def _of_vision(path: str, cls: str, config: str, tokens: Callable[[Any, Tensor], Tensor], **more: Any) -> None:
+    """Those whose config holds one of the vision model."""
+
+    def build() -> nn.Module:
+        whole = _of(path, config)(vision_config={**SIZES, **more}, num_labels=5)
+        torch.manual_seed(0)
+        return randomise(_of(path, cls)(whole))
+
+    inputs = patches if "Siglip2" in cls else (lambda image: {"pixel_values": image})
+    TOWERS[cls] = Tower(
+        build,
+        lambda host, image: tokens(host.vision_model, image),
+        NATIVE,
+        logits=lambda host, image: host(**inputs(image)).logits,
+    )
+
+
+_headed("vit", "ViTForImageClassification", "ViTConfig", "vit", RESIZED)
+_headed("deit", "DeiTForImageClassification", "DeiTConfig", "deit", RESIZED)
+_headed("deit", "DeiTForImageClassificationWithTeacher", "DeiTConfig", "deit", RESIZED)
+_headed("vit_msn", "ViTMSNForImageClassification", "ViTMSNConfig", "vit", RESIZED)
+_headed("ijepa", "IJepaForImageClassification", "IJepaConfig", "ijepa", RESIZED)
+_dinov2 = {"layerscale_value": 0.5, "mlp_ratio": 2, "sizes": ((SIDE, SIDE), (24, 40))}
+_headed("dinov2", "Dinov2ForImageClassification", "Dinov2Config", "dinov2", last(), **_dinov2)
+_headed(
+    "dinov2_with_registers", "Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig",
+    "dinov2_with_registers", last(), **_dinov2,
+)  # fmt: skip
+_headed("beit", "BeitForImageClassification", "BeitConfig", "beit", last(), use_relative_position_bias=True,
+        sizes=((SIDE, SIDE), (24, 40)))  # fmt: skip
+TOWERS["Data2VecVisionForImageClassification"] = Tower(
+    lambda: _data2vec_vision("Data2VecVisionForImageClassification", num_labels=5, use_relative_position_bias=True),
+    lambda host, image: host.data2vec_vision(image).last_hidden_state,
+    logits=lambda host, image: host(image).logits,
+)
+_of_vision("clip", "CLIPForImageClassification", "CLIPConfig", last())
+_of_vision("metaclip_2", "MetaClip2ForImageClassification", "MetaClip2Config", last())
+_of_vision("siglip", "SiglipForImageClassification", "SiglipConfig", last())
+_of_vision("siglip2", "Siglip2ForImageClassification", "Siglip2Config", TOWERS["Siglip2VisionModel"].tokens,
+           num_patches=16)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- those on a map
+
+
+def _map_tokens(host: Any, image: Tensor) -> Tensor:
+    return host(image).last_hidden_state.flatten(2).transpose(1, 2)
+
+
+VITDET = {"window_size": 3, "window_block_indices": [0, 2], "use_relative_position_embeddings": True, "mlp_ratio": 2}
+VITDET |= {"pretrain_image_size": SIDE}
+TOWERS["VitDetModel"] = Tower(hf("vitdet", "VitDetModel", "VitDetConfig", **VITDET), _map_tokens)
+TOWERS["VitDetBackbone"] = Tower(
+    hf("vitdet", "VitDetBackbone", "VitDetConfig", **VITDET),
+    lambda host, image: host(image).feature_maps[-1].flatten(2).transpose(1, 2),
+)
+
+
+def _before_neck(host: Any, image: Tensor) -> Tensor:
+    """What the last layer of SAM's encoder gives."""
+    kept: list[Tensor] = []
+    hook = host.layers[-1].register_forward_hook(lambda module, args, out: kept.append(out))
+    host(image)
+    hook.remove()
+    return kept[0].flatten(1, 2)
+
+
+SAM = {"window_size": 3, "global_attn_indexes": [1, 3], "output_channels": 8, "mlp_dim": 2 * DIM}
+TOWERS["SamVisionEncoder"] = Tower(
+    lambda: hf("sam", "SamVisionModel", "SamVisionConfig", **SAM)().vision_encoder, _before_neck, NATIVE
+)
+TOWERS["SamVisionModel"] = Tower(
+    hf("sam", "SamVisionModel", "SamVisionConfig", **SAM), lambda host, x: _before_neck(host.vision_encoder, x), NATIVE
+)
