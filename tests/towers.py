@@ -249,3 +249,55 @@ TOWERS["SamVisionEncoder"] = Tower(
 TOWERS["SamVisionModel"] = Tower(
     hf("sam", "SamVisionModel", "SamVisionConfig", **SAM), lambda host, x: _before_neck(host.vision_encoder, x), NATIVE
 )
+
+
+# ------------------------------------------------------------------------------------------------- those of several stages
+
+
+HIERA = {"embed_dim": 16, "image_size": [64, 64], "patch_stride": [4, 4], "mlp_ratio": 2.0}
+HIERA |= {"depths": [2, 2, 3, 2], "num_heads": [1, 2, 4, 8], "num_labels": 5}
+BIG = ((64, 64), (64, 96))
+
+
+def _hiera(cls: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return randomise(_of("hiera", cls)(_of("hiera", "HieraConfig")(**HIERA)))
+
+    return build
+
+
+def _hiera_tokens(host: Any, image: Tensor) -> Tensor:
+    other = tuple(image.shape[-2:]) != (64, 64)
+    return host(image, interpolate_pos_encoding=other).last_hidden_state
+
+
+TOWERS["HieraModel"] = Tower(_hiera("HieraModel"), _hiera_tokens, BIG)
+TOWERS["HieraForImageClassification"] = Tower(
+    _hiera("HieraForImageClassification"),
+    lambda host, image: _hiera_tokens(host.hiera, image),
+    BIG[:1],
+    logits=lambda host, image: host(image).logits,
+)
+
+SAM2 = {"hidden_size": 16, "num_attention_heads": 1, "image_size": [64, 64], "blocks_per_stage": [2, 2, 4, 2]}
+SAM2 |= {"embed_dim_per_stage": [16, 32, 64, 128], "num_attention_heads_per_stage": [1, 2, 4, 8], "mlp_ratio": 2.0}
+SAM2 |= {"window_size_per_stage": [4, 2, 4, 2], "global_attention_blocks": [6]}
+SAM2 |= {"window_positional_embedding_background_size": [3, 3]}
+
+
+def _sam2(around: bool = False) -> nn.Module:
+    config = _of("sam2", "Sam2HieraDetConfig")(**SAM2)
+    torch.manual_seed(0)
+    if not around:
+        return randomise(_of("sam2.modeling_sam2", "Sam2HieraDetModel")(config))
+    whole = _of("sam2", "Sam2VisionConfig")(backbone_config=config, backbone_channel_list=[128, 64, 32, 16])
+    return randomise(_of("sam2", "Sam2VisionModel")(whole))
+
+
+TOWERS["Sam2HieraDetModel"] = Tower(
+    _sam2, lambda host, image: host(image).last_hidden_state.flatten(1, 2), BIG
+)
+TOWERS["Sam2VisionModel"] = Tower(
+    lambda: _sam2(True), lambda host, image: host(image).last_hidden_state.flatten(1, 2), BIG
+)
