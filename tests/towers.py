@@ -301,3 +301,113 @@ TOWERS["Sam2HieraDetModel"] = Tower(
 TOWERS["Sam2VisionModel"] = Tower(
     lambda: _sam2(True), lambda host, image: host(image).last_hidden_state.flatten(1, 2), BIG
 )
+
+
+# ------------------------------------------------------------------------------------------------- of other libraries
+
+
+def _encoder_tokens(host: Any, image: Tensor) -> Tensor:
+    kept: list[Tensor] = []
+    hook = host.encoder.register_forward_hook(lambda module, args, out: kept.append(out))
+    host(image)
+    hook.remove()
+    return kept[0]
+
+
+def _torchvision() -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    torch.manual_seed(0)
+    return randomise(VisionTransformer(SIDE, PATCH, DEPTH, HEADS, DIM, 2 * DIM, num_classes=5))
+
+
+def _open_clip(**options: Any) -> nn.Module:
+    from open_clip.transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    return randomise(VisionTransformer(SIDE, PATCH, DIM, DEPTH, HEADS, 2.0, output_dim=16, **options))
+
+
+def _open_clip_tokens(host: Any, image: Tensor) -> Tensor:
+    """All that go through the last norm, or into the attention that pools."""
+    kept: list[Tensor] = []
+    module = host.ln_post if host.attn_pool is None and not host.final_ln_after_pool else host.transformer
+    hook = module.register_forward_hook(lambda module, args, out: kept.append(out))
+    host(image)
+    hook.remove()
+    return kept[0]
+
+
+def _trunk() -> nn.Module:
+    from open_clip.timm_model import TimmModel
+
+    torch.manual_seed(0)
+    return randomise(TimmModel("test_vit", embed_dim=16, image_size=160, pool="token", proj="linear"))
+
+
+def _naflex(**options: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        from timm.models.naflexvit import NaFlexVit
+
+        sizes = {"patch_size": PATCH, "embed_dim": DIM, "depth": DEPTH, "num_heads": HEADS}
+        torch.manual_seed(0)
+        return randomise(NaFlexVit(num_classes=5, pos_embed_grid_size=(4, 4), **sizes, **options))
+
+    return build
+
+
+if have("torchvision"):
+    TOWERS["torchvision VisionTransformer"] = Tower(
+        _torchvision, _encoder_tokens, NATIVE, "torchvision", lambda host, image: host(image)
+    )
+if have("open_clip"):
+    TOWERS["open_clip VisionTransformer"] = Tower(_open_clip, _open_clip_tokens, NATIVE, "open_clip")
+    TOWERS["open_clip VisionTransformer (LayerScale, mean)"] = Tower(
+        lambda: _open_clip(ls_init_value=0.5, pool_type="avg", final_ln_after_pool=True, no_ln_pre=True),
+        _open_clip_tokens, NATIVE, "open_clip",
+    )  # fmt: skip
+    TOWERS["open_clip VisionTransformer (attention pool)"] = Tower(
+        lambda: _open_clip(attentional_pool=True, attn_pooler_queries=3, attn_pooler_heads=2),
+        _open_clip_tokens, NATIVE, "open_clip",
+    )  # fmt: skip
+    TOWERS["open_clip TimmModel"] = Tower(
+        _trunk, lambda host, image: host.trunk.forward_features(image), ((160, 160),), "open_clip"
+    )
+_features = (lambda host, image: host.forward_features(image), ((SIDE, SIDE), (24, 40)), "timm")
+_head = (lambda host, image: host(image),)
+TOWERS["timm NaFlexVit"] = Tower(_naflex(global_pool="map", class_token=False, embed_proj_type="linear",
+                                         pos_embed="factorized"), *_features, *_head)  # fmt: skip
+TOWERS["timm NaFlexVit (table)"] = Tower(_naflex(reg_tokens=2, init_values=0.5), *_features, *_head)
+TOWERS["timm NaFlexVit (rope)"] = Tower(
+    _naflex(rope_type="axial", pos_embed="none", init_values=0.5, global_pool="avg"), *_features, *_head
+)
+TOWERS["timm NaFlexVit (mixed rope)"] = Tower(
+    _naflex(rope_type="mixed", swiglu_mlp=True, reg_tokens=1), *_features, *_head
+)
+
+
+def _timm_vit(block: str, **options: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        from timm.models import vision_transformer
+
+        sizes = {"img_size": SIDE, "patch_size": PATCH, "embed_dim": DIM, "depth": DEPTH, "num_heads": HEADS}
+        sizes |= {"block_fn": getattr(vision_transformer, block), "init_values": 0.5, "dynamic_img_size": True}
+        torch.manual_seed(0)
+        return randomise(vision_transformer.VisionTransformer(num_classes=5, **sizes, **options))
+
+    return build
+
+
+for _name in ("ParallelScalingBlock", "DiffParallelScalingBlock", "ParallelThingsBlock"):
+    TOWERS[f"timm VisionTransformer ({_name})"] = Tower(_timm_vit(_name), *_features, *_head)
+
+
+def _hybrid() -> nn.Module:
+    import timm
+
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5, "img_size": 64, "dynamic_img_size": True}
+    return randomise(timm.create_model("vit_base_r50_s16_224", **sizes))
+
+
+TOWERS["timm VisionTransformer (R50 hybrid)"] = Tower(_hybrid, _features[0], ((64, 64), (48, 80)), "timm", *_head)

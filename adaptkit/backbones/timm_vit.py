@@ -63,7 +63,7 @@ class TimmViT(ViT):
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """timm's own blocks."""
-        return [_block(blk) for blk in block_list(self.backbone.blocks)]
+        return [timm_block(blk) for blk in block_list(self.backbone.blocks)]
 
     def norm(self, x: Tensor) -> Tensor:
         """``backbone.norm``; the identity where timm norms after pooling (``fc_norm``)."""
@@ -102,7 +102,7 @@ class TimmViT(ViT):
         return timm_answers(self.backbone, tokens)
 
 
-def _block(outer: Any) -> Block:
+def timm_block(outer: Any) -> Block:
     """``outer``: the block as it runs, maybe compiled or wrapped; its parts are those of what is inside."""
     blk: Any = unwrapped(outer)
     if is_parallel(blk):
