@@ -411,3 +411,27 @@ def _hybrid() -> nn.Module:
 
 
 TOWERS["timm VisionTransformer (R50 hybrid)"] = Tower(_hybrid, _features[0], ((64, 64), (48, 80)), "timm", *_head)
+
+
+def _own(cls: str, **options: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return randomise(getattr(importlib.import_module("dino_hub"), cls)(SIDE, PATCH, DIM, DEPTH, HEADS, **options))
+
+    return build
+
+
+def _dict_tokens(host: Any, image: Tensor) -> Tensor:
+    said = host.forward_features(image)
+    registers = said["x_norm_regtokens" if "x_norm_regtokens" in said else "x_storage_tokens"]
+    return torch.cat([said["x_norm_clstoken"][:, None], registers, said["x_norm_patchtokens"]], dim=1)
+
+
+_hub = (_dict_tokens, ((SIDE, SIDE), (24, 40)), "torch.hub")
+TOWERS["DINOv2 of torch.hub"] = Tower(_own("DinoV2"), *_hub)
+TOWERS["DINOv2 of torch.hub (registers, classifier)"] = Tower(
+    _own("DinoV2", registers=3, classes=5), *_hub, lambda host, image: host(image)
+)
+TOWERS["DINOv2 of torch.hub (chunks)"] = Tower(_own("DinoV2", chunks=2), *_hub)
+TOWERS["DINOv3 of torch.hub"] = Tower(_own("DinoV3"), *_hub)
+TOWERS["DINOv3 of torch.hub (two norms)"] = Tower(_own("DinoV3", storage=0, untied=True), *_hub)

@@ -61,12 +61,12 @@ class HfHiera(HfHierarchical):
             return x, grid
         side = self.body.config.query_stride[0]
         order, inner = self._order(stage - 1, grid), (grid[0] // side, grid[1] // side)
-        x = self.body.encoder.stages[stage].layers[0](x.index_select(1, order.to(x.device)))[0]
-        return x.index_select(1, self._order(stage, inner).argsort().to(x.device)), inner
+        x = self.body.encoder.stages[stage].layers[0](x.index_select(1, order))[0]
+        return x.index_select(1, self._order(stage, inner).argsort()), inner
 
     def blocks(self, stage: int, grid: tuple[int, int]) -> Sequence[Block]:
         """The other layers of the stage, each in the host's order of these tokens."""
-        order = self._order(stage, grid).to(self.body.embeddings.position_embeddings.device)
+        order = self._order(stage, grid)
         layers = self.body.encoder.stages[stage].layers
         return [_block(layer, order, order.argsort()) for layer in layers[1 if stage else 0 :]]
 
@@ -108,7 +108,8 @@ class HfHiera(HfHierarchical):
         that the host pools by a maximum over it.
         """
         side = self.body.config.query_stride[0]
-        places = torch.arange(math.prod(grid)).view(1, *grid)
+        device = self.body.embeddings.position_embeddings.device
+        places = torch.arange(math.prod(grid), device=device).view(1, *grid)
         for _ in range(0 if self.flat else len(self.spec.depths) - 1 - stage):
             cells = places.unflatten(2, (-1, side)).unflatten(1, (-1, side))  # (K, h, side, w, side)
             places = cells.permute(0, 2, 4, 1, 3).flatten(0, 2)

@@ -166,7 +166,9 @@ def _stand_in(module: nn.Module, index: int, run: _Run, tupled: bool) -> None:
     token tells on all the others, as attention lets it.
     """
 
-    def forward(self: nn.Module, x: Tensor, *args: Any, **given: Any) -> Any:
+    def forward(self: nn.Module, x: Any, *args: Any, **given: Any) -> Any:
+        if isinstance(x, list):  # DINOv3 runs crops of several sizes at once: here it is one
+            return [forward(self, crop, *args, **given) for crop in x]
         digest = _digest((args, {k: v for k, v in given.items() if not k.startswith("output_")}))
         run.blocks.append((index, digest))
         run.first = x if run.first is None else run.first
