@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from adaptkit.core.near import hint
 from adaptkit.core.schema import check_fields
-from adaptkit.core.towers import class_path, first_of, said_of
+from adaptkit.core.towers import Found, class_path, first_of, parts_of, said_of
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import View
 
@@ -36,6 +36,7 @@ __all__ = [
     "configured",
     "families",
     "heads",
+    "inside",
     "layouts",
     "register_adapter",
     "register_family",
@@ -211,15 +212,20 @@ def view(model: nn.Module) -> Any:
                 "adaptkit.core.view.ViT and decorate it with @adaptkit.register_family('package.module.Class')"
             ) from error
     known = families()
-    said = said_of(model, _family_of, _REFUSALS)
+    said = said_of(model, *inside(model), first_of(model, _REFUSALS))
     if said:
         raise TypeError(f"no family sees {class_path(type(model))}{said}")
     names = ", ".join(sorted({path.rpartition(".")[2] for path in known}))
     raise TypeError(
-        f"no family sees {class_path(type(model))}, nor any part of it; known backbones: {names}. Another class "
+        f"no family sees {class_path(type(model))}; known backbones: {names}. Another class "
         "needs a family: subclass adaptkit.core.view.ViT and decorate it with "
         "@adaptkit.register_family('package.module.Class')"
     )
+
+
+def inside(model: nn.Module) -> tuple[list[Found], list[Found]]:
+    """Return the parts of a model that a family sees, and those that it refuses, the outermost of each."""
+    return parts_of(model, _family_of, _REFUSALS)
 
 
 def _family_of(model: nn.Module) -> Callable[[nn.Module], View] | None:
