@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.backbones._processor import framing, normalisation
@@ -19,11 +21,22 @@ HUB_CACHE = "_adaptkit_hub_cache"
 
 
 class HfViT(ViT):
-    """A transformers base model. It has no classifier (a pooler is none) and its config knows its Hub id."""
+    """A transformers base model, alone or in the class that adds a classifier; its config knows its Hub id.
+
+    A family reads the base model as ``body``. A pooler is no classifier.
+    """
+
+    inside: str = ""  #: attribute of the backbone that holds the base model; "": it is one
+    head: Callable[[Any, Tensor], Tensor] | None = None  #: backbone, its tokens (B, P+N, D) -> logits (B, classes)
 
     def __init__(self, backbone: Any, spec: Spec) -> None:
         super().__init__(backbone, spec)
         self.origin = hf_source(backbone, spec.channels)
+
+    @property
+    def body(self) -> Any:
+        """The base model."""
+        return getattr(self.backbone, self.inside) if self.inside else self.backbone
 
     @abstractmethod
     def layers(self) -> Any:
@@ -34,8 +47,8 @@ class HfViT(ViT):
         return any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers())
 
     def classify(self, x: Tensor) -> Tensor | None:
-        """None."""
-        return None
+        """As the class with a classifier does it; None for a base model."""
+        return None if self.head is None else self.head(self.backbone, x)
 
     def source(self) -> Source:
         """From the config, and the normalisation from the image processor beside the weights, read once."""
@@ -43,22 +56,25 @@ class HfViT(ViT):
 
     def sizes(self) -> Sequence[tuple[int, int]]:
         """The backbone's own, and another."""
-        config: Any = self.backbone.config
-        return _pair(config.image_size), (3 * self.spec.patch_size, 5 * self.spec.patch_size)
+        return _pair(self.body.config.image_size), (3 * self.spec.patch_size, 5 * self.spec.patch_size)
 
     def reference(self, image: Tensor) -> Tensor:
         """``last_hidden_state``."""
         return self._say(image)
 
+    def answers(self, tokens: Tensor) -> Sequence[Tensor]:
+        """The logits, at the size that a backbone takes without being told of another; nothing of a base model."""
+        cells = math.prod(side // self.spec.patch_size for side in _pair(self.body.config.image_size))
+        logits = self.classify(tokens) if tokens.shape[1] == self.spec.num_prefix_tokens + cells else None
+        return () if logits is None else (logits,)
+
     def _say(self, image: Tensor, **options: Any) -> Tensor:
-        """Run the backbone and return the tokens that it gives; of a Backbone class its last map."""
-        backbone: Any = self.backbone
-        if not any(module._forward_hooks for module in backbone.modules()):
-            for (
-                module
-            ) in backbone.modules():  # a copy comes without hooks: those that record hidden states are made anew
+        """Run the base model and return the tokens that it gives; of a Backbone class its last map."""
+        if not any(module._forward_hooks for module in self.backbone.modules()):
+            # A copy comes without hooks: those that record hidden states are made anew.
+            for module in self.backbone.modules():
                 vars(module).pop("_output_capturing_hooks_installed", None)
-        said = backbone(image, **options)
+        said = self.body(image, **options)
         tokens = getattr(said, "last_hidden_state", None)
         if tokens is not None:
             return tokens
@@ -68,7 +84,7 @@ class HfViT(ViT):
 
     def interpolating(self, image: Tensor) -> dict[str, bool]:
         """Return the option by which a backbone is told that its positions must be resampled."""
-        return {} if is_native(image, self.backbone.config.image_size) else {"interpolate_pos_encoding": True}
+        return {} if is_native(image, self.body.config.image_size) else {"interpolate_pos_encoding": True}
 
 
 def hf_source(model: Any, channels: int) -> Source:
@@ -83,6 +99,13 @@ def hf_source(model: Any, channels: int) -> Source:
     side = side if isinstance(side, int) else min(side or [0])
     said = said or {"resize": side, "crop": side, "squash": False, "interpolation": "bilinear"}
     return Source(id=name, revision=commit, mean=mean, std=std, **said)
+
+
+def headed(seen: HfViT, model: Any, inside: str, head: Callable[[Any, Tensor], Tensor]) -> HfViT:
+    """Return the view of the base model in ``model.<inside>`` as that of ``model``, which classifies by ``head``."""
+    seen.backbone, seen.inside, seen.head = model, inside, head
+    seen.origin = hf_source(model, seen.spec.channels)._replace(classes=model.config.num_labels)
+    return seen
 
 
 def tower(seen: HfViT, model: Any) -> HfViT:
@@ -111,6 +134,13 @@ def is_native(image: Tensor, size: Any) -> bool:
     return tuple(image.shape[-2:]) == _pair(size)
 
 
+def resampled(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Positions (1, n*n, D) of a square grid on another one, bicubic without antialias, as transformers does."""
+    side = round(table.shape[1] ** 0.5)
+    square = table.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    return F.interpolate(square, size=grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+
+
 def _pair(x: Any) -> tuple[int, int]:
     return (x, x) if isinstance(x, int) else tuple(x)
 
@@ -130,8 +160,11 @@ def vit_block(outer: Any) -> Block:
     )
 
 
-def dino_block(outer: Any, **given: Any) -> Block:
-    """A layer as in DINOv2 and DINOv3, maybe compiled or wrapped, called with these keywords."""
+def dino_block(outer: Any, proj: str = "o_proj", scale: str = "scaling", **given: Any) -> Block:
+    """A layer as in DINOv2 and DINOv3, maybe compiled or wrapped, called with these keywords.
+
+    ``proj``, ``scale``: how its attention calls these.
+    """
     layer: Any = unwrapped(outer)
     return Block(
         run=partial(outer, **given),
@@ -141,7 +174,7 @@ def dino_block(outer: Any, **given: Any) -> Block:
         mlp=layer.mlp,
         perceptron=partial(perceptron, layer.mlp),
         scale2=joined(layer.layer_scale2, layer.drop_path),
-        **attention_parts(layer.attention, "o_proj", "scaling", **given),
+        **attention_parts(layer.attention, proj, scale, **given),
     )
 
 
@@ -167,9 +200,9 @@ def attention_parts(outer: Any, proj: str, scale: str, **given: Any) -> dict[str
     """
     attn: Any = unwrapped(outer)
     return {
-        "attn": partial(_attend, outer, given),
+        "attn": partial(attend, outer, given),
         "qkv": partial(project_qkv, attn),
-        "out": partial(_out, getattr(attn, proj)),
+        "out": partial(merge_heads, getattr(attn, proj)),
         "scale": getattr(attn, scale),
         "projections": partial(_projections, outer, getattr(attn, proj)),
     }
@@ -204,9 +237,11 @@ def project_qkv(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _attend(attn: Any, given: dict[str, Any], h: Tensor) -> Tensor:
-    return attn(h, **given)[0]  # transformers returns the weights beside the output
+def attend(attn: Any, given: dict[str, Any], h: Tensor) -> Tensor:
+    """Run an attention; transformers returns the weights beside the output."""
+    return attn(h, **given)[0]
 
 
-def _out(proj: nn.Module, x: Tensor) -> Tensor:
+def merge_heads(proj: nn.Module, x: Tensor) -> Tensor:
+    """(B, heads, P+N, E) -> (B, P+N, D)."""
     return proj(x.transpose(1, 2).flatten(2))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptkit.backbones import _parallel as parallel
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Fn, Perceptron, Projections, Source, View, identity
 
@@ -38,25 +39,45 @@ def is_bare(module: Any, cls: type[nn.Module]) -> bool:
 def patch_side(backbone: Any) -> int:
     """Return the side of the square patch; ``TypeError`` for another patch embedding or oblong patches."""
     embed = backbone.patch_embed
-    if not any(c.__name__ in ("PatchEmbed", "PatchEmbedWithSize") for c in type(embed).__mro__):
-        raise TypeError(
-            f"patch embedding {type(embed).__name__} is no plain strided convolution (PatchEmbed), which the adapters' "
-            f"grid and the resizing of positions rest on; {REMEDY}"
-        )
-    height, width = embed.patch_size
+    height, width = patch_sides(embed)
     if height != width:
         raise TypeError(f"patches of {height}x{width} pixels are not square; an adapter needs one patch side")
     return int(height)
 
 
+def patch_sides(embed: Any) -> tuple[int, int]:
+    """Return (height, width) of what one token covers, in pixels."""
+    kinds = [c.__name__ for c in type(embed).__mro__]
+    if "HybridEmbed" in kinds and "HybridEmbedWithSize" not in kinds:
+        return embed.feat_ratio(as_scalar=False)
+    if not {"PatchEmbed", "PatchEmbedWithSize"} & set(kinds):
+        raise TypeError(
+            f"patch embedding {type(embed).__name__} is neither a strided convolution (PatchEmbed) nor a network before "
+            f"one (HybridEmbed), which the adapters' grid and the resizing of positions rest on; {REMEDY}"
+        )
+    return embed.patch_size
+
+
+def patch_kernel(backbone: Any) -> Tensor:
+    """Return the kernel (D, C, p, p) that reads the image; before a hybrid's tokens, that of its stem (E, C, k, k)."""
+    embed = backbone.patch_embed
+    if not hasattr(embed, "backbone"):
+        return embed.proj.weight
+    return next(m.weight for m in embed.backbone.modules() if isinstance(m, nn.Conv2d))
+
+
 def channels(backbone: Any) -> int:
-    """Return how many channels the image has, by the kernel (D, C, p, p) that reads it."""
-    return int(backbone.patch_embed.proj.weight.shape[1])
+    """Return how many channels the image has, by the kernel that reads it."""
+    return int(patch_kernel(backbone).shape[1])
 
 
 def patchify(backbone: Any, image: Tensor) -> Tensor:
-    """(B, C, h*p, w*p) -> (B, h*w, D): timm's PatchEmbed without its fixed-size assertions."""
+    """(B, C, h*p, w*p) -> (B, h*w, D): timm's PatchEmbed without its fixed-size assertions; a hybrid's network first."""
     embed = backbone.patch_embed
+    if hasattr(embed, "backbone"):
+        image = embed.backbone(image)
+        image = image[-1] if isinstance(image, list | tuple) else image
+        return embed.proj(image).flatten(2).transpose(1, 2)
     return embed.norm(embed.proj(image).flatten(2).transpose(1, 2))
 
 
@@ -159,12 +180,13 @@ def block_list(blocks: Any) -> Sequence[Any]:
 
 def head_count(backbone: Any) -> int:
     """Return the heads of each block; ``TypeError`` where blocks have no attention, or different counts."""
-    attentions = [getattr(unwrapped(block), "attn", None) for block in block_list(backbone.blocks)]
+    attentions: list[Any] = []
+    for block in map(unwrapped, block_list(backbone.blocks)):
+        attentions += parallel.attentions(block) if parallel.is_parallel(block) else [getattr(block, "attn", None)]
     if not attentions or any(attn is None for attn in attentions):
         kinds = ", ".join(sorted({class_name(block) for block in backbone.blocks})) or "no block"
         raise TypeError(
-            f"{kinds} is not of the form x + attn(norm(x)), x + mlp(norm(x)) (attention and FFN side by side, for "
-            f"instance); {REMEDY}"
+            f"{kinds} is not of the form x + attn(norm(x)), x + mlp(norm(x)); {REMEDY}"
         )
     counts = {unwrapped(attn).num_heads for attn in attentions}
     if len(counts) != 1:
@@ -175,7 +197,7 @@ def head_count(backbone: Any) -> int:
 def timm_sizes(backbone: Any) -> Sequence[tuple[int, int]]:
     """Return the size that the backbone was built for, and another where it takes any."""
     embed: Any = backbone.patch_embed
-    size, (height, width) = embed.img_size, embed.patch_size
+    size, (height, width) = embed.img_size, patch_sides(embed)
     if getattr(embed, "strict_img_size", True):
         return [] if size is None else [(size[0], size[1])]
     native = [] if size is None else [(size[0] // height * height, size[1] // width * width)]

@@ -28,25 +28,25 @@ class HfBeit(HfViT):
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``backbone.embeddings``, which takes any size."""
-        return self.backbone.embeddings(image)
+        return self.body.embeddings(image)
 
     def layers(self) -> Any:
         """``backbone.layers``."""
-        return self.backbone.layers
+        return self.body.layers
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The backbone's layers, given the shared bias and the size of the image."""
-        backbone: Any = self.backbone
+        backbone: Any = self.body
         shared = None if backbone.shared_position_bias is None else backbone.shared_position_bias(grid)
         return [_block(layer, shared, grid, tuple(image.shape[-2:])) for layer in block_list(self.layers())]
 
     def norm(self, x: Tensor) -> Tensor:
         """``backbone.layernorm``; the identity where the backbone norms after pooling."""
-        return self.backbone.layernorm(x)
+        return self.body.layernorm(x)
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
-        backbone: Any = self.backbone
+        backbone: Any = self.body
         patch = backbone.embeddings.patch_embeddings.projection.weight
         return {
             "patch": patch,

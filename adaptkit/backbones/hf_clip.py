@@ -1,4 +1,4 @@
-"""transformers' CLIP: CLIPVisionModel, alone or inside CLIPModel and CLIPVisionModelWithProjection."""
+"""transformers' CLIP, MetaCLIP 2, Chinese-CLIP, AltCLIP and CLIPSeg: their vision models, alone or inside the whole."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block, ViT
 
 
-@register_family("transformers.models.clip.modeling_clip.CLIPVisionModel")
+@register_family(
+    "transformers.models.clip.modeling_clip.CLIPVisionModel",
+    "transformers.models.metaclip_2.modeling_metaclip_2.MetaClip2VisionModel",
+    "transformers.models.chinese_clip.modeling_chinese_clip.ChineseCLIPVisionModel",
+    "transformers.models.altclip.modeling_altclip.AltCLIPVisionModel",
+    "transformers.models.clipseg.modeling_clipseg.CLIPSegVisionModel",
+)
 class HfCLIP(HfViT):
     """Blocks ``x + attn(norm(x))`` after a first norm; absolute positions, resampled bicubic without antialias.
 
@@ -23,6 +29,7 @@ class HfCLIP(HfViT):
     """
 
     positions = "bicubic"
+    first_norm = "pre_layrnorm"  #: transformers' spelling
 
     def __init__(self, backbone: Any) -> None:
         kernel = backbone.embeddings.patch_embedding.weight
@@ -30,13 +37,13 @@ class HfCLIP(HfViT):
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``backbone.embeddings`` and the norm before the first block."""
-        backbone: Any = self.backbone
-        interpolate = not is_native(image, backbone.embeddings.image_size)
-        return backbone.pre_layrnorm(backbone.embeddings(image, interpolate_pos_encoding=interpolate))
+        backbone: Any = self.body
+        interpolate = not is_native(image, backbone.config.image_size)
+        return getattr(backbone, self.first_norm)(backbone.embeddings(image, interpolate_pos_encoding=interpolate))
 
     def layers(self) -> Any:
         """``backbone.encoder.layers``."""
-        return self.backbone.encoder.layers
+        return self.body.encoder.layers
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The backbone's layers."""
@@ -44,7 +51,7 @@ class HfCLIP(HfViT):
 
     def norm(self, x: Tensor) -> Tensor:
         """``backbone.post_layernorm``, over all tokens."""
-        return self.backbone.post_layernorm(x)
+        return self.body.post_layernorm(x)
 
     def reference(self, image: Tensor) -> Tensor:
         """``last_hidden_state``, normed."""
@@ -52,7 +59,7 @@ class HfCLIP(HfViT):
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
-        backbone: Any = self.backbone
+        backbone: Any = self.body
         layers = backbone.encoder.layers
         patch = backbone.embeddings.patch_embedding.weight
         return {
@@ -65,6 +72,11 @@ class HfCLIP(HfViT):
 @register_family(  # type: ignore[type-var]
     "transformers.models.clip.modeling_clip.CLIPModel",
     "transformers.models.clip.modeling_clip.CLIPVisionModelWithProjection",
+    "transformers.models.metaclip_2.modeling_metaclip_2.MetaClip2Model",
+    "transformers.models.metaclip_2.modeling_metaclip_2.MetaClip2VisionModelWithProjection",
+    "transformers.models.chinese_clip.modeling_chinese_clip.ChineseCLIPModel",
+    "transformers.models.altclip.modeling_altclip.AltCLIPModel",
+    "transformers.models.clipseg.modeling_clipseg.CLIPSegModel",
 )
 def clip_vision_tower(model: Any) -> ViT:
     """See the vision model inside; text model and projection stay beside it, unused."""

@@ -31,11 +31,11 @@ class HfDinov2(HfViT):
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``backbone.embeddings``, which takes any size."""
-        return self.backbone.embeddings(image)
+        return self.body.embeddings(image)
 
     def layers(self) -> Any:
         """``backbone.encoder.layer``."""
-        return self.backbone.encoder.layer
+        return self.body.encoder.layer
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The backbone's layers."""
@@ -43,11 +43,11 @@ class HfDinov2(HfViT):
 
     def norm(self, x: Tensor) -> Tensor:
         """``backbone.layernorm``."""
-        return self.backbone.layernorm(x)
+        return self.body.layernorm(x)
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
-        backbone: Any = self.backbone
+        backbone: Any = self.body
         layers = backbone.encoder.layer
         patch = backbone.embeddings.patch_embeddings.projection.weight
         return {"patch": patch, "first": unwrapped(layers[0]).norm1.weight, "last": unwrapped(layers[-1]).norm2.weight}

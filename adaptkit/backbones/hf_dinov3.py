@@ -35,38 +35,42 @@ class HfDINOv3(HfViT):
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``backbone.embeddings``, which has no positions."""
-        return self.backbone.embeddings(image)
+        return self.body.embeddings(image)
 
     def layers(self) -> Any:
         """``backbone.model.layer``."""
-        return self.backbone.model.layer
+        return self.body.model.layer
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The backbone's layers, given the rotary angles of this grid."""
-        backbone: Any = self.backbone
-        layers, rope = block_list(self.layers()), backbone.rope_embeddings(image)
-        blocks = [dino_block(layer, position_embeddings=rope) for layer in layers]
-        return [
-            replace(
-                block,
-                qkv=partial(_qkv, unwrapped(unwrapped(layer).attention), rope),
-                qkv_at=partial(_qkv_at, unwrapped(unwrapped(layer).attention), rope),
-                rotate=partial(_turn, backbone.rope_embeddings, grid),
-                projections=no_projections,
-            )
-            for block, layer in zip(blocks, layers)
-        ]
+        return rotary_blocks(self.layers(), self.body.rope_embeddings, image, grid)
 
     def norm(self, x: Tensor) -> Tensor:
         """``backbone.norm``."""
-        return self.backbone.norm(x)
+        return self.body.norm(x)
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
-        backbone: Any = self.backbone
+        backbone: Any = self.body
         layers = backbone.model.layer
         patch = backbone.embeddings.patch_embeddings.weight
         return {"patch": patch, "first": unwrapped(layers[0]).norm1.weight, "last": unwrapped(layers[-1]).norm2.weight}
+
+
+def rotary_blocks(layers: Any, positions: Any, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
+    """Layers as in DINOv3, given the rotary angles that ``positions`` makes for this image."""
+    layers, rope = block_list(layers), positions(image)
+    blocks = [dino_block(layer, position_embeddings=rope) for layer in layers]
+    return [
+        replace(
+            block,
+            qkv=partial(_qkv, unwrapped(unwrapped(layer).attention), rope),
+            qkv_at=partial(_qkv_at, unwrapped(unwrapped(layer).attention), rope),
+            rotate=partial(_turn, positions, grid),
+            projections=no_projections,
+        )
+        for block, layer in zip(blocks, layers)
+    ]
 
 
 def _turn(rope: Any, grid: tuple[int, int], x: Tensor, places: Tensor) -> Tensor:

@@ -26,12 +26,12 @@ class HfSiglip(HfViT):
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``backbone.embeddings``, with its own interpolation at another size."""
-        embeddings: Any = self.backbone.embeddings
+        embeddings: Any = self.body.embeddings
         return embeddings(image, interpolate_pos_encoding=not is_native(image, embeddings.image_size))
 
     def layers(self) -> Any:
         """``backbone.encoder.layers``."""
-        return self.backbone.encoder.layers
+        return self.body.encoder.layers
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The backbone's layers."""
@@ -39,7 +39,7 @@ class HfSiglip(HfViT):
 
     def norm(self, x: Tensor) -> Tensor:
         """``backbone.post_layernorm``."""
-        return self.backbone.post_layernorm(x)
+        return self.body.post_layernorm(x)
 
     def reference(self, image: Tensor) -> Tensor:
         """``last_hidden_state``."""
@@ -47,7 +47,7 @@ class HfSiglip(HfViT):
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
-        backbone: Any = self.backbone
+        backbone: Any = self.body
         layers = backbone.encoder.layers
         patch = backbone.embeddings.patch_embedding.weight
         return {

@@ -33,12 +33,12 @@ class HfPlainViT(HfViT):
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``backbone.embeddings``, with its own interpolation at another size."""
-        embeddings: Any = self.backbone.embeddings
+        embeddings: Any = self.body.embeddings
         return embeddings(image, interpolate_pos_encoding=not is_native(image, embeddings.image_size))
 
     def layers(self) -> Any:
         """``backbone.layers``."""
-        return self.backbone.layers
+        return self.body.layers
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The backbone's layers."""
@@ -46,7 +46,7 @@ class HfPlainViT(HfViT):
 
     def norm(self, x: Tensor) -> Tensor:
         """``backbone.layernorm``."""
-        return self.backbone.layernorm(x)
+        return self.body.layernorm(x)
 
     def reference(self, image: Tensor) -> Tensor:
         """``last_hidden_state``."""
@@ -54,7 +54,7 @@ class HfPlainViT(HfViT):
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
-        backbone: Any = self.backbone
+        backbone: Any = self.body
         patch = backbone.embeddings.patch_embeddings.projection.weight
         return {
             "patch": patch,

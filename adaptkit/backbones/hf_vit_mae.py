@@ -28,7 +28,7 @@ class HfViTMAE(HfViT):
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """The sum that ``backbone.embeddings`` forms before it masks."""
-        embeddings: Any = self.backbone.embeddings
+        embeddings: Any = self.body.embeddings
         x = embeddings.patch_embeddings(image)
         positions = embeddings.position_embeddings
         if not is_native(image, embeddings.image_size):
@@ -38,7 +38,7 @@ class HfViTMAE(HfViT):
 
     def layers(self) -> Any:
         """``backbone.layers``."""
-        return self.backbone.layers
+        return self.body.layers
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The backbone's layers."""
@@ -46,11 +46,11 @@ class HfViTMAE(HfViT):
 
     def norm(self, x: Tensor) -> Tensor:
         """``backbone.layernorm``."""
-        return self.backbone.layernorm(x)
+        return self.body.layernorm(x)
 
     def reference(self, image: Tensor) -> Tensor:
         """``last_hidden_state`` of a copy that masks nothing and shuffles nothing."""
-        embeddings: Any = self.backbone.embeddings
+        embeddings: Any = self.body.embeddings
         embeddings.config = copy.copy(embeddings.config)
         embeddings.config.mask_ratio = 0.0
         cells = (image.shape[-2] // self.spec.patch_size) * (image.shape[-1] // self.spec.patch_size)
@@ -59,7 +59,7 @@ class HfViTMAE(HfViT):
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
-        backbone: Any = self.backbone
+        backbone: Any = self.body
         patch = backbone.embeddings.patch_embeddings.projection.weight
         return {
             "patch": patch,

@@ -66,12 +66,12 @@ class TimmEva(ViT):
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """timm's own blocks, each given the rotary angles of this grid."""
         backbone: Any = self.backbone
-        rope = _rope(backbone, grid)
+        rope = rope_of(backbone, grid)
         per_block = rope if rope is not None and backbone.rope_mixed else [rope] * len(backbone.blocks)
-        blocks = [_block(blk, angles) for blk, angles in zip(block_list(backbone.blocks), per_block)]
+        blocks = [eva_block(blk, angles) for blk, angles in zip(block_list(backbone.blocks), per_block)]
         if rope is None:
             return blocks
-        return [replace(b, rotate=partial(_turn, backbone.rope, grid, i)) for i, b in enumerate(blocks)]
+        return [replace(b, rotate=partial(turned, backbone.rope, grid, i)) for i, b in enumerate(blocks)]
 
     def norm(self, x: Tensor) -> Tensor:
         """``backbone.norm``; the identity where timm norms after pooling (``fc_norm``)."""
@@ -108,7 +108,7 @@ class TimmEva(ViT):
         return timm_answers(self.backbone, tokens)
 
 
-def _rope(backbone: Any, grid: tuple[int, int]) -> Tensor | None:
+def rope_of(backbone: Any, grid: tuple[int, int]) -> Tensor | None:
     """Sines and cosines (h*w, 2*E); (depth, heads, h*w, 2*E) for the mixed kind; None for a backbone without."""
     rope = backbone.rope
     if rope is None:
@@ -120,12 +120,12 @@ def _rope(backbone: Any, grid: tuple[int, int]) -> Tensor | None:
     return rope.get_embed(shape=list(grid))
 
 
-def _turn(rope: Any, grid: tuple[int, int], index: int, x: Tensor, places: Tensor) -> Tensor:
+def turned(rope: Any, grid: tuple[int, int], index: int, x: Tensor, places: Tensor) -> Tensor:
     """Turn rows made without a place to continuous ones; the angles are computed only where this is called."""
     return rotary_of_timm(rope, grid, index).turn(x, places)
 
 
-def _block(outer: Any, rope: Tensor | None) -> Block:
+def eva_block(outer: Any, rope: Tensor | None) -> Block:
     """``outer``: the block as it runs, maybe compiled or wrapped; its parts are those of what is inside."""
     blk: Any = unwrapped(outer)
     kinds = {cls.__name__ for cls in type(blk).__mro__}

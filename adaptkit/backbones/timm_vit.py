@@ -1,4 +1,4 @@
-"""timm's plain VisionTransformer: ViT, DeiT (1 to 3, distilled), MAE, DINO, DINOv2 (registers too), CLIP, SigLIP."""
+"""timm's plain VisionTransformer: ViT, DeiT (1 to 3, distilled), MAE, DINO, DINOv2 (registers too), CLIP, SigLIP, hybrids."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adaptkit.backbones._parallel import first_norm, is_parallel, parallel_block
 from adaptkit.backbones._timm import (
     REMEDY,
     add_prefix_and_positions,
@@ -20,6 +21,7 @@ from adaptkit.backbones._timm import (
     is_bare,
     is_checkpointing,
     joined,
+    patch_kernel,
     patch_side,
     patchify,
     perceptron,
@@ -52,7 +54,7 @@ class TimmViT(ViT):
         )
         spec = Spec("timm-vit", *sizes, channels(backbone))
         super().__init__(backbone, spec)
-        self.splits = all(getattr(unwrapped(unwrapped(blk).attn), "gate", None) is None for blk in backbone.blocks)
+        self.splits = all(_splits(unwrapped(blk)) for blk in backbone.blocks)
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patches, prefix, positions, CLIP's ``norm_pre``."""
@@ -61,7 +63,7 @@ class TimmViT(ViT):
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """timm's own blocks."""
-        return [_block(blk) for blk in block_list(self.backbone.blocks)]
+        return [timm_block(blk) for blk in block_list(self.backbone.blocks)]
 
     def norm(self, x: Tensor) -> Tensor:
         """``backbone.norm``; the identity where timm norms after pooling (``fc_norm``)."""
@@ -79,7 +81,9 @@ class TimmViT(ViT):
         """Patch kernel, first and last norms."""
         backbone: Any = self.backbone
         first, last = unwrapped(backbone.blocks[0]), unwrapped(backbone.blocks[-1])
-        return {"patch": backbone.patch_embed.proj.weight, "first": first.norm1.weight, "last": last.norm2.weight}
+        if is_parallel(first):
+            return {"patch": patch_kernel(backbone), "first": first_norm(first).weight, "last": first_norm(last).weight}
+        return {"patch": patch_kernel(backbone), "first": first.norm1.weight, "last": last.norm2.weight}
 
     def source(self) -> Source:
         """From ``pretrained_cfg``."""
@@ -98,9 +102,11 @@ class TimmViT(ViT):
         return timm_answers(self.backbone, tokens)
 
 
-def _block(outer: Any) -> Block:
+def timm_block(outer: Any) -> Block:
     """``outer``: the block as it runs, maybe compiled or wrapped; its parts are those of what is inside."""
     blk: Any = unwrapped(outer)
+    if is_parallel(blk):
+        return parallel_block(outer, blk)
     if not all(hasattr(blk, part) for part in ("norm1", "attn", "norm2", "mlp")):
         raise TypeError(f"timm's {class_name(blk)} is not of the form x + attn(norm(x)), x + mlp(norm(x)); {REMEDY}")
     attn = unwrapped(blk.attn)
@@ -116,6 +122,10 @@ def _block(outer: Any) -> Block:
     if any(cls.__name__ == "ResPostBlock" for cls in type(blk).__mro__):  # x + norm(attn(x)): the norm as LayerScale
         return Block(run=outer, norm1=identity, scale1=blk.norm1, norm2=identity, scale2=blk.norm2, **parts)
     return Block(run=outer, norm1=blk.norm1, scale1=scale1, norm2=blk.norm2, scale2=scale2, **parts)
+
+
+def _splits(blk: Any) -> bool:
+    return not is_parallel(blk) and getattr(unwrapped(blk.attn), "gate", None) is None
 
 
 def _scales(blk: Any, *names: str) -> Fn:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from adaptkit.core.near import hint
 from adaptkit.core.schema import check_fields
+from adaptkit.core.towers import Found, class_path, first_of, parts_of, said_of
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import View
 
@@ -35,11 +36,13 @@ __all__ = [
     "configured",
     "families",
     "heads",
+    "inside",
     "layouts",
     "register_adapter",
     "register_family",
     "register_head",
     "register_layout",
+    "register_refusal",
     "view",
 ]
 
@@ -85,19 +88,32 @@ class ForeignLayout(NamedTuple):
 
 
 _FAMILIES: dict[str, Callable[[nn.Module], View]] = {}
+_SHAPES: dict[tuple[str, ...], Callable[[nn.Module], View]] = {}
+_REFUSALS: dict[str, str] = {}
 _ADAPTERS: dict[str, Entry] = {}
 _HEADS: dict[str, Entry] = {}
 _LAYOUTS: dict[str, ForeignLayout] = {}
 
 
-def register_family(*class_paths: str) -> Callable[[T], T]:
-    """Class decorator: this view sees backbones of these classes (``"package.module.Class"``) and subclasses."""
+def register_family(*class_paths: str, having: tuple[str, ...] = ()) -> Callable[[T], T]:
+    """Class decorator: this view sees backbones of these classes (``"package.module.Class"``) and subclasses.
+
+    ``having``: attributes by which a class of any other name is taken for one of them, where code is handed on as
+    files and not as a package. ``attach`` proves what is seen; the names alone prove nothing.
+    """
 
     def register(cls: T) -> T:
         _FAMILIES.update(dict.fromkeys(class_paths, cls))
+        if having:
+            _SHAPES[having] = cls
         return cls
 
     return register
+
+
+def register_refusal(reason: str, *class_paths: str) -> None:
+    """Let :func:`view` say why no family can see these classes; ``reason`` ends with what to do instead."""
+    _REFUSALS.update(dict.fromkeys(class_paths, reason))
 
 
 def _register(table: dict[str, Entry], name: str, config: type[Any]) -> Callable[[T], T]:
@@ -185,25 +201,44 @@ def view(model: nn.Module) -> Any:
             f"that; hand over the plain {type(unwrapped(model)).__name__} and compile the adapted model "
             "(`torch.compile(adaptkit.attach(backbone, ...))`), or compile or wrap its blocks"
         )
+    family = _family_of(model)
+    if family is not None:
+        try:
+            return family(model)
+        except AttributeError as error:
+            raise TypeError(
+                f"this {type(model).__name__} is not built as {_as_built(model)}: {error}. Hand "
+                "over one whose parts are that class's own, or register a family for it: subclass "
+                "adaptkit.core.view.ViT and decorate it with @adaptkit.register_family('package.module.Class')"
+            ) from error
     known = families()
-    for cls in type(model).__mro__:
-        family = known.get(f"{cls.__module__}.{cls.__qualname__}")
-        if family is not None:
-            try:
-                return family(model)
-            except AttributeError as error:
-                raise TypeError(
-                    f"this {type(model).__name__} is not built as {cls.__module__}.{cls.__qualname__}: {error}. Hand "
-                    "over one whose parts are that class's own, or register a family for it: subclass "
-                    "adaptkit.core.view.ViT and decorate it with @adaptkit.register_family('package.module.Class')"
-                ) from error
+    said = said_of(model, *inside(model), first_of(model, _REFUSALS))
+    if said:
+        raise TypeError(f"no family sees {class_path(type(model))}{said}")
     names = ", ".join(sorted({path.rpartition(".")[2] for path in known}))
     raise TypeError(
-        f"no family sees {type(model).__module__}.{type(model).__qualname__}; known backbones: {names}. "
-        "A transformers model with a task head is attached through its base (`model.base_model`); another class "
+        f"no family sees {class_path(type(model))}; known backbones: {names}. Another class "
         "needs a family: subclass adaptkit.core.view.ViT and decorate it with "
         "@adaptkit.register_family('package.module.Class')"
     )
+
+
+def inside(model: nn.Module) -> tuple[list[Found], list[Found]]:
+    """Return the parts of a model that a family sees, and those that it refuses, the outermost of each."""
+    return parts_of(model, _family_of, _REFUSALS)
+
+
+def _family_of(model: nn.Module) -> Callable[[nn.Module], View] | None:
+    """Return what sees a model, by its class or one above it, else by the names of its attributes; None: nothing."""
+    family = first_of(model, families())
+    if family is None and first_of(model, _REFUSALS) is None:
+        family = next((f for names, f in _SHAPES.items() if all(hasattr(model, name) for name in names)), None)
+    return family
+
+
+def _as_built(model: nn.Module) -> str:
+    known = families()
+    return next((path for path in map(class_path, type(model).__mro__) if path in known), "its attributes say")
 
 
 def configured(arg: Any, known: dict[str, Entry], kind: str) -> tuple[Entry, Any]:

@@ -233,6 +233,7 @@ class View(ABC):
 
     positions: str = "none"  #: the rule by which positions go to another grid, as the backbone does it
     replayed: bool = False  #: whether the backbone has run already, for others too, and this view says what it gave
+    tupled: bool = False  #: whether the modules that blocks run return their tokens as the first of a pair
     spec: Any  #: Spec of a plain ViT, HierarchicalSpec of a hierarchical backbone
 
     def __init__(self, backbone: nn.Module) -> None:

@@ -90,7 +90,7 @@ def _prove_forward(view: View) -> None:
     blocks = seen.blocks((sizes[0][0] // side * side, sizes[0][1] // side * side))
     seen.own(seen.view.backbone, but=blocks)
     for index, module in enumerate(blocks):
-        _stand_in(module, index, run)
+        _stand_in(module, index, run, view.tupled)
     for size in sizes:
         where = f"an image of {size[0]}x{size[1]} pixels"
         image = seen.randn(1, seen.channels, *size)
@@ -159,14 +159,16 @@ def _listed(indices: list[int]) -> str:
     return f"{shown}, ... {len(indices)} in all" if len(indices) > 8 else shown or "none"
 
 
-def _stand_in(module: nn.Module, index: int, run: _Run) -> None:
+def _stand_in(module: nn.Module, index: int, run: _Run, tupled: bool) -> None:
     """Make a block of the copy a cheap function, of its place among the blocks and of the arguments it gets.
 
     The function is not linear, so that no norm takes out what it does; tame, so that rounding does not grow; and every
     token tells on all the others, as attention lets it.
     """
 
-    def forward(self: nn.Module, x: Tensor, *args: Any, **given: Any) -> Tensor:
+    def forward(self: nn.Module, x: Any, *args: Any, **given: Any) -> Any:
+        if isinstance(x, list):  # DINOv3 runs crops of several sizes at once: here it is one
+            return [forward(self, crop, *args, **given) for crop in x]
         digest = _digest((args, {k: v for k, v in given.items() if not k.startswith("output_")}))
         run.blocks.append((index, digest))
         run.first = x if run.first is None else run.first
@@ -174,7 +176,7 @@ def _stand_in(module: nn.Module, index: int, run: _Run) -> None:
         mean = few.mean(dim=tuple(range(1, x.ndim - 1)), keepdim=True)
         x = x.clone()
         x[..., :CHANNELS] = few * 0.5 + torch.sin(few + index + digest) + torch.cos(mean + index)
-        return x
+        return (x, None) if tupled else x
 
     module.__dict__.pop("forward", None)
     module.__class__ = type(module.__class__.__name__, (module.__class__,), {"forward": forward})

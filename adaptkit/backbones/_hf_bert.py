@@ -1,0 +1,59 @@
+"""Layers of transformers written as in BERT: ``attention.attention`` and ``attention.output``, ``intermediate`` and
+``output``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from adaptkit.backbones._hf import merge_heads
+from adaptkit.backbones._timm import is_bare, joined
+from adaptkit.core.tree import unwrapped
+from adaptkit.core.view import Perceptron, Projections, identity
+
+__all__ = ["attention_parts", "ffn"]
+
+
+def attention_parts(attention: Any) -> dict[str, Any]:
+    """``qkv``, ``out`` and ``projections`` of a Block; ``attention`` holds the attention itself and its ``output``."""
+    inner, output = unwrapped(attention.attention), attention.output
+    return {
+        "qkv": partial(_qkv, inner),
+        "out": joined(partial(merge_heads, output.dense), output.dropout),
+        "projections": partial(_projections, attention.attention, output.dense),
+    }
+
+
+def ffn(layer: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[], Perceptron | None]]:
+    """``mlp`` and ``perceptron`` of a Block."""
+    return joined(layer.intermediate, layer.output.dense, layer.output.dropout), partial(_perceptron, layer)
+
+
+def _qkv(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, P+N, D) -> three of (B, heads, P+N, E)."""
+    parts = (attn.query, attn.key, attn.value)
+    q, k, v = (part(h).unflatten(2, (attn.num_attention_heads, -1)).transpose(1, 2) for part in parts)
+    return q, k, v
+
+
+def _projections(outer: Any, proj: Any) -> Projections | None:
+    """Return the weights by head; None where a layer is no plain linear one, LoRA for instance."""
+    attn: Any = unwrapped(outer)
+    layers = (attn.query, attn.key, attn.value)
+    if not is_bare(outer, type(attn)) or not all(is_bare(layer, nn.Linear) for layer in (*layers, proj)):
+        return None
+    heads = attn.num_attention_heads
+    weights = tuple(layer.weight.view(1, heads, -1, layer.in_features) for layer in layers)
+    biases = tuple(None if layer.bias is None else layer.bias.view(1, heads, -1) for layer in layers)
+    out = proj.weight.view(proj.out_features, heads, -1)
+    return Projections(weights, biases, (identity, identity), out, proj.bias)
+
+
+def _perceptron(layer: Any) -> Perceptron | None:
+    inner, output = layer.intermediate, layer.output
+    whole = is_bare(inner, type(unwrapped(inner))) and is_bare(output, type(unwrapped(output)))
+    bare = whole and is_bare(inner.dense, nn.Linear) and is_bare(output.dense, nn.Linear)
+    return Perceptron(inner.dense, inner.intermediate_act_fn, output.dense) if bare else None

@@ -1,0 +1,94 @@
+"""transformers' VitDetModel and VitDetBackbone: windowed and global attention on a map, relative positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from adaptkit.backbones._hf import HfViT, hf_spec
+from adaptkit.backbones._maps import no_qkv, on_map, windowed
+from adaptkit.backbones._timm import block_list
+from adaptkit.core.registry import register_family
+from adaptkit.core.tree import unwrapped
+from adaptkit.core.view import Block
+
+
+@register_family(
+    "transformers.models.vitdet.modeling_vitdet.VitDetModel",
+    "transformers.models.vitdet.modeling_vitdet.VitDetBackbone",
+)
+class HfVitDet(HfViT):
+    """Blocks ``x + drop(attn(norm(x)))`` on maps (B, D, h, w), given and taken as tokens; no class token, no last norm.
+
+    Raises ``TypeError`` for one with convolutions after its blocks (``residual_block_indices``): they are no part of
+    the equation. Attention does not come apart: its windows are padded and its positions depend on the query.
+    """
+
+    positions = "bicubic, relative ones linear"
+    splits = False
+    tupled = True
+
+    def __init__(self, backbone: Any) -> None:
+        layers = backbone.encoder.layer
+        if any(unwrapped(layer).use_residual_block for layer in layers):
+            raise TypeError(
+                f"this {type(backbone).__name__} has convolutions after blocks "
+                f"{list(backbone.config.residual_block_indices)}, so that they are not of the form x + attn(norm(x)), "
+                "x + mlp(norm(x)); use one with residual_block_indices=[]"
+            )
+        kernel = backbone.embeddings.projection.weight
+        super().__init__(backbone, hf_spec("hf-vitdet", backbone.config, layers, 0, kernel))
+
+    def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+        """``backbone.embeddings``, which takes any size."""
+        return self.body.embeddings(image).flatten(2).transpose(1, 2)
+
+    def layers(self) -> Any:
+        """``backbone.encoder.layer``."""
+        return self.body.encoder.layer
+
+    def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
+        """The backbone's layers, tokens unfolded to this grid."""
+        return [_block(layer, grid) for layer in block_list(self.layers())]
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The identity."""
+        return x
+
+    def reference(self, image: Tensor) -> Tensor:
+        """``last_hidden_state``, its map as tokens."""
+        said = self._say(image)
+        return said.flatten(2).transpose(1, 2) if said.ndim == 4 else said
+
+    def fingerprint_tensors(self) -> dict[str, Tensor]:
+        """Patch kernel, first and last norms."""
+        layers, patch = self.body.encoder.layer, self.body.embeddings.projection.weight
+        return {"patch": patch, "first": unwrapped(layers[0]).norm1.weight, "last": unwrapped(layers[-1]).norm2.weight}
+
+
+def _block(outer: Any, grid: tuple[int, int]) -> Block:
+    """``outer``: the layer as it runs, maybe compiled or wrapped; its parts are those of what is inside."""
+    layer: Any = unwrapped(outer)
+    attn = partial(windowed, partial(_first, layer.attention), layer.window_size)
+    return Block(
+        run=partial(_run, outer, grid),
+        norm1=layer.norm1,
+        attn=partial(on_map, attn, grid),
+        scale1=layer.drop_path,
+        norm2=layer.norm2,
+        mlp=layer.mlp,
+        scale2=layer.drop_path,
+        qkv=no_qkv,
+        out=no_qkv,
+    )
+
+
+def _first(module: Any, x: Tensor) -> Tensor:
+    return module(x)[0]
+
+
+def _run(layer: Any, grid: tuple[int, int], x: Tensor) -> Tensor:
+    return layer(x.transpose(1, 2).unflatten(2, grid))[0].flatten(2).transpose(1, 2)
