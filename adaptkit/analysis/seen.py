@@ -26,7 +26,7 @@ from adaptkit.mixers.msda import MSDeformAttn
 from adaptkit.model.adapted import AdaptedModel
 from adaptkit.seam import reference
 
-__all__ = ["Seen", "evaluating", "look"]
+__all__ = ["Seen", "evaluating", "look", "moved"]
 
 READERS = (DeformableAttention, DeformableCrossAttention, MSDeformAttn)
 Grid = tuple[int, int]
@@ -74,6 +74,8 @@ def _by_modules(model: nn.Module, image: Tensor) -> dict[str, Seen]:
     inputs: dict[str, tuple[Any, ...]] = {}
     modules = dict(model.named_modules())
     readers = {name: m for name, m in modules.items() if isinstance(m, READERS)}
+    if not readers:
+        return {}
 
     def keep(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         inputs[name] = args
@@ -170,15 +172,21 @@ class _Watch(BlockAdapter):
         return partial(self._run, run, block, index) if index in self.dat.config.blocks else run
 
     def _run(self, run: Fn, block: Block, index: int, x: Tensor) -> Tensor:
-        weights, points = cast(DATBlock, self.dat.blocks[str(index)]).weights(block, x)
-        grid, patch = cast(Grid, block.grid), self.spec.patch_size
-        prefix = x.shape[1] - grid[0] * grid[1]
-        at = _pixels(points, grid, "exact", patch)  # (g, n, 2)
-        own = weights[0, :, prefix:, prefix:].transpose(0, 1)  # (Q, heads, n)
-        reference = reference_points((points.shape[2], points.shape[3]), "exact", points).expand_as(points)
-        stood = _pixels(reference, grid, "exact", patch)
-        self.seen[f"block {index}"] = Seen(at[None, :, None], own[:, :, None], grid, patch, stood[None, :, None])
+        deformed = cast(DATBlock, self.dat.blocks[str(index)])
+        self.seen[f"block {index}"] = moved(deformed, block, x, self.spec.patch_size)
         return run(x)
+
+
+def moved(deformed: DATBlock, block: Block, x: Tensor, patch: int) -> Seen:
+    """Return where a block of DAT-KV, given x (1, P+N, D), reads its patches, and with which weights."""
+    weights, points = deformed.weights(block, x)
+    grid = cast(Grid, block.grid)
+    prefix = x.shape[1] - grid[0] * grid[1]
+    at = _pixels(points, grid, "exact", patch)  # (g, n, 2)
+    own = weights[0, :, prefix:, prefix:].transpose(0, 1)  # (Q, heads, n)
+    reference = reference_points((points.shape[2], points.shape[3]), "exact", points).expand_as(points)
+    stood = _pixels(reference, grid, "exact", patch)
+    return Seen(at[None, :, None], own[:, :, None], grid, patch, stood[None, :, None])
 
 
 def _by_adapter(model: AdaptedModel, image: Tensor) -> dict[str, Seen]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.mixers.dat import attention_weights, check_heads, resized
+from adaptkit.mixers.dat import check_heads, resized
 from adaptkit.ops.grid import pad_to_multiple
 
 __all__ = ["ShiftedWindowAttention"]
@@ -55,38 +55,19 @@ class ShiftedWindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         (height, width), w, s = x.shape[2:], self.window, self.shift
-        windows, rows, columns = self._windows(x)
-        q, k, v = self._qkv(windows)
+        padded = pad_to_multiple(x, w)
+        if s:
+            padded = padded.roll((-s, -s), (2, 3))
+        windows = padded.unflatten(2, (-1, w)).unflatten(4, (-1, w))  # (B, C, rows, w, columns, w)
+        rows, columns = windows.shape[2], windows.shape[4]
+        tokens = windows.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(0, 2)  # (B*windows, w*w, C)
+        q, k, v = self.proj_qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         z = F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias(x, q))
         z = self.proj_out(z.transpose(1, 2).flatten(2)).unflatten(1, (w, w)).unflatten(0, (-1, rows, columns))
         z = z.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H', W')
         if s:
             z = z.roll((s, s), (2, 3))
         return z[:, :, :height, :width]
-
-    def attended(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map (B, C, H, W) -> attention (B, heads, H*W, K) in the window of each cell, and its K cells (H*W, K)."""
-        cells = torch.arange(1, x.shape[2] * x.shape[3] + 1, device=x.device).view(1, 1, *x.shape[2:])
-        where = self._windows(cells)[0][:, :, 0] - 1  # (windows, K), -1 is padding
-        q, k, _ = self._qkv(self._windows(x)[0])
-        weights = attention_weights(q, k, self._bias(x, q)).unflatten(0, (-1, len(where)))
-        weights = weights.transpose(1, 2).flatten(2, 3)  # (B, heads, windows * K, K)
-        order = where.flatten().argsort()[(where < 0).sum() :]  # the cells row by row, without padding
-        keys = where[:, None].expand(-1, where.shape[1], -1).flatten(0, 1)
-        return weights[:, :, order], keys[order].clamp_min(0)
-
-    def _windows(self, x: Tensor) -> tuple[Tensor, int, int]:
-        """(B, C, H, W) -> tokens (B*windows, w*w, C) of the map shifted and padded, rows and columns of windows."""
-        padded, w = pad_to_multiple(x, self.window), self.window
-        if self.shift:
-            padded = padded.roll((-self.shift, -self.shift), (2, 3))
-        windows = padded.unflatten(2, (-1, w)).unflatten(4, (-1, w))  # (B, C, rows, w, columns, w)
-        tokens = windows.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(0, 2)
-        return tokens, windows.shape[2], windows.shape[4]
-
-    def _qkv(self, windows: Tensor) -> tuple[Tensor, ...]:
-        """Tokens (B*windows, w*w, C) -> three of (B*windows, heads, w*w, E)."""
-        return self.proj_qkv(windows).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def _bias(self, x: Tensor, q: Tensor) -> Tensor:
         """Relative position and mask: (1, heads, w*w, w*w), or (B*windows, heads, w*w, w*w) where there is a mask."""
