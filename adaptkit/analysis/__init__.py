@@ -1,7 +1,40 @@
-"""What a model does with an image: MACs per image, and the papers' pictures of what it keeps and where it looks."""
+"""What a model does with an image: MACs per image, and the figures of the papers, each with its numbers.
+
+A figure is a result with numbers in it, ``.figure()`` and ``.save("name.pdf")``, which need matplotlib
+(``pip install 'adaptkit-vit[figures]'``); ``adaptkit look MODEL IMAGES --out DIR`` makes all that apply.
+"""
 
 from adaptkit.analysis import accounting
+from adaptkit.analysis.attention_maps import attention_maps
+from adaptkit.analysis.cam import grad_cam
+from adaptkit.analysis.distance import attention_distance
+from adaptkit.analysis.feature_pca import feature_pca
 from adaptkit.analysis.kept import kept_patches, usage_by_depth
+from adaptkit.analysis.patches import position_similarity, rgb_filters
 from adaptkit.analysis.points import attended_keys, deformed_points, sampling_points
+from adaptkit.analysis.pyramids import GammaByStep, feature_maps, gamma_by_depth
+from adaptkit.analysis.query_keys import offset_lengths, query_keys
+from adaptkit.analysis.rollout import rollout
+from adaptkit.analysis.spectrum import spectrum
 
-__all__ = ["accounting", "attended_keys", "deformed_points", "kept_patches", "sampling_points", "usage_by_depth"]
+__all__ = [
+    "GammaByStep",
+    "accounting",
+    "attended_keys",
+    "attention_distance",
+    "attention_maps",
+    "deformed_points",
+    "feature_maps",
+    "feature_pca",
+    "gamma_by_depth",
+    "grad_cam",
+    "kept_patches",
+    "offset_lengths",
+    "position_similarity",
+    "query_keys",
+    "rgb_filters",
+    "rollout",
+    "sampling_points",
+    "spectrum",
+    "usage_by_depth",
+]

@@ -20,13 +20,13 @@ from adaptkit.adapters.vit_adapter.config import STRIDES
 from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.view import Block, Fn
 from adaptkit.mixers.base import Layout
-from adaptkit.mixers.dat import Convention, DeformableAttention, to_cells
+from adaptkit.mixers.dat import Convention, DeformableAttention, reference_points, to_cells
 from adaptkit.mixers.deformed import DeformableCrossAttention
 from adaptkit.mixers.msda import MSDeformAttn
 from adaptkit.model.adapted import AdaptedModel
 from adaptkit.seam import reference
 
-__all__ = ["Seen", "evaluating", "look"]
+__all__ = ["Seen", "evaluating", "look", "moved"]
 
 READERS = (DeformableAttention, DeformableCrossAttention, MSDeformAttn)
 Grid = tuple[int, int]
@@ -41,6 +41,8 @@ class Seen(NamedTuple):
     weights: Tensor  #: (Q, heads, L, K): attention on each; what is missing to 1 is on prefix tokens
     grid: Grid  #: (h, w) of the queries, Q = h * w row by row
     stride: int  #: side of a query's cell in pixels
+    #: where they would be read had nothing moved them, broadcast to ``points``; None where nothing could move
+    reference: Tensor | None = None
 
 
 def look(model: nn.Module, image: Tensor) -> dict[str, Seen]:
@@ -72,6 +74,8 @@ def _by_modules(model: nn.Module, image: Tensor) -> dict[str, Seen]:
     inputs: dict[str, tuple[Any, ...]] = {}
     modules = dict(model.named_modules())
     readers = {name: m for name, m in modules.items() if isinstance(m, READERS)}
+    if not readers:
+        return {}
 
     def keep(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         inputs[name] = args
@@ -106,8 +110,9 @@ def _self_form(mixer: DeformableAttention, x: Tensor, stride: int) -> Seen:
     """Map (1, C, h, w) -> the points that its cells share, group by group."""
     got, grid = mixer.read(x, weights=True), (x.shape[2], x.shape[3])
     points = _pixels(got.points, grid, mixer.convention, stride)  # (g, n, 2)
+    reference = _pixels(got.reference, grid, mixer.convention, stride)
     weights = cast(Tensor, got.weights)[0].transpose(0, 1)  # (Q, heads, n)
-    return Seen(points[None, :, None], weights[:, :, None], grid, stride)
+    return Seen(points[None, :, None], weights[:, :, None], grid, stride, reference[None, :, None])
 
 
 def _cross_form(reader: Any, query: Tensor, feat: Tensor, layout: Layout, first: int) -> list[Seen]:
@@ -126,7 +131,11 @@ def _cross_form(reader: Any, query: Tensor, feat: Tensor, layout: Layout, first:
     seen = []
     for (points, weights), centres, grid in zip(found, layout.points.split(sizes), layout.queries):
         stride = round(float(2 * centres[0, 1] * extent[1]))  # the first query is half a cell from the edge
-        seen.append(Seen((points * extent).flip(-1), weights, grid, stride))
+        if isinstance(reader, MSDeformAttn):
+            reference = centres[:, None, None, None]  # the query's own place
+        else:
+            reference = reader.reference(centres, grid)[:, None, None]
+        seen.append(Seen((points * extent).flip(-1), weights, grid, stride, (reference * extent).flip(-1)))
     return seen
 
 
@@ -163,13 +172,21 @@ class _Watch(BlockAdapter):
         return partial(self._run, run, block, index) if index in self.dat.config.blocks else run
 
     def _run(self, run: Fn, block: Block, index: int, x: Tensor) -> Tensor:
-        weights, points = cast(DATBlock, self.dat.blocks[str(index)]).weights(block, x)
-        grid, patch = cast(Grid, block.grid), self.spec.patch_size
-        prefix = x.shape[1] - grid[0] * grid[1]
-        at = _pixels(points, grid, "exact", patch)  # (g, n, 2)
-        own = weights[0, :, prefix:, prefix:].transpose(0, 1)  # (Q, heads, n)
-        self.seen[f"block {index}"] = Seen(at[None, :, None], own[:, :, None], grid, patch)
+        deformed = cast(DATBlock, self.dat.blocks[str(index)])
+        self.seen[f"block {index}"] = moved(deformed, block, x, self.spec.patch_size)
         return run(x)
+
+
+def moved(deformed: DATBlock, block: Block, x: Tensor, patch: int) -> Seen:
+    """Return where a block of DAT-KV, given x (1, P+N, D), reads its patches, and with which weights."""
+    weights, points = deformed.weights(block, x)
+    grid = cast(Grid, block.grid)
+    prefix = x.shape[1] - grid[0] * grid[1]
+    at = _pixels(points, grid, "exact", patch)  # (g, n, 2)
+    own = weights[0, :, prefix:, prefix:].transpose(0, 1)  # (Q, heads, n)
+    reference = reference_points((points.shape[2], points.shape[3]), "exact", points).expand_as(points)
+    stood = _pixels(reference, grid, "exact", patch)
+    return Seen(at[None, :, None], own[:, :, None], grid, patch, stood[None, :, None])
 
 
 def _by_adapter(model: AdaptedModel, image: Tensor) -> dict[str, Seen]:

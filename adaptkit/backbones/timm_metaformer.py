@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from adaptkit.backbones._timm import block_list, is_checkpointing, joined, timm_source
+from adaptkit.backbones._timm import block_list, is_checkpointing, joined, split_qkv, timm_source
 from adaptkit.core.hierarchical import HierarchicalSpec, HierarchicalViT
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
@@ -99,6 +101,8 @@ def _as_is(f: Fn, x: Tensor) -> Tensor:
 
 def _block(outer: Any, on: Any) -> Block:
     """``outer``: the block as it runs, maybe compiled or wrapped; its parts are those of what is inside."""
+    from timm.models.metaformer import Attention
+
     blk: Any = unwrapped(outer)
     parts: dict[str, Any] = {
         "norm1": blk.norm1,
@@ -111,7 +115,18 @@ def _block(outer: Any, on: Any) -> Block:
     if not (isinstance(blk.res_scale1, nn.Identity) and isinstance(blk.res_scale2, nn.Identity)):
         parts = dict.fromkeys(parts, _no_equation)
     parts = {name: partial(on, f) for name, f in parts.items()}
-    return Block(run=partial(on, outer), qkv=_no_qkv, out=_no_qkv, **parts)
+    block = Block(run=partial(on, outer), qkv=_no_qkv, out=_no_qkv, **parts)
+    if not isinstance(blk.token_mixer, Attention):
+        return block
+    # Its norm is told also where the block scales x itself: what is attended to does not depend on that.
+    return replace(block, norm1=partial(on, blk.norm1), attended=partial(_attended, blk.token_mixer))
+
+
+def _attended(attn: Any, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Normed tokens (B, N, D) -> attention (B, heads, N, N), and all N cells for each (N, N)."""
+    q, k, _ = split_qkv(attn.qkv(h), attn.num_heads)
+    count = h.shape[1]
+    return (q @ k.mT * attn.scale).softmax(-1), torch.arange(count, device=h.device).expand(count, -1)
 
 
 def _no_equation(x: Tensor) -> Any:

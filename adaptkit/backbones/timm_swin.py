@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptkit.backbones._timm import block_list, channels, is_checkpointing, timm_source
+from adaptkit.backbones._timm import block_list, channels, is_checkpointing, split_qkv, timm_source
 from adaptkit.core.hierarchical import HierarchicalSpec, HierarchicalViT
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
@@ -104,6 +105,7 @@ def _block(outer: Any, grid: tuple[int, int]) -> Block:
         scale2=blk.drop_path2,
         qkv=_no_qkv,
         out=_no_qkv,
+        attended=partial(_attended, blk, grid),
     )
     # The backbone's own forward would take the mask of its own grid.
     return block if native else Block(**{**vars(block), "run": block.equation})
@@ -119,13 +121,40 @@ def _attn(blk: Any, x: Tensor) -> Tensor:
 
     (height, width), window = x.shape[1:3], blk.window_size
     shift = tuple(blk.shift_size)
-    x = x.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else x
-    x = F.pad(x, (0, 0, 0, -width % window[1], 0, -height % window[0]))
-    mask = blk.get_attn_mask(x)
+    x = _shifted(blk, x)
     windows = window_partition(x, window).flatten(1, 2)  # (B * windows, cells, D)
-    y = blk.attn(windows, mask=mask).unflatten(1, window)
+    y = blk.attn(windows, mask=blk.get_attn_mask(x)).unflatten(1, window)
     y = window_reverse(y, window, x.shape[1], x.shape[2])[:, :height, :width].contiguous()
     return y.roll(shift, (1, 2)) if any(shift) else y
+
+
+def _shifted(blk: Any, x: Tensor, value: float = 0.0) -> Tensor:
+    """(B, h, w, D) -> (B, h', w', D): shifted as the block does, then padded to whole windows."""
+    (height, width), window, shift = x.shape[1:3], blk.window_size, tuple(blk.shift_size)
+    x = x.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else x
+    return F.pad(x, (0, 0, 0, -width % window[1], 0, -height % window[0]), value=value)
+
+
+def _attended(blk: Any, grid: tuple[int, int], h: Tensor) -> tuple[Tensor, Tensor]:
+    """Normed tokens (B, N, D) -> attention (B, heads, N, K) in the window of each cell, and its K cells (N, K).
+
+    Padding is a key in timm's Swin: what it gets is left out.
+    """
+    from timm.models.swin_transformer import window_partition
+
+    attn: Any = unwrapped(blk.attn)
+    x, count = _shifted(blk, h.unflatten(1, grid)), grid[0] * grid[1]
+    cells = torch.arange(count, device=h.device).view(1, *grid, 1)
+    cells = window_partition(_shifted(blk, cells, -1), blk.window_size).flatten(1)  # (windows, K), -1 is padding
+    q, k, _ = split_qkv(attn.qkv(window_partition(x, blk.window_size).flatten(1, 2)), attn.num_heads)
+    logits = q @ k.mT * attn.scale + attn._get_rel_pos_bias()
+    logits, mask = logits.unflatten(0, (-1, len(cells))), blk.get_attn_mask(x)  # (B, windows, heads, K, K)
+    weights = (logits if mask is None else logits + mask[:, None]).softmax(-1)
+    weights = weights.masked_fill((cells < 0)[:, None, None], 0.0).transpose(1, 2).flatten(2, 3)  # (B, heads, ., K)
+    where = cells.flatten()
+    order = where.argsort()[(where < 0).sum() :]  # the cells row by row, without padding
+    keys = cells[:, None].expand(-1, cells.shape[1], -1).flatten(0, 1)
+    return weights[:, :, order], keys[order].clamp_min(0)
 
 
 def _no_qkv(x: Tensor) -> Any:

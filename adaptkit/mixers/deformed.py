@@ -83,11 +83,18 @@ class DeformableCrossAttention(CrossMixer):
         stride = -(-max(q.shape[-2:]) // SIDE)
         offset = self.offset_conv(q)[:, :, ::stride, ::stride]  # the convolution with this stride
         offset = self.offset_proj(F.gelu(self.offset_norm(offset))).to(places.dtype)  # (B, 2, h', w')
-        reference = tokens_to_map(places[None], (q.shape[-2], q.shape[-1]))
+        step = FACTOR / 2 / pair(offset.shape[-1], offset.shape[-2], offset)
+        reference = self.reference(places, (q.shape[-2], q.shape[-1]))
+        return reference + map_to_tokens(offset.tanh() * step.view(1, 2, 1, 1))
+
+    @staticmethod
+    def reference(places: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Places (h*w, 2) of the queries of a grid -> where the points stand before they move (1, n, 2)."""
+        stride = -(-max(grid) // SIDE)
+        reference = tokens_to_map(places[None], grid)
         if stride > 1:  # a point stands at the mean of the cells that it is for
             reference = F.avg_pool2d(reference, stride, ceil_mode=True)
-        step = FACTOR / 2 / pair(offset.shape[-1], offset.shape[-2], offset)
-        return map_to_tokens(reference + offset.tanh() * step.view(1, 2, 1, 1))
+        return map_to_tokens(reference)
 
     def _split(self, x: Tensor) -> Tensor:
         """(B, n, width) -> (B, heads, n, E)."""

@@ -1,0 +1,115 @@
+"""What a query attends to: one map for each head of each block (DINO, Caron et al. 2021, figure 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adaptkit.analysis.attention import Attention, attentions
+from adaptkit.analysis.seen import Seen
+from adaptkit.analysis.style import WIDTH, Drawn, colour_bar, pictured, show, star
+from adaptkit.analysis.watch import batch, source_of
+from adaptkit.ops.grid import cells
+
+__all__ = ["AttentionMaps", "attention_maps", "query_cell"]
+
+HEADS = 8  #: columns of a figure, at most
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMaps(Drawn):
+    """Attention of one query on the patches of an image."""
+
+    maps: dict[int, Tensor]  #: by block: (heads, h, w); what is missing to 1 is on class and register tokens
+    query: tuple[float, float] | None  #: (y, x) in pixels; None: the class token
+    strides: dict[int, int]  #: side of a cell in pixels, by block
+    picture: np.ndarray
+
+    def draw(self, figure: Any) -> None:
+        """A row for each block, a column for each head, each map as a share of its largest value."""
+        columns = min(HEADS, max(len(m) for m in self.maps.values()))
+        side, (height, width) = WIDTH / columns, self.picture.shape[:2]
+        figure.set_size_inches(WIDTH, len(self.maps) * (side * height / width) + 0.25)
+        grid = figure.add_gridspec(len(self.maps), columns)
+        shown, used = None, []
+        for row, (block, maps) in enumerate(self.maps.items()):
+            for head, values in enumerate(maps[:columns]):
+                axes = figure.add_subplot(grid[row, head], xticks=[], yticks=[])
+                axes.spines[:].set_visible(False)
+                share = (values / values.amax().clamp_min(1e-12)).numpy()
+                shown = show(axes, self.picture, share, self.strides[block], 0.75, vmin=0, vmax=1)
+                if self.query is not None:
+                    star(axes, self.query)
+                if head == 0:
+                    axes.set_ylabel(f"block {block}")
+                if row == 0:
+                    axes.set_title(f"head {head}")
+                used.append(axes)
+        colour_bar(figure, shown, used, "attention, of its largest")
+
+
+def attention_maps(
+    model: nn.Module,
+    image: Tensor,
+    query: tuple[float, float] | None = None,
+    blocks: int | Sequence[int] | None = 1,
+) -> AttentionMaps:
+    """Return what one query attends to, head by head.
+
+    Args:
+        model, blocks: as :func:`attention_distance`, but for the last block alone where nothing is said.
+        image: one, (C, H, W) or (1, C, H, W).
+        query: (y, x) in pixels; None is the class token, or the middle of the image where there is none.
+
+    Raises ``TypeError`` where a block's attention does not come apart, or its keys have moved (see ``query_keys``), and
+    ``ValueError`` for a query outside of the image.
+    """
+    (one,) = given if len(given := batch(image)) == 1 else _refuse(given)
+    size = (one.shape[-2], one.shape[-1])
+    found: dict[int, Tensor] = {}
+    strides: dict[int, int] = {}
+    at: list[tuple[float, float] | None] = [query]
+
+    def keep(attention: Attention) -> None:
+        seen = attention.patches
+        if attention.full is not None and attention.prefix and query is None:
+            row = attention.full[:, 0, attention.prefix :].unflatten(1, seen.grid)
+        else:
+            at[0] = (size[0] / 2, size[1] / 2) if query is None else query
+            row = _row(attention, query_cell(at[0], seen, size))
+        found[attention.index], strides[attention.index] = row.cpu(), seen.stride
+
+    attentions(model, one, keep, blocks)
+    (picture,) = pictured([one[0]], source_of(model, one.shape[1]))
+    return AttentionMaps(found, at[0], strides, picture)
+
+
+def _refuse(given: Sequence[Tensor]) -> Any:
+    raise ValueError(f"{len(given)} images were given; give one, (C, H, W)")
+
+
+def _row(attention: Attention, query: int) -> Tensor:
+    """Return the attention (heads, h, w) of one patch."""
+    seen = attention.patches
+    if seen.reference is not None:
+        raise TypeError(
+            f"block {attention.index} reads keys that have moved off the grid, which make no map; see query_keys"
+        )
+    grid, weights = seen.grid, seen.weights[query, :, 0]  # (heads, K)
+    points = seen.points[query if len(seen.points) > 1 else 0, 0, 0]  # (K, 2)
+    cell = (points / seen.stride).floor().long()
+    flat = torch.zeros(len(weights), grid[0] * grid[1], device=weights.device)
+    return flat.index_add(1, cell[:, 0] * grid[1] + cell[:, 1], weights).unflatten(1, grid)
+
+
+def query_cell(query: tuple[float, float], seen: Seen, size: tuple[int, int]) -> int:
+    """Return the index of the cell that holds a pixel (y, x). Raises ``ValueError`` for one outside of the image."""
+    (y, x), (height, width) = query, size
+    if not (0 <= y < height and 0 <= x < width):
+        raise ValueError(f"query {query} is outside of an image of {height}x{width} pixels; give (y, x) inside")
+    return cells(int(y) + 1, seen.stride) * seen.grid[1] - seen.grid[1] + cells(int(x) + 1, seen.stride) - 1

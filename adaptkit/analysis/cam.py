@@ -1,0 +1,180 @@
+"""Grad-CAM (Selvaraju et al. 2017): which places speak for a class, or for the class of some pixels.
+
+    w_k = mean_ij  dy / dA_kij,        L_ij = ReLU(sum_k w_k A_kij)
+
+A are the maps that leave a block, or those of the pyramid, and y is the score: a logit, or for pixels the sum of the
+logits there (Seg-Grad-CAM, Vinogradova et al. 2020). A is made a leaf where it arises, so that a frozen backbone gives
+a gradient as well, whether or not ``Features.maps`` leads to the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adaptkit.analysis.attention_maps import _refuse
+from adaptkit.analysis.seen import evaluating
+from adaptkit.analysis.style import Drawn, panels, pictured, show
+from adaptkit.analysis.watch import Host, batch, chosen, run_watched, source_of, stages
+from adaptkit.core.view import Block, Features
+from adaptkit.ops.grid import map_to_tokens
+from adaptkit.seam import reference
+
+__all__ = ["GradCAM", "grad_cam"]
+
+Target = int | Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class GradCAM(Drawn):
+    """Where a score comes from."""
+
+    cam: Tensor  #: (h, w), not negative
+    score: float  #: y
+    at: str  #: whose maps: ``"block 10"`` or ``"map 16"``, by its stride
+    stride: int  #: side of a cell in pixels
+    picture: np.ndarray
+    target: str  #: what y is
+
+    def draw(self, figure: Any) -> None:
+        """The image, and over it the map resized bilinearly, as a share of its largest value."""
+        height, width = self.picture.shape[:2]
+        left, right = panels(figure, 2, 2, height / width, width=4.4)
+        left.set_title("image")
+        right.set_title(f"{self.target}, {self.at}")
+        show(left, self.picture)
+        cam = self.cam[None, None] / self.cam.amax().clamp_min(1e-30)
+        cam = F.interpolate(cam, scale_factor=float(self.stride), mode="bilinear")[0, 0, :height, :width]
+        shown = show(right, self.picture, cam.numpy(), 1, 0.6, vmin=0, vmax=1)
+        bar = figure.colorbar(shown, ax=[left, right], shrink=0.7, aspect=25, pad=0.015, label="of its largest")
+        bar.solids.set_alpha(1)
+
+
+def grad_cam(
+    model: nn.Module,
+    image: Tensor,
+    target: Target | None = None,
+    pixels: Tensor | tuple[int, int] | None = None,
+    at: int | str | None = None,
+) -> GradCAM:
+    """Return where the score of a class comes from.
+
+    Args:
+        model: what ``attach`` returned, with a head or a backbone that classifies, or a bare backbone that does.
+        image: one, (C, H, W), normalised as the backbone wants it.
+        target: index of a class; None: the best one. Or a function of the logits that returns one number.
+        pixels: for logits that are maps (B, classes, H, W): a mask (H, W), or one pixel (y, x); None: all pixels that
+            get this class.
+        at: the maps: those that leave a block (its index), or ``"map 8"``, those of the pyramid at this stride. None:
+            the last place whose patches have a say, the coarsest map first where the head reads maps. In a ViT that
+            classifies by its class token that is the last block but one.
+
+    Raises ``TypeError`` for a model without logits, and ``ValueError`` where the place has no say in the score.
+    """
+    (one,) = given if len(given := batch(image)) == 1 else _refuse(given)
+    host = Host.of(model)
+    depth, strides = host.vit.spec.depth, stages(host.vit.spec)
+    asked = [at] if at is not None else [None, *range(depth - 1, -1, -1)]
+    for place in asked:
+        found = _try(model, host, one, target, pixels, place)
+        if found is not None:
+            a, slope, score, name, said = found
+            cam = (slope.mean((0, 1)) * a).sum(-1).relu().detach().float().cpu()
+            block = int(name.split()[1]) if name.startswith("block") else 0
+            stride = int(name.split()[1]) if name.startswith("map") else strides[block]
+            (picture,) = pictured([one[0]], source_of(model, one.shape[1]))
+            return GradCAM(cam, score, name, stride, picture, said)
+    where = "no block" if at is None else f"at={at!r}"
+    raise ValueError(
+        f"{where} has a say in this score: the logits do not depend on the patches there. A class token reads the "
+        "patches in the last block, so that what they are behind it counts for nothing; choose an earlier block"
+    )
+
+
+def _try(
+    model: nn.Module, host: Host, image: Tensor, target: Any, pixels: Any, at: int | str | None
+) -> tuple[Tensor, Tensor, float, str, str] | None:
+    """Return A (h, w, D), dy/dA, y, the place and the target; None where y does not depend on A."""
+    leaf: list[tuple[Tensor, str, tuple[int, int]]] = []
+    index = chosen([at], host.vit.spec.depth)[0] if isinstance(at, int) else -1
+
+    def visit(block: Block, i: int, x: Tensor, y: Tensor) -> Tensor | None:
+        if i != index:
+            return None
+        y = y.detach().requires_grad_()
+        leaf[:] = [(y, f"block {i}", block.grid or (0, 0))]
+        return y
+
+    with torch.enable_grad(), evaluating(model), reference():
+        features = run_watched(model, image, visit)
+        if not isinstance(at, int):
+            features = _map_as_leaf(features, at, leaf)
+            if not leaf:
+                return None
+        logits = host.logits(features)
+        score, said = _score(logits, target, pixels, image.shape[-2:])
+        a, name, grid = leaf[0]
+        if not score.requires_grad:
+            return None
+        (slope,) = torch.autograd.grad(score, a, allow_unused=True)
+    if slope is None:
+        return None
+    tokens = (a, slope) if a.ndim == 3 else (map_to_tokens(a), map_to_tokens(slope))
+    a, slope = (t[0, t.shape[1] - grid[0] * grid[1] :].unflatten(0, grid) for t in tokens)
+    return (a, slope, float(score.detach()), name, said) if bool(slope.any()) else None
+
+
+def _map_as_leaf(features: Features, at: str | None, leaf: list[Any]) -> Features:
+    """Make a map of the pyramid a leaf: the one at ``"map <stride>"``, or the coarsest."""
+    maps = {-(-features.size[0] // m.shape[-2]): i for i, m in enumerate(features.maps)}
+    if at is not None and (not at.startswith("map ") or not at[4:].isdecimal() or int(at[4:]) not in maps):
+        there = ", ".join(f"'map {s}'" for s in maps) or "no map"
+        raise ValueError(f"at={at!r}: give the index of a block, or a map of this model's pyramid; it makes {there}")
+    if not maps:
+        return features
+    stride = max(maps) if at is None else int(at[4:])
+    own = features.maps[maps[stride]].detach().requires_grad_()
+    leaf[:] = [(own, f"map {stride}", (own.shape[-2], own.shape[-1]))]
+    return features._replace(maps=tuple(own if i == maps[stride] else m for i, m in enumerate(features.maps)))
+
+
+def _score(logits: Any, target: Any, pixels: Any, size: Sequence[int]) -> tuple[Tensor, str]:
+    """Return y, and what it is."""
+    if callable(target):
+        return target(logits), getattr(target, "__name__", "score")
+    if not isinstance(logits, Tensor) or logits.ndim not in (2, 4):
+        what = "no logits" if logits is None else f"{type(logits).__name__} for logits"
+        raise TypeError(
+            f"this model gives {what}; attach a head that classifies images (B, classes) or pixels (B, classes, H, W), "
+            "or give as target a function of what it gives that returns one number"
+        )
+    if logits.ndim == 2:
+        chosen_class = int(logits[0].argmax()) if target is None else int(target)
+        return logits[0, chosen_class], f"class {chosen_class}"
+    if tuple(logits.shape[-2:]) != tuple(size):
+        logits = F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
+    mask, best = _mask(pixels, size, logits.device), logits[0].argmax(0)
+    if target is None:
+        target = int((best if mask is None else best[mask]).flatten().mode().values)
+    mask = best == int(target) if mask is None else mask
+    if not bool(mask.any()):
+        raise ValueError(f"no pixel is class {target}; give pixels= a mask or a pixel, or another target")
+    return logits[0, int(target)][mask].sum(), f"class {int(target)}, {int(mask.sum())} pixels"
+
+
+def _mask(pixels: Any, size: Sequence[int], device: torch.device) -> Tensor | None:
+    if pixels is None:
+        return None
+    if isinstance(pixels, Tensor):
+        if tuple(pixels.shape) != tuple(size):
+            raise ValueError(f"pixels has shape {tuple(pixels.shape)} and the image {tuple(size)}; give a mask (H, W)")
+        return pixels.to(device).bool()
+    mask = torch.zeros(tuple(size), dtype=torch.bool, device=device)
+    mask[pixels[0], pixels[1]] = True
+    return mask

@@ -1,0 +1,128 @@
+"""All figures that apply to a model, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from adaptkit.analysis.attention_maps import attention_maps
+from adaptkit.analysis.cam import grad_cam
+from adaptkit.analysis.distance import attention_distance
+from adaptkit.analysis.feature_pca import feature_pca
+from adaptkit.analysis.kept import kept_patches
+from adaptkit.analysis.patches import position_similarity, rgb_filters
+from adaptkit.analysis.points import deformed_points
+from adaptkit.analysis.pyramids import feature_maps, gamma_by_depth
+from adaptkit.analysis.query_keys import query_keys
+from adaptkit.analysis.rollout import rollout
+from adaptkit.analysis.spectrum import spectrum
+from adaptkit.analysis.style import Drawn, styled
+from adaptkit.analysis.watch import Host
+from adaptkit.model.adapted import AdaptedModel
+
+__all__ = ["FIGURES", "Looked", "looks"]
+
+ROLLOUTS, COLOURED = 3, 6  #: images in these figures, at most
+Query = tuple[float, float]
+
+
+class Looked(NamedTuple):
+    """One figure."""
+
+    name: str
+    files: tuple[Path, ...]  #: none where it does not apply
+    why: str = ""  #: why it does not
+
+
+class _Asked(NamedTuple):
+    """What every figure may use."""
+
+    model: nn.Module
+    images: list[Tensor]  #: each (C, H, W)
+    blocks: Any
+    query: Query
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """The model, and beside an adapted one its backbone."""
+        if not isinstance(self.model, AdaptedModel):
+            return {"backbone": self.model}
+        return {"backbone": self.model.backbone, " + ".join(self.model.adapters): self.model}
+
+    @property
+    def depths(self) -> Any:
+        """The blocks, or four of them from the first to the last."""
+        depth = Host.of(self.model).vit.spec.depth
+        return self.blocks if self.blocks is not None else sorted({round(i * (depth - 1) / 3) for i in range(4)})
+
+
+def _attention_maps(a: _Asked) -> Drawn:
+    try:
+        return attention_maps(a.model, a.images[0], None, a.depths)
+    except TypeError:
+        if a.blocks is not None:
+            raise
+        return attention_maps(a.model, a.images[0], None, 1)  # where early blocks have no attention (CAFormer)
+
+
+#: By name: what makes the figure.
+FIGURES: dict[str, Callable[[_Asked], Any]] = {
+    "attention_distance": lambda a: attention_distance(a.model, a.images, a.blocks),
+    "attention_maps": _attention_maps,
+    "deformed_points": lambda a: deformed_points(a.model, a.images[0]).picture,
+    "feature_maps": lambda a: feature_maps(a.models, a.images[0]),
+    "feature_pca": lambda a: feature_pca(a.model, a.images[:COLOURED]),
+    "gamma": lambda a: gamma_by_depth(a.model),  # type: ignore[arg-type]
+    "grad_cam": lambda a: grad_cam(a.model, a.images[0]),
+    "kept_patches": lambda a: kept_patches(a.model, a.images[0]),  # type: ignore[arg-type]
+    "position_similarity": lambda a: position_similarity(a.model, None),
+    "query_keys": lambda a: query_keys(a.model, a.images[0], a.query, a.blocks),
+    "rgb_filters": lambda a: rgb_filters(a.model),
+    "rollout": lambda a: rollout(a.model, a.images[:ROLLOUTS], a.blocks),
+    "spectrum": lambda a: spectrum(a.models, a.images),
+    "spectrum_planes": lambda a: spectrum(a.models, a.images).planes(),
+}
+
+
+def looks(
+    model: nn.Module,
+    images: Sequence[Tensor],
+    out: Path,
+    blocks: int | Sequence[int] | None = None,
+    query: Query | None = None,
+    formats: Sequence[str] = ("png", "pdf"),
+    only: Sequence[str] = (),
+) -> Iterator[Looked]:
+    """Make every figure in a folder that is there, one after another.
+
+    Args:
+        model: what ``attach`` returned, or a bare backbone.
+        images: of one size, each (C, H, W), normalised as the backbone wants them.
+        out: where to write ``NAME.png``, ``NAME.pdf``, ...
+        blocks, query: as the figures take them; the query is the middle of the image where it is not given.
+        formats: of ``png``, ``pdf`` and ``svg``; pictures of kept patches and moved points are PNG alone.
+        only: names of figures; all where it is empty.
+
+    Raises ``ImportError`` where matplotlib is missing, before anything is run.
+    """
+    with styled():
+        pass
+    height, width = images[0].shape[-2:]
+    asked = _Asked(model, list(images), blocks, query or (height / 2, width / 2))
+    for name in only or FIGURES:
+        try:
+            made = FIGURES[name](asked)
+        except (TypeError, ValueError) as error:
+            yield Looked(name, (), str(error))
+            continue
+        yield Looked(name, _written(made, out / name, formats))
+
+
+def _written(made: Any, place: Path, formats: Sequence[str]) -> tuple[Path, ...]:
+    if isinstance(made, Drawn):
+        return tuple(made.save(place.with_suffix(f".{suffix}")) for suffix in formats)
+    made.save(place.with_suffix(".png"))
+    return (place.with_suffix(".png"),)

@@ -1,0 +1,136 @@
+"""Run a model and watch its blocks, whatever is attached to it.
+
+The model runs as its text says (:func:`adaptkit.reference`) and in eval mode: a fast path computes several layers in
+one and would hide what is between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from adaptkit.adapters.base import Adapter, BlockAdapter, SideAdapter, Trace
+from adaptkit.analysis.seen import evaluating
+from adaptkit.core import registry
+from adaptkit.core.hierarchical import HierarchicalSpec
+from adaptkit.core.view import Block, Features, Fn, Source, View
+from adaptkit.model.adapted import AdaptedModel, run
+from adaptkit.seam import reference
+
+__all__ = ["Host", "batch", "chosen", "run_watched", "source_of", "stages"]
+
+#: What is called for each block: the block, its index, its input and its output (B, P+N, D). What it returns, if not
+#: None, goes on in place of the output.
+Visit = Callable[[Block, int, Tensor, Tensor], Tensor | None]
+
+
+class Host(NamedTuple):
+    """A model as its figures need it."""
+
+    vit: Any  #: the view of its backbone
+    acting: tuple[Adapter, ...]  #: the adapters that act now
+    head: nn.Module | None
+
+    @staticmethod
+    def of(model: nn.Module) -> Host:
+        """See a model that ``attach`` made, or a bare backbone. Raises ``TypeError`` for one that nothing sees."""
+        if not isinstance(model, AdaptedModel):
+            return Host(registry.view(model), (), None)
+        if model._disabled or model._active is None:
+            return Host(model.vit, (), None)
+        return Host(model.vit, tuple(model._acting), model.head)
+
+    def logits(self, features: Features) -> Any:
+        """Return what the head says of features, or the backbone's own classifier; None without either."""
+        return self.vit.logits(features) if self.head is None else self.head(features)
+
+
+class _Acting(NamedTuple):
+    """What ``run`` asks of a set of adapters."""
+
+    adapters: tuple[Adapter, ...]
+    head: Any
+    leaves_unread: bool = False
+    training: bool = False
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return iter(self.adapters)
+
+    @property
+    def side(self) -> SideAdapter | None:
+        """The one that owns the loop over the blocks, if any."""
+        return next((a for a in self.adapters if isinstance(a, SideAdapter)), None)
+
+
+class _Watch(BlockAdapter):
+    """Sees what enters and leaves every block, around all adapters of blocks."""
+
+    def __init__(self, spec: Any, visit: Visit) -> None:
+        super().__init__(spec, None)
+        self.visit = visit
+
+    def wrap(self, block: Block, index: int, trace: Trace) -> Fn:
+        """(B, P+N, D) -> (B, P+N, D)."""
+        return partial(self._run, block, index)
+
+    def _run(self, block: Block, index: int, x: Tensor) -> Tensor:
+        y = block(x)
+        other = self.visit(block, index, x, y)
+        return y if other is None else other
+
+
+def run_watched(model: nn.Module, image: Tensor, visit: Visit) -> Features:
+    """Run a model on (B, C, H, W), a visit after every block; returns features, without the logits of a head."""
+    host = Host.of(model)
+    acting = _Acting((*host.acting, _Watch(host.vit.spec, visit)), _nothing)
+    with evaluating(model), reference():
+        return run(host.vit, acting, image)  # type: ignore[arg-type]
+
+
+def _nothing(features: Features) -> None:
+    """Stand for a head."""
+
+
+def batch(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Images (B, C, H, W), one (C, H, W), or a list of such -> a list of (1, C, H, W), of any sizes."""
+    if isinstance(images, Tensor):
+        if images.ndim not in (3, 4):
+            raise ValueError(f"images have shape {tuple(images.shape)}: give (C, H, W), (B, C, H, W) or a list of them")
+        return list((images[None] if images.ndim == 3 else images).split(1))
+    found = [one for image in images for one in batch(image)]
+    if not found:
+        raise ValueError("no image was given")
+    return found
+
+
+def chosen(blocks: int | Sequence[int] | None, depth: int) -> tuple[int, ...]:
+    """Indices of blocks, the last so many, or None for all -> indices. Raises ``ValueError`` for what is no block."""
+    if isinstance(blocks, int):
+        blocks = range(max(0, depth - blocks), depth)
+    taken = tuple(range(depth)) if blocks is None else tuple(sorted({b + depth if b < 0 else b for b in blocks}))
+    if not taken or taken[0] < 0 or taken[-1] >= depth:
+        raise ValueError(f"blocks={blocks} are not among the {depth} blocks of this model; give indices below {depth}")
+    return taken
+
+
+def stages(spec: Any) -> list[int]:
+    """Return the stride in pixels of each block's tokens."""
+    if isinstance(spec, HierarchicalSpec):
+        return [stride for stride, depth in zip(spec.strides, spec.depths) for _ in range(depth)]
+    return [spec.patch_size] * spec.depth
+
+
+def source_of(model: nn.Module, channels: int) -> Source:
+    """Return how the images of a model are normalised; of one that nothing sees, what timm's record says."""
+    if isinstance(model, AdaptedModel):
+        return model.vit.source()
+    try:
+        view: View = registry.view(model)
+    except TypeError:
+        from adaptkit.backbones._timm import cfg_source
+
+        return cfg_source(getattr(model, "pretrained_cfg", None), 0, channels)
+    return view.source()
