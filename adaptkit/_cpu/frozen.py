@@ -47,7 +47,7 @@ class _FrozenBlock(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.linear and not kwargs and len(args) in (2, 3) and _is_frozen_linear(*args):
-            return _FrozenLinear.apply(*args) if len(args) == 3 else _FrozenLinear.apply(*args, None)
+            return _frozen_linear(*args)
         if func is F.scaled_dot_product_attention:
             return _attention(func, *args, **kwargs)
         return func(*args, **kwargs)
@@ -65,6 +65,15 @@ def _is_frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         return False
     return all(
         type(t) in _PLAIN and not t.requires_grad and t.dtype == torch.float32 for t in (weight, bias) if t is not None
+    )
+
+
+def _frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(..., in) -> (..., out). The rows are laid out first: what a Function returns as a view bears no ``+=``."""
+    return (
+        _FrozenLinear.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+        if x.ndim > 2
+        else (_FrozenLinear.apply(x, weight, bias))
     )
 
 

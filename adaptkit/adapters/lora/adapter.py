@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from adaptkit.adapters.base import WeightAdapter
 from adaptkit.adapters.lora.layer_names import meaning, resolved
+from adaptkit.adapters.lora.methods import ADDITIVE, BESIDE, PARAMETER, REFUSED, STARTS, UNMERGED, check_type
 from adaptkit.adapters.lora.peft_layers import ADAPTER, ExistingPeftLayers, Kept, existing_layers, wrap
 from adaptkit.adapters.lora.saved_options import check_patterns, check_types
 from adaptkit.core.near import hint
@@ -30,25 +31,8 @@ from adaptkit.core.tree import locate, nested
 
 __all__ = ["LoRA", "LoRAConfig"]
 
-#: Methods of peft that change single layers and keep their tensors there.
-TYPES = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "HRA", "IA3")
-#: How the names of their tensors begin.
-PARAMETER = re.compile(r"\.(lora_|hada_|lokr_|oft_|boft_|hra_|ia3_)")
-#: Those whose change is added to the weight.
-ADDITIVE = ("LORA", "LOHA", "LOKR")
-#: Those that act beside a layer, whatever its weight is.
-BESIDE = (*ADDITIVE, "IA3")
 #: Options of these that act beside the weight.
 BESIDE_THE_WEIGHT = ("lora_bias", "lora_dropout", "rank_dropout", "module_dropout")
-#: Options that would train or rewrite the backbone itself, and what to do instead.
-REFUSED = {
-    "modules_to_save": "it trains a copy of the backbone's own layers; a head is given by head=",
-    "trainable_token_indices": "a vision transformer has no vocabulary",
-    "target_parameters": "name layers by target_modules",
-    "layer_replication": "it changes the number of blocks",
-    "megatron_config": "it needs layers of Megatron",
-    "alora_invocation_tokens": "a vision transformer has no vocabulary",
-}
 #: What peft records beside the method; the file says it in its own words.
 RECORDS = ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
            "inference_mode", "runtime_config")  # fmt: skip
@@ -66,7 +50,8 @@ class LoRAConfig:
         """From options as a user or a file gives them; ``ValueError`` for one that peft's config does not have."""
         kind = str(options.get("peft_type", "LORA")).upper()
         saved = set(options) == {"peft_type", "options"} and isinstance(options["options"], dict)
-        own = options["options"] if saved else {k: v for k, v in options.items() if k != "peft_type"}
+        given = {k: v for k, v in options.items() if k != "peft_type"}
+        own = options["options"] if saved else {**STARTS.get(kind, {}), **given}
         config = cls(kind, _plain(own))
         config.to_peft()
         return config
@@ -112,9 +97,7 @@ class LoRAConfig:
         """Build peft's config. Raises ``ValueError`` for another kind of method or an option that cannot be."""
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS
 
-        if self.peft_type not in TYPES or self.peft_type not in CONFIGS:
-            raise ValueError(f"peft_type={self.peft_type!r} is no method that works layer by layer; the methods are "
-                             f"{', '.join(t for t in TYPES if t in CONFIGS)}")  # fmt: skip
+        check_type(self.peft_type, CONFIGS)
         for name, why in REFUSED.items():
             if self.options.get(name):
                 raise ValueError(f"lora option {name} is not for a frozen backbone: {why}")
@@ -156,9 +139,10 @@ class LoRA(WeightAdapter):
         # What the names were resolved to is kept, so that the file says exactly which layers it changes.
         config = LoRAConfig(config.peft_type, resolved(backbone, config.peft_type, config.options))
         super().__init__(spec, config)
-        self._place(backbone, wrap(backbone, config.to_peft()))
+        self._place(backbone, *wrap(backbone, config.to_peft()))
 
-    def _place(self, backbone: nn.Module, wrappers: dict[str, nn.Module]) -> None:
+    def _place(self, backbone: nn.Module, wrappers: dict[str, nn.Module], shared: dict[str, nn.Module]) -> None:
+        self.shared = nn.ModuleDict(shared)  # what all layers have in common: it is in the file once
         self.layers = nn.Module()  # the wrappers by their path in the backbone: layers.blocks.0.attn.qkv.lora_A...
         for path, wrapper in wrappers.items():
             parent, _, name = path.rpartition(".")
@@ -247,7 +231,12 @@ class LoRA(WeightAdapter):
         return bool(self._kept)
 
     def check_merges(self) -> None:
-        """Raise ``TypeError`` where a weight is quantised: what is merged into it would be rounded."""
+        """Raise ``TypeError`` where peft does not merge this method, or a weight is quantised: it would be rounded."""
+        if self.config.peft_type in UNMERGED:
+            raise TypeError(
+                f"{self.config.peft_type} cannot be merged: its change depends on what the layer is given, and is no "
+                "weight; keep it beside the layers"
+            )
         for path, proxy in self.proxies.items():
             for name, tensor in proxy.layer._parameters.items():
                 if tensor is not None and not _is_plain(tensor):
@@ -306,6 +295,10 @@ class LoRA(WeightAdapter):
         places = {meaning(path): path for path in self.proxies}
         renamed, strange = {}, []
         for key, tensor in tensors.items():
+            if key.startswith("shared."):
+                renamed[key] = tensor
+                strange += [] if key in own else [key]
+                continue
             path, parameter = _split(key)
             target = places.get(meaning(path), path)
             renamed[f"layers.{target}.{parameter}"] = tensor

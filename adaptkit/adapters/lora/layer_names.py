@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from adaptkit.adapters.lora.methods import NORMS
 from adaptkit.core.proxy import own_layer
 from adaptkit.core.tree import named_modules
 
@@ -35,6 +36,12 @@ def resolved(backbone: nn.Module, peft_type: str, options: dict[str, Any]) -> di
     """
     options = dict(options)
     targets = options.get("target_modules")
+    if peft_type in NORMS:
+        found = options["target_modules"] = _norms(backbone, targets)
+        if not isinstance(found, str):  # peft takes a path for the end of others, too
+            meant = [p for p in _modules(backbone) if any(_names(p, name) for name in found)]
+            options["exclude_modules"] = sorted({*(options.get("exclude_modules") or ()), *meant} - set(found)) or None
+        return options
     found = default_targets(backbone) if targets is None else resolve_targets(backbone, targets)
     numbers, pattern = options.pop("layers_to_transform", None), options.pop("layers_pattern", None)
     if numbers is not None:
@@ -46,6 +53,30 @@ def resolved(backbone: nn.Module, peft_type: str, options: dict[str, Any]) -> di
         last = [name for name in found if name.rpartition(".")[2] in ("fc2", "down_proj")]
         options.setdefault("feedforward_modules", last)
     return options
+
+
+def _norms(backbone: nn.Module, targets: Any) -> str | list[str]:
+    """Full paths of the layers of normalisation that these names mean; by default those of the blocks."""
+    there = [
+        p
+        for p, m in _modules(backbone).items()
+        if "Norm" in type(m).__name__ and m._parameters.get("weight") is not None
+    ]
+    if isinstance(targets, str):
+        return targets
+    named = (
+        [p for p in there if any(map(str.isdigit, p.split(".")))]
+        if targets is None
+        else [path for path in there if any(_names(path, target) for target in targets)]
+    )
+    strange = [t for t in targets or () if not any(_names(path, t) for path in there)]
+    if strange or not named:
+        last = sorted({path.rpartition(".")[2] for path in there})
+        raise ValueError(
+            f"{type(backbone).__name__} has no norm named {', '.join(map(repr, strange)) or 'in a block'}; its norms "
+            f"with a weight are {', '.join(last) or 'none'}"
+        )
+    return sorted(named)
 
 
 def _check_patterns(backbone: nn.Module, option: str, patterns: dict[str, Any], targets: str | list[str]) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptkit.adapters.lora.adapter import PARAMETER, LoRA, LoRAConfig
+from adaptkit.adapters.lora.adapter import LoRA, LoRAConfig
+from adaptkit.adapters.lora.methods import PARAMETER, SHARED
 from adaptkit.core.schema import check, read_json
 
 __all__ = ["from_peft_layout", "peft_config_of", "to_peft_layout"]
@@ -36,6 +37,12 @@ def from_peft_layout(config: dict[str, Any], tensors: dict[str, Tensor]) -> tupl
     What the folder holds besides (a classifier in ``modules_to_save``) is left out with a warning: its place is in
     the head. Nothing is known of the backbone but the names of its layers, and perhaps its own.
     """
+    kind = str(config["peft_type"]).upper()
+    if kind in SHARED:
+        raise ValueError(
+            f"this folder of peft holds {kind}, whose layers share tensors that peft saves in a layout of its own: "
+            f"load it with peft, merge_and_unload(), and attach to that; or train it here with peft_type={kind!r}"
+        )
     lora = {k: v for k, v in tensors.items() if PARAMETER.search(k)}
     other = sorted(k.removeprefix(PREFIX) for k in tensors.keys() - lora.keys())
     if other:
@@ -60,6 +67,11 @@ def from_peft_layout(config: dict[str, Any], tensors: dict[str, Tensor]) -> tupl
 
 def to_peft_layout(lora: LoRA, prefix: str, base: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return peft's config and tensors of a LoRA; ``prefix`` is where its backbone is in what peft will wrap."""
+    if lora.config.peft_type in SHARED:
+        raise ValueError(
+            f"{lora.config.peft_type} has tensors that all layers share, which peft saves in a layout of its own: use "
+            "model.save(folder), or a method without them, such as LORA"
+        )
     config = lora.config.to_peft()
     config.base_model_name_or_path, config.inference_mode = base or None, True
     said = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
@@ -72,8 +84,11 @@ def _with_name(key: str) -> str:
     """``lora_A.weight`` -> ``lora_A.default.weight``; a bare parameter, ``hada_w1_a`` -> ``hada_w1_a.default``."""
     if key.endswith("lora_magnitude_vector"):
         return f"{key}.default.weight"
-    stem, dot, last = key.rpartition(".")
-    return f"{stem}.default.{last}" if dot and last in ("weight", "bias") else f"{key}.default"
+    at = PARAMETER.search(key)
+    if at is None:
+        return key
+    name, dot, rest = key[at.start() + 1 :].partition(".")
+    return f"{key[: at.start()]}.{name}.default{dot}{rest}"
 
 
 def _without_name(key: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from adaptkit.adapters.base import ExistingLayers
+from adaptkit.adapters.lora.methods import SHARED
 from adaptkit.core.proxy import own_layer
 from adaptkit.core.tree import locate, named_modules, skeleton
 
@@ -16,16 +17,20 @@ __all__ = ["ADAPTER", "ExistingPeftLayers", "existing_layers", "wrap"]
 ADAPTER = "default"  #: the name by which every wrapper knows its one adapter
 
 
-def wrap(backbone: nn.Module, config: Any) -> dict[str, nn.Module]:
+def wrap(backbone: nn.Module, config: Any) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """Build peft's layers for this backbone, by the plain path of the layer that each wraps; it is not touched.
 
     Args:
         backbone: the module whose layers are meant.
         config: peft's config, its ``target_modules`` resolved.
 
+    Also returns, by name, the modules that all these layers have in common (VeRA's projections, say), which are then no
+    children of any of them.
+
     Raises ``ValueError`` where peft finds nothing to adapt or refuses the config.
     """
-    from peft import inject_adapter_in_model
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as TUNERS
+    from peft.tuners._buffer_dict import BufferDict
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     from adaptkit.adapters.lora.traceable import make_traceable  # here, for it imports peft
@@ -36,7 +41,7 @@ def wrap(backbone: nn.Module, config: Any) -> dict[str, nn.Module]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*peft_config. attribute.*")
-            inject_adapter_in_model(config, model, ADAPTER)
+            tuner: Any = TUNERS[config.peft_type](model, config, ADAPTER)
     except (TypeError, NotImplementedError) as error:
         raise ValueError(f"peft cannot put {config.peft_type} into {type(backbone).__name__}: {error}") from error
     finally:
@@ -46,7 +51,13 @@ def wrap(backbone: nn.Module, config: Any) -> dict[str, nn.Module]:
     for wrapper in found.values():
         wrapper.__dict__["base_layer"] = wrapper._modules.pop("base_layer")  # still read by it, no longer its child
         make_traceable(wrapper)
-    return found
+        if "shira_indices" in vars(wrapper):  # which entries SHiRA trains: no state of peft's layer, but of our file
+            wrapper.add_module("shira_indices", BufferDict(wrapper.__dict__.pop("shira_indices"), persistent=True))
+    shared = {name: module for name, module in tuner._modules.items() if module is not model}
+    for wrapper in found.values():
+        for name in [n for n, m in wrapper._modules.items() if any(m is one for one in shared.values())]:
+            wrapper.__dict__[name] = wrapper._modules.pop(name)
+    return found, shared
 
 
 class ExistingPeftLayers(ExistingLayers):
@@ -120,6 +131,12 @@ def existing_layers(backbone: nn.Module) -> ExistingPeftLayers | None:
             f"this PeftModel has {len(active)} active adapters ({', '.join(sorted(active))}); set_adapter() one"
         )
     (name,) = active
+    kind = str(getattr(configs[name].peft_type, "value", configs[name].peft_type))
+    if kind in SHARED:
+        raise ValueError(
+            f"the layers of this PeftModel have tensors of {kind} in common, which it keeps for itself: attach its "
+            "get_base_model() after unload(), and give the config: attach(backbone, peft_config)"
+        )
     return ExistingPeftLayers(configs[name], name, wrappers)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners import loha, lokr
+from peft.tuners import ln_tuning, loha, lokr
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 
@@ -94,8 +94,25 @@ class LoKrConv2d(_WholeDropout, lokr.Conv2d):
     """LoKr of a convolution."""
 
 
+class LNTuning(ln_tuning.layer.LNTuningLayer):  # type: ignore[name-defined,misc]
+    """A trained copy of a norm. peft merges by exchanging the two; here the values go into the backbone's own."""
+
+    def merge(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write the trained values into the layer; ``ValueError`` where they are not finite and it is to be safe."""
+        (name,) = adapter_names or self.active_adapters
+        layer: Any = self.base_layer
+        trained = dict(self.ln_tuning_layers[name].named_parameters())
+        if safe_merge and not all(value.isfinite().all() for value in trained.values()):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        with torch.no_grad():
+            for key, value in trained.items():
+                layer._parameters[key].copy_(value)
+        self.merged_adapters.append(name)
+
+
 TRACEABLE: dict[type[nn.Module], type[nn.Module]] = {
     DoraLinearLayer: DoRA,
+    ln_tuning.layer.LNTuningLayer: LNTuning,  # type: ignore[attr-defined]
     loha.Linear: LoHaLinear,
     loha.Conv2d: LoHaConv2d,
     lokr.Linear: LoKrLinear,
