@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import adaptkit
 from adaptkit.create import create_backbone
-from adaptkit.networks.segmenters import merge
+from adaptkit.ops.queries import merge
 
 from . import network
 from .data import warn_unseen

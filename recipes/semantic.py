@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import adaptkit
 from adaptkit.create import create_backbone
-from adaptkit.networks.segmenters import class_scores
+from adaptkit.ops.queries import class_scores
 
 from . import network
 from .engine import Task
@@ -62,4 +62,6 @@ def set_loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) ->
 
 def classes_of_queries(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
     image, mask = batch
-    return class_scores(model(image), (mask.shape[-2], mask.shape[-1])).argmax(1), mask
+    found = model(image)
+    size = (mask.shape[-2], mask.shape[-1])
+    return class_scores(found.class_queries_logits, found.masks_queries_logits, size).argmax(1), mask

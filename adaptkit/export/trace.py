@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from adaptkit.adapters.adavit import AdaViT
 from adaptkit.adapters.base import SideAdapter, WeightAdapter
 from adaptkit.core.hierarchical import HierarchicalSpec
+from adaptkit.heads.base import QueryLogits
 from adaptkit.model.adapted import AdaptedModel
 
 __all__ = ["Graph", "another", "refuse_antialias", "traced"]
@@ -37,7 +38,9 @@ class Graph(nn.Module):
         named["tokens"] = features.tokens
         if features.prefix.shape[1] > 0:
             named["prefix"] = features.prefix
-        if features.logits is not None:
+        if isinstance(features.logits, QueryLogits):
+            named.update({k: x for k, x in features.logits._asdict().items() if isinstance(x, Tensor)})
+        elif features.logits is not None:
             named["logits"] = features.logits
         self.names = list(named)
         return tuple(named.values())

@@ -18,6 +18,7 @@ from adaptkit.core import registry
 from adaptkit.core.view import Features, View
 from adaptkit.features.cached import CachedFeatures
 from adaptkit.features.replay import CachedView, Replay, replay
+from adaptkit.heads.base import QueryHead
 from adaptkit.hub.card import card_beside
 from adaptkit.hub.file import describe_backbone, write_folder
 from adaptkit.hub.metadata import plain
@@ -29,7 +30,7 @@ from adaptkit.model.proof import prove
 from adaptkit.model.sets import NamedSets, build_set, checked_name, ordinarily
 from adaptkit.model.trainable import check_trained
 from adaptkit.predict.predicts import Predicts
-from adaptkit.predict.tasks import TASKS, Described
+from adaptkit.predict.tasks import TASKS, Described, shares
 
 __all__ = ["AdaptedModel", "attach", "list_adapters", "list_heads"]
 
@@ -124,7 +125,8 @@ def _once(vit: View, acting: AdapterSet, image: Tensor) -> tuple[Features, bool]
     """Run up to the head; also return whether that holds, or an adapter asks for another run."""
     trace: Trace = {}
     view: Any = wrapped(vit, acting, trace)
-    features = view.features(image) if acting.side is None else acting.side(view, image, trace)
+    reads = {"reads": acting.head_reads} if acting.head_reads else {}  # which a backbone with stages does not have
+    features = view.features(image, **reads) if acting.side is None else acting.side(view, image, trace)
     repeats = [adapter.must_repeat(trace) for adapter in acting if isinstance(adapter, BlockAdapter)]
     return features._replace(aux={**features.aux, **trace}), not any(repeats)
 
@@ -134,7 +136,8 @@ def _with_all(logits: Any, features: Features) -> Any:
     if isinstance(logits, dict):
         return {**logits, **dict(zip(logits, [_with_all(next(iter(logits.values())), features)]))}
     if isinstance(logits, list | tuple):
-        return type(logits)([_with_all(logits[0], features), *logits[1:]])
+        made = [_with_all(logits[0], features), *logits[1:]]
+        return type(logits)(*made) if hasattr(logits, "_fields") else type(logits)(made)
     return logits + sum(x[..., :0].sum() for x in (features.tokens, features.prefix, *features.maps)).to(logits.dtype)
 
 
@@ -199,9 +202,9 @@ class AdaptedModel(Predicts, Facts, NamedSets):
 
         Raises ``ValueError`` as :meth:`extract`.
         """
-        side = self._readers().side
-        taps = () if side is None else side.reads()
-        return tuple(sorted({*taps, self.spec.depth - 1})), side is not None and side.reads_image()
+        acting = self._readers()
+        image = acting.side is not None and acting.side.reads_image()
+        return tuple(sorted({*acting.reads, self.spec.depth - 1})), image
 
     def _readers(self) -> AdapterSet:
         acting = self._acting
@@ -235,7 +238,22 @@ class AdaptedModel(Predicts, Facts, NamedSets):
                 f"nobody says what the head {type(head).__name__} predicts: give it the attribute answers, one of "
                 f"{', '.join(TASKS)}, or save with task=, one of {', '.join(KINDS)}"
             )
-        return Described(answers, said, self._logits)
+        return self._queries(head) if isinstance(head, QueryHead) else Described(answers, said, self._logits)
+
+    def _queries(self, head: QueryHead) -> Described:
+        """How a head that answers in queries is read."""
+        numbers = [{"id": i, "name": str(i), "isthing": i in head.things} for i in range(head.num_classes)]
+        said = self.metadata if head.answers == "segmentation" else {"categories": numbers, **self.metadata}
+        low, overlap = said.get("thresholds") or (0.8, 0.8)
+
+        def segments(image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+            label, number = head.segments(self(image), [size], (low, overlap))[0].unbind(-1)
+            return label, number
+
+        def objects(image: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+            return head.objects(self(image), [size])[0]
+
+        return Described(head.answers, said, lambda image: head.scores(self(image)), shares, segments, objects)
 
     def _logits(self, image: Tensor) -> Any:
         return self(image).logits

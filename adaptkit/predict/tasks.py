@@ -17,7 +17,7 @@ from adaptkit.predict.rows import rebanded, resized_rows, slid_rows
 from adaptkit.predict.transform import Transform
 from adaptkit.predict.ways import Ways
 
-__all__ = ["TASKS", "Asked", "Described", "Task", "softmax"]
+__all__ = ["TASKS", "Asked", "Described", "Task", "shares", "softmax"]
 
 BAND = 64  #: rows that several looks are averaged in
 
@@ -37,6 +37,11 @@ def softmax(scores: Tensor) -> Tensor:
     return scores.float().softmax(0)
 
 
+def shares(scores: Tensor) -> Tensor:
+    """Sums over queries (K, ...) -> what each class has of them."""
+    return scores / scores.sum(0).clamp(min=1e-12)
+
+
 @dataclass(frozen=True)
 class Described:
     """What a model predicts, and how."""
@@ -48,6 +53,8 @@ class Described:
     shares: Callable[[Tensor], Tensor] = softmax  #: scores (K, ...) of one image -> probabilities
     #: of panoptic segmentation: images (1, C, h, w) and a size -> label and number of each pixel, (H, W) each
     segments: Callable[[Tensor, tuple[int, int]], tuple[Tensor, Tensor]] | None = None
+    #: of detection by a head: images (1, C, h, w) and a size -> boxes, scores, labels and masks, as torchvision has them
+    objects: Callable[[Tensor, tuple[int, int]], dict[str, Tensor]] | None = None
 
 
 class Task(ABC):
@@ -223,7 +230,7 @@ class Classes(Task):
 
 
 class Detections(Task):
-    """Boxes, and masks where the network makes them. torchvision's networks frame and normalise by themselves."""
+    """Boxes, and masks where the model makes them. torchvision's networks frame and normalise by themselves."""
 
     def __init__(self, model: Any, described: Described, transform: Transform, asked: Asked) -> None:
         super().__init__(model, described, transform, asked)
@@ -235,7 +242,7 @@ class Detections(Task):
 
     def answer(self, images: list[Tensor]) -> Iterator[Detection]:
         device = next(self.model.vit.backbone.parameters()).device
-        for image, found in zip(images, self.model([image.to(device) for image in images])):
+        for image, found in zip(images, self._found(images, device)):
             keep = found["scores"] >= self.asked.threshold
             said = {k: v[keep].cpu() for k, v in found.items()}
             masks = (said["masks"][:, 0] > 0.5).numpy() if "masks" in said else None
@@ -250,8 +257,16 @@ class Detections(Task):
             )
 
 
+    def _found(self, images: list[Tensor], device: torch.device) -> Iterable[dict[str, Tensor]]:
+        objects = self.described.objects
+        if objects is None:
+            return self.model([image.to(device) for image in images])
+        seen = ((next(self.looks(image))[0][None].to(device), image.shape[-2:]) for image in images)
+        return (objects(one, (size[0], size[1])) for one, size in seen)
+
+
 class Panoptics(Task):
-    """Things and stuff, by Mask2Former."""
+    """Things and stuff, by queries."""
 
     def __init__(self, model: Any, described: Described, transform: Transform, asked: Asked) -> None:
         super().__init__(model, described, transform, asked)
