@@ -43,9 +43,7 @@ class QueryHead(nn.Module, ABC):
         """Features with their logits -> for each image, what torchvision's detectors return, at this size."""
 
     @abstractmethod
-    def loss(
-        self, features: Features, targets: Sequence[tuple[Tensor, Tensor]], points: int = 12544
-    ) -> Tensor:
+    def loss(self, features: Features, targets: Sequence[tuple[Tensor, Tensor]], points: int = 12544) -> Tensor:
         """Return the loss of a batch; of each image masks (n, H, W) in 0..1 and labels (n,) are given."""
 
     @abstractmethod

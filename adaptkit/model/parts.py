@@ -276,7 +276,9 @@ def _check_reads(built: AdapterSet, vit: View) -> None:
     if not reads:
         return
     if not isinstance(vit, ViT):
-        raise TypeError(f"{head} reads outputs of the blocks, and {type(vit.backbone).__name__} has stages: use a plain ViT")
+        raise TypeError(
+            f"{head} reads outputs of the blocks, and {type(vit.backbone).__name__} has stages: use a plain ViT"
+        )
     if built.side is not None:
         side = next(name for name, adapter in zip(built.adapters, built) if adapter is built.side)
         raise ValueError(

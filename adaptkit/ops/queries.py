@@ -1,4 +1,4 @@
-"""What masks and classes of queries say of an image: classes, panoptic segments, instances (Cheng et al. 2021, 2022)."""
+"""What masks and classes of queries say of an image: classes, segments, instances (Cheng et al. 2021, 2022)."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Described:
     shares: Callable[[Tensor], Tensor] = softmax  #: scores (K, ...) of one image -> probabilities
     #: of panoptic segmentation: images (1, C, h, w) and a size -> label and number of each pixel, (H, W) each
     segments: Callable[[Tensor, tuple[int, int]], tuple[Tensor, Tensor]] | None = None
-    #: of detection by a head: images (1, C, h, w) and a size -> boxes, scores, labels and masks, as torchvision has them
+    #: of detection by a head: images (1, C, h, w) and a size -> what torchvision returns for one image, of that size
     objects: Callable[[Tensor, tuple[int, int]], dict[str, Tensor]] | None = None
 
 
@@ -255,7 +255,6 @@ class Detections(Task):
                 categories=self.categories,
                 masks=masks,
             )
-
 
     def _found(self, images: list[Tensor], device: torch.device) -> Iterable[dict[str, Tensor]]:
         objects = self.described.objects

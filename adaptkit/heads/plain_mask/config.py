@@ -48,7 +48,9 @@ class PlainMaskHeadConfig:
         object.__setattr__(self, "things", tuple(sorted(set(self.things))))
         strange = [label for label in self.things if not 0 <= label < self.num_classes]
         if strange:
-            raise ValueError(f"things holds the label {strange[0]}, and there are {self.num_classes} classes, from 0 on")
+            raise ValueError(
+                f"things holds the label {strange[0]}, and there are {self.num_classes} classes, from 0 on"
+            )
 
     def resolve(self, spec: Spec) -> PlainMaskHeadConfig:
         """Fill in what depends on the backbone. ``ValueError`` where the two do not fit."""

@@ -56,7 +56,9 @@ def set_loss(
         )
     most = max((len(labels) for _, labels in targets), default=0)
     if most > last.shape[1]:
-        raise ValueError(f"an image has {most} masks, and there are {last.shape[1]} queries: raise num_q to that or more")
+        raise ValueError(
+            f"an image has {most} masks, and there are {last.shape[1]} queries: raise num_q to that or more"
+        )
     targets = [(masks.to(last.device).float(), labels.to(last.device)) for masks, labels in targets]
     with full_precision(last):
         found = [QueryLogits(p.class_queries_logits.float(), p.masks_queries_logits.float()) for p in predictions]

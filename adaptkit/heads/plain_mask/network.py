@@ -35,7 +35,7 @@ from adaptkit.core.view import Features, Spec
 from adaptkit.heads.base import QueryHead, QueryLogits
 from adaptkit.heads.plain_mask.config import PlainMaskHeadConfig
 from adaptkit.heads.plain_mask.loss import set_loss
-from adaptkit.ops.grid import resample_map, tokens_to_map
+from adaptkit.ops.grid import map_to_tokens, resample_map, tokens_to_map
 from adaptkit.ops.queries import class_scores, instances, merge, stretched
 
 __all__ = ["Block", "PlainMaskHead", "annealed", "rotary_table"]
@@ -181,7 +181,9 @@ class PlainMaskHead(QueryHead):
     def __init__(self, spec: Spec | HierarchicalSpec, config: PlainMaskHeadConfig, strides: tuple[int, ...]) -> None:
         super().__init__()
         if isinstance(spec, HierarchicalSpec):
-            raise TypeError("plain-mask reads tokens of one width and one grid from several layers: give it a plain ViT")
+            raise TypeError(
+                "plain-mask reads tokens of one width and one grid from several layers: give it a plain ViT"
+            )
         config = config.resolve(spec)
         self.config, self.patch_size = config, spec.patch_size
         self.answers, self.things, self.num_classes = ANSWERS[config.task], frozenset(config.things), config.num_classes
@@ -246,7 +248,7 @@ class PlainMaskHead(QueryHead):
         for i, (project, scale) in enumerate(zip(self.lateral_projections, self.scalers)):
             x = levels[i].to(parameter_dtype(self))
             if self.config.lateral_bn:  # over all tokens of the batch, prefix tokens too
-                x = self.bn[i](x.transpose(1, 2)[..., None])[..., 0].transpose(1, 2)
+                x = map_to_tokens(self.bn[i](tokens_to_map(x, (1, x.shape[1]))))
             y = (x + project(x) if self.config.residual_projection else project(x)) * scale
             total = y if total is None else total + y
         return cast(Tensor, total)
@@ -306,9 +308,7 @@ class PlainMaskHead(QueryHead):
 
     # ------------------------------------------------------------------------------------------------------ training
 
-    def loss(
-        self, features: Features, targets: Sequence[tuple[Tensor, Tensor]], points: int = 12544
-    ) -> Tensor:
+    def loss(self, features: Features, targets: Sequence[tuple[Tensor, Tensor]], points: int = 12544) -> Tensor:
         """Return :func:`~adaptkit.heads.plain_mask.loss.set_loss` of all predictions.
 
         Args:
