@@ -28,7 +28,7 @@ from adaptkit.model.owner import Owner, check_free
 from adaptkit.model.parts import AdapterSet
 from adaptkit.model.proof import prove
 from adaptkit.model.sets import NamedSets, build_set, checked_name, ordinarily
-from adaptkit.model.trainable import check_trained
+from adaptkit.model.trainable import check_trained, tensors_in
 from adaptkit.predict.predicts import Predicts
 from adaptkit.predict.tasks import TASKS, Described, shares
 
@@ -341,8 +341,8 @@ class AdaptedModel(Predicts, Facts, NamedSets):
 
 
 def _outputs(features: Features) -> list[Tensor]:
-    logits = [] if features.logits is None else [features.logits]
-    return [x for x in (features.tokens, features.prefix, *features.maps, *logits) if x.numel()]
+    read = [features.tokens, features.prefix, *features.maps, features.logits]
+    return [x for x in tensors_in(read) if x.numel()]
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -210,7 +210,7 @@ class PlainMaskHead(QueryHead):
     # ------------------------------------------------------------------------------------------------------ the paper
 
     def forward(self, features: Features) -> QueryLogits:
-        """Features with ``intermediates`` -> what the queries say; in training, what they said before each block too."""
+        """Features with ``intermediates`` -> what queries say; in training, what they said before each block too."""
         masked = self.training and self.config.masked_attention
         *earlier, last = self.predictions(features.intermediates, features.grid, masked)
         return last._replace(auxiliary_logits=tuple(earlier))
