@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from adaptkit.adapters.metaformer import MetaFormerConfig
     from adaptkit.adapters.sfp import SimpleFeaturePyramidConfig
     from adaptkit.adapters.vit_adapter import ViTAdapterConfig
+    from adaptkit.adapters.vit_split import ViTSplitConfig
     from adaptkit.core.hierarchical import HierarchicalSpec
     from adaptkit.core.registry import register_adapter, register_family, register_head, view
     from adaptkit.core.view import Features, Spec
@@ -54,6 +55,7 @@ __all__ = [
     "SimpleFeaturePyramidConfig",
     "Spec",
     "ViTAdapterConfig",
+    "ViTSplitConfig",
     "__version__",
     "as_pyramid",
     "attach",
@@ -91,6 +93,7 @@ _NAMES = {
     "SimpleFeaturePyramidConfig": "adapters.sfp",
     "Spec": "core.view",
     "ViTAdapterConfig": "adapters.vit_adapter",
+    "ViTSplitConfig": "adapters.vit_split",
     "as_pyramid": "model.pyramid",
     "attach": "model.adapted",
     "attach_many": "model.many",
@@ -125,8 +128,21 @@ def __getattr__(name: str) -> Any:
     if name == "StagedSpec":
         return importlib.import_module("adaptkit.core.hierarchical").StagedSpec
     if name in _modules() or f"{__name__}.{name}" in _moved.MOVED:
-        return importlib.import_module(f"{__name__}.{name}")
+        return _opened(importlib.import_module(f"{__name__}.{name}"))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _opened(module: Any) -> Any:
+    """Let a package import its own modules when they are asked for: ``adaptkit.ops.pool``."""
+    if hasattr(module, "__path__") and "__getattr__" not in vars(module):
+
+        def inside(name: str) -> Any:
+            if name in [found.name for found in pkgutil.iter_modules(module.__path__)]:
+                return _opened(importlib.import_module(f"{module.__name__}.{name}"))
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+        module.__getattr__ = inside
+    return module
 
 
 def __dir__() -> list[str]:

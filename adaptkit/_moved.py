@@ -21,6 +21,7 @@ MOVED = {
     "adaptkit.facts": "adaptkit.model.facts",
     "adaptkit.file": "adaptkit.hub.file",
     "adaptkit.hosts": "adaptkit.create",
+    "adaptkit.hub.printable": "adaptkit.core.printable",
     "adaptkit.hub_errors": "adaptkit.hub.errors",
     "adaptkit.inspect": "adaptkit.analysis",
     "adaptkit.inspect.draw": "adaptkit.analysis.draw",

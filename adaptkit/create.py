@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from adaptkit.backbones._hf import HUB_CACHE
 from adaptkit.backbones._processor import FILES
+from adaptkit.core.near import beside, hint, looks_like_path
 
-__all__ = ["create_backbone"]
+__all__ = ["best_device", "create_backbone"]
 
 
 def create_backbone(
@@ -39,6 +41,9 @@ def create_backbone(
         from adaptkit.demo import demo_backbone
 
         return demo_backbone(pretrained)
+    is_path = looks_like_path(name)
+    if is_path:
+        name = str(Path(name).expanduser())
     folder = Path(name)
     if folder.is_dir():
         config = folder / "config.json"
@@ -49,11 +54,28 @@ def create_backbone(
         return _transformers(name, pretrained, cls, download)
     if name.startswith(("hf-hub:", "local-dir:")):
         return _timm(name, pretrained, classifier, download)
+    if is_path:
+        raise ValueError(f"there is no folder {name}{beside(name)}: the Hub is not asked for what looks like a path")
     if name.startswith("timm/"):
         return _timm(f"hf-hub:{name}", pretrained, classifier, download)
     if "/" in name:
         return _transformers(name, pretrained, cls, download)
     return _timm(name, pretrained, classifier, download)
+
+
+def best_device(name: str | None = None) -> torch.device:
+    """Return the device of this name; without one the GPU where there is one, else the CPU.
+
+    Raises ``ValueError`` for a device that this machine does not have.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(f"the device {name!r} is not to be had here: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def _timm(name: str, pretrained: bool, classifier: bool, download: dict[str, Any]) -> nn.Module:
@@ -62,9 +84,8 @@ def _timm(name: str, pretrained: bool, classifier: bool, download: dict[str, Any
     import adaptkit.models  # noqa: F401  registers DAT with timm
 
     if ":" not in name and not timm.is_model(name.split(".")[0]):
-        close = timm.list_models(f"*{name.split('_')[0]}*")[:5]
         raise ValueError(
-            f"no backbone is named {name!r}: it is no timm model (near: {', '.join(close) or 'none'}), no local "
+            f"no backbone is named {name!r}{hint(name, ['demo', *timm.list_models()])}: it is no timm model, no local "
             "folder and no Hub id of the form org/repo"
         )
     # Positions are resampled by the view; DINOv2's 518-pixel default would only make a larger table.

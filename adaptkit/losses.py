@@ -1,10 +1,11 @@
-"""Losses for adaptive computation (usage against a budget, agreement with the full model) and for depth."""
+"""Losses for adaptive computation (usage against a budget, agreement with the full model), for depth, and of pixels."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,8 +13,12 @@ __all__ = [
     "KINDS",
     "agreement_loss",
     "annealed_budget",
+    "balanced_weights",
     "check_budget",
+    "dice_loss",
+    "focal_loss",
     "macs_loss",
+    "pixel_loss",
     "silog_loss",
     "usage",
     "usage_loss",
@@ -118,3 +123,73 @@ def silog_loss(depth: Tensor, target: Tensor, variance_focus: float = 0.85) -> T
     mean = (d * known).sum() / count
     square = (d.square() * known).sum() / count
     return (square - variance_focus * mean.square()).clamp_min(1e-12).sqrt() * known.any()
+
+
+# --------------------------------------------------------------------------------------------------------- of pixels
+
+
+def pixel_loss(logits: Tensor, target: Tensor, ignore_index: int = 255, weight: Tensor | None = None) -> Tensor:
+    """Return the cross entropy, the mean over the pixels with a label: sum_i w_i ce_i / sum_i w_i; 0 without any.
+
+    Args:
+        logits: (B, K, H, W).
+        target: (B, H, W) classes, or ``ignore_index``.
+        ignore_index: where nothing is known.
+        weight: (K,) of each class, w_i that of pixel i; None: 1.
+    """
+    total = F.cross_entropy(logits, target, weight, ignore_index=ignore_index, reduction="sum")
+    return total / _weights(target, ignore_index, weight).sum().clamp(min=1 if weight is None else 1e-12)
+
+
+def focal_loss(
+    logits: Tensor, target: Tensor, ignore_index: int = 255, weight: Tensor | None = None, gamma: float = 2.0
+) -> Tensor:
+    """Return sum_i w_i (1 - p_i)^gamma ce_i / sum_i w_i (Lin et al. 2017, eq. 5).
+
+    p_i is what the model gives the class of pixel i: what is already right hardly counts. At gamma 0 it is
+    :func:`pixel_loss`, whose arguments these are.
+    """
+    entropy = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")  # -log p, 0 where ignored
+    weights = _weights(target, ignore_index, weight)
+    missed = (-torch.expm1(-entropy)).clamp(min=1e-12)  # 1 - p, with its digits where p is near 1
+    total = (weights * missed**gamma * entropy).sum()
+    return total / weights.sum().clamp(min=1 if weight is None else 1e-12)
+
+
+def dice_loss(logits: Tensor, target: Tensor, ignore_index: int = 255, weight: Tensor | None = None) -> Tensor:
+    """Return 1 - D, D the mean over the classes in ``target`` of 2 sum_i p_i g_i / (sum_i p_i^2 + sum_i g_i^2).
+
+    p is the softmax of the logits, g is 1 on the pixels of the class and 0 on others, i runs over the pixels with a
+    label of the whole batch (Milletari et al. 2016, V-Net, section 3, for each class). A class counts the same whether
+    it covers much or little, which is what thin things need. Arguments as of :func:`pixel_loss`; ``weight`` of the
+    classes in the mean. 0 where no pixel has a label.
+    """
+    known = target != ignore_index
+    classes = logits.shape[1]
+    truth = F.one_hot(torch.where(known, target, 0), classes).movedim(-1, 1) * known[:, None]  # (B, K, H, W)
+    p = logits.softmax(1) * known[:, None]
+    both, size = (x.sum((0, 2, 3)) for x in (p * truth, p.square() + truth))
+    weights = truth.sum((0, 2, 3)).gt(0) * (1.0 if weight is None else weight)
+    dice = 2 * both / size.clamp(min=1e-6)
+    return (weights * (1 - dice)).sum() / weights.sum().clamp(min=1e-12)
+
+
+def balanced_weights(pixels: Tensor) -> Tensor:
+    """Return N / (K n_k) for each of the K classes, n_k its pixels and N those of all (King and Zeng 2001, section 3).
+
+    Every class then weighs the same as a whole. One that was not seen gets the weight of the rarest that was.
+
+    Args:
+        pixels: (K,) counts. ``ValueError`` where all are 0.
+    """
+    if not (pixels > 0).any():
+        raise ValueError("no class has a pixel, so that none can be weighed against another; check the labels")
+    counts = pixels.double()
+    rarest = counts[counts > 0].min()
+    return (counts.sum() / (len(counts) * torch.where(counts > 0, counts, rarest))).float()
+
+
+def _weights(target: Tensor, ignore_index: int, weight: Tensor | None) -> Tensor:
+    """The weight of each pixel, 0 where it is ignored."""
+    known = target != ignore_index
+    return known if weight is None else weight[torch.where(known, target, 0)] * known

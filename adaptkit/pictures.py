@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision import tv_tensors
+
+if TYPE_CHECKING:
+    from torchvision import tv_tensors
 
 CHANNELS = 3  #: a picture is read as red, green and blue
 ORIENTATION = 0x0112  # EXIF's tag
@@ -145,6 +147,8 @@ def turned(pixels: np.ndarray, turn: int) -> np.ndarray:
 
 def colours(picture: Picture, upright: bool = True) -> tv_tensors.Image:
     """Picture -> (3, H, W), turned upright: uint8, or float32 in 0..1 where the file has more than eight bits."""
+    from torchvision import tv_tensors  # here, as in all of the package: it takes a second to import
+
     if picture.wide is not None:
         pixels = _wide(picture.wide)
     elif picture.image.mode in GREYS:

@@ -22,7 +22,7 @@ from adaptkit.model.adapted import attach
 from adaptkit.networks.network import load as network_of
 from adaptkit.networks.network import recipe_of
 
-__all__ = ["from_pretrained"]
+__all__ = ["from_pretrained", "recorded"]
 
 
 def from_pretrained(
@@ -63,14 +63,14 @@ def from_pretrained(
     elif backbone is not None:
         model = create_backbone(backbone)
     else:
-        model = _recorded(str(source), file.header, {k: v for k, v in download.items() if k != "force_download"})
+        model = recorded(str(source), file.header, {k: v for k, v in download.items() if k != "force_download"})
     if recipe_of(file) is not None and head is None:
         return network_of(file, model, strict)
     return attach(model, file, head=head, strict=strict).eval()
 
 
-def _recorded(source: str, header: dict[str, Any], download: dict[str, Any]) -> nn.Module:
-    """Build the backbone that the header names."""
+def recorded(source: str, header: dict[str, Any], download: dict[str, Any]) -> nn.Module:
+    """Build the backbone that the header of ``source`` names; errors as :func:`from_pretrained`."""
     saved = header["backbone"]
     if saved is None:  # a folder of peft
         return _named_by_peft(source, header, download)

@@ -38,12 +38,13 @@ from adaptkit.losses import agreement_loss, annealed_budget, check_budget, macs_
 
 from . import normalisation
 from .devices import BACKEND, together
-from .engine import cosine
 from .finite import Finite
 from .folder import begin, occupied
+from .help import RecipeParser
 from .labelled import Labelled, open_labelled
 from .log import EVERY, append
 from .normalisation import source_of
+from .optimising import cosine
 from .options import MODES, OVERWRITE_HELP, PRECISION_HELP, command, precision, seed_of
 from .order import folded
 from .stopping import Stop, Stopped
@@ -54,7 +55,7 @@ MADE = ("metrics.jsonl", "result.json", "adapter", "kept_patches.png", "usage.pn
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = RecipeParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", default="digits", help="digits, crops:FILE, a Parquet file, a folder, or a Hub id")
     p.add_argument("--val", help="the same for validation; default: the split 'validation' of --data")
     p.add_argument("--backbone", default="demo", help="demo, a timm name, hf-hub:..., org/repo, or a local folder")

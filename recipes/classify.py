@@ -25,17 +25,22 @@ from adaptkit.create import create_backbone
 from adaptkit.hub.write import check_writable
 from adaptkit.losses import check_budget, usage, usage_loss
 
+from . import augment
+from . import names as class_names
 from .data import warn_unseen
 from .engine import Task, run
 from .labelled import LabelledData, open_images
 from .normalisation import source_of
 from .options import adapters, command, makes_pyramid, parser, read, validation
 
+AUGMENT_HELP = """of training images: none, crop, flip (crops, mirrored too), or by name as in segment: light and
+medium (mirrored crops; medium: colours, too), strong, trivial, rand, auto. All crop at least --least-crop"""
+
 
 def add_options(p: argparse.ArgumentParser) -> None:
     """Add what is asked of one classification; `vtab` asks the same of each of its tasks."""
     p.add_argument("--size", type=int, default=224, help="side of the images in pixels")
-    p.add_argument("--augment", default="crop", choices=["none", "crop", "flip"], help="flip: crops, mirrored too")
+    p.add_argument("--augment", default="crop", choices=["none", "crop", "flip", *augment.NAMES[1:]], help=AUGMENT_HELP)
     p.add_argument("--least-crop", type=float, default=0.5, metavar="SHARE", help="of the image, at least")
     p.add_argument("--pool", default=None, choices=["avg", "token", "both"], help="default: both, avg without a token")
     p.add_argument("--zero-head", action=argparse.BooleanOptionalAction, default=False, help="start it at zero")
@@ -49,6 +54,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--image-column", help="default: the first column of images")
     p.add_argument("--label-column", help="default: the first named label, labels, ...")
     p.add_argument("--num-classes", type=int, help="needed where a stream does not name them")
+    class_names.options(p)
     args = read(p, argv)
     check(args)
     return args
@@ -84,7 +90,7 @@ def loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> Ten
     return task + usage_loss(features.aux, args.budget) if usage(features.aux) else task
 
 
-def predict(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+def predict(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     image, label = batch
     return model(image).logits.float(), label
 
@@ -113,6 +119,7 @@ def task(args: argparse.Namespace) -> Task:
     most = max([max(d["label"]) for d in (train, val) if not args.streaming], default=0)
     if most >= args.num_classes:
         raise ValueError(f"a label is {most}, and --num-classes {args.num_classes} allows 0..{args.num_classes - 1}")
+    args.named = class_names.named(args, names) if hasattr(args, "classes") else {}
     if not args.streaming:
         unseen = sorted(set(range(args.num_classes)) - set(train["label"]))
         called = [names[k] if k < len(names) else str(k) for k in unseen]

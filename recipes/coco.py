@@ -13,6 +13,7 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from adaptkit.core.near import beside
 from adaptkit.pictures import check_frame, framed, read
 
 from .order import Rows
@@ -43,7 +44,7 @@ def locate(name: str, images: str | None, flag: str) -> tuple[Path, Path]:
 def read_json(path: Path, keys: tuple[str, ...], flag: str) -> dict[str, Any]:
     """Read a file of COCO's format; a ``ValueError`` where it is none."""
     if not path.is_file():
-        raise ValueError(f"{flag}: there is no file {path}")
+        raise ValueError(f"{flag}: there is no file {path}{beside(path)}")
     try:
         data = json.loads(path.read_text())
     except (ValueError, UnicodeDecodeError) as error:
@@ -229,6 +230,13 @@ def as_results(found: dict[str, torch.Tensor], image_id: int) -> list[dict[str, 
 
 def average_precision(data: Instances, results: list[dict[str, Any]], masks: bool) -> dict[str, float]:
     """COCO's AP (mean over IoU 0.5 to 0.95), AP50 and AP75 of boxes, and of masks where there are any."""
+    return average_precisions(data, results, masks)[0]
+
+
+def average_precisions(
+    data: Instances, results: list[dict[str, Any]], masks: bool
+) -> tuple[dict[str, float], dict[str, list[float | None]]]:
+    """Return AP, AP50 and AP75, and the AP of each category, None for one without objects: ``{"box": [...]}``."""
     from faster_coco_eval import COCO, COCOeval_faster
 
     sizes = {row["id"]: row for row in data.rows}
@@ -240,11 +248,16 @@ def average_precision(data: Instances, results: list[dict[str, Any]], masks: boo
         entries.append(filled)
     truth = COCO({**data.truth, "annotations": entries})
     found = truth.loadRes([{**r, "category_id": data.categories[r["label"] - 1]["id"]} for r in results])
-    scores = {}
+    scores: dict[str, float] = {}
+    by_class: dict[str, list[float | None]] = {}
     for kind, name in (("bbox", "box"), ("segm", "mask"))[: 1 + masks]:
         evaluation = COCOeval_faster(truth, found, iouType=kind, print_function=lambda *_: None)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
         scores.update({f"{name}_{k}": float(v) for k, v in zip(("ap", "ap50", "ap75"), evaluation.stats)})
-    return scores
+        # (IoU, recall, category, area, detections): all areas, the most detections; -1 where there is no object
+        precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]
+        rows = (precision[:, :, k] for k in range(precision.shape[2]))
+        by_class[name] = [float(row[row > -1].mean()) if (row > -1).any() else None for row in rows]
+    return scores, by_class

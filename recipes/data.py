@@ -13,9 +13,11 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from adaptkit.core.near import beside, hint, looks_like_path
 from adaptkit.core.view import Source
 from adaptkit.pictures import Picture, check_pair, class_ids, pair
 
+from .augment import of_pixels
 from .normalisation import normalise
 from .order import Rows, undecoded
 
@@ -66,13 +68,15 @@ def open_rows(name: str, split: str, folder: str, streaming: bool = False) -> An
     path = Path(name)
     if path.suffix == ".parquet" or "*" in name:
         if "*" not in name and not path.is_file():
-            raise ValueError(f"there is no file {name}")
+            raise ValueError(f"there is no file {name}{beside(name)}")
         try:
             data = datasets.load_dataset("parquet", data_files=name, split="train", streaming=streaming)
         except ValueError as error:  # how datasets says that a file has no rows
             raise ValueError(f"{name} holds no rows ({error})") from error
     elif path.exists():
         raise ValueError(f"{name} is neither a Parquet file nor {folder}")
+    elif looks_like_path(name):
+        raise ValueError(f"there is no file or folder {name}{beside(name)}: the Hub is not asked for a path")
     else:
         repository, _, own = name.partition("@")
         data = datasets.load_dataset(repository, split=own or split, streaming=streaming)
@@ -151,7 +155,8 @@ def _columns(data: Any, columns: tuple[str | None, str | None], name: str, names
     pictures = [k for k, f in data.features.items() if isinstance(f, datasets.Image)]
     for column in columns:
         if column is not None and column not in pictures:
-            raise ValueError(f"{name} has no column of images {column!r}; its columns are {dict(data.features)}")
+            near = hint(column, pictures)
+            raise ValueError(f"{name} has no column of images {column!r}{near}; its columns are {dict(data.features)}")
     mask = columns[1] or next((m for m in (*names, "mask") if m in pictures), None)
     image = columns[0] or next((k for k in pictures if k != mask), None)
     mask = mask or next((k for k in pictures if k != image), None)
@@ -179,6 +184,7 @@ class SegmentationData(Rows):
         classes: labels of 0..classes - 1 and ``ignore`` are all there may be; None: any.
         ignore: the label that counts nowhere.
         name: of the set, for errors.
+        augment: one of ``augment.NAMES``, of training samples.
     """
 
     def __init__(
@@ -192,19 +198,12 @@ class SegmentationData(Rows):
         classes: int | None = None,
         ignore: int = 255,
         name: str = "",
+        augment: str = "medium",
     ) -> None:
         super().__init__(data, seed, name)
         self.labels, self.classes, self.ignore = labels, classes, ignore
-        aspect = size[1] / size[0]
         steps: list[Any] = [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
-        if train:
-            steps += [
-                v2.RandomResizedCrop(size, scale=(0.4, 1.0), ratio=(0.8 * aspect, 1.25 * aspect), antialias=True),
-                v2.RandomHorizontalFlip(),
-                v2.ColorJitter(0.3, 0.3, 0.2, 0.05),
-            ]
-        else:
-            steps += [v2.Resize(size, antialias=True)]
+        steps += of_pixels(augment if train else "none", size, ignore)
         self.transform = v2.Compose([*steps, normalise(source)])
 
     def make(self, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -268,8 +267,8 @@ def check_range(ids: np.ndarray, num_classes: int, ignore_index: int, name: str,
 
 def check_labels(
     data: SegmentationData, num_classes: int, ignore_index: int, name: str, most: int = 2000, train: bool = False
-) -> None:
-    """Look at ``most`` masks, evenly chosen (of a stream at the first tenth of it), before anything is trained.
+) -> np.ndarray:
+    """Look at ``most`` masks, evenly chosen (of a stream at the first tenth of it); return the pixels of each class.
 
     Raises ``ValueError`` for labels out of range and masks of another size than their image. What will teach nothing is
     a warning: masks that are ignored as a whole, white that is ignored, and, of training data, classes without a pixel.
@@ -300,6 +299,7 @@ def check_labels(
         advice = "check --num-classes, --label-map and --reduce-zero-label"
         unseen = [str(k) for k in np.flatnonzero(pixels == 0) if k != ignore_index]
         warn_unseen(unseen, num_classes, name, f"{looked} masks", advice)
+    return pixels
 
 
 def warn_unseen(unseen: list[str], classes: int, name: str, where: str, advice: str) -> None:

@@ -129,7 +129,7 @@ def loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> Ten
     return silog_loss(model(image).logits, depth, args.variance_focus)
 
 
-def predict(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+def predict(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     image, depth = batch
     return model(image).logits.float(), depth
 
@@ -177,7 +177,8 @@ def metric(args: argparse.Namespace) -> DepthMetric:
 
 
 PERCENT = ("delta1", "delta2", "delta3")
-TASK = Task("depth", "depth-estimation", "delta1", PERCENT, build, data, loss, predict, metric)
+LOWER = ("abs_rel", "rmse", "silog")
+TASK = Task("depth", "depth-estimation", "delta1", PERCENT, build, data, loss, predict, metric, lower=LOWER)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def loss(model: nn.Module, batch: Any, args: argparse.Namespace) -> Tensor:
     return sum(value.float() for value in model(*batch).values())  # type: ignore[return-value]
 
 
-def predict(model: nn.Module, batch: Any) -> tuple[list[Any], list[int]]:
+def predict(model: nn.Module, batch: Any, args: argparse.Namespace) -> tuple[list[Any], list[int]]:
     """Entries of COCO's result format, per image, and the images' ids."""
     images, targets = batch
     ids = torch.stack([target["image_id"] for target in targets]).tolist()

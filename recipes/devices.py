@@ -12,6 +12,8 @@ from torch import Tensor
 
 from adaptkit import AdaptedModel
 
+from .stopping import ends, patient
+
 BACKEND = "inductor"  # of torch.compile
 
 
@@ -40,7 +42,10 @@ def on_cpu() -> bool:
 
 def loading(device: torch.device, workers: int) -> dict[str, Any]:
     """Options of a ``DataLoader``: batches for a GPU lie in pinned memory, from which copies need not wait."""
-    return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": device.type == "cuda"}
+    more = {"worker_init_fn": patient} if workers else {}
+    if workers:
+        ends()
+    return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": device.type == "cuda", **more}
 
 
 def copying() -> DataLoaderConfiguration:

@@ -19,254 +19,92 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
-import os
-import resource
-import shutil
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
-from safetensors import SafetensorError
+from accelerate.utils import gather_object, send_to_device, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import adaptkit
-from adaptkit.create import create_backbone
 from adaptkit.hub.write import check_writable, write_atomic
-from adaptkit.model.trained import TrainedBackbone
 
+from . import names, record
 from .average import Average
+from .best import best_of
 from .cached import Views, cached
+from .checkpoints import (
+    checkpoint_at,
+    keep_adapter_only,
+    newest,
+    progress_of,
+    restore_best,
+    resume_step,
+    save_checkpoint,
+)
 from .devices import compile_adapted, copying, loading, together
-from .finite import Finite, checkpoints
-from .folder import adopt, begin, check_run, occupied, run_of
-from .log import EVERY, Log, said, shown
+from .finite import Finite
+from .folder import adopt, begin, occupied
+from .initial import initialise
+from .log import EVERY, Log, peak_memory, said, shown
 from .normalisation import to_record
+from .optimising import as_asked, optimizer_of, schedule_of
 from .options import precision
 from .order import Rows, Steps, Stream, folded, plain_errors, shuffled
-from .stopping import Stop, Stopped
+from .stopping import Asked, Stop, Stopped
+from .task import Task
+from .trackers import check_tracker
 from .windows import Windowed, Windows
-
-# ---------------------------------------------------------------------------------------------------------- task
-
-
-def save_adapted(model: Any, folder: Path, **metadata: Any) -> Path:
-    """Write adapters and head."""
-    return model.save(folder, **metadata)
-
-
-def restore_adapted(model: Any, folder: Path) -> None:
-    """Read back what ``save_adapted`` wrote."""
-    model.load_adapter_state_dict(adaptkit.load(folder).tensors)
-
-
-def attach_again(args: argparse.Namespace, folder: Path) -> nn.Module:
-    """Attach what was saved to a fresh backbone."""
-    return adaptkit.attach(create_backbone(args.backbone, pretrained=not args.random_backbone), folder)
-
-
-@dataclass(frozen=True)
-class Task:
-    """What one recipe adds to the loop.
-
-    A batch is what the ``DataLoader`` makes of samples, images first: its length is the number of images.
-    """
-
-    name: str  #: of the recipe
-    kind: str  #: the Hub's name of the task, for the card
-    score: str  #: which of the metrics is the result
-    percent: tuple[str, ...]  #: metrics in 0..1 that people read as per cent
-    build: Callable[[argparse.Namespace], Any]  #: -> the model to train
-    data: Callable[[argparse.Namespace, Any, bool], Rows]  #: (args, model, train) -> samples
-    loss: Callable[[nn.Module, Any, argparse.Namespace], Tensor]  #: (model, batch, args) -> scalar
-    predict: Callable[[nn.Module, Any], tuple[Any, Any]]  #: (model, batch) -> (prediction, target), an entry per image
-    metric: Callable[[argparse.Namespace], Any]  #: -> update(prediction, target), and compute() -> {name: number}
-    ragged: bool = False  #: predictions and targets are lists, e.g. of boxes, an entry per image
-    collate: Callable[[list[Any]], Any] | None = None
-    save: Callable[..., Path] = save_adapted  #: (model, folder, **metadata)
-    restore: Callable[[Any, Path], None] = restore_adapted
-    again: Callable[[argparse.Namespace, Path], nn.Module] = attach_again
-
-
-# --------------------------------------------------------------------------------------------------- optimisation
-
-
-def parameter_groups(
-    model: nn.Module, weight_decay: float, lr: float = 0.0, layer_decay: float = 1.0
-) -> list[dict[str, Any]]:
-    """No weight decay on vectors: norms, biases, and gamma, which decay would hold at zero.
-
-    ``layer_decay``: what is trained of the backbone learns by ``lr * layer_decay ** n``, n the blocks above it (Clark
-    et al. 2020, ELECTRA, section 3.2; as BEiT and MAE are fine-tuned).
-    """
-    above = blocks_above(model)
-    groups: dict[tuple[int, bool], list[nn.Parameter]] = {(0, True): [], (0, False): []}
-    for parameter in (p for p in model.parameters() if p.requires_grad):
-        groups.setdefault((above.get(id(parameter), 0), parameter.ndim > 1), []).append(parameter)
-    rate = {n: {"lr": lr * layer_decay**n} if n and layer_decay < 1 else {} for n, _ in groups}
-    return [
-        {"params": p, "weight_decay": weight_decay if matrix else 0.0, **rate[n]} for (n, matrix), p in groups.items()
-    ]
-
-
-def blocks_above(model: nn.Module) -> dict[int, int]:
-    """Return by the id of a trained parameter of the backbone how many blocks stand above it."""
-    found = {}
-    for part in (m for m in model.modules() if isinstance(m, TrainedBackbone)):
-        depth = part.spec.depth
-        for name, parameter in part.copies.named_parameters():
-            number = next((int(p) for p in name.split(".") if p.isdigit()), None)
-            embeds = any(word in name for word in ("embed", "cls_token", "reg_token", "dist_token", "norm_pre"))
-            found[id(parameter)] = depth if embeds else 0 if number is None else depth - 1 - number
-    return found
-
-
-def optimizer_of(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """Return AdamW, or SGD with momentum as ViT is fine-tuned."""
-    groups = parameter_groups(model, args.weight_decay, args.lr, args.layer_decay)
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=args.lr)
-
-
-def cosine(step: int, steps: int, warmup: float) -> float:
-    """Learning-rate factor: linear warm-up, then half a cosine to zero."""
-    rise = max(1, round(warmup * steps))
-    return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-
-def linear(step: int, steps: int, warmup: float) -> float:
-    """Learning-rate factor: linear warm-up, then linearly to zero (the poly schedule of power 1)."""
-    rise = max(1, round(warmup * steps))
-    return (step + 1) / rise if step < rise else 1 - (step - rise) / max(1, steps - rise)
-
 
 # ---------------------------------------------------------------------------------------------------- evaluation
 
 
 @torch.no_grad()
 def evaluate(
-    task: Task, model: nn.Module, loader: DataLoader, accelerator: Accelerator, args: argparse.Namespace
+    task: Task,
+    model: nn.Module,
+    loader: DataLoader,
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    through: Callable[[Any], Iterable[Any]] = iter,
 ) -> dict[str, float]:
     """Return the metrics over the whole set, each image counted once however many ranks share it.
 
     Metrics add up where the predictions are, so that a batch need not wait for the one before it. Entries per image
-    go to the CPU, and so does all on a Mac's GPU, which has no float64.
+    go to the CPU, and so does all on a Mac's GPU, which has no float64. ``through`` yields the batches of the loader,
+    and may show how many there were, or break off. Where each rank reads a share of its own, the metrics are joined.
     """
+    own = isinstance(loader, OwnShare)
+    share_statistics(model)
     metric, training = task.metric(args), model.training
     where = "cpu" if accelerator.device.type == "mps" else accelerator.device
     if isinstance(metric, nn.Module):  # one of torchmetrics; others add up where the tensors are that they are given
         metric.to(where)
     model.eval()
-    for batch in loader:
+    for batch in through(loader):
         with accelerator.autocast():
-            prediction, target = task.predict(model, batch)
+            prediction, target = task.predict(model, batch, args)
         if task.ragged:
             pairs = accelerator.gather_for_metrics(list(zip(prediction, target)), use_gather_object=True)
             pairs = send_to_device(pairs, "cpu")
             metric.update([p for p, _ in pairs], [t for _, t in pairs])
         else:
-            prediction, target = accelerator.gather_for_metrics((prediction, target))
+            if not own:
+                prediction, target = accelerator.gather_for_metrics((prediction, target))
             metric.update(prediction.to(where), target.to(where))
     model.train(training)
+    if own:
+        parts = gather_object([metric])
+        metric.join(parts[:1] if args.shard else parts)
     return {name: float(value) for name, value in metric.compute().items()}
 
 
-# ---------------------------------------------------------------------------------------------------- checkpoints
-
-
-def keep_adapter_only(task: Task, accelerator: Accelerator) -> None:
-    """Make ``save_state`` write adapter and head instead of the whole frozen backbone, and read them back."""
-
-    def save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
-        weights.clear()
-        if accelerator.is_main_process:
-            task.save(accelerator.unwrap_model(models[0]), Path(folder) / "adapter")
-
-    def restore(models: list[nn.Module], folder: str) -> None:
-        task.restore(accelerator.unwrap_model(models.pop()), Path(folder) / "adapter")
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(restore)
-
-
-def save_checkpoint(accelerator: Accelerator, out: Path, step: int, args: argparse.Namespace) -> None:
-    """Write beside, then rename: a kill leaves the last checkpoint whole. The newest two are kept.
-
-    Raises ``OSError`` where it cannot be written, and leaves those that are there.
-    """
-    final = checkpoint_at(out, step)
-    unfinished = final.with_suffix(".tmp")
-    if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed while it wrote
-    accelerator.wait_for_everyone()
-    try:
-        accelerator.save_state(str(unfinished), safe_serialization=True)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            progress = {
-                "step": step, "run": run_of(out), "arguments": lasting(args, accelerator.num_processes)
-            }  # fmt: skip
-            write_atomic(unfinished / "progress.json", json.dumps(progress).encode())
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
-        shutil.rmtree(unfinished, ignore_errors=True)
-        kept = [str(path) for path in checkpoints(out)[-1:]]
-        raise OSError(
-            f"the checkpoint {final} cannot be written: {error}. Make room, then go on with --resume"
-            + (f" from {kept[0]}" if kept else "")
-        ) from error
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(unfinished, final)
-        for old in checkpoints(out)[:-2]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def checkpoint_at(out: Path, step: int) -> Path:
-    """Return the folder of a checkpoint."""
-    return out / "checkpoints" / f"step-{step:08d}"
-
-
-def progress_of(checkpoint: Path) -> dict[str, Any]:
-    """Return what a checkpoint says of its run: step, name and arguments."""
-    return json.loads((checkpoint / "progress.json").read_text())
-
-
-def lasting(args: argparse.Namespace, processes: int) -> dict[str, Any]:
-    """The arguments that a resumed run must share with the run it goes on with."""
-    free = {"resume", "overwrite", "out", "config", "eval_every", "save_every", "tracker"} | (
-        set() if args.streaming else {"workers"}
-    )
-    kept = {k: v for k, v in vars(args).items() if k not in free}
-    return json.loads(json.dumps({**kept, "processes": processes}))
-
-
-def resume_step(out: Path, args: argparse.Namespace, processes: int) -> tuple[Path | None, int]:
-    """Return the newest checkpoint and its step; (None, 0) where there is none. Other arguments are an error."""
-    found = checkpoints(out)
-    if not found:
-        return None, 0
-    progress = progress_of(found[-1])
-    check_run(found[-1], progress.get("run"), out)
-    then, now = progress["arguments"], lasting(args, processes)
-    changed = [k for k in now if then.get(k) != now[k]]
-    if changed:
-        raise ValueError(
-            f"{found[-1]} was trained with {', '.join(f'{k}={then.get(k)!r}' for k in changed)}; now it is "
-            f"{', '.join(f'{k}={now[k]!r}' for k in changed)}. Resume with the same arguments, or choose another --out"
-        )
-    return found[-1], progress["step"]
-
-
-# ----------------------------------------------------------------------------------------------------------- loop
+# ------------------------------------------------------------------------------------------------------- batches
 
 
 def training_batches(rows: Any, first: int, task: Task, accelerator: Accelerator, args: argparse.Namespace) -> Iterable:
@@ -285,11 +123,36 @@ def training_batches(rows: Any, first: int, task: Task, accelerator: Accelerator
     return (send_to_device(batch, accelerator.device, accelerator.non_blocking) for batch in batches)
 
 
+def share_statistics(model: nn.Module) -> None:
+    """Give every rank the first one's buffers, which are saved: BatchNorm counts on each rank for itself.
+
+    DDP does so at the start of its next forward, which scoring the module inside of it does not go through.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        for buffer in model.module.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
+class OwnShare(DataLoader):
+    """Reads what this rank alone counts."""
+
+
 def validation_batches(rows: Rows, task: Task, accelerator: Accelerator, args: argparse.Namespace) -> DataLoader:
-    """Return the loader of this rank's share; a stream is read by the first rank, which deals it out."""
+    """Return the loader of this rank's share.
+
+    A stream is read by the first rank, which deals it out; one of images of several sizes cannot be dealt out in
+    batches, so there each rank reads its part.
+    """
+    collate, how = getattr(rows, "collate", task.collate), loading(accelerator.device, args.workers)
+    if args.streaming and hasattr(rows, "collate"):
+        # With --shard all ranks run each pass of the backbone together, so that there each reads all.
+        rank, ranks = (0, 1) if args.shard else (accelerator.process_index, accelerator.num_processes)
+        share = 0, rank, ranks, args.workers
+        return OwnShare(
+            Stream(rows, args.batch_size, *share, endless=False), args.batch_size, collate_fn=collate, **how
+        )
     data: Any = Stream(rows, args.batch_size, workers=args.workers, endless=False) if args.streaming else rows
-    loader = DataLoader(data, args.batch_size, collate_fn=task.collate, **loading(accelerator.device, args.workers))
-    return accelerator.prepare(loader)
+    return accelerator.prepare(DataLoader(data, args.batch_size, collate_fn=collate, **how))
 
 
 def placed(model: Any, accelerator: Accelerator, args: argparse.Namespace) -> Any:
@@ -299,94 +162,166 @@ def placed(model: Any, accelerator: Accelerator, args: argparse.Namespace) -> An
     return compile_adapted(model, args.compile) if args.compile else model
 
 
+# ----------------------------------------------------------------------------------------------------------- loop
+
+
+class Training:
+    """What is trained, and how far it is. ``done``: steps that are finished."""
+
+    def __init__(
+        self, task: Task, model: Any, epoch: int | None, accelerator: Accelerator, args: argparse.Namespace, stop: Stop
+    ) -> None:
+        """Read the newest checkpoint with ``--resume``. ``model`` is on its device; ``epoch`` as in ``Log``."""
+        self.task, self.accelerator, self.args, self.stop, self.out = task, accelerator, args, stop, Path(args.out)
+        checkpoint, self.first = resume_step(self.out, args, accelerator.num_processes) if args.resume else (None, 0)
+        self.done = self.saved = self.first
+        optimizer = optimizer_of(model, args)
+        schedule = schedule_of(optimizer, args, accelerator.num_processes)
+        asked = [(rate, group["weight_decay"]) for rate, group in zip(schedule.base_lrs, optimizer.param_groups)]
+        self.model, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.average = Average(self.trained, args.ema) if args.ema else None
+        if self.average is not None:
+            accelerator.register_for_checkpointing(self.average)
+        keep_adapter_only(task, accelerator)
+        self.best, self.metrics, before = best_of(task, args), {}, 0.0
+        if checkpoint is not None:
+            progress = progress_of(checkpoint)
+            accelerator.load_state(str(checkpoint))
+            as_asked(schedule, optimizer, asked)
+            self.best.go_on(progress.get("best", {"scored": self.first}))
+            self.metrics, before = progress.get("metrics", {}), progress.get("seconds", 0.0)
+            if accelerator.is_main_process:
+                restore_best(self.out, checkpoint)
+            accelerator.print(f"resumed from {checkpoint}, step {self.first}")
+        self.finite = Finite(accelerator, self.out)
+        self.log = Log(task.percent, self.out, accelerator, args, self.first, before, epoch)
+
+    def micro_step(self, i: int, batch: Any) -> Tensor:
+        """Learn from one batch, the ``i``-th of this process; returns its loss. Every ``--accumulate``-th is a step."""
+        args, k = self.args, self.args.accumulate
+        # Dropout belongs to the step, not to the run.
+        set_seed(folded(args.seed * 1_000_003 + self.first * k + i, 31), device_specific=True)
+        with self.accelerator.accumulate(self.model):
+            loss = self.task.loss(self.model, batch, args)
+            self.finite.see(self.first + i // k, loss)
+            self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.trained, args.clip)
+            self.optimizer.step()
+            self.schedule.step()
+            self.optimizer.zero_grad()
+        return loss
+
+    def finish_step(self, done: int, loss: Tensor, val: DataLoader) -> None:
+        """Count a step of the optimiser, and do what is due after it; ``Asked`` where the processes are to stop."""
+        args, self.done = self.args, done
+        if self.average is not None:
+            self.average.update(done)
+        scores, saves = self.is_due(args.eval_every, done), self.is_due(args.save_every, done)
+        if scores or saves or done % EVERY == 0 or done == args.steps:
+            self.finite.check(done)
+        self.log.step(done, loss, self.schedule.get_last_lr()[0])
+        if scores:
+            self.score(val)
+        number = self.stop.agreed(self.accelerator, done)
+        if number:
+            raise Asked(number)
+        if saves:
+            self.save()
+        if self.best.exhausted:
+            best = self.best
+            self.log.show.say(
+                f"no {best.metric} better than that of step {best.step} in {best.since} evaluations: ends"
+            )
+
+    def is_due(self, every: int, step: int) -> bool:
+        """Whether something is to be done every so many steps, 0 for never; after the last it is done anyway."""
+        return bool(every) and step > 0 and step % every == 0 and step < self.args.steps
+
+    def averaged(self) -> Any:
+        """Within, the model has the weights that are scored and saved: with ``--ema`` the average ones."""
+        return contextlib.nullcontext() if self.average is None else self.average.applied()
+
+    def score(self, val: DataLoader) -> None:
+        """Evaluate, write it down, and keep the adapter where it is the best so far."""
+        started = time.time()
+        with self.averaged():
+            self.metrics = evaluate(self.task, self.model, val, self.accelerator, self.args, self.heeding)
+            if self.best.see(self.done, self.metrics) and self.accelerator.is_main_process:
+                self.write(self.out / "best", step=self.done)
+        self.log.score(self.done, self.metrics, time.time() - started)
+
+    def heeding(self, loader: Any) -> Iterable[Any]:
+        """The batches of a validation, shown as they come; ``Asked`` where the processes are to stop.
+
+        Those that read shares of their own read different numbers of batches, and agree on a stop after them.
+        """
+        total = None if self.args.streaming else len(loader)
+        if isinstance(loader, OwnShare) and self.accelerator.num_processes > 1:
+            return self.log.validating(loader, total)
+        return self.stop.heeding(self.log.validating(loader, total), self.accelerator)
+
+    def write(self, folder: Path, **more: Any) -> None:
+        """Write the adapter file, with the metrics in it."""
+        size = self.args.size if isinstance(self.args.size, int) else list(self.args.size)
+        model = self.accelerator.unwrap_model(self.model)
+        said = {**to_record(self.args), **names.to_record(self.args), **more, **self.metrics}
+        self.task.save(model, folder, task=self.task.kind, size=size, **said)
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        more = {"best": self.best.state(), "metrics": self.metrics, "seconds": self.log.seconds()}
+        save_checkpoint(self.accelerator, self.out, self.done, self.args, more)
+        self.saved = self.done
+
+    def leave(self, number: int) -> Stopped:
+        """Write a checkpoint, unless there is one, and return what to raise after this signal."""
+        if self.done > self.saved:
+            self.finite.check(self.done)
+            self.save()
+        self.log.close()
+        return Stopped(self.done, checkpoint_at(self.out, self.done) if self.done else None, number)
+
+
 def train(
-    task: Task, model: Any, rows: Any, val: DataLoader, accelerator: Accelerator, args: argparse.Namespace
-) -> tuple[dict[str, float], float]:
-    """Train for ``--steps`` optimiser steps; returns the metrics and the seconds of training alone.
+    task: Task, model: Any, rows: Any, val: DataLoader, accelerator: Accelerator, args: argparse.Namespace, stop: Stop
+) -> tuple[Training, float]:
+    """Train for ``--steps`` optimiser steps, or until ``--patience`` ends it, and score; also returns the seconds.
 
-    With ``--ema`` the model has the average weights when this returns.
+    Raises ``Stopped`` after a signal, with a checkpoint of the last step that was finished.
     """
-    out, world, k = Path(args.out), accelerator.num_processes, args.accumulate
-    checkpoint, first = resume_step(out, args, world) if args.resume else (None, 0)
-    if accelerator.is_main_process:
-        begin(out) if checkpoint is None else adopt(out, progress_of(checkpoint).get("run"))
-    loader = training_batches(rows, first, task, accelerator, args)
-    placed(model, accelerator, args)
-    if isinstance(rows, Windowed):
-        loader = rows.cached(loader, model)
-    optimizer = optimizer_of(model, args)
-    factor = {"cosine": cosine, "linear": linear}[args.schedule]
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: factor(s // world, args.steps, args.warmup))
-    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    average = Average(trained, args.ema) if args.ema else None
-    if average is not None:
-        accelerator.register_for_checkpointing(average)
-    keep_adapter_only(task, accelerator)
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        accelerator.print(f"resumed from {checkpoint}, step {first}")
-
-    def averaged() -> Any:
-        return contextlib.nullcontext() if average is None else average.applied()
-
-    finite = Finite(accelerator, out)
-    log, started = Log(task.percent, out, accelerator, args, first), time.time()
-    with Stop() as stop:
-        for i, batch in enumerate(stop.batches(loader)):
-            step = first + i // k
-            # Dropout belongs to the step, not to the run.
-            set_seed(folded(args.seed * 1_000_003 + first * k + i, 31), device_specific=True)
-            with accelerator.accumulate(model):
-                loss = task.loss(model, batch, args)
-                finite.see(step, loss)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(trained, args.clip)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-            if (i + 1) % k:
-                continue
-            done = step + 1
-            if average is not None:
-                average.update(done)
-            scores, saves = (n and done % n == 0 and done < args.steps for n in (args.eval_every, args.save_every))
-            if scores or saves or done % EVERY == 0 or done == args.steps:
-                finite.check(done)
-            log.step(done, loss, args.batch_size * world * k, schedule.get_last_lr()[0])
-            if scores:
-                with averaged():
-                    log.score(done, evaluate(task, model, val, accelerator, args))
-            stopped = stop.agreed(accelerator, done)
-            if stopped:
-                finite.check(done)
-            if saves or stopped:
-                save_checkpoint(accelerator, out, done, args)
-            if stopped:
-                log.close()
-                raise Stopped(done, checkpoint_at(out, done), stopped)
-    seconds = time.time() - started
-    if average is not None:
-        average.settle()
-    metrics = evaluate(task, model, val, accelerator, args)
-    log.score(args.steps, metrics)
-    log.close()
-    return metrics, seconds
+    epoch = None if args.streaming else len(rows)
+    run = Training(task, placed(model, accelerator, args), epoch, accelerator, args, stop)
+    loader = training_batches(rows, run.first, task, accelerator, args)
+    loader = rows.cached(loader, model) if isinstance(rows, Windowed) else loader
+    try:
+        if run.is_due(args.eval_every, run.first) and run.best.scored < run.first:
+            run.score(val)  # a signal had broken it off
+        batches = () if run.best.exhausted else stop.batches(loader, accelerator.num_processes == 1)
+        for i, batch in enumerate(batches):
+            loss = run.micro_step(i, batch)
+            if (i + 1) % args.accumulate == 0:
+                run.finish_step(run.first + (i + 1) // args.accumulate, loss, val)
+            if run.best.exhausted:
+                break
+        seconds = run.log.seconds()
+        if not (run.best.exhausted and run.metrics):
+            run.score(val)
+        return run, seconds
+    except Asked as asked:
+        raise run.leave(asked.number) from None
+    except BaseException:
+        run.log.close()
+        raise
 
 
 # ----------------------------------------------------------------------------------------------------------- main
 
 
-def peak_memory() -> float:
-    """Peak memory in MiB: of the GPU, or of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def start(task: Task, args: argparse.Namespace) -> tuple[Path, Accelerator]:
     """Return the folder, which can be written to, and the accelerator."""
+    check_tracker(args.tracker)
     out = check_writable(args.out)
     made = together(
         Accelerator,
@@ -416,51 +351,93 @@ def run(task: Task, args: argparse.Namespace, last: bool = True) -> dict[str, An
     Unless it is the ``last`` run of this process, its ranks stay connected.
 
     Returns what result.json says: the metrics as people read them, the score of the attached file under
-    ``<score>_reattached``, seconds, memory, and sizes.
+    ``<score>_reattached``, seconds, memory, sizes, the digest of the file, and the best evaluation.
     """
     out, accelerator = start(task, args)
-    with occupied(out, accelerator, args.resume, args.overwrite):
-        return run_in(out, task, args, accelerator, last)
+    with occupied(out, accelerator, args.resume, args.overwrite), Stop() as stop:
+        try:
+            with stop.at_once():
+                best_of(task, args)  # an error, before anything is loaded
+                there = newest(out) if args.resume else None
+                prepared = prepare(task, args, accelerator)
+                describe(task, out, args, accelerator, prepared)
+        except Asked as asked:
+            step = progress_of(there)["step"] if there else 0
+            raise Stopped(step, there, asked.number) from None
+        return finish(task, args, accelerator, prepared, stop, last)
 
 
-def run_in(out: Path, task: Task, args: argparse.Namespace, accelerator: Accelerator, last: bool) -> dict[str, Any]:
-    """Do so in a folder that is this run's."""
+class Prepared(NamedTuple):
+    """What is there before the first step."""
+
+    model: Any
+    rows: Any  #: that are trained on, or the features of them
+    data: tuple[Rows, Rows]  #: of training and validation, as they were opened
+    val: DataLoader
+    filling: float  #: seconds until the features were cached
+
+
+def prepare(task: Task, args: argparse.Namespace, accelerator: Accelerator) -> Prepared:
+    """Build the model and open the data, which are checked then; fill the cache of features."""
     set_seed(folded(args.seed, 31))
     model = task.build(args)
+    initialise(model, args)
     train_rows, val_rows = task.data(args, model, True), task.data(args, model, False)
     val = validation_batches(val_rows, task, accelerator, args)
     started = time.time()
     windows = Windows.of(args, train_rows, model)
+    rows: Any = train_rows
     if args.cache_features:
-        train_rows = cached(train_rows, model.to(accelerator.device), accelerator, args, windows)
+        rows = cached(train_rows, model.to(accelerator.device), accelerator, args, windows)
     else:
-        train_rows = Views(train_rows, args.views) if args.views else train_rows
-        train_rows = Windowed(train_rows, windows) if windows else train_rows
-    filling = time.time() - started
-    metrics, seconds = train(task, model, train_rows, val, accelerator, args)
+        rows = Views(rows, args.views) if args.views else rows
+        rows = Windowed(rows, windows) if windows else rows
+    return Prepared(model, rows, (train_rows, val_rows), val, time.time() - started)
 
-    memory, folder = peak_memory(), out / "adapter"
+
+def describe(task: Task, out: Path, args: argparse.Namespace, accelerator: Accelerator, prepared: Prepared) -> None:
+    """Make the folder this run's, or see that it is, and write ``config.yaml``."""
+    checkpoint, _ = resume_step(out, args, accelerator.num_processes) if args.resume else (None, 0)
     if accelerator.is_main_process:
-        size = args.size if isinstance(args.size, int) else list(args.size)
-        task.save(model, folder, task=task.kind, size=size, **to_record(args), **metrics)
+        begin(out) if checkpoint is None else adopt(out, progress_of(checkpoint).get("run"))
+        record.write(out, task.name, args, accelerator, prepared.model, prepared.data)
+
+
+def finish(
+    task: Task, args: argparse.Namespace, accelerator: Accelerator, prepared: Prepared, stop: Stop, last: bool
+) -> dict[str, Any]:
+    """Train, save, and score what was saved."""
+    run, seconds = train(task, prepared.model, prepared.rows, prepared.val, accelerator, args, stop)
+    memory, folder = peak_memory(), run.out / "adapter"
+    with run.averaged():
+        if accelerator.is_main_process:
+            run.write(folder)
     accelerator.wait_for_everyone()
     set_seed(folded(args.seed, 31))  # a random backbone is the same random one
     again = placed(task.again(args, folder), accelerator, args)
-    score, score_again = metrics[task.score], evaluate(task, again, val, accelerator, args)[task.score]
+    try:
+        metrics, found = run.metrics, evaluate(task, again, prepared.val, accelerator, args, run.heeding)
+    except Asked as asked:
+        raise run.leave(asked.number) from None
+    run.log.close()
+    score, score_again = metrics[task.score], found[task.score]
     result = {
         "adapter": " + ".join(args.adapter),
         "options": args.adapter_options,
         "head": getattr(args, "head", None),
         **shown(task.percent, metrics),
         f"{task.score}_reattached": shown(task.percent, {task.score: score_again})[task.score],
+        "steps": run.done,
         "seconds": round(seconds, 1),
-        **({"seconds_to_cache": round(filling, 1)} if args.cache_features else {}),
+        **({"seconds_to_cache": round(prepared.filling, 1)} if args.cache_features else {}),
         "peak_memory_mib": round(memory),
-        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "trained_parameters": sum(p.numel() for p in run.trained),
         "file_bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
+        "file_sha256": record.digest(folder / record.WEIGHTS),
+        **({"best": {k: run.best.state()[k] for k in ("metric", "step", "value")}} if run.best.metric else {}),
     }
     if accelerator.is_main_process:
-        write_atomic(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+        write_atomic(run.out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
         apart = "the same" if score_again == score else f"{abs(score_again - score):.2g} apart"
         both = said(task.percent, {task.score: score_again})
         print(f"saved {folder}; {said(task.percent, metrics)}; attached to a fresh backbone: {both}, {apart}")

@@ -30,6 +30,7 @@ from adaptkit.hub.write import check_writable, write_atomic
 
 from . import normalisation
 from .devices import copying, loading, together
+from .help import RecipeParser
 from .labelled import LabelledData, open_images
 from .options import PRECISION_HELP, command, precision, seed_of, validation
 from .order import plain_errors
@@ -39,7 +40,7 @@ BIAS = 100.0  # the constant feature: so large that the ridge leaves the interce
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser("fewshot", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p = RecipeParser("fewshot", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--train", required=True, help="as in recipes.classify: digits, Parquet, folder, list, Hub id")
     p.add_argument("--val", help="the same for validation; default: the split 'validation' of a Hub id")
     p.add_argument("--image-column")

@@ -23,7 +23,14 @@ try:
 except ImportError:  # no POSIX system: two runs in one folder are then not noticed
     fcntl = None  # type: ignore[assignment]
 
-MADE = ("checkpoints", "metrics.jsonl", "result.json", "adapter")  # what a run of the shared loop leaves
+MADE = (
+    "checkpoints",
+    "metrics.jsonl",
+    "result.json",
+    "adapter",
+    "best",
+    "config.yaml",
+)  # what a run of the shared loop leaves
 LOCK, RUN = ".lock", "run.json"
 
 

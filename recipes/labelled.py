@@ -12,10 +12,12 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from adaptkit.core.near import beside, hint
 from adaptkit.core.view import Source
 from adaptkit.pictures import class_ids, colours, pair, read_row
 from adaptkit.version import DISTRIBUTION
 
+from .augment import NAMES, of_images
 from .data import filled, open_dataset, open_rows, renamed
 from .devices import sent
 from .normalisation import normalise
@@ -123,7 +125,7 @@ def _listed(path: Path) -> Any:
     import datasets
 
     if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+        raise ValueError(f"there is no file {path}{beside(path)}")
     rows: dict[str, list[Any]] = {"image": [], "label": []}
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if not line.strip():
@@ -145,8 +147,8 @@ class LabelledData(Rows):
         size: side in pixels.
         source: of the backbone, for the normalisation.
         seed: of the augmentation.
-        augment: ``"crop"`` (a random part of at least ``least`` of the image), ``"flip"`` (mirrored at random too), or
-            ``"none"``, the whole image squeezed to a square.
+        augment: ``"crop"`` (a random part of at least ``least`` of the image), ``"flip"`` (mirrored at random too),
+            ``"none"``, the whole image squeezed to a square, or one of ``augment.NAMES``.
         train: whether to augment; else the centre of the image, 7/8 of it, or the whole with ``augment="none"``.
         least: share of the image in a crop.
         classes: labels are in 0..classes - 1; None: any.
@@ -169,6 +171,8 @@ class LabelledData(Rows):
         self.classes = classes
         if augment == "none":
             steps = [v2.Resize((size, size), antialias=True)]
+        elif train and augment in NAMES:
+            steps = of_images(augment, size, least)
         elif train:
             steps = [v2.RandomResizedCrop(size, scale=(least, 1.0), antialias=True)]
             steps += [v2.RandomHorizontalFlip()] if augment == "flip" else []
@@ -233,7 +237,8 @@ def _columns(data: Any, columns: tuple[str | None, str | None], name: str) -> tu
 
     for column in columns:
         if column is not None and column not in data.features:
-            raise ValueError(f"{name} has no column {column!r}; its columns are {', '.join(data.features)}")
+            near = hint(column, data.features)
+            raise ValueError(f"{name} has no column {column!r}{near}; its columns are {', '.join(data.features)}")
     image = columns[0] or next((k for k, f in data.features.items() if isinstance(f, datasets.Image)), None)
     label = columns[1] or next((k for k in LABEL_NAMES if k in data.features and k != image), None)
     if image is None or label is None:

@@ -5,37 +5,55 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import resource
 import time
+from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from adaptkit.hub.write import write_atomic
 
 EVERY = 10  # steps between two looks at the loss, each of which waits for the device
+PAUSE = 10.0  # seconds between two lines, where there is no terminal for a bar
 
 
 class Log:
-    """A progress bar with loss, images/s and time left; metrics.jsonl; and the tracker of the user's choice."""
+    """metrics.jsonl; loss, images/s and time left, as a bar or, where there is no terminal, as lines; and the tracker.
+
+    A row of training has step, loss, images_per_s, lr, epoch (how many were seen), seconds (of the run until then, with
+    what came before a resume), memory_mib, and epoch_seconds, what an epoch takes at this rate. A row of validation has
+    step, the metrics, and seconds_to_score.
+    """
 
     def __init__(
-        self, percent: tuple[str, ...], out: Path, accelerator: Accelerator, args: argparse.Namespace, first: int
+        self,
+        percent: tuple[str, ...],
+        out: Path,
+        accelerator: Accelerator,
+        args: argparse.Namespace,
+        first: int,
+        before: float = 0.0,
+        epoch: int | None = None,
     ) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+        """``before``: seconds until step ``first``, in earlier processes. ``epoch``: images in one, where known."""
         self.percent, self.accelerator, self.main = percent, accelerator, accelerator.is_main_process
-        columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[say]}"))
-        self.bar = Progress(*columns, TimeRemainingColumn(), disable=not self.main)
-        self.row = self.bar.add_task("train", total=args.steps, completed=first, say="")
-        self.bar.start()
+        self.show: Bar | Lines = (Bar if self.main and at_terminal() else Lines)("train", args.steps, first, self.main)
         path = out / "metrics.jsonl"
         if first and self.main:
             forget_after(path, first)
         self.file = FileIO(path, "a" if first else "w") if self.main else None
-        self.images, self.clock = 0, time.time()
+        self.per_step = args.batch_size * accelerator.num_processes * args.accumulate
+        self.steps, self.epoch, self.before, self.begun = args.steps, epoch, before, time.time()
+        self.images, self.clock = 0, self.begun
+
+    def seconds(self) -> float:
+        """How long the run has taken until now."""
+        return self.before + time.time() - self.begun
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row."""
@@ -43,29 +61,118 @@ class Log:
             append(self.file, row)
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
-    def step(self, step: int, loss: Tensor, images: int, lr: float) -> None:
+    def step(self, step: int, loss: Tensor, lr: float) -> None:
         """Count one step; every tenth is written, and the last."""
-        self.images += images
-        self.bar.advance(self.row)
-        if step % EVERY and self.bar.tasks[0].remaining:
+        self.images += self.per_step
+        if step % EVERY and step != self.steps:
+            self.show.advance(step)
             return
         rate = self.images / (time.time() - self.clock)
         self.images, self.clock = 0, time.time()
         value = loss.item()
-        self.bar.update(self.row, say=f"loss {value:.3f}  {rate:.1f} images/s")
-        self.write({"step": step, "loss": value, "images_per_s": round(rate, 2), "lr": lr})
+        self.show.advance(step, f"loss {value:.3f}  {rate:.1f} images/s  lr {lr:.2g}")
+        row = {"step": step, "loss": value, "images_per_s": round(rate, 2), "lr": lr}
+        if self.epoch:
+            row |= {"epoch": round(step * self.per_step / self.epoch, 4), "epoch_seconds": round(self.epoch / rate, 2)}
+        self.write({**row, "seconds": round(self.seconds(), 2), "memory_mib": round(peak_memory())})
 
-    def score(self, step: int, metrics: dict[str, float]) -> None:
-        """Write the metrics of an evaluation."""
-        self.bar.print(f"step {step}: {said(self.percent, metrics)}")
-        self.write({"step": step, **metrics})
+    def validating(self, batches: Iterable[Any], total: int | None) -> Iterator[Any]:
+        """Yield the batches of a validation, and show how many there were."""
+        show = type(self.show)("validate", total, 0, self.main, self.show)
+        try:
+            for n, batch in enumerate(batches, 1):
+                yield batch
+                show.advance(n)
+        finally:
+            show.close()
+
+    def score(self, step: int, metrics: dict[str, float], seconds: float) -> None:
+        """Write the metrics of an evaluation, which took so many seconds."""
+        self.show.say(f"step {step}: {said(self.percent, metrics)}")
+        self.write({"step": step, **metrics, "seconds_to_score": round(seconds, 2)})
         self.images, self.clock = 0, time.time()
 
     def close(self) -> None:
         """Stop the bar and close the file."""
-        self.bar.stop()
+        self.show.close()
         if self.file is not None:
             self.file.close()
+
+
+class Bar:
+    """A progress bar, in a terminal; one in another is a second row of it."""
+
+    def __init__(
+        self, name: str, total: int | None, first: int, main: bool = True, within: Bar | Lines | None = None
+    ) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        said = TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[say]}")
+        self.whole = not isinstance(within, Bar)
+        self.bar = within.bar if isinstance(within, Bar) else Progress(*said, TimeRemainingColumn())
+        self.row = self.bar.add_task(name, total=total, completed=first, say="")
+        if self.whole:
+            self.bar.start()
+
+    def advance(self, done: int, text: str | None = None) -> None:
+        """Show that so much is done, and a text."""
+        self.bar.update(self.row, completed=done, **({} if text is None else {"say": text}))
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        self.bar.print(line)
+
+    def close(self) -> None:
+        """End it."""
+        self.bar.stop() if self.whole else self.bar.remove_task(self.row)
+
+
+class Lines:
+    """Lines, for a file: of training the first, the last and one in ten seconds; of a validation one in ten seconds."""
+
+    def __init__(
+        self, name: str, total: int | None, first: int, main: bool = True, within: Bar | Lines | None = None
+    ) -> None:
+        self.name, self.total, self.first, self.main, self.whole = name, total, first, main, within is None
+        self.begun = time.time()
+        self.last = self.begun - (PAUSE if self.whole else 0)
+
+    def advance(self, done: int, text: str | None = None) -> None:
+        """Print how far it is, if it is time."""
+        now = time.time()
+        if (self.whole and text is None) or (now - self.last < PAUSE and not (self.whole and done == self.total)):
+            return
+        self.last = now
+        rate = (done - self.first) / max(now - self.begun, 1e-9)
+        of, left = ("", "") if self.total is None else (f"/{self.total}", clock((self.total - done) / rate) + " left")
+        self.say("  ".join(filter(None, (f"{self.name} {done}{of}", text, left))))
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        if self.main:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
+def at_terminal() -> bool:
+    """Whether someone looks: not where the output goes to a file, as under SLURM and nohup."""
+    from rich.console import Console
+
+    return Console().is_terminal
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def peak_memory() -> float:
+    """Peak memory in MiB: of the GPU, or of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def append(file: FileIO, row: dict[str, Any]) -> None:

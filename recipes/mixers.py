@@ -41,9 +41,10 @@ from adaptkit.mixers import list_mixers
 from . import normalisation
 from .data import SegmentationData, check_labels, open_dataset
 from .devices import together
-from .engine import cosine, parameter_groups
 from .folder import begin, occupied
+from .help import RecipeParser
 from .normalisation import source_of
+from .optimising import cosine, parameter_groups
 from .options import OVERWRITE_HELP, command, seed_of
 
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -57,7 +58,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(prog="mixers", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p = RecipeParser(prog="mixers", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--train", required=True, help="Parquet file, Hub data set id, or folder with images/ and masks/")
     p.add_argument("--val", required=True, help="the same for validation")
     p.add_argument("--num-classes", type=int, required=True)
@@ -138,7 +139,7 @@ def train(row: dict[str, Any], seed: int, data: tuple[Tensor, Tensor], args: arg
     adapters = [] if row["options"] is None else [("metaformer", row["options"])]
     backbone = create_backbone(args.backbone)
     model = adaptkit.attach(backbone, *adapters, head=("linear", {"num_classes": args.num_classes})).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=args.lr)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01, args.lr), lr=args.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, args.steps, 0.1))
     order = torch.Generator().manual_seed(seed)
     for _ in range(args.steps):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 
+from adaptkit.core.near import hint
+
 from . import normalisation
+from .help import RecipeParser
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
 CONFIGS = Path(__file__).parent / "configs"
@@ -22,7 +25,7 @@ OPTIONS_HELP = """e.g. '{"injector": false}'; with several adapters '{"lora": {.
 VIEWS_HELP = """make K random views (crop, mirror, colour) of each image and come back to them:
 epoch e trains on view e modulo K; 0: a new view in every epoch"""
 CACHE_HELP = """run the frozen backbone once for each of the K views, keep its features in this folder and
-train on them, now and in later runs. For adapters that only read: none, linear, sfp, and
+train on them, now and in later runs. For adapters that only read: none, linear, sfp, vit-split and
 vit-adapter with '{"injector": false}'. A run that is killed goes on where it was; features of
 another backbone, data, transform, size or seed are an error"""
 CROP_HELP = """train on a window of H x W pixels of what the backbone saw of the whole image, a new one,
@@ -42,6 +45,14 @@ PRECISION_HELP = """of the forward pass; auto: bf16 where the GPU or the process
 processor that does not, bf16 takes two to three times as long as float32"""
 
 
+INIT_HELP = """a saved adapter to start from, of the same --adapter: a folder or a Hub id. Its head is taken too where
+it is the same; a warning says why not"""
+CHANGE_HELP = """options that may differ from those of the run that --resume goes on with: steps lr schedule warmup
+weight-decay clip patience keep-best. Data, model and loss may not"""
+KEEP_HELP = """keep the adapter with the best METRIC of all evaluations in OUT/best; none: do not. Default: the
+score of the task where --eval-every is given"""
+PATIENCE_HELP = "end after N evaluations in a row without a better --keep-best; 0: never"
+TRACKER_HELP = "tensorboard, wandb, mlflow, ...; metrics.jsonl is always written"
 OVERWRITE_HELP = "delete what an earlier run left in --out"
 
 
@@ -51,6 +62,26 @@ def seed_of(text: str) -> int:
         if 0 <= int(text) < 2**63:
             return int(text)
     raise argparse.ArgumentTypeError(f"{text!r}: a seed is a whole number from 0 to 2^63 - 1")
+
+
+#: What ``--change`` may name: how long and how fast it is trained, not what, on what, or by which loss. It must be
+#: named, for an option that differs by mistake (given the first time, then forgotten) looks like one that is meant.
+CHANGEABLE = ("steps", "lr", "schedule", "warmup", "weight_decay", "clip", "patience", "keep_best")
+
+
+def changeable(text: str) -> str:
+    """Read an option of ``--change``, as argparse asks for it."""
+    name = text.removeprefix("--").replace("-", "_")
+    if name in CHANGEABLE:
+        return name
+    known = " ".join(k.replace("_", "-") for k in CHANGEABLE)
+    raise argparse.ArgumentTypeError(f"{text!r} cannot change within a run; {known} can")
+
+
+class Options(argparse.Namespace):
+    """Options, and under ``names`` which of its attributes are options: recipes put more there."""
+
+    __slots__ = ("names",)  # not among vars(), which a checkpoint compares
 
 
 def precision(asked: str) -> str:
@@ -66,7 +97,7 @@ def precision(asked: str) -> str:
 
 def parser(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
     """Return a parser with the options that every task has; ``defaults`` overrides theirs."""
-    p = argparse.ArgumentParser(prog=name, description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    p = RecipeParser(prog=name, description=doc, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument(
         "--config", help="YAML file of options, or the name of one in recipes/configs; the command line wins"
     )
@@ -81,6 +112,7 @@ def parser(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentPars
     normalisation.options(p)
     p.add_argument("--adapter", nargs="+", default=["none"], metavar="NAME", help="one or several, see `adaptkit list`")
     p.add_argument("--adapter-options", type=json.loads, default={}, metavar="JSON", help=OPTIONS_HELP)
+    p.add_argument("--init", metavar="FILE", help=INIT_HELP)
     p.add_argument("--train-backbone", nargs="+", default=[], metavar="PART", help=TRAIN_HELP)
     p.add_argument("--layer-decay", type=float, default=1.0, metavar="FACTOR", help=DECAY_HELP)
     p.add_argument("--steps", type=int, default=400, help="optimiser steps")
@@ -105,10 +137,13 @@ def parser(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentPars
     p.add_argument("--workers", type=int, default=0)
     p.add_argument("--eval-every", type=int, default=0, help="steps; 0: at the end only")
     p.add_argument("--save-every", type=int, default=100, help="steps between checkpoints; 0: none")
-    p.add_argument("--tracker", default=None, help="tensorboard, wandb, ...; metrics.jsonl is always written")
+    p.add_argument("--keep-best", default=None, metavar="METRIC", help=KEEP_HELP)
+    p.add_argument("--patience", type=int, default=0, metavar="N", help=PATIENCE_HELP)
+    p.add_argument("--tracker", default=None, help=TRACKER_HELP)
     p.add_argument("--seed", type=seed_of, default=0)
     p.add_argument("--out", default=f"runs/{name}")
     p.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False, help="from the newest checkpoint")
+    p.add_argument("--change", nargs="+", default=[], metavar="OPTION", type=changeable, help=CHANGE_HELP)
     p.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help=OVERWRITE_HELP)
     p.set_defaults(**defaults)
     return p
@@ -120,13 +155,18 @@ def read(p: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.
     before.add_argument("--config")
     config = before.parse_known_args(argv)[0].config
     tokens = [] if config is None else config_arguments(p, config)
-    args = p.parse_args([*tokens, *(argv if argv is not None else sys.argv[1:])])
+    args = p.parse_args([*tokens, *(argv if argv is not None else sys.argv[1:])], Options())
+    args.names = tuple(action.dest for action in p._actions if action.dest != "help")
     if min(getattr(args, k, 1) for k in ("steps", "batch_size", "accumulate")) < 1:
         p.error("--steps, --batch-size and --accumulate must be at least 1")
     if not 0 < getattr(args, "layer_decay", 1.0) <= 1:
         p.error(f"--layer-decay {args.layer_decay}: a factor in 0..1, e.g. 0.8; 1 is the same rate for all blocks")
     if getattr(args, "train_backbone", None) and getattr(args, "cache_features", None):
         p.error("--cache-features keeps what a frozen backbone says, and --train-backbone changes it: give one of them")
+    if getattr(args, "patience", 0) < 0:
+        p.error(f"--patience {args.patience}: give a number of evaluations, or 0")
+    if getattr(args, "change", None) and not args.resume:
+        p.error("--change says what may differ from the run that --resume goes on with: give --resume, or leave it out")
     if not 0 <= getattr(args, "ema", 0) < 1:
         p.error(f"--ema {args.ema}: the decay is in 0..1, e.g. 0.999; 0 keeps no average")
     if getattr(args, "cache_features", None) and args.views < 1:
@@ -150,30 +190,34 @@ def config_arguments(p: argparse.ArgumentParser, config: str) -> list[str]:
     path = next((f for f in (Path(config), CONFIGS / config, CONFIGS / f"{config}.yaml") if f.is_file()), None)
     if path is None:
         known = ", ".join(sorted(f.stem for f in CONFIGS.glob("*.yaml")))
-        p.error(f"--config {config}: there is no such file, nor one in recipes/configs ({known})")
+        near = hint(config, [f.stem for f in CONFIGS.glob("*.yaml")])
+        p.error(f"--config {config}: there is no such file, nor one in recipes/configs{near} ({known})")
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         p.error(f"--config {path} is no YAML: {error}")
     if not isinstance(values, dict):
         p.error(f"--config {path} holds no 'option: value' lines")
+    if isinstance(values.get("options"), dict):  # what a run wrote of itself: see record.py
+        values = values["options"]
     options = {flag: action for action in p._actions for flag in action.option_strings}
     tokens: list[str] = []
     for key, value in values.items():
         flag = "--" + str(key).replace("_", "-")
         if flag not in options or flag in ("--config", "--help"):
-            near = difflib.get_close_matches(flag, options, 1)
-            p.error(f"--config {path}: unknown key {key!r}" + (f"; did you mean {near[0][2:]!r}?" if near else ""))
-        if value is None:
+            p.error(f"--config {path}: unknown key {key!r}{hint(key, [one[2:] for one in options if one[:2] == '--'])}")
+        if value is None or value == []:
             continue
         if isinstance(options[flag], argparse.BooleanOptionalAction):
             if not isinstance(value, bool):
                 p.error(f"--config {path}: {key} is {value!r}; give true or false")
             tokens.append(flag if value else f"--no-{flag[2:]}")
         elif isinstance(value, dict):
-            tokens += [flag, json.dumps(value)]
+            tokens.append(f"{flag}={json.dumps(value)}")
+        elif isinstance(value, list):
+            tokens += [flag, *map(str, value)]
         else:
-            tokens += [flag, *(str(v) for v in (value if isinstance(value, list) else [value]))]
+            tokens.append(f"{flag}={value}")
     return tokens
 
 
@@ -205,7 +249,21 @@ def adapters(args: argparse.Namespace) -> list[Any]:
             f"--adapter-options has {', '.join(unknown or options)}; with --adapter {' '.join(names)} give "
             f'{{"{names[0]}": {{...}}}}'
         )
-    return [(name, options[name]) if name in options else name for name in names]
+    return [(name, options[name]) if name in options else attachable(name, args) for name in names]
+
+
+def attachable(name: str, args: argparse.Namespace) -> Any:
+    """Return a name as it is, and a saved file without its head where the run trains a network of another library.
+
+    That network is built around what is attached, and then gets the file's head if it is the same (``initial.py``).
+    """
+    from .initial import saved
+    from .network import BUILDERS
+
+    if getattr(args, "head", None) not in BUILDERS:
+        return name
+    file = saved(name)
+    return name if file is None else dataclasses.replace(file, header={**file.header, "head": None})
 
 
 def makes_pyramid(args: argparse.Namespace) -> list[str]:

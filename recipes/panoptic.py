@@ -82,7 +82,7 @@ def loss(model: nn.Module, batch: Any, args: argparse.Namespace) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ predict
 
 
-def predict(model: Any, batch: Any) -> tuple[list[Tensor], list[Tensor]]:
+def predict(model: Any, batch: Any, args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor]]:
     image, targets = batch
     found, truth = model(image), [t["truth"] for t in targets]
     recipe = recipe_of(model)
@@ -110,10 +110,9 @@ class PanopticQuality:
     was missed where the prediction says nothing, so "nothing" is one more category to it, left out of the mean.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, categories: list[dict[str, Any]]) -> None:
         from torchmetrics.detection import PanopticQuality
 
-        categories = segments(args, False).categories
         things = {i for i, c in enumerate(categories) if c["isthing"]}
         self.things, self.nothing = len(things), len(categories)
         stuff = set(range(len(categories) + 1)) - things
@@ -123,9 +122,21 @@ class PanopticQuality:
         for found, true in zip(maps, truth):
             self.metric.update(relabelled(found, self.nothing), relabelled(true, self.nothing + 1))  # 1 more: ignored
 
-    def compute(self) -> dict[str, float]:
+    def _counted(self) -> tuple[Tensor, ...]:
+        """Sum of IoU, TP, FP and FN of each category, things first, then stuff."""
         counted = (self.metric.iou_sum, self.metric.true_positives, self.metric.false_positives)
-        iou, tp, fp, fn = (x[:-1].double() for x in (*counted, self.metric.false_negatives))  # things first, then stuff
+        return tuple(x[:-1].double() for x in (*counted, self.metric.false_negatives))
+
+    def by_class(self) -> list[float | None]:
+        """PQ of each category, in the order of their labels; None for one that does not occur."""
+        iou, tp, fp, fn = self._counted()
+        values = iou / (tp + fp / 2 + fn / 2)
+        place = self.metric.cat_id_to_continuous_id
+        ordered = [float(values[place[label]]) for label in range(self.nothing)]
+        return [None if value != value else value for value in ordered]
+
+    def compute(self) -> dict[str, float]:
+        iou, tp, fp, fn = self._counted()
         occurs = tp + fp + fn > 0
         sq, rq = iou / tp.clamp_min(1), tp / (tp + fp / 2 + fn / 2).clamp_min(0.5)
         thing = torch.arange(len(tp)) < self.things
@@ -144,6 +155,10 @@ def mean(values: Tensor) -> float:
     return float(values.mean()) if len(values) else 0.0
 
 
+def metric(args: argparse.Namespace) -> PanopticQuality:
+    return PanopticQuality(segments(args, False).categories)
+
+
 TASK = Task(
     "panoptic",
     "image-segmentation",
@@ -153,7 +168,7 @@ TASK = Task(
     data,
     loss,
     predict,
-    PanopticQuality,
+    metric,
     ragged=True,
     collate=stacked,
     save=network.save,

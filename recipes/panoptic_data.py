@@ -131,17 +131,22 @@ class PanopticData(Rows):
             steps += [v2.Resize(size, antialias=True)]
         self.transform = v2.Compose([*steps, normalise(source)])
 
+    def truth(self, row: dict[str, Any]) -> Tensor:
+        """Row -> (H, W, 2) int64, label and segment id of each pixel, label -1 where nothing counts."""
+        ids = torch.from_numpy(segment_ids(row["map"], (row["height"], row["width"])))
+        labels = torch.full_like(ids, -1)
+        for number, (label, crowd) in row["segments"].items():
+            if not crowd:
+                labels[ids == number] = label
+        return torch.stack([labels, ids], -1)
+
     def make(self, row: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Row -> sample."""
         image = framed(read(row["path"]), (row["height"], row["width"]))
         ids = torch.from_numpy(segment_ids(row["map"], (row["height"], row["width"])))
         counted = {k: label for k, (label, crowd) in row["segments"].items() if not crowd}
         if not self.train:
-            labels = torch.full_like(ids, -1)
-            for number, label in counted.items():
-                labels[ids == number] = label
-            image = self.transform(image).as_subclass(Tensor)
-            return image, {"truth": torch.stack([labels, ids], -1)}
+            return self.transform(image).as_subclass(Tensor), {"truth": self.truth(row)}
         image, mask = self.transform(image, tv_tensors.Mask(ids))
         left = [k for k in counted if bool((mask == k).any())]
         masks = torch.stack([mask == k for k in left]) if left else torch.zeros(0, *mask.shape[-2:])

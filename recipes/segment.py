@@ -10,22 +10,69 @@ run goes on with `--resume`: data order, augmentation and dropout depend on the 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
+import math
 from typing import Any
 
-import torch.nn.functional as F
+import torch
+import torch.nn.functional as F  # noqa: F401  tests stop a run in it
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassJaccardIndex
 
 import adaptkit
 from adaptkit.create import create_backbone
+from adaptkit.losses import balanced_weights, dice_loss, focal_loss, pixel_loss
 
-from . import network, semantic
+from . import augment, names, native, network, semantic
 from .data import SegmentationData, check_labels, label_table, open_dataset
 from .engine import Task, run
+from .initial import saved_head
+from .native import NativeSegmentation, masks, predictor
 from .normalisation import source_of
 from .options import adapters, command, makes_pyramid, parser, read, validation
+from .order import Rows
+from .scores.segmentation import SemanticScores, confusion
+
+LOSSES = {"cross-entropy": pixel_loss, "dice": dice_loss, "focal": focal_loss}
+LOSS_HELP = """one or several of cross-entropy, dice and focal, added up: --loss cross-entropy dice=0.5"""
+WEIGHTS_HELP = """of the classes in the loss: a number for each, or balanced, from the pixels of the training masks
+(the fewer, the more: all classes weigh the same as a whole)"""
+
+
+HEAD_HELP = """fpn, linear, upernet or mask2former; default: the one that a file in --adapter or --init holds, else fpn,
+or linear without an adapter"""
+
+
+def named(text: str) -> tuple[str, float]:
+    """``dice=0.5`` -> name and weight, which is 1 where it is not given."""
+    name, _, share = text.partition("=")
+    return name, float(share or 1)
+
+
+def loss_of(text: str) -> str:
+    """Read one of ``--loss``, as argparse asks for it."""
+    with contextlib.suppress(ValueError):
+        name, share = named(text)
+        if name in LOSSES and 0 < share < math.inf:
+            return text
+    raise argparse.ArgumentTypeError(f"{text!r}: give {', '.join(LOSSES)}, or one with a weight above 0, dice=0.5")
+
+
+def check_weights(given: list[str], classes: int) -> list[Any]:
+    """Read ``--class-weights``: as many numbers as classes, or ``balanced``; ``ValueError`` for anything else."""
+    if given in ([], ["balanced"]):
+        return given
+    try:
+        weights = [float(text) for text in given]
+    except ValueError:
+        raise ValueError(f"--class-weights {' '.join(given)}: give numbers, or balanced alone") from None
+    if len(weights) != classes or not all(0 <= w < math.inf for w in weights) or not any(weights):
+        raise ValueError(
+            f"--class-weights has {len(weights)} numbers and --num-classes is {classes}: give one for each class, 0 or "
+            "more, not all 0"
+        )
+    return weights
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,16 +84,30 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--label-map", type=json.loads, default={}, metavar="JSON", help="of labels in files to classes")
     p.add_argument("--reduce-zero-label", action=argparse.BooleanOptionalAction, default=False,
                    help="label 0 is ignored and the others come down by one, as in ADE20K")  # fmt: skip
-    p.add_argument("--head", default=None, help="fpn, linear, upernet or mask2former; default: fpn, or linear alone")
+    p.add_argument(
+        "--loss", nargs="+", default=["cross-entropy"], type=loss_of, metavar="NAME[=WEIGHT]", help=LOSS_HELP
+    )
+    p.add_argument("--class-weights", nargs="+", default=[], metavar="W", help=WEIGHTS_HELP)
+    p.add_argument("--augment", default="medium", choices=augment.NAMES, help=augment.HELP)
+    p.add_argument("--head", default=None, help=HEAD_HELP)
     p.add_argument("--size", type=int, nargs=2, default=(240, 320), metavar=("H", "W"))
+    native.options(p)
+    names.options(p)
     network.mask2former_options(p)
     args = read(p, argv)
-    args.head = args.head or ("linear" if args.adapter in (["none"], ["linear"]) else "fpn")
+    args.named = names.named(args)
+    args.head = args.head or saved_head(args) or ("linear" if args.adapter in (["none"], ["linear"]) else "fpn")
     sides = makes_pyramid(args)
     if args.head == "linear" and sides:
         p.error(f"--head linear reads the tokens, so {sides[0]}'s pyramid would not be trained; use --head fpn")
     if args.head in network.BUILDERS:
         network.check_mask2former(p, args)
+        if args.class_weights or args.loss != ["cross-entropy"]:
+            p.error(f"--loss and --class-weights are for the heads of adaptkit; {args.head} brings a loss of its own")
+    try:
+        args.class_weights = check_weights(args.class_weights, args.num_classes)
+    except ValueError as error:
+        p.error(str(error))
     if args.head == "upernet" and args.batch_size < 2:
         p.error("--head upernet pools each image to one value, and BatchNorm needs two: --batch-size 2 or more")
     return args
@@ -62,35 +123,49 @@ def build(args: argparse.Namespace) -> adaptkit.AdaptedModel:
     ).train()
 
 
-def data(args: argparse.Namespace, model: Any, train: bool) -> SegmentationData:
+def data(args: argparse.Namespace, model: Any, train: bool) -> Rows:
     name, split, option = (args.train, "train", "--train") if train else (validation(args), "validation", "--val")
     opened = open_dataset(name, split, (args.image_column, args.mask_column), args.streaming)
     labels = label_table(args.label_map, args.reduce_zero_label, args.ignore_index)
     may_be = {"labels": labels, "classes": args.num_classes, "ignore": args.ignore_index}
-    rows = SegmentationData(opened, args.size, source_of(model.vit, args), args.seed, train, **may_be, name=option)
-    check_labels(rows, args.num_classes, args.ignore_index, option, train=train)
-    return rows
+    rows = SegmentationData(
+        opened, args.size, source_of(model.vit, args), args.seed, train, **may_be, name=option, augment=args.augment
+    )
+    pixels = check_labels(rows, args.num_classes, args.ignore_index, option, train=train)
+    if train and args.class_weights == ["balanced"]:
+        args.class_weights = balanced_weights(torch.from_numpy(pixels)).tolist()
+    return rows if train else NativeSegmentation(rows)
 
 
 def loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> Tensor:
-    """Cross entropy, the mean over the pixels with a label; zero where a batch has none."""
+    """The sum of ``--loss``, each a mean over the pixels with a label; zero where a batch has none."""
     image, mask = batch
-    total = F.cross_entropy(model(image).logits.float(), mask, ignore_index=args.ignore_index, reduction="sum")
-    return total / (mask != args.ignore_index).sum().clamp(min=1)
+    logits = model(image).logits.float()
+    weights = on_device(tuple(args.class_weights), logits.device) if args.class_weights else None
+    terms = [(LOSSES[name], share) for name, share in map(named, args.loss)]
+    return sum(share * term(logits, mask, args.ignore_index, weights) for term, share in terms)  # type: ignore[return-value]
 
 
-def predict(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
-    image, mask = batch
-    return model(image).logits.argmax(1), mask
+@functools.lru_cache(maxsize=8)  # a copy to a GPU in each step would be waited for
+def on_device(weights: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(weights, device=device)
 
 
-def metric(args: argparse.Namespace) -> MetricCollection:
-    common: dict[str, Any] = {"sync_on_compute": False, "validate_args": False}  # the masks were checked when read
-    miou = MulticlassJaccardIndex(args.num_classes, ignore_index=args.ignore_index, **common)
-    return MetricCollection({"miou": miou})
+def predict(model: nn.Module, batch: Any, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Images and masks at their own size -> the confusion matrix of each image (B, K, K)."""
+    images, truth = batch
+    found = masks(predictor(model, args), images)
+    pairs = zip(found, truth)
+    matrices = torch.stack([confusion(m, t.to(m.device), args.num_classes, args.ignore_index) for (m, _), t in pairs])
+    return matrices, torch.zeros(len(matrices), device=matrices.device)
 
 
-TASK = Task("segment", "semantic-segmentation", "miou", ("miou",), build, data, loss, predict, metric)
+def metric(args: argparse.Namespace) -> SemanticScores:
+    return SemanticScores()
+
+
+PERCENT = ("miou", "macc", "aacc")
+TASK = Task("segment", "semantic-segmentation", "miou", PERCENT, build, data, loss, predict, metric)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import adaptkit
 from adaptkit.create import create_backbone
-from adaptkit.ops.queries import class_scores
 
 from . import network
 from .engine import Task
@@ -20,9 +19,9 @@ from .options import adapters
 
 def task(base: Task, head: str) -> Task:
     """The task of segmentation, with this network for a head."""
-    loss, predict = {"upernet": (pixel_loss, pixels), "mask2former": (set_loss, classes_of_queries)}[head]
+    loss = {"upernet": pixel_loss, "mask2former": set_loss}[head]
     files: dict[str, Any] = {"save": network.save, "restore": network.restore, "again": network.again}
-    return dataclasses.replace(base, build=build, loss=loss, predict=predict, **files)
+    return dataclasses.replace(base, build=build, loss=loss, **files)
 
 
 def build(args: argparse.Namespace) -> network.Network:
@@ -41,11 +40,6 @@ def pixel_loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) 
     return model(image, labels=torch.where(known, mask, 0)).loss * known  # a mean over no pixel would be NaN
 
 
-def pixels(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
-    image, mask = batch
-    return model(image).logits.argmax(1), mask
-
-
 def set_loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> Tensor:
     """Mask2Former's: each class in an image is one mask, matched with one query; zero where no pixel has a label."""
     image, mask = batch
@@ -58,10 +52,3 @@ def set_loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) ->
     ]
     labels = [torch.tensor(p, dtype=torch.int64, device=mask.device) for p in present]
     return model(image, mask_labels=masks, class_labels=labels).loss.sum() * any(present)
-
-
-def classes_of_queries(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
-    image, mask = batch
-    found = model(image)
-    size = (mask.shape[-2], mask.shape[-1])
-    return class_scores(found.class_queries_logits, found.masks_queries_logits, size).argmax(1), mask

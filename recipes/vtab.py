@@ -25,8 +25,8 @@ from accelerate import PartialState
 from adaptkit.hub.write import check_writable, write_atomic
 
 from . import classify
+from .checkpoints import checkpoints, lasting
 from .devices import together
-from .engine import lasting
 from .folder import occupied
 from .options import command, parser, read
 
@@ -89,6 +89,8 @@ def run_task(task: str, found: Found, args: argparse.Namespace) -> dict[str, Any
         finished = json.loads(done.read_text())
         if finished["arguments"] == asked:
             return finished["result"]
+    if args.resume and not checkpoints(Path(own.out)):  # of the sweep, whose tasks are not all begun
+        own.resume, own.overwrite = False, True
     result = classify.fit(own, last=False)
     if together(PartialState).is_main_process:
         write_atomic(done, json.dumps({"arguments": asked, "result": result}).encode())

@@ -68,10 +68,11 @@ class Questions(TorchFunctionMode):
 class Stalls(Questions):
     """The questions of one function, with all that it calls.
 
-    Not of what reads the data, nor AdamW's count of its steps: both are on the CPU whatever the device.
+    Not of what reads the data, nor AdamW's count of its steps: both are on the CPU whatever the device. Nor of the
+    check of an image's values, which is made on the CPU alone (``tests/test_cuda_path.py`` would see it on a GPU).
     """
 
-    ELSEWHERE = ("/torch/utils/data/", "/torch/optim/", "/recipes/order.py")
+    ELSEWHERE = ("/torch/utils/data/", "/torch/optim/", "/recipes/order.py", "/adaptkit/model/image.py")
 
     def __init__(self, function: Any) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from families import HOSTS
 import adaptkit
 from adaptkit.cli import main
 from adaptkit.cli._show import table
-from adaptkit.hub.printable import printable
+from adaptkit.core.printable import printable
 
 
 def test_list_names_adapters_heads_and_hosts(capsys):
@@ -100,7 +100,7 @@ def test_alone_it_prints_its_help(capsys):
     assert main([]) == 0
     said = capsys.readouterr().out
     assert said.startswith("usage: adaptkit")
-    for command in ("demo", "doctor", "export", "inspect", "list", "train"):
+    for command in ("demo", "doctor", "export", "inspect", "list", "serve", "train"):
         assert f"\n    {command} " in said
 
 

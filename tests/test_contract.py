@@ -48,6 +48,7 @@ SMALL = {"conv_inplane": 8}
 METHODS = {
     "vit-adapter": [("vit-adapter", SMALL)],
     "vit-adapter-extract-only": [("vit-adapter", {**SMALL, "injector": False, "norm": "group"})],
+    "vit-split": ["vit-split"],
     "sfp": ["sfp"],
     "adavit": ["adavit"],
     "dat": ["dat"],
@@ -69,6 +70,8 @@ SETTINGS = {
     "dora+vit-adapter": [("lora", {"use_dora": True, "target_modules": ["proj", "fc1"], "lora_dropout": 0.1}),
                          ("vit-adapter", SMALL)],
     "lora+adavit": ["lora", "adavit"],
+    "lora+vit-split": ["lora", ("vit-split", {"select_layers": [1, 3], "out_indices": [0], "checkpoint": True,
+                                              "norm": "layer"})],
     "toy-bottleneck+vit-adapter": ["toy-bottleneck", ("vit-adapter", SMALL)],
 }  # fmt: skip
 ADAPTERS = {**METHODS, **SETTINGS}

@@ -33,6 +33,8 @@ ADAPTERS = {
     "vit-adapter-light": [("vit-adapter", {**SMALL, **LIGHT, "prefix": "drop"})],
     "vit-adapter-checkpoint": [("vit-adapter", {**SMALL, "checkpoint": True})],
     **{f"vit-adapter-{m}": [("vit-adapter", {**SMALL, **LIGHT, "attention": m})] for m in list_mixers() if m != "msda"},
+    "vit-split": ["vit-split"],
+    "vit-split-checkpoint": [("vit-split", {"checkpoint": True, "norm": "sync"})],
     "sfp": ["sfp"],
     "adavit": ["adavit"],
     "adavit-masked": [("adavit", {"execution": "masked"})],
@@ -59,7 +61,16 @@ HEADS = {
     "plain-mask": ("plain-mask", {"num_classes": 3, "num_q": 4, "num_blocks": 2}),
     "none": None,
 }
-ON_TRANSFORMERS = ("vit-adapter", "vit-adapter-extract-only", "sfp", "adavit-masked", "dat", "metaformer-msda", "lora")
+ON_TRANSFORMERS = (
+    "vit-adapter",
+    "vit-adapter-extract-only",
+    "vit-split",
+    "sfp",
+    "adavit-masked",
+    "dat",
+    "metaformer-msda",
+    "lora",
+)
 CASES = [
     *(pytest.param(name, "timm-vit", "fpn", id=name) for name in ADAPTERS),
     *(pytest.param(name, "hf-dinov2", "fpn", id=f"hf-{name}") for name in ON_TRANSFORMERS),

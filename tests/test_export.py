@@ -9,7 +9,7 @@ import torch
 
 import adaptkit
 from adaptkit.cli import main
-from adaptkit.export import to_aot_package, to_exported_program, to_onnx
+from adaptkit.export import output_names, to_aot_package, to_exported_program, to_onnx
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 5}
 PLAIN = ("metaformer", {"width": 4, "mixer": "identity"})
@@ -117,13 +117,83 @@ def test_onnx_leaves_the_size_open_where_the_positions_allow_it(tmp_path):
         close(run(path, image)["tokens"], model(image).tokens)
 
 
-def test_onnx_of_antialiased_positions_asks_for_a_fixed_size(tmp_path):
+def vit_of_96():
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(**{**SMALL, "img_size": 96})
+
+
+@pytest.mark.parametrize(("host", "sizes"), [(vit, ((64, 64), (128, 96))), (vit_of_96, ((96, 96), (64, 160)))])
+@torch.no_grad()
+def test_onnx_resamples_antialiased_positions_itself_at_any_size(host, sizes, tmp_path):
+    """Larger and smaller than the table, and its own size, where the backbone resamples nothing."""
     pytest.importorskip("onnxscript")
-    with pytest.raises(
-        ValueError, match="VisionTransformer resamples its positions with antialias .*leave out dynamic"
-    ):
-        to_onnx(attached(vit, PLAIN), tmp_path / "model.onnx", (64, 64), dynamic_size=True)
+    model = attached(host, PLAIN)
+    path = to_onnx(model, tmp_path / "model.onnx", (64, 96), dynamic_size=True, outputs=["tokens"])
+    for size in sizes:
+        image = torch.randn(2, 3, *size)
+        said = run(path, image)
+        assert list(said) == ["tokens"]
+        close(said["tokens"], model(image).tokens)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    "sizes", [(4, 4, 4, 4), (4, 5, 9, 7), (14, 14, 5, 31), (16, 16, 3, 2), (37, 37, 20, 20), (1, 3, 2, 1)]
+)
+def test_matrices_resample_as_torch_does(sizes, mode):
+    from adaptkit.export.resampled import AntialiasByMatrices, resample
+
+    h, w, height, width = sizes
+    x = torch.randn(1, 3, h, w, dtype=torch.float64)
+    wanted = torch.nn.functional.interpolate(x, size=(height, width), mode=mode, antialias=True)
+    torch.testing.assert_close(resample(x, (height, width), mode), wanted, rtol=1e-9, atol=1e-9)
+    with AntialiasByMatrices():
+        again = torch.nn.functional.interpolate(x, size=(height, width), mode=mode, antialias=True)
+        plain = torch.nn.functional.interpolate(x, size=(height, width), mode=mode)
+    torch.testing.assert_close(again, wanted, rtol=1e-9, atol=1e-9)
+    assert torch.equal(plain, torch.nn.functional.interpolate(x, size=(height, width), mode=mode))
+
+
+def test_a_backbone_that_closes_the_size_while_it_is_traced_asks_for_a_fixed_one(tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    sizes = {"mlp_ratio": 2, "image_size": 64, "patch_size": 16}
+    model = attached(lambda: hf("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", **sizes), PLAIN)
+    with pytest.raises(ValueError, match=r"Dinov2WithRegistersModel.*one file for each size"):
+        to_onnx(model, tmp_path / "model.onnx", (64, 96), dynamic_size=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_open_axes_have_names_and_outputs_are_chosen(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    model = attached(vit, "sfp", head=("linear", {"num_classes": 3}))
+    path = to_onnx(model, tmp_path / "model.onnx", (64, 96), dynamic_size=True, outputs=["logits", "maps"])
+    graph = onnx.load(path).graph
+    said = {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in (*graph.input, *graph.output)
+    }
+    assert said == {
+        "image": ["batch", 3, "height", "width"],
+        **{f"map_{s}": ["batch", 32, f"height/{s}", f"width/{s}"] for s in (4, 8, 16, 32)},
+        "logits": ["batch", 3, "height", "width"],
+    }
+    assert output_names(model, (64, 96), ["prefix"]) == ["prefix"]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "said"),
+    [
+        (["logit"], r"no 'logit' \(did you mean 'logits'\?\); its outputs are maps, map_4"),
+        ([], "leaves nothing to compute"),
+    ],
+)
+def test_an_output_that_does_not_exist_is_answered_before_any_tracing(outputs, said, tmp_path):
+    model = attached(vit, "sfp")
+    with pytest.raises(ValueError, match=said):
+        to_exported_program(model, tmp_path / "model.pt2", (32, 32), outputs=outputs)
 
 
 @torch.no_grad()
@@ -201,7 +271,24 @@ def test_the_command_line_exports_a_saved_folder(tmp_path, capsys):
     adaptkit.attach(backbone, PLAIN).save(tmp_path / "saved")
     out = tmp_path / "model.pt2"
     here = ["--backbone", str(tmp_path / "backbone")]  # a path that a file names is not followed
-    assert main(["export", str(tmp_path / "saved"), "--out", str(out), "--size", "56", "56", *here]) == 0
+    assert (
+        main(
+            [
+                "export",
+                str(tmp_path / "saved"),
+                "--out",
+                str(out),
+                "--size",
+                "56",
+                "56",
+                "--outputs",
+                "prefix",
+                "tokens",
+                *here,
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "agrees with the model" in said
     assert "tokens, prefix" in said

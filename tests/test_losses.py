@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from adaptkit import losses
 from adaptkit.losses import agreement_loss, annealed_budget, macs_loss, usage, usage_loss
 
 AUX = {
@@ -70,3 +71,78 @@ def test_agreement_is_zero_with_itself_and_leaves_the_full_model_alone():
     agreement_loss(logits, full, temperature=2.0).backward()
     assert full.grad is None
     assert logits.grad.abs().sum() > 0
+
+
+# --------------------------------------------------------------------------------------------------------- of pixels
+
+
+def pixels_of(classes=4):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, classes, 5, 6, generator=generator, dtype=torch.float64)
+    target = torch.randint(0, classes, (2, 5, 6), generator=generator)
+    target[0, :2] = 255
+    return logits, target
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([0.5, 2.0, 0.0, 1.0], dtype=torch.float64)])
+def test_cross_entropy_of_pixels_is_the_mean_that_torch_computes(weight):
+    logits, target = pixels_of()
+    want = torch.nn.functional.cross_entropy(logits, target, weight, ignore_index=255)
+    torch.testing.assert_close(losses.pixel_loss(logits, target, weight=weight), want)
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([0.5, 2.0, 0.0, 1.0], dtype=torch.float64)])
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_the_focal_loss_is_its_formula_pixel_by_pixel(gamma, weight):
+    logits, target = pixels_of()
+    total = weights = 0.0
+    for (b, y, x), label in zip(
+        torch.cartesian_prod(*map(torch.arange, (2, 5, 6))).tolist(), target.flatten().tolist()
+    ):
+        if label == 255:
+            continue
+        p = logits[b, :, y, x].softmax(0)[label]
+        w = 1.0 if weight is None else weight[label].item()
+        total, weights = total - w * (1 - p) ** gamma * p.log(), weights + w
+    torch.testing.assert_close(losses.focal_loss(logits, target, weight=weight, gamma=gamma), total / weights)
+
+
+def test_the_dice_loss_is_its_formula_class_by_class_over_those_that_are_there():
+    logits, target = pixels_of()
+    target[target == 3] = 0  # a class that is nowhere counts nowhere
+    p, known = logits.softmax(1), target != 255
+    scores = []
+    for k in (0, 1, 2):
+        mine, truth = p[:, k][known], (target == k)[known].double()
+        scores.append(2 * (mine * truth).sum() / (mine.square().sum() + truth.sum()))
+    torch.testing.assert_close(losses.dice_loss(logits, target), 1 - sum(scores) / 3)
+
+
+@pytest.mark.parametrize("loss", [losses.pixel_loss, losses.focal_loss, losses.dice_loss])
+def test_a_loss_of_pixels_is_zero_where_nothing_is_known_and_has_the_gradient_of_its_formula(loss):
+    logits, target = pixels_of()
+    x = logits.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda y: loss(y, target), (x,))
+    total = loss(x, torch.full_like(target, 255))
+    total.backward()
+    assert total.item() == 0
+    assert not x.grad.any()
+
+
+def test_a_perfect_answer_costs_nothing_and_has_a_finite_gradient():
+    _, target = pixels_of()
+    logits = 1000 * torch.nn.functional.one_hot(target.clamp(max=3), 4).movedim(-1, 1).float()
+    for loss in (losses.pixel_loss, losses.focal_loss, losses.dice_loss):
+        x = logits.clone().requires_grad_()
+        loss(x, target).backward()
+        assert loss(x, target).item() == pytest.approx(0, abs=1e-6)
+        assert x.grad.isfinite().all()
+
+
+def test_balanced_weights_make_classes_weigh_the_same_and_spare_the_unseen():
+    counts = torch.tensor([90, 9, 1, 0])
+    weights = losses.balanced_weights(counts)
+    torch.testing.assert_close(weights[:3] * counts[:3], torch.full((3,), 25.0))
+    assert weights[3] == weights[2]
+    with pytest.raises(ValueError, match="no class has a pixel"):
+        losses.balanced_weights(torch.zeros(3))

@@ -32,6 +32,7 @@ ADAPTERS = {
     "vit-adapter": ("vit-adapter", SMALL),
     "vit-adapter-extract-only": ("vit-adapter", {**SMALL, "injector": False, "norm": "group"}),
     **{f"vit-adapter-{m}": ("vit-adapter", {**LIGHT, "attention": m}) for m in list_mixers() if m != "msda"},
+    "vit-split": ("vit-split", {}),
     "sfp": ("sfp", {}),
     "adavit": ("adavit", {"execution": "masked"}),
     "adavit-class": ("adavit", {"execution": "masked", **CLASS}),

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -38,7 +39,9 @@ RUN_WHOLE = "run_whole"
 
 
 class Adapter(nn.Module, ABC):
-    """A trainable module built from ``spec`` and ``config`` alone, so that its file fits every backbone of that spec.
+    """A trainable module built from ``spec`` and ``config``, so that its file fits every backbone of that spec.
+
+    One that ``takes_backbone`` is built as ``cls(spec, config, backbone)``, from the backbone's own layers.
 
     A subclass completes the config (a preset per width, say) and keeps it as ``self.config``: the file stores that.
     """
@@ -47,6 +50,9 @@ class Adapter(nn.Module, ABC):
     hierarchical: ClassVar[bool] = (
         False  #: whether it also acts on hierarchical backbones; its spec may then be a HierarchicalSpec
     )
+    takes_backbone: ClassVar[bool] = False
+    #: Of parts of it, by name, over that of the rest, as its authors train it; the recipes do so.
+    learning_rates: ClassVar[Mapping[str, float]] = MappingProxyType({})
 
     def __init__(self, spec: Any, config: Any) -> None:
         super().__init__()
@@ -57,6 +63,10 @@ class Adapter(nn.Module, ABC):
     def existing(cls, backbone: nn.Module) -> ExistingLayers | None:
         """Return the layers of another library in this backbone that this adapter takes the place of; None: none."""
         return None
+
+    def translated(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a file by the names of this backbone."""
+        return tensors
 
     def ways(self, model: nn.Module, view: View, image: Tensor) -> dict[str, tuple[Features, Features]]:
         """Run an image (B, C, H, W) in each way this adapter can, for :meth:`AdaptedModel.verify`.
@@ -138,10 +148,11 @@ class WeightAdapter(Adapter):
     """Acts inside layers of the backbone. Built for one, and in place between ``install`` and ``remove``."""
 
     hierarchical = True
+    takes_backbone = True
     merges: ClassVar[bool] = True  #: whether its change can become part of the weights
 
     def __init__(self, spec: Any, config: Any) -> None:
-        """A subclass also takes the backbone: ``cls(spec, config, backbone)``."""
+        """A subclass also takes the backbone."""
         super().__init__(spec, config)
 
     @abstractmethod
@@ -185,10 +196,6 @@ class WeightAdapter(Adapter):
 
     def check(self, backbone: nn.Module) -> None:
         """Raise ``RuntimeError`` where, installed, it is no longer in place: somebody has replaced a layer."""
-
-    def translated(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of a file by the names of this backbone."""
-        return tensors
 
 
 def wrapped(vit: View, acting: Iterable[Adapter], trace: Trace) -> View:
@@ -273,6 +280,10 @@ class WrappedViT(ViT):
     def state(self) -> list[tuple[object, str]]:
         """Of the inner view, and of the adapters."""
         return [*self.vit.state(), *_state(self.adapters)]
+
+    def how_checkpointing(self) -> Checkpointing:
+        """As the blocks are checkpointed."""
+        return self.how
 
     def classify(self, x: Tensor) -> Tensor | None:
         """As the inner view."""

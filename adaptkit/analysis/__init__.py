@@ -2,6 +2,6 @@
 
 from adaptkit.analysis import accounting
 from adaptkit.analysis.kept import kept_patches, usage_by_depth
-from adaptkit.analysis.points import attended_keys, deformed_points
+from adaptkit.analysis.points import attended_keys, deformed_points, sampling_points
 
-__all__ = ["accounting", "attended_keys", "deformed_points", "kept_patches", "usage_by_depth"]
+__all__ = ["accounting", "attended_keys", "deformed_points", "kept_patches", "sampling_points", "usage_by_depth"]

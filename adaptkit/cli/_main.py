@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import pkgutil
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
+from adaptkit.core.arguments import Parser
 from adaptkit.version import __version__
 
 __all__ = ["main"]
@@ -16,15 +17,17 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. An error of the user's is one line on stderr and status 2."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    parser, commands = _parser()
+    args, left = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    if left:
+        commands.get(args.command, parser).unknown(left)
     if args.command is None:
         parser.print_help()
         return 0
     try:
         return args.run(args) or 0
     except (ValueError, TypeError, OSError, ImportError) as error:
-        from adaptkit.hub.printable import printable
+        from adaptkit.core.printable import printable
 
         said = "\n".join(map(printable, str(error).split("\n")))  # it may quote a file
         print(f"adaptkit {args.command}: {said}", file=sys.stderr)
@@ -34,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return getattr(stopped, "status", 130)  # 143 where a recipe was asked to stop by SIGTERM
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="adaptkit", description="Small trainable modules for frozen ViTs.")
+def _parser() -> tuple[Parser, dict[str, Any]]:
+    parser = Parser(prog="adaptkit", description="Small trainable modules for frozen ViTs.")
     parser.add_argument("--version", action="version", version=f"adaptkit {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for module in _commands():
@@ -43,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         module.add(commands)
         for name in commands.choices.keys() - known:
             commands.choices[name].set_defaults(run=module.run)
-    return parser
+    return parser, dict(commands.choices)
 
 
 def _commands() -> list[ModuleType]:

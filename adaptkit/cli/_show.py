@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-__all__ = ["table"]
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+__all__ = ["progress", "table"]
+
+
+@contextmanager
+def progress(what: str, total: int | None) -> Iterator[Callable[[], None]]:
+    """Show how far a loop is, in a terminal; yields what to call after each turn."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        row = bar.add_task(what, total=total)
+        yield lambda: bar.advance(row)
 
 
 def table(title: str, rows: list[tuple[str, str]]) -> None:
@@ -11,7 +27,7 @@ def table(title: str, rows: list[tuple[str, str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from adaptkit.hub.printable import printable
+    from adaptkit.core.printable import printable
 
     drawn = Table(title=Text(printable(title)), title_justify="left", show_header=False)
     drawn.add_column(no_wrap=True, style="bold")

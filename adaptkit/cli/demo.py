@@ -11,8 +11,10 @@ __all__ = ["add", "run"]
 def add(commands: Any) -> None:
     """Add the command and its arguments."""
     parser = commands.add_parser("demo", help="train three ways to read a frozen backbone, offline, in minutes")
-    parser.add_argument("--out", default="adaptkit-demo", help="folder for adapters and picture (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=100, help="per way (default: %(default)s)")
+    parser.add_argument(
+        "--out", default="adaptkit-demo", help="folder for report, picture, adapters (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=650, help="per way (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -21,7 +23,8 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from adaptkit.demo.run import WAYS, demo, table
+    from adaptkit.demo.run import WAYS, demo
+    from adaptkit.demo.scoring import tables
 
     if args.steps < 1:
         raise ValueError(f"--steps {args.steps}: give at least 1")
@@ -38,9 +41,9 @@ def run(args: argparse.Namespace) -> None:
         def advance(name: str, loss: float) -> None:
             progress.update(tasks[name], advance=1, loss=f"loss {loss:.3f}")
 
-        rows = demo(args.out, args.steps, args.seed, advance)
-    console.print(table(rows, args.steps))
-    console.print(f"predictions: {args.out}/predictions.png", soft_wrap=True)
+        result = demo(args.out, args.steps, args.seed, advance)
+    console.print(*tables(result), sep="\n")
+    console.print(f"report:      {args.out}/index.html, with {args.out}/predictions.png", soft_wrap=True)
     console.print(
         f"adapters:    {args.out}/{{{','.join(WAYS)}}}, see `adaptkit inspect {args.out}/vit-adapter`", soft_wrap=True
     )

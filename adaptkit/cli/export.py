@@ -19,6 +19,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--backbone", help="as for doctor (default: the one that the file records)")
     parser.add_argument("--fixed-batch", action="store_true", help="two images at a time, no more and no fewer")
     parser.add_argument("--dynamic-size", action="store_true", help="leave the size open where the backbone allows it")
+    parser.add_argument("--outputs", nargs="+", metavar="NAME", help="of logits, maps, map_4, ..., tokens, prefix: all")
     parser.add_argument("--aot", action="store_true", help="compile the .pt2 for this kind of computer")
 
 
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {args.out}: give a name that ends in .onnx or .pt2{' (.pt2 with --aot)' * args.aot}")
     write = {"onnx": export.to_onnx, "pt2": export.to_aot_package if args.aot else export.to_exported_program}[suffix]
     model = from_pretrained(args.file, backbone=args.backbone)
-    opened = {"dynamic_batch": not args.fixed_batch, "dynamic_size": args.dynamic_size}
+    opened = {"dynamic_batch": not args.fixed_batch, "dynamic_size": args.dynamic_size, "outputs": args.outputs}
     try:
         path = write(model, args.out, tuple(args.size), **opened)
     except RuntimeError as error:  # the file does not agree, or there is no compiler
@@ -41,9 +42,12 @@ def run(args: argparse.Namespace) -> None:
         ("file", f"{path} ({path.stat().st_size / 1e6:.2f} MB), agrees with the model"),
         (
             "input",
-            f"image, {'2' if args.fixed_batch else 'any'} x {model.spec.channels} x {args.size[0]} x {args.size[1]}, "
-            "float32",
+            f"image, {'2' if args.fixed_batch else 'batch'} x {model.spec.channels} x {_sides(args)}, float32",
         ),
-        ("outputs", ", ".join(export.output_names(model, tuple(args.size)))),
+        ("outputs", ", ".join(export.output_names(model, tuple(args.size), args.outputs))),
     ]
     table("exported", rows)
+
+
+def _sides(args: argparse.Namespace) -> str:
+    return "height x width" if args.dynamic_size else f"{args.size[0]} x {args.size[1]}"

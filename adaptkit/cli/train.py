@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.cli._show import table
+from adaptkit.core.near import hint
 from adaptkit.version import DISTRIBUTION
 
 __all__ = ["add", "recipes", "run"]
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
         table("adaptkit train TASK ...", list(tasks.items()))
         return
     if args.task not in tasks:
-        raise ValueError(f"no task is named {args.task!r}; the tasks are {', '.join(tasks)}")
+        raise ValueError(f"no task is named {args.task!r}{hint(args.task, tasks)}; the tasks are {', '.join(tasks)}")
     importlib.import_module(f"{package}.{args.task}").main(args.arguments)
 
 

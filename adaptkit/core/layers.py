@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as _TorchSyncBatchNorm
 
-__all__ = ["DropPath", "LayerNorm2d", "Norm", "SyncBatchNorm2d", "check_choice", "check_numbers", "norm2d"]
+from adaptkit.core.near import hint
+
+__all__ = ["DropPath", "LayerNorm2d", "Norm", "SyncBatchNorm2d", "check_choice", "check_numbers", "doubled", "norm2d"]
 
 Norm = Literal["batch", "sync", "group", "layer"]
 MOST, MOST_RATIO = 1 << 20, float(1 << 10)
@@ -118,10 +120,17 @@ def norm2d(kind: Norm, channels: int) -> nn.Module:
     return LayerNorm2d(channels, eps=1e-6)
 
 
+def doubled(channels: int, times: int = 1) -> nn.Sequential:
+    """Build a transposed convolution, group norm and GELU, so many times: (B, C, h, w) -> (B, C, 2h, 2w) each time."""
+    step = [(nn.ConvTranspose2d(channels, channels, 2, 2), norm2d("group", channels), nn.GELU()) for _ in range(times)]
+    return nn.Sequential(*(module for modules in step for module in modules))
+
+
 def check_choice(option: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise ``ValueError`` where ``value`` is none of the choices."""
     if value not in choices:
-        raise ValueError(f"{option}={value!r} is not a choice; choose one of {', '.join(map(repr, choices))}")
+        named = ", ".join(map(repr, choices))
+        raise ValueError(f"{option}={value!r} is not a choice{hint(value, choices)}; choose one of {named}")
 
 
 def check_numbers(config: Any, but: tuple[str, ...] = ()) -> None:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
+from adaptkit.core.near import hint
 from adaptkit.core.schema import check_fields
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import View
@@ -60,7 +61,8 @@ class Entry(NamedTuple):
         unknown = sorted(set(options) - set(known))
         if unknown:
             raise ValueError(
-                f"{self.name!r} has no option {', '.join(map(repr, unknown))}; its options are {', '.join(known)}"
+                f"{self.name!r} has no option {', '.join(repr(o) + hint(o, known) for o in unknown)}; its options are "
+                f"{', '.join(known)}"
             )
         return self.config(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
 
@@ -222,7 +224,8 @@ def configured(arg: Any, known: dict[str, Entry], kind: str) -> tuple[Entry, Any
         )
     if str(name) not in known:
         raise ValueError(
-            f"no {kind} is named {str(name)!r} and no file is there; the {kind}s are {', '.join(sorted(known))}"
+            f"no {kind} is named {str(name)!r} and no file is there{hint(name, known)}; the {kind}s are "
+            f"{', '.join(sorted(known))}"
         )
     entry = known[str(name)]
     try:

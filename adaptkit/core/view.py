@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.core.checkpointing import OFF, Checkpointing
+from adaptkit.core.shown import Rows, as_html, as_text
 from adaptkit.ops.grid import cells, pad_to_multiple
 from adaptkit.seam import accelerated, modes
 
@@ -107,6 +108,34 @@ class Features(NamedTuple):
     size: tuple[int, int]  #: (H, W) of the image, in pixels
     #: (B, P+N, D) tokens after the blocks that the head ``reads()``, after the final norm; () where it reads none
     intermediates: tuple[Tensor, ...] = ()
+
+    def _shown(self) -> tuple[str, Rows]:
+        """Shapes, not values."""
+        rows = [("tokens", _shape(self.tokens)), ("prefix", _shape(self.prefix))]
+        if self.maps:
+            rows.append(("maps", "; ".join(map(_shape, self.maps))))
+        rows += [(f"aux {name}", _shape(value)) for name, value in self.aux.items()]
+        rows.append(("logits", _shape(self.logits)))
+        size, grid = (f"{height} x {width}" for height, width in (self.size, self.grid))
+        return f"Features of images of {size} pixels, {grid} patches", rows
+
+    def __repr__(self) -> str:
+        return as_text(*self._shown())
+
+    def _repr_html_(self) -> str:
+        return as_html(*self._shown())
+
+
+def _shape(value: Any) -> str:
+    """Shape, dtype and device of a tensor; the keys of what is made of several."""
+    if isinstance(value, Tensor):
+        shape = " x ".join(map(str, value.shape)) or "a number"
+        return f"{shape}, {str(value.dtype).removeprefix('torch.')}, {value.device}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_shape(part)}" for name, part in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_shape, value))
+    return "none" if value is None else type(value).__name__
 
 
 def no_projections() -> None:
@@ -205,6 +234,7 @@ class View(ABC):
     """
 
     positions: str = "none"  #: the rule by which positions go to another grid, as the backbone does it
+    replayed: bool = False  #: whether the backbone has run already, for others too, and this view says what it gave
     spec: Any  #: Spec of a plain ViT, HierarchicalSpec of a hierarchical backbone
 
     def __init__(self, backbone: nn.Module) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 CLASSES = ("smooth", "grain", "brick", "stripes", "cells", "wire", "lattice", "ring", "pebble")
 SMOOTH, GRAIN, BRICK, STRIPES, CELLS, WIRE, LATTICE, RING, PEBBLE = range(len(CLASSES))
+THIN = CLASSES[WIRE:]  # thinner or smaller than a token
 
 SPLITS = {"train": 240, "val": 80}  # name -> default number of images
 LUMA = np.array([0.299, 0.587, 0.114])

@@ -14,13 +14,14 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from adaptkit.export.check import compare, in_place, need, onnx_run, target_path
-from adaptkit.export.trace import Graph, refuse_antialias, traced
+from adaptkit.export.trace import Graph, axis_names, refuse_antialias, traced
 from adaptkit.model.adapted import AdaptedModel
 
 __all__ = ["output_names", "to_aot_package", "to_exported_program", "to_onnx"]
@@ -33,20 +34,23 @@ def to_onnx(
     *,
     dynamic_batch: bool = True,
     dynamic_size: bool = False,
+    outputs: Sequence[str] | None = None,
     tolerance: float = 1e-4,
 ) -> Path:
     """Write an ONNX file; returns its path.
 
     The graph holds no ``GridSample``: points are read by gathering. The file's metadata says what to feed it:
-    ``input``, ``size``, ``mean``, ``std``, and ``adaptkit``, the header of the adapter file.
+    ``input``, ``size``, ``mean``, ``std``, and ``adaptkit``, the header of the adapter file. Open axes are named
+    ``batch``, ``height`` and ``width``.
 
     Args:
         model: what ``attach`` or ``from_pretrained`` returned.
         path: ends in ``.onnx``; weights beyond the 2 GB that ONNX allows go to ``<path>.data``.
         size: (H, W) of the images, in pixels.
         dynamic_batch: leave the number of images open.
-        dynamic_size: leave (H, W) open, in multiples of 32 and of the patch. Only for backbones whose positions follow
-            the image by operators that ONNX has: rotary ones, or none.
+        dynamic_size: leave (H, W) open, in multiples of 32 and of the patch. Positions that the backbone resamples
+            with antialias are resampled in the graph by matrix products (:mod:`adaptkit.export.resampled`).
+        outputs: which outputs to compute, by name; ``"maps"`` stands for all maps. None: all.
         tolerance: how far an output may be off, as a share of its largest value (at least 1).
 
     Raises ``ValueError`` for what cannot be exported, ``RuntimeError`` where the file does not agree with the model,
@@ -55,7 +59,7 @@ def to_onnx(
     for package in ("onnx", "onnxscript", "onnxruntime"):
         need(package)
     target = target_path(path, ".onnx")
-    with traced(model, size, dynamic_batch, dynamic_size, for_onnx=True) as (program, graph, image):
+    with traced(model, size, dynamic_batch, dynamic_size, True, outputs) as (program, graph, image):
         refuse_antialias(program, graph)
         names: dict[str, Any] = {"input_names": ["image"], "output_names": graph.names}
         try:
@@ -70,6 +74,7 @@ def to_onnx(
                 "a GridSample is in the graph, which runtimes compute differently: adapters here have none, so it is "
                 "of your own head; read points with adaptkit.ops.sample.sample"
             )
+        _name_axes(done.model, axis_names(program, graph))
         done.model.metadata_props.update(_metadata(model, size, dynamic_batch, dynamic_size))
         with in_place(target) as written:
             done.save(str(written))
@@ -84,6 +89,7 @@ def to_exported_program(
     *,
     dynamic_batch: bool = True,
     dynamic_size: bool = False,
+    outputs: Sequence[str] | None = None,
     tolerance: float = 1e-4,
 ) -> Path:
     """Write a program for ``torch.export.load``, whose ``.module()(image)`` is a tuple of tensors; returns its path.
@@ -92,7 +98,7 @@ def to_exported_program(
     the names of the outputs.
     """
     target = target_path(path, ".pt2")
-    with traced(model, size, dynamic_batch, dynamic_size) as (program, graph, image):
+    with traced(model, size, dynamic_batch, dynamic_size, outputs=outputs) as (program, graph, image):
         said = {**_metadata(model, size, dynamic_batch, dynamic_size), "outputs": ",".join(graph.names)}
         with in_place(target) as written:
             torch.export.save(program, written, extra_files={"adaptkit.json": json.dumps(said)})
@@ -108,6 +114,7 @@ def to_aot_package(
     *,
     dynamic_batch: bool = True,
     dynamic_size: bool = False,
+    outputs: Sequence[str] | None = None,
     tolerance: float = 1e-4,
 ) -> Path:
     """Compile to machine code for this kind of computer (AOTInductor), for ``torch._inductor.aoti_load_package``.
@@ -123,18 +130,29 @@ def to_aot_package(
         )
     from torch._inductor import aoti_compile_and_package, aoti_load_package
 
-    with traced(model, size, dynamic_batch, dynamic_size) as (program, graph, image), in_place(target) as written:
+    with (
+        traced(model, size, dynamic_batch, dynamic_size, outputs=outputs) as (program, graph, image),
+        in_place(target) as written,
+    ):
         aoti_compile_and_package(program, package_path=str(written))
         compare(aoti_load_package(str(written)), graph, image, dynamic_batch, dynamic_size, tolerance)
     return target
 
 
 @torch.no_grad()
-def output_names(model: AdaptedModel, size: tuple[int, int]) -> list[str]:
+def output_names(model: AdaptedModel, size: tuple[int, int], outputs: Sequence[str] | None = None) -> list[str]:
     """Return the names of the outputs, in the order of the files, for images of (H, W) pixels."""
-    graph = Graph(model)
+    graph = Graph(model, outputs)
     graph(torch.zeros(1, model.spec.channels, *size, device=next(model.parameters()).device))
     return graph.names
+
+
+def _name_axes(model: Any, axes: Mapping[str, list[str | int]]) -> None:
+    """Write the names of the open axes into an ONNX model, as :func:`adaptkit.export.trace.axis_names` has them."""
+    from onnxscript import ir
+
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.shape = ir.Shape(axes[value.name])
 
 
 def _reason(error: BaseException) -> str:

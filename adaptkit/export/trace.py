@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,23 +14,39 @@ from torch import Tensor, nn
 from adaptkit.adapters.adavit import AdaViT
 from adaptkit.adapters.base import SideAdapter, WeightAdapter
 from adaptkit.core.hierarchical import HierarchicalSpec
+from adaptkit.core.near import hint
+from adaptkit.core.view import Features
+from adaptkit.export.resampled import AntialiasByMatrices
 from adaptkit.heads.base import QueryLogits
 from adaptkit.model.adapted import AdaptedModel
 
-__all__ = ["Graph", "another", "refuse_antialias", "traced"]
+__all__ = ["Graph", "another", "axis_names", "refuse_antialias", "traced"]
 
 
 class Graph(nn.Module):
-    """The model as a function from an image to a tuple of tensors, and their names."""
+    """The model as a function from an image to a tuple of tensors, and their names.
 
-    def __init__(self, model: AdaptedModel) -> None:
+    Args:
+        model: whose features they are.
+        outputs: which of them, by name; ``"maps"`` stands for every ``map_<stride>``. None: all.
+    """
+
+    def __init__(self, model: AdaptedModel, outputs: Sequence[str] | None = None) -> None:
         super().__init__()
         self.model = model
+        self.outputs = None if outputs is None else tuple(outputs)
+        self.by_matrices = False  #: whether antialiased resampling is written as matrix products
         self.names: list[str] = []
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """(B, C, H, W) -> the outputs that there are."""
-        features = self.model(image)
+        with AntialiasByMatrices() if self.by_matrices else nullcontext():
+            features = self.model(image)
+        named = self._chosen(self._named(features))
+        self.names = list(named)
+        return tuple(named.values())
+
+    def _named(self, features: Features) -> dict[str, Tensor]:
         spec = self.model.spec
         sides = [a.strides for a in self.model.adapters.values() if isinstance(a, SideAdapter)]
         strides = spec.strides if isinstance(spec, HierarchicalSpec) else (*sides, ())[0]
@@ -42,8 +58,23 @@ class Graph(nn.Module):
             named.update({k: x for k, x in features.logits._asdict().items() if isinstance(x, Tensor)})
         elif features.logits is not None:
             named["logits"] = features.logits
-        self.names = list(named)
-        return tuple(named.values())
+        return named
+
+    def _chosen(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Leave those that are asked for, in the order of the file; ``ValueError`` for what there is not."""
+        if self.outputs is None:
+            return named
+        maps = [name for name in named if name.startswith("map_")]
+        groups = {"maps": maps, **{name: [name] for name in named}} if maps else {name: [name] for name in named}
+        for name in self.outputs:
+            if name not in groups:
+                raise ValueError(
+                    f"outputs: this model has no {name!r}{hint(name, groups)}; its outputs are {', '.join(groups)}"
+                )
+        asked = {one for name in self.outputs for one in groups[name]}
+        if not asked:
+            raise ValueError(f"outputs=() leaves nothing to compute; choose of {', '.join(groups)}, or leave it out")
+        return {name: value for name, value in named.items() if name in asked}
 
 
 def _ready(model: AdaptedModel) -> AdaptedModel:
@@ -68,7 +99,12 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 @contextmanager
 def traced(
-    model: AdaptedModel, size: tuple[int, int], dynamic_batch: bool, dynamic_size: bool, for_onnx: bool = False
+    model: AdaptedModel,
+    size: tuple[int, int],
+    dynamic_batch: bool,
+    dynamic_size: bool,
+    for_onnx: bool = False,
+    outputs: Sequence[str] | None = None,
 ) -> Iterator[tuple[torch.export.ExportedProgram, Graph, Tensor]]:
     """Give the program, the graph it was traced from, and the image; the model is in eval mode for as long."""
     if not isinstance(model, AdaptedModel):
@@ -81,7 +117,7 @@ def traced(
         )
     training = model.training
     ready = _ready(model).eval()
-    graph, image = Graph(ready), _random(2, model.spec.channels, *size, seed=0)
+    graph, image = Graph(ready, outputs), _random(2, model.spec.channels, *size, seed=0)
     with ExitStack() as stack, torch.no_grad():
         stack.callback(model.train, training)
         for gates in (a for a in ready.adapters.values() if isinstance(a, AdaViT)):
@@ -91,7 +127,9 @@ def traced(
         graph(another(graph, image, dynamic_batch, dynamic_size))
         shapes = _open(unit, dynamic_batch, dynamic_size)
         try:
+            graph.by_matrices = for_onnx and dynamic_size
             program = torch.export.export(graph, (image,), dynamic_shapes=shapes, strict=False)
+            graph.by_matrices = False  # the file is compared with the model as it is
             if for_onnx:
                 program = _with_constant_positions(program, image, shapes)
         except Exception as error:
@@ -165,11 +203,45 @@ def _with_constant_positions(
 
 
 def refuse_antialias(program: torch.export.ExportedProgram, graph: Graph) -> None:
-    """Raise ``ValueError`` where positions are resampled anew for each image, as no other runtime does it."""
+    """Raise ``ValueError`` where something is still resampled with antialias, as no other runtime does it."""
     if any("_aa" in str(node.target) and "upsample" in str(node.target) for node in program.graph.nodes):
         backbone = type(graph.model.vit.backbone).__name__
         raise ValueError(
-            f"{backbone} resamples its positions with antialias for each image size, which ONNX has no operator for: "
-            "leave "
-            "out dynamic_size=True and export one file for each size"
+            f"{backbone} resamples with antialias for each image size in a way that is not written as matrix products, "
+            "and ONNX has no operator for it: leave out dynamic_size=True and export one file for each size"
         )
+
+
+def axis_names(program: torch.export.ExportedProgram, graph: Graph) -> dict[str, list[str | int]]:
+    """Return the axes of ``image`` and of each output: numbers, and ``batch``, ``height`` and ``width``, or what
+    follows from them, e.g. ``height/4``, where they are left open.
+
+    Raises ``ValueError`` where tracing has closed an axis that should be open.
+    """
+    import sympy
+
+    nodes = list(program.graph.nodes)
+    image = next(n for n in nodes if n.op == "placeholder" and n.name == "image")
+    opened: dict[Any, Any] = {}
+    for side, name in zip(image.meta["val"].shape, ("batch", "", "height", "width")):
+        if not isinstance(side, torch.SymInt):
+            continue
+        expression = side.node.expr  # a symbol, or a multiple of one
+        if not expression.free_symbols:
+            raise ValueError(
+                f"{type(graph.model.vit.backbone).__name__} turns the {name} of the image into a plain number while it "
+                f"is traced, so that the graph would hold for {name} {expression} alone: leave out dynamic_size=True "
+                "and export one file for each size"
+            )
+        symbol = next(iter(expression.free_symbols))
+        opened[symbol] = sympy.Symbol(name, positive=True, integer=True) * symbol / expression
+
+    def said(side: Any) -> str | int:
+        if not isinstance(side, torch.SymInt):
+            return int(side)
+        return str(sympy.simplify(side.node.expr.subs(opened))).replace(" ", "")
+
+    outputs = next(n for n in nodes if n.op == "output").args[0]
+    shapes = {"image": image.meta["val"].shape}
+    shapes |= {name: node.meta["val"].shape for name, node in zip(graph.names, outputs)}
+    return {name: [said(side) for side in shape] for name, shape in shapes.items()}

@@ -42,6 +42,7 @@ class _Replayed(View):
     """What both kinds hand on to the view that was run."""
 
     vit: Any
+    replayed = True
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """As the view that was run."""

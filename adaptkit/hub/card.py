@@ -15,7 +15,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from adaptkit.hub.printable import printable
+from adaptkit.core.near import hint, looks_like_path
+from adaptkit.core.printable import printable
 from adaptkit.version import DISTRIBUTION
 
 __all__ = ["card_beside", "check_metadata", "is_hub_id", "merged", "model_card", "renewed"]
@@ -44,15 +45,16 @@ TASKS = {
 
 
 def is_hub_id(name: Any) -> bool:
-    """Whether this is a string of the form ``"org/name"``: one slash, and no path that exists here."""
-    return isinstance(name, str) and bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not Path(name).exists()
+    """Whether this is a string of the form ``"org/name"``: one slash, and nothing that can only be a path."""
+    return isinstance(name, str) and bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not looks_like_path(name)
 
 
 def check_metadata(metadata: dict[str, Any]) -> None:
     """Raise ``ValueError`` where a card could not say what the metadata says: before anything is uploaded."""
     task, metrics = metadata.get("task"), metadata.get("metrics")
     if task is not None and str(task) not in TASKS:
-        raise ValueError(f"task={task!r} is none that the Hub knows; choose one of {', '.join(sorted(TASKS))}")
+        known = ", ".join(sorted(TASKS))
+        raise ValueError(f"task={task!r} is none that the Hub knows{hint(task, TASKS)}; choose one of {known}")
     if metadata.get("license") == "other" and not metadata.get("license_name"):
         raise ValueError("license='other' needs license_name=, and license_link= where its text is somewhere")
     if metrics is None:
@@ -85,7 +87,7 @@ def card_beside(folder: str | os.PathLike[str], header: dict[str, Any]) -> str |
     One without our marks is somebody else's. One with them keeps the words around them, as :func:`merged` says; where
     that cannot be done, a warning says why, for no card is worth the trained weights.
     """
-    card, path = model_card(header), Path(folder) / "README.md"
+    card, path = model_card(header), Path(folder).expanduser() / "README.md"
     if not path.exists() and not path.is_symlink():
         return card
     try:

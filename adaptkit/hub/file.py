@@ -24,11 +24,14 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from adaptkit.core.hierarchical import HierarchicalSpec
+from adaptkit.core.near import beside
 from adaptkit.core.registry import ForeignLayout, layouts
 from adaptkit.core.schema import MOST_BYTES
+from adaptkit.core.shown import Rows, Shown
 from adaptkit.core.view import Spec, View
 from adaptkit.hub.digest import block_sums, digest, other_blocks, other_layers
 from adaptkit.hub.header import FORMAT, check_keys, read_header, spec_of
+from adaptkit.hub.packages import origin_of
 from adaptkit.hub.write import check_writable, write_atomic, write_together
 from adaptkit.version import __version__
 
@@ -51,8 +54,8 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  #: one i
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
 
-@dataclass(frozen=True, eq=False)
-class AdapterFile:
+@dataclass(frozen=True, eq=False, repr=False)
+class AdapterFile(Shown):
     """A saved adapter, ready to be attached: ``adaptkit.attach(model, adaptkit.load("folder"))``."""
 
     path: Path
@@ -70,6 +73,21 @@ class AdapterFile:
         """Tensors of one adapter (or ``"head"``), by its own keys."""
         return {k[len(name) + 1 :]: v for k, v in self.tensors.items() if k.startswith(name + ".")}
 
+    def _shown(self) -> tuple[str, Rows]:
+        header, backbone, head = self.header, self.header["backbone"], self.header["head"]
+        values, size = sum(t.numel() for t in self.tensors.values()), sum(t.nbytes for t in self.tensors.values())
+        rows = [("tensors", f"{len(self.tensors)}, {values:,} values, {size / 1e6:.2f} MB")]
+        rows += [(f"adapter {a['name']}", json.dumps(a["config"])) for a in header["adapters"]]
+        if head is not None:
+            rows.append((f"head {head['name'] or head['class']}", json.dumps(head.get("config", {}))))
+        if header.get("train_backbone"):
+            rows.append(("of the backbone", ", ".join(header["train_backbone"])))
+        if backbone is not None:
+            rows.append(("trained on", f"{backbone['source'] or 'unnamed'} ({backbone['class']})"))
+            rows.append(("fits", f"backbones of {say_spec(self.spec)}"))
+        rows.append(("metadata", json.dumps(header.get("metadata") or {})))
+        return f"AdapterFile {self.path}", rows
+
 
 def load(path: str | os.PathLike[str], allow_nonfinite: bool = False) -> AdapterFile:
     """Read a saved adapter: its folder, or the safetensors file in it. A folder that peft saved is a LoRA.
@@ -77,10 +95,11 @@ def load(path: str | os.PathLike[str], allow_nonfinite: bool = False) -> Adapter
     Raises ``FileNotFoundError`` where there is none, ``ValueError`` where the file is truncated, not an adapter file,
     of a newer format, or holds NaN or infinity and ``allow_nonfinite`` is not given.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
+    near = "" if file.exists() else beside(file)
     file = file / WEIGHTS if file.is_dir() else file
     if not file.is_file():
-        raise FileNotFoundError(f"no adapter at {path}: expected a folder with {WEIGHTS}, or that file itself")
+        raise FileNotFoundError(f"no adapter at {path}{near}: expected a folder with {WEIGHTS}, or that file itself")
     try:
         with safe_open(file, "pt") as f:
             metadata = f.metadata() or {}
@@ -150,6 +169,7 @@ def describe_backbone(vit: View, metadata: Mapping[str, Any] = MappingProxyType(
     source = vit.source()
     mean, std = normalisation_of(metadata, vit.spec.channels) or (list(source.mean), list(source.std))
     return {
+        **origin_of(type(vit)),
         "spec": vit.spec._asdict(),
         "class": f"{type(vit.backbone).__module__}.{type(vit.backbone).__qualname__}",
         "positions": vit.positions,
@@ -302,7 +322,7 @@ def write_folder(
         data[CARD] = card.encode()
     # One metadata key: with several, safetensors does not promise their order, and equal adapters are equal bytes.
     data[WEIGHTS] = serialised(tensors, {"adaptkit": said})
-    return write_together(folder, data)
+    return write_together(Path(folder).expanduser(), data)
 
 
 def serialised(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:

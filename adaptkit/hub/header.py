@@ -29,6 +29,8 @@ class Method(TypedDict):
 
     name: str
     config: dict[str, Any]
+    package: NotRequired[str]  #: to install, of the plug-in that brings it
+    module: NotRequired[str]  #: top-level name, where no package holds it
 
 
 #: A head that is the user's own module, or a network around the adapter.
@@ -49,6 +51,8 @@ Backbone = TypedDict(
         "fingerprint": dict[str, list[float]],
         "digest": NotRequired[dict[str, str]],
         "sums": NotRequired[dict[str, tuple[float, float, float, float]]],
+        "package": NotRequired[str],  # of the plug-in whose family sees it, as of a method
+        "module": NotRequired[str],
     },
 )
 

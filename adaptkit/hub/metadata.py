@@ -14,9 +14,29 @@ from uuid import UUID
 import torch
 from torch import Tensor
 
-__all__ = ["plain"]
+from adaptkit.core.near import hint
+
+__all__ = ["KNOWN", "check_names", "plain"]
+
+#: Metadata that something reads: the card, ``inspect``, prediction, or whoever builds the model again.
+KNOWN = (
+    "task", "license", "license_name", "license_link", "dataset", "datasets", "metrics",
+    "classes", "palette", "labels", "size", "framing", "mean", "std", "recipe",
+)  # fmt: skip
+#: Options of ``push`` itself, which a wrong name may have meant.
+OPTIONS = ("private", "token", "revision", "commit_message", "extra")
 
 Convert = Callable[[Any, str], Any]  #: a part of a value, and where it stands -> that part as JSON has it
+
+
+def check_names(metadata: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for a name that nothing reads, such as ``licence=``."""
+    for name in metadata:
+        if name not in KNOWN:
+            raise ValueError(
+                f"{name}= is no metadata that anything reads{hint(name, (*KNOWN, *OPTIONS))}; known are "
+                f"{', '.join(KNOWN)}. Metadata of your own go into extra={{{name!r}: ...}}"
+            )
 
 
 def plain(metadata: Mapping[str, Any]) -> dict[str, Any]:

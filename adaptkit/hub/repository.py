@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from adaptkit.hub import file as files
 from adaptkit.hub.card import check_metadata, is_hub_id, model_card, renewed
 from adaptkit.hub.errors import at, plainly
 from adaptkit.hub.file import CARD, CONFIG, WEIGHTS, AdapterFile
-from adaptkit.hub.metadata import plain
+from adaptkit.hub.metadata import check_names, plain
 from adaptkit.version import __version__
 
 __all__ = ["Commit", "is_hub_id", "load", "push"]
@@ -79,6 +81,7 @@ def push(
     token: str | bool | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
+    extra: Mapping[str, Any] = MappingProxyType({}),
     **metadata: Any,
 ) -> Commit:
     """Upload what ``model.save`` writes to a model repository, in one commit; make the repository if it is not there.
@@ -93,15 +96,20 @@ def push(
         token: that may write; by default the one of ``hf auth login``.
         revision: branch to commit to, made from the main one if it is not there.
         commit_message: in place of "Upload <adapters> with adaptkit".
-        metadata: as for ``save``; see :func:`adaptkit.hub.card.model_card` for what of it the card shows.
+        extra: metadata of your own, by any name: kept in the file, not shown on the card.
+        metadata: as for ``save``, by the names that mean something (:data:`adaptkit.hub.metadata.KNOWN`); see
+            :func:`adaptkit.hub.card.model_card` for what of it the card shows.
 
-    Raises ``ValueError`` for a wrong id or metadata, and where the repository exists and is not private as asked;
-    ``PermissionError``, ``ConnectionError`` or ``OSError`` where the Hub refuses or the repository changed meanwhile.
+    Raises ``ValueError`` for a wrong id or metadata, for a name that nothing reads, and where the repository exists and
+    is not private as asked; ``PermissionError``, ``ConnectionError`` or ``OSError`` where the Hub refuses or the
+    repository changed meanwhile.
     """
     from huggingface_hub import HfApi
 
     if not isinstance(repo_id, str) or repo_id.count("/") != 1:
         raise ValueError(f"repo_id={repo_id!r} is no repository; give 'user/name'")
+    check_names(metadata)
+    metadata = {**extra, **metadata}
     check_metadata(plain(metadata))
     api = HfApi(token=token, library_name="adaptkit", library_version=__version__)
     with tempfile.TemporaryDirectory() as temporary, plainly(repo_id, revision):

@@ -7,17 +7,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adaptkit.core.near import hint
 from adaptkit.interop.adavit import adavit
 from adaptkit.interop.dat import dat
 from adaptkit.interop.peft import to_peft
 from adaptkit.interop.pmt import pmt
 from adaptkit.interop.vit_adapter import vit_adapter
+from adaptkit.interop.vit_split import vit_split
 
 __all__ = ["from_official", "to_peft"]
 
 _METHODS: dict[str, Callable[..., nn.Module]] = {
-    "adavit": adavit, "dat": dat, "pmt": pmt, "vit-adapter": vit_adapter,
-}  # fmt: skip
+    "adavit": adavit,
+    "dat": dat,
+    "pmt": pmt,
+    "vit-adapter": vit_adapter,
+    "vit-split": vit_split,
+}
 
 
 def from_official(
@@ -31,12 +37,13 @@ def from_official(
     """Attach an official checkpoint to a backbone, or load one that is a backbone itself (DAT).
 
     Args:
-        method: ``"vit-adapter"``, ``"adavit"``, ``"dat"`` or ``"pmt"``.
+        method: ``"vit-adapter"``, ``"vit-split"``, ``"adavit"``, ``"dat"`` or ``"pmt"``.
         state_dict: the authors' tensors, with or without the ``backbone.`` (PMT: ``network.``) prefix; tensors of
             necks, heads and optimisers are left aside. A whole checkpoint ``{"state_dict": ...}`` is opened.
         backbone: its weights are yours. The official ViT-Adapter has no class token and a layer scale: a timm
             ViT built with ``class_token=False, global_pool="avg", fc_norm=False, init_values=1.0`` backbones it. An
-            official AdaViT is a DeiT: timm's, whose classifier gives the logits. For ``"dat"`` it is a
+            official AdaViT is a DeiT: timm's, whose classifier gives the logits. An official ViT-Split has a DINOv2, of
+            timm or transformers. For ``"dat"`` it is a
             :class:`~adaptkit.models.DAT` of any size, or left out to build one from the options.
         load_backbone: also load the ViT part of the checkpoint into the backbone, where its keys fit.
         options: config fields that the tensors do not tell. For ``"vit-adapter"`` these are ``add_vit_feature``
@@ -44,7 +51,10 @@ def from_official(
             the depth does not divide by their number, and ``deform_num_heads`` or ``n_points`` where a head does not
             have the four points of every official configuration. For ``"adavit"`` it is ``head_mode`` (``"full"``:
             ``--ada-head``, ``"partial"``: ``--ada-head-attn``) where the checkpoint has head gates; the authors'
-            thresholds (0.6 for patches, 0.5) are the defaults. For ``"dat"`` they are the authors' constructor
+            thresholds (0.6 for patches, 0.5) are the defaults. For ``"vit-split"`` they are ``out_indices``, and
+            ``select_layers`` where these are not the last blocks; ``registers`` is compared, and ``pad`` is
+            ``"centre"`` as in the authors' code or ``"corner"``. The one map of their segmentors is at the stride of
+            the patch, their logits four times as fine. For ``"dat"`` they are the authors' constructor
             arguments, ``dims``, ``stage_spec`` and so on; for the tensors of a single attention ``heads``,
             ``head_dim``, ``groups``, ``hw``, ``stride``, ``offset_range_factor`` and ``kernel`` or ``stage_idx``.
             For ``"pmt"``, a decoder without its encoder, these are ``interaction_indices`` where they are not the last
@@ -56,7 +66,8 @@ def from_official(
     tensors are missing or do not fit the backbone, or where an option is needed, by name.
     """
     if method not in _METHODS:
-        raise ValueError(f"no official checkpoints are known for {method!r}; known: {', '.join(sorted(_METHODS))}")
+        known = ", ".join(sorted(_METHODS))
+        raise ValueError(f"no official checkpoints are known for {method!r}{hint(method, _METHODS)}; known: {known}")
     if backbone is None and method != "dat":
         raise ValueError(f"{method!r} needs the backbone that the checkpoint is attached to; give a ViT")
     for whole in ("state_dict_ema", "state_dict", "model"):

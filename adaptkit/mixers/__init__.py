@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from adaptkit.core.near import hint
 from adaptkit.mixers.base import CrossMixer, Layout, Mixer
 
 __all__ = ["CrossMixer", "Layout", "Mixer", "cross_mixer", "list_mixers", "mixer", "register_mixer"]
@@ -113,6 +114,7 @@ def _builder(name: str) -> Callable[..., nn.Module]:
     if name in _REGISTERED:
         return _REGISTERED[name]
     if name not in _BUILT_IN:
-        raise ValueError(f"no mixer is named {name!r}; the mixers are {', '.join(list_mixers())}")
+        known = list_mixers()
+        raise ValueError(f"no mixer is named {name!r}{hint(name, known)}; the mixers are {', '.join(known)}")
     module, _, attribute = _BUILT_IN[name].partition(":")
     return getattr(importlib.import_module(module), attribute)

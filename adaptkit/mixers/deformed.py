@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adaptkit.core.layers import LayerNorm2d
 from adaptkit.mixers.base import CrossMixer, Layout
-from adaptkit.mixers.dat import DeformableAttention
+from adaptkit.mixers.dat import DeformableAttention, attention_weights
 from adaptkit.ops import ms_deform_attn
 from adaptkit.ops.grid import map_to_tokens, pair, tokens_to_map
 
@@ -66,6 +66,17 @@ class DeformableCrossAttention(CrossMixer):
         keys = _read(feat, self._points(tokens_to_map(q, grid), places), layout.values)  # (B, L * n, D)
         q, k, v = (self._split(x) for x in (q, self.key_proj(keys), self.value_proj(keys)))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def places(self, query: Tensor, feat: Tensor, layout: Layout) -> list[tuple[Tensor, Tensor]]:
+        """Query (B, Q, D), feat (B, S, D) -> for each grid of queries the points that they share, as (x, y) in 0..1
+        (B, n, 2), and their attention (B, heads, h*w, L, n), summing to 1 over L and n."""
+        found, sizes = [], [h * w for h, w in layout.queries]
+        for q, at, grid in zip(self.query_proj(query).split(sizes, dim=1), layout.points.split(sizes), layout.queries):
+            points = self._points(tokens_to_map(q, grid), at)
+            keys = self._split(self.key_proj(_read(feat, points, layout.values)))
+            weights = attention_weights(self._split(q), keys, None)
+            found.append((points, weights.unflatten(3, (len(layout.values), -1))))
+        return found
 
     def _points(self, q: Tensor, places: Tensor) -> Tensor:
         """Q (B, width, h, w) -> where the keys are read (B, n, 2), as (x, y) over the extent of the levels."""

@@ -49,15 +49,19 @@ class MSDeformAttn(CrossMixer):
     @accelerated
     def forward(self, query: Tensor, feat: Tensor, layout: Layout) -> Tensor:
         """Query (B, Q, D), feat (B, S, D) -> (B, Q, D)."""
-        shape = (self.heads, self.levels, self.points)
         value = self.value_proj(feat).unflatten(2, (self.heads, -1))  # (B, S, H, E)
+        return self.output_proj(ms_deform_attn(value, list(layout.values), *self.places(query, layout)))
+
+    def places(self, query: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Query (B, Q, D) -> where it reads, as (x, y) in 0..1 (B, Q, H, L, K, 2), and with which weights, summing
+        to 1 over L and K (B, Q, H, L, K)."""
+        shape = (self.heads, self.levels, self.points)
         offsets = self.sampling_offsets(query).unflatten(2, (*shape, 2))  # in cells, (B, Q, H, L, K, 2)
         weights = self.attention_weights(query).unflatten(2, (self.heads, -1))
         # Coordinates stay in float32 whatever the autocast dtype: bf16 cannot tell neighbouring pixels apart.
         dtype = layout.points.dtype
         weights = weights.to(dtype).softmax(-1).unflatten(3, shape[1:])  # (B, Q, H, L, K)
-        locations = layout.points[:, None, None, None] + offsets.to(dtype) / layout.cells()[:, None]
-        return self.output_proj(ms_deform_attn(value, list(layout.values), locations, weights))
+        return layout.points[:, None, None, None] + offsets.to(dtype) / layout.cells()[:, None], weights
 
 
 class MSDeformMixer(Mixer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,17 @@ from adaptkit.hub.file import describe_backbone, write_folder
 from adaptkit.hub.metadata import plain
 from adaptkit.hub.repository import Commit, push
 from adaptkit.model.facts import Facts
+from adaptkit.model.image import check_image
 from adaptkit.model.owner import Owner, check_free
-from adaptkit.model.parts import AdapterSet
+from adaptkit.model.parts import AdapterSet, view_of
 from adaptkit.model.proof import prove
 from adaptkit.model.sets import NamedSets, build_set, checked_name, ordinarily
+from adaptkit.model.shown import ShownModel
 from adaptkit.model.trainable import check_trained, tensors_in
 from adaptkit.predict.predicts import Predicts
 from adaptkit.predict.tasks import TASKS, Described, shares
 
-__all__ = ["AdaptedModel", "attach", "list_adapters", "list_heads"]
+__all__ = ["AdaptedModel", "attach", "describe", "list_adapters", "list_heads"]
 
 #: The Hub's names of the tasks -> what is predicted.
 KINDS = {
@@ -87,7 +89,7 @@ def attach(
         adapters = ((adapters[0], options),)
     checked_name(name)
     with ordinarily():
-        vit = registry.view(model)
+        vit = view_of(model, adapters)
         check_free(model, vit.backbone)
         prove(vit)
         found = (entry.module.existing(vit.backbone) for entry in registry.adapters().values())  # type: ignore[attr-defined]
@@ -141,11 +143,54 @@ def _with_all(logits: Any, features: Features) -> Any:
     return logits + sum(x[..., :0].sum() for x in (features.tokens, features.prefix, *features.maps)).to(logits.dtype)
 
 
-class AdaptedModel(Predicts, Facts, NamedSets):
+def describe(
+    vit: View, said: Mapping[str, Any], head: nn.Module | None, run_it: Callable[[Tensor], Features]
+) -> Described:
+    """Return what a set of adapters predicts: ``said`` is its metadata, ``run_it`` gives the features of an image.
+
+    Raises ``TypeError`` as ``described()``.
+    """
+    if head is None:
+        if vit.source().classes < 1:
+            raise TypeError(
+                "neither this model nor its backbone has a head, so there is nothing to predict: attach with "
+                "head=, e.g. head=('fpn', {'num_classes': 19})"
+            )
+        return Described("classification", {}, lambda image: run_it(image).logits)
+    answers: Any = getattr(head, "answers", None) or KINDS.get(str(said.get("task")))
+    if answers not in TASKS:
+        raise TypeError(
+            f"nobody says what the head {type(head).__name__} predicts: give it the attribute answers, one of "
+            f"{', '.join(TASKS)}, or save with task=, one of {', '.join(KINDS)}"
+        )
+    if isinstance(head, QueryHead):
+        return _of_queries(head, said, run_it)
+    return Described(answers, said, lambda image: run_it(image).logits)
+
+
+def _of_queries(head: QueryHead, said: Mapping[str, Any], run_it: Callable[[Tensor], Features]) -> Described:
+    """How a head that answers in queries is read."""
+    numbers = [{"id": i, "name": str(i), "isthing": i in head.things} for i in range(head.num_classes)]
+    said = said if head.answers == "segmentation" else {"categories": numbers, **said}
+    low, overlap = said.get("thresholds") or (0.8, 0.8)
+
+    def segments(image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        label, number = head.segments(run_it(image), [size], (low, overlap))[0].unbind(-1)
+        return label, number
+
+    def objects(image: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+        return head.objects(run_it(image), [size])[0]
+
+    return Described(head.answers, said, lambda image: head.scores(run_it(image)), shares, segments, objects)
+
+
+class AdaptedModel(Predicts, ShownModel, Facts, NamedSets):
     """A frozen backbone with adapters, as :func:`attach` builds it; ``model(image)`` returns ``Features``.
 
     The backbone is never trained: no parameter of it requires a gradient and it stays in eval mode whatever
     ``train()`` is told. Several sets of adapters can be attached, each with a name; one is active at a time.
+
+    ``print(model)`` is ten lines; ``print(torch.nn.Module.__repr__(model))`` is every module in it.
     """
 
     # ------------------------------------------------------------------------------------------------------ running
@@ -153,13 +198,13 @@ class AdaptedModel(Predicts, Facts, NamedSets):
     def forward(self, image: Tensor | CachedFeatures) -> Features:
         """Image (B, 3, H, W), normalised as the backbone wants it, of any size -> features.
 
-        Or what :meth:`extract` made of such images: then the backbone does not run.
+        Or what :meth:`extract` made of such images: then the backbone does not run. ``TypeError`` and ``ValueError``
+        for anything else (:mod:`adaptkit.model.image`).
         """
         if isinstance(image, CachedFeatures):
             return run(CachedView(self.vit, image), self._readers(), image.image_or_shape())
-        if image.ndim != 4:
-            raise ValueError(f"image has shape {tuple(image.shape)}; expected (batch, channels, height, width)")
         vit = self.vit
+        check_image(vit, image)
         if not torch.compiler.is_compiling():
             self._owner.check(vit.backbone)
         if self._disabled or self._active is None:
@@ -224,39 +269,7 @@ class AdaptedModel(Predicts, Facts, NamedSets):
 
         Raises ``TypeError`` where there is nothing that predicts, or nobody says what a head of the user's predicts.
         """
-        said, head = self.metadata, self.head
-        if head is None:
-            if self.vit.source().classes < 1:
-                raise TypeError(
-                    "neither this model nor its backbone has a head, so there is nothing to predict: attach with "
-                    "head=, e.g. head=('fpn', {'num_classes': 19})"
-                )
-            return Described("classification", {}, self._logits)
-        answers = getattr(head, "answers", None) or KINDS.get(str(said.get("task")))
-        if answers not in TASKS:
-            raise TypeError(
-                f"nobody says what the head {type(head).__name__} predicts: give it the attribute answers, one of "
-                f"{', '.join(TASKS)}, or save with task=, one of {', '.join(KINDS)}"
-            )
-        return self._queries(head) if isinstance(head, QueryHead) else Described(answers, said, self._logits)
-
-    def _queries(self, head: QueryHead) -> Described:
-        """How a head that answers in queries is read."""
-        numbers = [{"id": i, "name": str(i), "isthing": i in head.things} for i in range(head.num_classes)]
-        said = self.metadata if head.answers == "segmentation" else {"categories": numbers, **self.metadata}
-        low, overlap = said.get("thresholds") or (0.8, 0.8)
-
-        def segments(image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-            label, number = head.segments(self(image), [size], (low, overlap))[0].unbind(-1)
-            return label, number
-
-        def objects(image: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
-            return head.objects(self(image), [size])[0]
-
-        return Described(head.answers, said, lambda image: head.scores(self(image)), shares, segments, objects)
-
-    def _logits(self, image: Tensor) -> Any:
-        return self(image).logits
+        return describe(self.vit, self.metadata, self.head, self)
 
     # -------------------------------------------------------------------------------------------------------- saving
 

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from adaptkit.adapters.base import BlockAdapter
 from adaptkit.core.proxy import LayerProxy, Route, Routed, WeightProxy, put, routing
-from adaptkit.core.view import Features
+from adaptkit.core.view import Features, View
 from adaptkit.features.replay import replay
 from adaptkit.model.adapted import AdaptedModel, attach, run
+from adaptkit.model.image import check_image
 from adaptkit.model.parts import AdapterSet
 
 __all__ = ["ManyTasks", "attach_many"]
@@ -136,6 +137,7 @@ class ManyTasks(nn.Module):
         Images of a task are in the order in which they were given. With ``tasks`` those that only read the backbone
         and those that change its layers (LoRA) share one pass, each row with its own adapter.
         """
+        check_image(self.model.vit, image)
         if tasks is None:
             return self._run(image, dict.fromkeys(self.active))
         if len(tasks) != len(image):
@@ -143,15 +145,28 @@ class ManyTasks(nn.Module):
         rows = {n: [i for i, t in enumerate(tasks) if t == n] for n in dict.fromkeys(tasks)}
         return self._run(image, {n: torch.tensor(r, device=image.device) for n, r in rows.items()})
 
+    def run_task(self, name: str, image: Tensor, seen: View | None = None) -> Features:
+        """Run one task, active or not, on (B, C, H, W).
+
+        ``seen``: the backbone's run on this very image (:func:`~adaptkit.features.replay.replay`), for a task that
+        only reads the backbone; without it the backbone runs.
+        """
+        if seen is not None:
+            return run(seen, self._set(name), image)
+        with routing(Route(name, 0, len(image), len(image))):
+            return run(self.model.vit, self._set(name), image)
+
+    def why_alone(self, name: str) -> str:
+        """Say why a task needs a pass of the backbone of its own; empty where it reads one that others read too."""
+        return self._set(name).why_alone()
+
     def _run(self, image: Tensor, rows: Mapping[str, Tensor | None]) -> dict[str, Features]:
         """Run the tasks on their rows of the batch, on all of it where there are none."""
         out: dict[str, Features] = {}
         by_row = all(index is not None for index in rows.values())
         shared = [name for name in rows if not self._set(name).why_alone() or (by_row and self._mixes(name))]
         for name in (n for n in rows if n not in shared):
-            own = image if rows[name] is None else image[rows[name]]
-            with routing(Route(name, 0, len(own), len(own))):
-                out[name] = run(self.model.vit, self._set(name), own)
+            out[name] = self.run_task(name, image if rows[name] is None else image[rows[name]])
         if shared:
             out.update(self._run_shared(image, {name: rows[name] for name in shared}))
         return {name: out[name] for name in rows}

@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from adaptkit.adapters.base import Adapter, BlockAdapter, SideAdapter, WeightAdapter
 from adaptkit.core import registry
 from adaptkit.core.hierarchical import HierarchicalSpec, HierarchicalViT
+from adaptkit.core.near import looks_like_path
 from adaptkit.core.registry import configured
 from adaptkit.core.view import View, ViT
 from adaptkit.hub.file import AdapterFile, check_fits, load_into, metadata_of
+from adaptkit.hub.packages import needs, origin_of
 from adaptkit.hub.repository import is_hub_id, load
 from adaptkit.model.saved import build, check_tensors, configured_by
 from adaptkit.model.saved_head import head_of
 from adaptkit.model.trained import TrainedBackbone, parameters
 
-__all__ = ["AdapterSet", "Part", "as_file", "check_tensors", "differences", "head_of", "parts_of"]
+__all__ = ["AdapterSet", "Part", "as_file", "check_tensors", "differences", "head_of", "parts_of", "view_of"]
 
 
 class Part(NamedTuple):
@@ -42,7 +44,20 @@ def as_file(arg: Any) -> AdapterFile | None:
         return arg
     if not isinstance(arg, str | os.PathLike) or str(arg) in registry.adapters():
         return None
-    return load(arg) if Path(arg).exists() or is_hub_id(arg) else None
+    is_place = Path(arg).expanduser().exists() or looks_like_path(arg) or is_hub_id(arg)
+    return load(arg) if is_place else None
+
+
+def view_of(model: nn.Module, args: Sequence[Any]) -> Any:
+    """See the backbone; where no family does, say which package brings one, if a saved adapter among ``args`` knows."""
+    try:
+        return registry.view(model)
+    except TypeError as error:
+        files = (as_file(arg) for arg in args)
+        said = [needs(f.header["backbone"] or {}) for f in files if f is not None]
+        if not any(said):
+            raise
+        raise TypeError(f"{error}{''.join(said)}") from error
 
 
 def parts_of(args: Sequence[Any], vit: View, strict: bool) -> tuple[list[Part], list[AdapterFile]]:
@@ -160,7 +175,7 @@ class AdapterSet(nn.Module):
         given: dict[str, Tensor] = {k: v for k, v in tensors.items() if k.partition(".")[0] not in self.adapters}
         for name, module in self.adapters.items():
             own = {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + ".")}
-            own = module.translated(own) if isinstance(module, WeightAdapter) else own
+            own = module.translated(own) if isinstance(module, Adapter) else own
             given.update({f"{name}.{k}": v for k, v in own.items()})
         check_tensors(self.tensors(), given, "the tensors given")
         for name, module in self.modules_by_name().items():
@@ -169,15 +184,19 @@ class AdapterSet(nn.Module):
 
     def header(self) -> dict[str, Any]:
         """Return what the file says of adapters and head."""
-        adapters = [{"name": n, "config": dataclasses.asdict(a.config)} for n, a in zip(self.adapters, self)]
+        adapters = [_said(n, a) for n, a in zip(self.adapters, self)]
         head = None
         if self.head is not None:
             entry = self.head_entry
             cls = f"{type(self.head).__module__}.{type(self.head).__qualname__}"
-            config: Any = getattr(self.head, "config", None)
-            head = {"name": entry.name, "config": dataclasses.asdict(config)} if entry else {"name": None, "class": cls}
+            head = _said(entry.name, self.head) if entry else {"name": None, "class": cls}
         said: dict[str, Any] = {"adapters": adapters, "head": head}
         return said if self.backbone is None else {**said, "train_backbone": list(self.backbone.config)}
+
+
+def _said(name: str, method: Any) -> dict[str, Any]:
+    """What a file says of an adapter or a head: and, of a plug-in, where it comes from."""
+    return {"name": name, "config": dataclasses.asdict(method.config), **origin_of(type(method))}
 
 
 def _follow(backbone: nn.Module, built: AdapterSet) -> None:
@@ -240,14 +259,14 @@ def _build(part: Part, vit: View) -> nn.Module:
     weight = issubclass(cls, WeightAdapter)
 
     def make() -> nn.Module:
-        return cls(vit.spec, part.config, *([vit.backbone] if weight else []))
+        return cls(vit.spec, part.config, *([vit.backbone] if cls.takes_backbone else []))
 
     if part.file is None:
         return make()
     where = f"{part.file.path}, adapter {part.entry.name!r}"
     tensors = part.file.tensors_of(part.entry.name)
     # Layers of peft are built around those of the backbone, which have values.
-    return build(make, tensors, where, cls.translated, backbone=vit.backbone) if weight else build(make, tensors, where)
+    return build(make, tensors, where, cls.translated, backbone=vit.backbone if weight else None)
 
 
 def _build_head(

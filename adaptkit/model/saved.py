@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from adaptkit.core.registry import Entry, configured
 from adaptkit.hub.file import FLOATS, AdapterFile
+from adaptkit.hub.packages import needs
 
 __all__ = ["Bounded", "build", "check_tensors", "configured_by"]
 
@@ -41,7 +42,10 @@ def configured_by(file: AdapterFile, said: Mapping[str, Any], known: dict[str, E
     try:
         entry = known.get(name)
         if entry is None:
-            return configured((name, options), known, kind)  # which says what there is
+            try:
+                return configured((name, options), known, kind)  # which says what there is
+            except ValueError as error:
+                raise ValueError(f"{error}{needs(said)}") from error
         return entry, entry.from_file(options)
     except Exception as error:  # of a plug-in's config, too
         raise ValueError(f"{where}: {_said(error)}") from error

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from adaptkit.core.near import hint
 from adaptkit.core.proxy import write
 from adaptkit.core.view import View
 from adaptkit.hub.file import check_fits, metadata_of
@@ -127,7 +128,8 @@ class NamedSets(nn.Module):
     def set_of(self, name: str) -> AdapterSet:
         """Return the set of this name; ``ValueError`` where there is none."""
         if name not in self.sets:
-            raise ValueError(f"no adapters are named {name!r}; there are {', '.join(map(repr, self.sets)) or 'none'}")
+            there = ", ".join(map(repr, self.sets)) or "none"
+            raise ValueError(f"no adapters are named {name!r}{hint(name, self.sets)}; there are {there}")
         found: Any = self.sets[name]
         return found
 

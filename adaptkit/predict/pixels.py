@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from adaptkit.pictures import CHANNELS, colours, read
 
@@ -53,7 +52,7 @@ def pixels(image: Any, channels: int = CHANNELS) -> Tensor:
     no pixels, such as an image that has been normalised already.
     """
     if isinstance(image, Tensor | np.ndarray):
-        return _channels(_scaled(_tensor(image)), channels)
+        return _channels(_scaled(_tensor(image, channels)), channels)
     if channels != CHANNELS:
         raise ValueError(
             f"a picture is read as {CHANNELS} channels, and this backbone takes {channels}: give an array ({channels}, "
@@ -62,27 +61,37 @@ def pixels(image: Any, channels: int = CHANNELS) -> Tensor:
     said = {"bytes": bytes(image), "path": None} if isinstance(image, bytes) else image
     name = "the image" if isinstance(image, bytes | Image.Image) else ""
     picture = read(Path(said).expanduser() if isinstance(said, str) else said, name)
-    return F.to_dtype(colours(picture), torch.float32, scale=True).as_subclass(Tensor)
+    return _scaled(colours(picture).as_subclass(Tensor))
 
 
-def _tensor(image: Tensor | np.ndarray) -> Tensor:
-    """(H, W), (C, H, W) or (H, W, C) -> (C, H, W): the channels are the side of at most four, or the first."""
+def _tensor(image: Tensor | np.ndarray, channels: int) -> Tensor:
+    """(H, W), (C, H, W) or (H, W, C) -> (C, H, W).
+
+    Channels are the side that can be their number. Where both can, they are last in an array and first in a tensor, as
+    NumPy's and torch's own functions have them.
+    """
+    last = isinstance(image, np.ndarray)
     if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.ascontiguousarray(image.astype(np.int32) if image.dtype == np.uint16 else image))
-        sixteen = image.dtype == torch.int32
+        sixteen = image.dtype == np.uint16
+        image = torch.from_numpy(np.array(image, np.int32 if sixteen else image.dtype, order="C"))
     else:
         sixteen = image.dtype == torch.uint16
         image = image.detach().to(torch.int32) if sixteen else image.detach()
     if image.ndim == 2:
         image = image[None]
-    elif image.shape[-1] <= 4 < image.shape[0]:
-        image = image.permute(2, 0, 1)
+    else:
+        possible = {channels, 1, 2, 3, 4} if channels == CHANNELS else {channels}
+        first = image.shape[0] in possible
+        if image.shape[-1] in possible and (last or not first):
+            image = image.permute(2, 0, 1)
     return image.float() / 65535 if sixteen else image
 
 
 def _scaled(image: Tensor) -> Tensor:
     if image.dtype == torch.uint8:
-        return image.float() / 255
+        from torchvision.transforms.v2 import functional as F  # here, for it takes a second to import
+
+        return F.to_dtype(image, torch.float32, scale=True)  # what training does, to the bit
     if image.dtype == torch.bool:
         return image.float()
     if not image.is_floating_point():

@@ -18,6 +18,9 @@ from adaptkit.predict.ways import Ways
 __all__ = ["Predicts"]
 
 
+HELD = 1 << 24  #: values of the images that wait to run together
+
+
 class Predicts:
     """What a model has that turns pictures into answers; the model itself says how, by ``described()``."""
 
@@ -83,7 +86,8 @@ class Predicts:
             for image in images:
                 # A picture that cannot be batched with those before it lets them go first.
                 seen = pixels(image, self.vit.spec.channels)
-                if held and (len(held) == asked.ways.batch_size or not task.together(held[0], seen)):
+                full = len(held) == asked.ways.batch_size or sum(x.numel() for x in held) > HELD
+                if held and (full or not task.together(held[0], seen)):
                     yield from task.answer(held)
                     held = []
                 held.append(seen)

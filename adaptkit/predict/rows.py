@@ -89,7 +89,7 @@ def resized_rows(bands: Iterable[Tensor], size: tuple[int, int], to: tuple[int, 
             yield F.interpolate(rows[None], (stop - start, width), mode="bilinear", align_corners=False)[0]
         done = ready
         if done < height:
-            keep = int(low[done]) - first
+            keep = min(int(low[done]) - first, held.shape[1])  # shrinking passes over rows that are still to come
             held, first = held[:, keep:], first + keep
 
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from adaptkit.core.view import Source
 from adaptkit.predict.pixels import pixels
@@ -45,6 +43,9 @@ class Transform:
 
     def frame(self, image: Tensor, scale: float = 1.0) -> Tensor:
         """(C, H, W) in 0..1 -> (C, h, w), resized with antialiasing and cropped."""
+        from torchvision.transforms.v2 import InterpolationMode
+        from torchvision.transforms.v2 import functional as F
+
         size = self.framed(image.shape[-2], image.shape[-1], scale)
         if size != tuple(image.shape[-2:]):
             how = InterpolationMode(self.interpolation)
@@ -54,6 +55,8 @@ class Transform:
 
     def normalise(self, image: Tensor) -> Tensor:
         """(..., C, h, w) in 0..1 -> the same, normalised."""
+        from torchvision.transforms.v2 import functional as F
+
         return F.normalize(image, list(self.mean), list(self.std))
 
     def resized(self, size: int | tuple[int, int] | None) -> Transform:

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from families import HOSTS
 
 import adaptkit
-from adaptkit.analysis import attended_keys, deformed_points
+from adaptkit.analysis import attended_keys, deformed_points, sampling_points
 from adaptkit.mixers.dat import to_cells
 from adaptkit.models import DAT
 
@@ -90,3 +90,111 @@ def test_a_model_without_deformable_attention_is_refused():
 def test_a_batch_is_refused():
     with pytest.raises(ValueError, match="a batch of 2; give one image"):
         deformed_points(dat(), torch.stack([X, X]))
+
+
+# ------------------------------------------------------------------------------------- every adapter that reads points
+
+
+def stirred(*adapters):
+    torch.manual_seed(0)
+    model = adaptkit.attach(HOSTS["timm-vit"].build(), *adapters).eval()
+    with torch.no_grad():
+        for p in model.adapters.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+VIT_ADAPTER = {"conv_inplane": 8}
+NEW = {
+    "vit-adapter": ("vit-adapter", VIT_ADAPTER),
+    "vit-adapter with dat": ("vit-adapter", {**VIT_ADAPTER, "attention": "dat"}),
+    "metaformer msda": ("metaformer", {"mixer": "msda", "width": 16}),
+    "metaformer dat": ("metaformer", {"mixer": "dat", "width": 16}),
+    "dat": ("dat", {"groups": 1}),
+}
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_each_has_points_and_weights_in_pixels(name):
+    seen = sampling_points(stirred(NEW[name]), X)
+    assert seen
+    for one in seen.values():
+        queries, heads, levels, k = one.weights.shape
+        assert one.points.shape == (queries, heads, levels, k, 2)
+        assert one.queries.shape == (queries, 2)
+        assert queries == one.grid[0] * one.grid[1]
+        total = one.weights.sum((2, 3))
+        assert (total <= 1 + 1e-5).all()
+        if name != "dat":  # whose class token takes the rest
+            torch.testing.assert_close(total, torch.ones_like(total))
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_the_picture_of_each_is_drawn(name):
+    model = stirred(NEW[name])
+    assert deformed_points(model, X).picture.width > 256
+    got = attended_keys(model, X, query=(20.0, 50.0))
+    assert set(got.scores) == set(sampling_points(model, X))
+
+
+def test_every_injector_and_extractor_of_a_vit_adapter_is_there_by_stride():
+    seen = sampling_points(stirred(NEW["vit-adapter"]), X)
+    for i in range(4):
+        assert f"vit-adapter.interactions.{i}.injector.attn" in seen
+        for stride, side in ((8, 8), (16, 4), (32, 2)):
+            one = seen[f"vit-adapter.interactions.{i}.extractor.attn, stride {stride}"]
+            assert one.grid == (side, side)
+            torch.testing.assert_close(one.queries[0], torch.full((2,), stride / 2))
+            torch.testing.assert_close(one.queries[-1], torch.full((2,), 64 - stride / 2))
+    assert seen["vit-adapter.interactions.0.injector.attn"].weights.shape[2] == 3  # levels
+    assert len(seen) == 4 * (1 + 3) + 2 * 3  # two extractors more behind the last
+
+
+def test_a_vit_adapter_that_was_not_trained_reads_the_star_of_deformable_detr():
+    """Point k of head m is k cells of its level from the query, in direction 2 pi m / heads on the unit square."""
+    model = adaptkit.attach(HOSTS["timm-vit"].build(), NEW["vit-adapter"])
+    one = sampling_points(model, X)["vit-adapter.interactions.0.injector.attn"]
+    away = one.points - one.queries[:, None, None, None]
+    cells = torch.tensor([8.0, 16.0, 32.0]).view(3, 1) * torch.arange(1, one.weights.shape[3] + 1)
+    torch.testing.assert_close(away.abs().amax(-1), cells.expand(64, one.weights.shape[1], -1, -1))
+    torch.testing.assert_close(away[:, 0, ..., 1], cells.expand(64, -1, -1))  # head 0 looks along x
+    torch.testing.assert_close(one.weights, torch.full_like(one.weights, 1 / 12))
+
+
+def test_reading_the_values_there_by_those_weights_is_the_attention(monkeypatch):
+    """A slow literal bilinear reading at the points in pixels gives what the extractor's attention returns."""
+    from adaptkit.seam import reference
+
+    model, caught = stirred(NEW["vit-adapter"]), {}
+    attn = model.adapters["vit-adapter"].interactions[1].extractor.attn
+    hook = attn.register_forward_hook(lambda module, args, out: caught.update(feat=args[1], out=out))
+    with torch.no_grad(), reference():
+        model(X[None])
+    hook.remove()
+    with torch.no_grad():
+        value = attn.value_proj(caught["feat"])[0].view(8, 8, attn.heads, -1)
+        one = sampling_points(model, X)["vit-adapter.interactions.1.extractor.attn, stride 16"]
+        rows = torch.zeros(16, attn.heads, value.shape[-1])
+        for q in range(16):
+            for head in range(attn.heads):
+                for (y, x), w in zip((one.points[q, head, 0] / 8 - 0.5).tolist(), one.weights[q, head, 0].tolist()):
+                    for i in range(8):
+                        for j in range(8):
+                            near = max(0.0, 1 - abs(y - i)) * max(0.0, 1 - abs(x - j))
+                            rows[q, head] += w * near * value[i, j, head]
+        wanted = attn.output_proj(rows.flatten(1))
+    torch.testing.assert_close(caught["out"][0, 64:80], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_on_a_hierarchical_backbone_points_are_in_pixels_of_each_stage():
+    torch.manual_seed(0)
+    import timm
+
+    host = timm.create_model(
+        "swin_tiny_patch4_window7_224", embed_dim=8, depths=(1, 1), num_heads=(1, 2), num_classes=0
+    )
+    seen = sampling_points(
+        adaptkit.attach(host, ("metaformer", {"mixer": "msda", "width": 16})), torch.randn(3, 224, 224)
+    )
+    strides = [(one.queries[0, 0] * 2).item() for one in seen.values()]
+    assert strides == [4, 8]

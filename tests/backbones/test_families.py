@@ -11,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from families import DEPTH, DIM, HEADS, HOSTS, randomise
+from reference import stir
 
 import adaptkit
 from adaptkit.core.registry import view
@@ -106,16 +107,16 @@ def assert_same_backbone(ours, theirs, x):
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert view(ours).spec[1:] == view(theirs).spec[1:]  # all but the family's name
-    with tempfile.TemporaryDirectory() as folder:  # one file, saved beside one copy, attached strictly to the other
-        trained = adaptkit.attach(theirs, "vit-adapter", conv_inplane=8)
-        torch.nn.init.normal_(trained.adapters["vit-adapter"].interactions[0].injector.gamma)
-        expected = trained.eval()(x)
-        trained.save(folder)
-        trained.detach()
-        attached = adaptkit.attach(ours, adaptkit.load(folder), strict=True)
-        for a, b in zip(attached(x).maps, expected.maps):
-            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-        attached.detach()
+    for adapter in (("vit-adapter", {"conv_inplane": 8}), "vit-split"):
+        with tempfile.TemporaryDirectory() as folder:  # one file, saved beside one copy, attached strictly to the other
+            trained = stir(adaptkit.attach(theirs, adapter), 0).eval()
+            expected = trained(x)
+            trained.save(folder)
+            trained.detach()
+            attached = adaptkit.attach(ours, adaptkit.load(folder), strict=True)
+            for a, b in zip(attached(x).maps, expected.maps):
+                torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+            attached.detach()
 
 
 def rename(state, table):

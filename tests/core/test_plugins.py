@@ -1,5 +1,7 @@
 """One file adds an adapter, a head or a family from outside the package."""
 
+import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -105,6 +107,24 @@ assert not torch.equal(again(x).tokens, features.tokens)
 print("works")
 """
 
+#: in an environment without the plug-in: what is run -> the last line of its error
+MISSING = {
+    """
+    import os, shutil
+    shutil.move("bottleneck.py", "elsewhere.py"); shutil.rmtree("others-1.0.dist-info")
+    import adaptkit, timm
+    sys.path.remove("") if "" in sys.path else None
+    file = adaptkit.load("saved")
+    print(file)
+    adaptkit.model.saved.configured_by(file, file.header["adapters"][0], adaptkit.core.registry.adapters(), "adapter")
+    """: r"ValueError: .*no adapter is named 'bottleneck'.*the package others: if you trust it, pip install others$",
+    """
+    import adaptkit
+    from torchvision.models.vision_transformer import VisionTransformer
+    adaptkit.attach(VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=5), "saved")
+    """: r"TypeError: no family sees torchvision.*the package others: if you trust it, pip install others$",
+}
+
 
 def test_an_installed_package_adds_an_adapter_and_a_family_in_one_file_each(tmp_path):
     (tmp_path / "bottleneck.py").write_text(ADAPTER)
@@ -122,3 +142,17 @@ def test_an_installed_package_adds_an_adapter_and_a_family_in_one_file_each(tmp_
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "works"
+    header = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    assert header["adapters"][0]["package"] == header["backbone"]["package"] == "others"
+    assert "package" not in header["adapters"][1]  # sfp is our own
+    for code, said in MISSING.items():
+        there = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            f"import sys; sys.path[:0] = [{str(root)!r}]\n" + textwrap.dedent(code),
+        ]
+        done = subprocess.run(there, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert re.search(said, done.stderr.splitlines()[-1]), done.stderr

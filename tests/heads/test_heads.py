@@ -12,7 +12,7 @@ from families import HOSTS
 
 import adaptkit
 
-HEADS = {"linear": {"num_classes": 3}, "fpn": {"num_classes": 3, "channels": 16}}
+HEADS = {"linear": {"num_classes": 3}, "fpn": {"num_classes": 3, "channels": 16}, "upsample": {"num_classes": 3}}
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -59,6 +59,7 @@ def test_a_head_learns_what_a_token_shows(name):
     [
         ("linear", {"num_classes": 0}),
         ("fpn", {"num_classes": 2, "channels": 0}),
+        ("upsample", {"num_classes": 0}),
         ("fpn", {"num_classes": 2, "norm": "x"}),
     ],
 )

@@ -14,8 +14,8 @@ from fuzz_cards import TEXTS, metadata, readme
 import adaptkit
 import adaptkit.hub.card as card_module
 from adaptkit.core.hierarchical import HierarchicalSpec
+from adaptkit.core.printable import printable
 from adaptkit.hub.card import BEGIN, END, check_metadata, is_hub_id, merged, model_card
-from adaptkit.hub.printable import printable
 
 ModelCard = pytest.importorskip("huggingface_hub").ModelCard
 
@@ -89,7 +89,10 @@ def test_a_folder_that_exists_is_no_hub_id(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"task": "segmenting"}, "task='segmenting' is none that the Hub knows; choose one of .*semantic-segmentation"),
+        (
+            {"task": "segmenting"},
+            "task='segmenting' is none that the Hub knows .*; choose one of .*semantic-segmentation",
+        ),
         ({"license": "other"}, "license='other' needs license_name="),
         ({"metrics": {"mIoU": 0.4}, "task": "depth"}, "give task= and dataset= beside metrics"),
         ({"metrics": {"mIoU": 0.4}, "dataset": "x"}, "give task= and dataset= beside metrics"),

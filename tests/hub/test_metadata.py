@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+import adaptkit
 from adaptkit.hub.metadata import plain
+from adaptkit.hub.repository import push
 
 
 class Level(enum.Enum):
@@ -119,3 +121,39 @@ def test_what_is_given_stays_as_it_is():
     given = {"a": (1, 2), "b": {"c": {3}}}
     plain(given)
     assert given == {"a": (1, 2), "b": {"c": {3}}}
+
+
+# ------------------------------------------------------------------------------------------------------ names in push
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("licence", "license"), ("data_set", "dataset"), ("Metrics", "metrics"), ("comit_message", "commit_message")]
+)  # fmt: skip
+def test_a_name_that_nothing_reads_is_refused_with_the_one_that_was_meant(name, meant):
+    with pytest.raises(ValueError, match=rf"{name}= is no metadata .*\(did you mean '{meant}'\?\).*extra="):
+        push(object(), "you/name", **{name: "x"})
+
+
+def test_names_of_ones_own_go_into_extra():
+    class Model:
+        def save(self, folder, **metadata):
+            raise RuntimeError(str(metadata))
+
+    with pytest.raises(RuntimeError, match="{'licence': 'x', 'task': 'depth'}"):
+        push(Model(), "you/name", extra={"licence": "x"}, task="depth")
+
+
+def test_what_from_pretrained_opened_is_saved_with_what_the_file_said(tmp_path):
+    said = {
+        "classes": ["road", "car"],
+        "task": "segmentation",
+        "recipe": {"model": "x"},
+        "mean": [0.1] * 3,
+        "std": [0.2] * 3,
+    }
+    head = ("linear", {"num_classes": 2})
+    adaptkit.attach(adaptkit.demo_backbone(pretrained=False), "lora", head=head).save(tmp_path / "a", **said)
+    again = adaptkit.from_pretrained(tmp_path / "a", backbone=adaptkit.demo_backbone(pretrained=False))
+    assert adaptkit.load(again.save(tmp_path / "b")).header["metadata"] == said
+    assert adaptkit.load(again.save(tmp_path / "c", task="depth")).header["metadata"] == {**said, "task": "depth"}
+    assert adaptkit.load(tmp_path / "b").header["backbone"]["mean"] == [0.1] * 3

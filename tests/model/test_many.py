@@ -19,6 +19,7 @@ TASKS = {
     "depth": ("sfp", ("linear", {"num_classes": 1})),
     "parts": (("vit-adapter", {**SMALL, "tap_norm": True, "norm": "group"}), ("linear", {"num_classes": 4})),
     "class": (None, ("linear", {"num_classes": 5})),
+    "split": ("vit-split", ("upsample", {"num_classes": 2})),
 }
 ALONE = {
     "lora": (["lora", "sfp"], ("fpn", {"num_classes": 2, "channels": 8})),
@@ -164,7 +165,7 @@ def test_a_name_for_each_image_splits_the_batch(tmp_path):
 def test_all_tasks_train_at_once_and_the_backbone_does_not():
     adapters = {task: adapter if adapter is not None else [] for task, (adapter, _) in TASKS.items()}
     many = adaptkit.attach_many(host(), adapters, {task: head for task, (_, head) in TASKS.items()}).train()
-    many.set_active("seg", "depth", "class")
+    many.set_active("seg", "depth", "class", "split")
     sum(x.square().mean() for f in many(image()).values() for x in (f.logits, *f.maps)).backward()
     for task in many.tasks:
         own = [p for p in many.model.set_of(task).parameters() if p.requires_grad]

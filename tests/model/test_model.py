@@ -52,9 +52,13 @@ def test_the_names_are_listed():
         (
             "vit-adaptor",
             ValueError,
-            "no adapter is named 'vit-adaptor' and no file is there; the adapters are .*vit-adapter",
+            "no adapter is named 'vit-adaptor' and no file is there .did you mean 'vit-adapter'.*; the adapters are .*vit-adapter",
         ),
-        (("vit-adapter", {"injektor": 1}), ValueError, "has no option 'injektor'; its options are injector"),
+        (
+            ("vit-adapter", {"injektor": 1}),
+            ValueError,
+            "has no option 'injektor' .did you mean 'injector'.*; its options are injector",
+        ),
         (("vit-adapter", {"norm": "nrom"}), ValueError, "norm='nrom' is not a choice; choose one of 'batch'"),
         (
             ("vit-adapter", {"interaction_indexes": [[0, 1], [3, 3]]}),

@@ -15,6 +15,7 @@ import adaptkit
 
 ADAPTERS = {
     "vit-adapter": ("vit-adapter", {"conv_inplane": 8}),
+    "vit-split": "vit-split",
     "sfp": "sfp",
     "adavit": "adavit",
     "dat": "dat",

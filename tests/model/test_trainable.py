@@ -22,7 +22,7 @@ def host(name="timm-vit"):
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("adapter", ["adavit", "dat", "lora", "metaformer", "sfp", "vit-adapter"])
+@pytest.mark.parametrize("adapter", ["adavit", "dat", "lora", "metaformer", "sfp", "vit-adapter", "vit-split"])
 def test_a_loss_on_the_logits_gives_every_trained_parameter_a_gradient(adapter, head):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -30,7 +30,7 @@ def test_a_loss_on_the_logits_gives_every_trained_parameter_a_gradient(adapter, 
     features = model(torch.randn(2, 3, 40, 32))
     (features.logits.square().sum() + sum(v.sum() for v in features.aux.values())).backward()
     assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    unread = adapter in ("sfp", "vit-adapter") and head in ("linear", "classifier")
+    unread = adapter in ("sfp", "vit-adapter", "vit-split") and head in ("linear", "classifier")
     assert any("does not read all that" in str(w.message) for w in caught) == unread
 
 

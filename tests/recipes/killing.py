@@ -17,6 +17,7 @@ import timm  # noqa: F401
 import torch
 
 from recipes import engine, segment
+from recipes.checkpoints import checkpoints
 
 STEPS = 10
 
@@ -29,11 +30,11 @@ def run(ranks, data, out, to_be_killed=False):
     argv = ["--train", data, "--val", data, "--num-classes", "3", "--random-backbone", "--size", "32", "48",
             "--batch-size", "1", "--adapter", "lora", "vit-adapter", "--steps", str(STEPS), "--save-every", "1",
             "--adapter-options", '{"lora": {"lora_dropout": 0.1}, "vit-adapter": {"conv_inplane": 8}}',
-            "--ema", "0.9", "--resume", "--out", str(out)]  # fmt: skip
+            "--ema", "0.9", "--out", str(out), *(["--resume"] if checkpoints(out) else [])]  # fmt: skip
     save = engine.save_checkpoint
 
-    def save_and_wait(accelerator, out, step, args):
-        save(accelerator, out, step, args)
+    def save_and_wait(accelerator, out, step, *more):
+        save(accelerator, out, step, *more)
         if to_be_killed and step == STEPS - 1:
             signal.pause()
 
@@ -73,7 +74,7 @@ def wait(pids):
 
 def kill_after(pids, out, step, delay):
     """Kill them some time after the checkpoint of that step; the run may be past it, and have deleted it, when we look."""
-    while not any(int(c.name.removeprefix("step-")) >= step for c in engine.checkpoints(out)):
+    while not any(int(c.name.removeprefix("step-")) >= step for c in checkpoints(out)):
         assert not any(os.waitpid(pid, os.WNOHANG)[0] for pid in pids), f"it ended before checkpoint {step} was there"
         time.sleep(0.002)
     time.sleep(delay)

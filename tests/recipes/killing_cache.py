@@ -28,7 +28,7 @@ def run(ranks, data, out, cache, last_calls=None):
     """
     argv = ["--train", data, "--val", data, "--num-classes", "3", "--random-backbone", "--size", "32", "48", "--adapter",
             "none", "--head", "linear", "--batch-size", str(BATCH), "--steps", "1", "--save-every", "0", "--views",
-            str(VIEWS), "--cache-features", str(cache), "--out", str(out)]  # fmt: skip
+            str(VIEWS), "--cache-features", str(cache), "--overwrite", "--out", str(out)]  # fmt: skip
     record, train, calls = AdaptedModel.extract, engine.train, []
 
     def counted(self, image):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import adaptkit
-from recipes.bench import adavit, load, serve, step
+from recipes.bench import adavit, load, serve, serve_http, step
 
 
 def cells(text):
@@ -76,3 +76,12 @@ def test_a_step_refuses_to_compare_what_is_not_the_same(monkeypatch):
     )
     with pytest.raises(RuntimeError, match="nothing to compare"):
         step.check(args)
+
+
+@pytest.mark.full
+def test_serving_over_http_compares_the_answers_and_prints_a_row_for_each_way(capsys):
+    pytest.importorskip("uvicorn")
+    serve_http.main(["--size", "32", "--clients", "2", "--requests", "3", "--images", "2", "--threads", "1"])
+    table = cells(capsys.readouterr().out)
+    assert [row[0] for row in table[2:]] == ["off", "exact"]
+    assert all(float(row[1]) > 0 and 0 < int(row[4]) <= int(row[5]) == 6 for row in table[2:])

@@ -18,6 +18,7 @@ from recipes import segment  # noqa: E402
 ADAPTERS = {
     "none": ["--adapter", "none", "--head", "linear"],
     "sfp": ["--adapter", "sfp"],
+    "split": ["--adapter", "vit-split", "--head", "upsample"],
     "extractor": ["--adapter", "vit-adapter", "--adapter-options", '{"conv_inplane": 8, "injector": false, "drop_path": 0}'],
 }  # fmt: skip
 

@@ -120,7 +120,7 @@ def test_a_score_is_read_once_however_many_batches_it_adds_up(case):
             (torch.rand(prediction) + 1, torch.randint(3, target) if len(target) == 1 else 3 * torch.rand(target))
             for _ in range(count)
         ]
-        task = Namespace(metric=module.metric, predict=lambda model, batch: batch, ragged=False)
+        task = Namespace(metric=module.metric, predict=lambda model, batch, args: batch, ragged=False)
         there = Namespace(device=torch.device("cpu"), autocast=nullcontext, gather_for_metrics=lambda pair: pair)
         with Questions() as questions:
             engine.evaluate(task, torch.nn.Identity(), batches, there, module.parse(argv))

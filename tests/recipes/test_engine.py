@@ -15,8 +15,8 @@ from PIL import Image
 import adaptkit
 from recipes import options, segment
 from recipes.average import Average
-from recipes.engine import linear
 from recipes.log import forget_after
+from recipes.optimising import linear
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,7 +118,7 @@ def test_a_sharded_backbone_trains_the_same_adapter(two):
     for key, tensor in whole.items():
         torch.testing.assert_close(sharded[key], tensor, atol=1e-5, rtol=1e-5)
     scores = [json.loads((two / run / "result.json").read_text()) for run in ("sharded", "whole")]
-    assert scores[0]["miou"] == scores[1]["miou"] == scores[0]["miou_reattached"]
+    assert scores[0]["miou"] == scores[1]["miou"] == scores[0]["miou_reattached"] == scores[1]["miou_reattached"]
 
 
 def test_sharding_on_one_process_is_refused(pictures, tmp_path):
@@ -175,7 +175,7 @@ def test_a_configuration_gives_options_and_the_command_line_wins(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("num-clases: 7", "unknown key 'num-clases'; did you mean 'num-classes'?"),
+        ("num-clases: 7", "unknown key 'num-clases' (did you mean 'num-classes'?)"),
         ("size: [64]", "--size: expected 2 arguments"),
         ("steps: many", "--steps: invalid int value: 'many'"),
         ("streaming: 3", "streaming is 3; give true or false"),

@@ -17,7 +17,7 @@ import adaptkit
 from adaptkit.create import create_backbone
 from adaptkit.features.cache import FeatureCache
 from adaptkit.hub.write import write_atomic
-from recipes import engine, segment
+from recipes import checkpoints, engine, segment
 from recipes.folder import begin, name_run, occupied, run_of
 from recipes.log import append
 
@@ -152,8 +152,8 @@ def test_a_new_run_in_a_used_folder_keeps_its_own_checkpoints(pictures, tmp_path
         segment.main(argv(pictures, out, *short))
     assert tree(out) == earlier
     segment.main(argv(pictures, out, *short, "--overwrite"))
-    assert [path.name for path in engine.checkpoints(out)] == ["step-00000001", "step-00000002"]
-    assert {engine.progress_of(path)["run"] for path in engine.checkpoints(out)} == {run_of(out)}
+    assert [path.name for path in checkpoints.checkpoints(out)] == ["step-00000001", "step-00000002"]
+    assert {checkpoints.progress_of(path)["run"] for path in checkpoints.checkpoints(out)} == {run_of(out)}
 
 
 def test_a_checkpoint_of_another_run_is_not_gone_on_with(pictures, tmp_path):
@@ -191,12 +191,12 @@ def test_a_checkpoint_that_does_not_fit_is_named_and_the_earlier_ones_stay(pictu
     out, common, save = tmp_path / "run", ["--steps", "4", "--save-every", "1"], engine.save_checkpoint
     before = {}
 
-    def saves(accelerator, out, step, args):
+    def saves(accelerator, out, step, *more):
         if step < 3:
-            return save(accelerator, out, step, args)
+            return save(accelerator, out, step, *more)
         before.update(tree(out / "checkpoints"))
         with full_after(2000):
-            save(accelerator, out, step, args)
+            save(accelerator, out, step, *more)
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "save_checkpoint", saves)

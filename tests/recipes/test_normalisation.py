@@ -11,7 +11,7 @@ from PIL import Image
 import adaptkit
 from adaptkit.core.view import Source
 from adaptkit.create import create_backbone
-from recipes import depth, detect, fewshot, network, normalisation, segment, shapes
+from recipes import depth, detect, fewshot, native, network, normalisation, segment, shapes
 from recipes.data import SegmentationData
 from recipes.normalisation import source_of
 
@@ -71,7 +71,7 @@ def silent(monkeypatch):
         "fewshot",
         "mixers",
         "adavit",
-        "engine",
+        "task",
         "network",
     ):
         monkeypatch.setattr(f"recipes.{recipe}.create_backbone", forgetful)
@@ -111,10 +111,13 @@ def test_a_backbone_that_does_not_say_ends_the_run_before_training(folder, silen
 def test_what_the_user_says_is_used_and_recorded(folder, silent):
     argv = command(folder, "set", "--num-classes", "3", *CHOSEN)
     given = segment.parse(argv)
-    image, _ = segment.data(given, segment.build(given), False)[0]
+    model = segment.build(given)
+    image, _ = segment.data(given, model, False)[0]
     mean = torch.tensor([0.25, 0.5, 0.75])[:, None, None]
     pixels = torch.from_numpy(np.array(Image.open(folder / "set" / "images" / "0.png"))).permute(2, 0, 1) / 255
-    torch.testing.assert_close(image, (pixels - mean) / 0.2)
+    torch.testing.assert_close(image, pixels)
+    transform = native.predictor(model, given).transform
+    torch.testing.assert_close(transform.normalise(image), (pixels - mean) / 0.2)
     segment.main(argv)
     header = adaptkit.load(folder / "run" / "adapter").header
     for said in (header["metadata"], header["backbone"]):

@@ -131,7 +131,7 @@ def brute_force(pairs, labels):
 
 def metric_for(folder):
     args = panoptic.parse(command(folder, "unused"))
-    return panoptic.PanopticQuality(args), args
+    return panoptic.metric(args), args
 
 
 def test_panoptic_quality_is_the_definition(folder):

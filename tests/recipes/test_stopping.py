@@ -15,7 +15,7 @@ from adaptkit.create import create_backbone
 from recipes import adavit, fewshot, mixers, pretrain_mae, segment, shapes, stopping
 from recipes.options import command, seed_of
 from recipes.order import folded
-from recipes.stopping import Stop, Stopped
+from recipes.stopping import Asked, Stop, Stopped
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_folder import argv
@@ -115,8 +115,11 @@ def test_a_loader_whose_worker_is_gone_is_an_error_unless_the_run_was_asked_to_s
     with Stop() as stop:
         with pytest.raises(RuntimeError, match="Terminated"):
             list(stop.batches(loader()))
+        batches = stop.batches(loader())
+        assert next(batches) == 1
         os.kill(os.getpid(), signal.SIGTERM)
-        assert list(stop.batches(loader())) == [1]
+        with pytest.raises(Asked):  # and not the end of the data, after which a run would be scored as if it were whole
+            next(batches)
 
 
 def test_a_recipe_that_is_interrupted_before_it_trains_says_stopped(capsys):

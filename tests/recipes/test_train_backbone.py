@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_segment import QUICK, write_folder  # noqa: E402
 
 import adaptkit  # noqa: E402
-from recipes.engine import parameter_groups  # noqa: E402
+from recipes.optimising import parameter_groups  # noqa: E402
 from recipes.segment import main  # noqa: E402
 
 
@@ -43,6 +43,16 @@ def test_the_rate_falls_from_block_to_block():
     assert {rate[id(p)] for p in model.adapters.parameters()} == {1.0}
     assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in model.parameters())
     assert all(g["weight_decay"] == (0.1 if g["params"][0].ndim > 1 else 0.0) for g in groups)
+
+
+def test_copied_blocks_learn_at_a_tenth_of_the_rate():
+    model = adaptkit.attach(adaptkit.demo_backbone(False), "vit-split")
+    groups = parameter_groups(model, 0.1, lr=1.0)
+    rate = {id(p): g.get("lr", 1.0) for g in groups for p in g["params"]}
+    adapter = model.adapters["vit-split"]
+    copies = {id(p) for p in adapter.split_head.parameters()}
+    assert {rate[i] for i in copies} == {0.1}
+    assert {rate[id(p)] for p in adapter.parameters() if id(p) not in copies} == {1.0}
 
 
 def test_what_a_frozen_backbone_said_is_not_kept_of_one_that_is_trained(tmp_path, capsys):

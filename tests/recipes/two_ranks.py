@@ -38,9 +38,11 @@ def counted(accelerator, count, batch, streaming, ragged):
     """Which images an evaluation on two ranks counts, and how often."""
     data = datasets.Dataset.from_dict({"n": list(range(count))})
     rows = Numbers(data.to_iterable_dataset(num_shards=2) if streaming else data)
-    args = Namespace(batch_size=batch, workers=0, streaming=streaming)
+    args = Namespace(batch_size=batch, workers=0, streaming=streaming, shard=False)
     seen = Seen()
-    task = engine.Task("t", "t", "count", (), None, None, None, lambda model, batch: batch, lambda args: seen, ragged)
+    task = engine.Task(
+        "t", "t", "count", (), None, None, None, lambda model, batch, args: batch, lambda args: seen, ragged
+    )
     loader = engine.validation_batches(rows, task, accelerator, args)
     engine.evaluate(task, torch.nn.Identity(), loader, accelerator, args)
     return sorted(seen.images)

@@ -22,6 +22,7 @@ from adaptkit.adapters.base import WeightAdapter
 from adaptkit.adapters.lora.layer_names import meaning, resolved
 from adaptkit.adapters.lora.peft_layers import ADAPTER, ExistingPeftLayers, Kept, existing_layers, wrap
 from adaptkit.adapters.lora.saved_options import check_patterns, check_types
+from adaptkit.core.near import hint
 from adaptkit.core.proxy import LayerProxy, WeightProxy, edges, in_place, missing, put, restore
 from adaptkit.core.registry import register_adapter
 from adaptkit.core.schema import check
@@ -130,7 +131,8 @@ class LoRAConfig:
             return kind(**self.options)
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
             known = sorted(set(kind().to_dict()) - set(RECORDS) - set(REFUSED))
-            raise ValueError(f"{self.peft_type}: {error}; its options are {', '.join(known)}") from error
+            near = "".join(hint(name, known) for name in self.options if name not in known)
+            raise ValueError(f"{self.peft_type}: {error}{near}; its options are {', '.join(known)}") from error
 
 
 def _type(config: Any) -> str:

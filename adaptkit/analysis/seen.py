@@ -1,0 +1,194 @@
+"""Every deformable attention of a model, as it ran on one image: where it read, and with which weights.
+
+The model runs once, as its text says (:func:`adaptkit.reference`): a fast path computes several layers in one and
+would hide what is between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+
+from adaptkit.adapters.base import BlockAdapter, SideAdapter, Trace, WrappedViT
+from adaptkit.adapters.dat import DATKV, DATBlock
+from adaptkit.adapters.vit_adapter import Injector
+from adaptkit.adapters.vit_adapter.config import STRIDES
+from adaptkit.core.hierarchical import HierarchicalSpec
+from adaptkit.core.view import Block, Fn
+from adaptkit.mixers.base import Layout
+from adaptkit.mixers.dat import Convention, DeformableAttention, to_cells
+from adaptkit.mixers.deformed import DeformableCrossAttention
+from adaptkit.mixers.msda import MSDeformAttn
+from adaptkit.model.adapted import AdaptedModel
+from adaptkit.seam import reference
+
+__all__ = ["Seen", "evaluating", "look"]
+
+READERS = (DeformableAttention, DeformableCrossAttention, MSDeformAttn)
+Grid = tuple[int, int]
+
+
+class Seen(NamedTuple):
+    """One deformable attention of one grid of queries, on one image."""
+
+    #: (Q or 1, G, L, K, 2) as (y, x) in pixels: where the heads of group g read level l for query q; 1: all queries
+    #: share the points
+    points: Tensor
+    weights: Tensor  #: (Q, heads, L, K): attention on each; what is missing to 1 is on prefix tokens
+    grid: Grid  #: (h, w) of the queries, Q = h * w row by row
+    stride: int  #: side of a query's cell in pixels
+
+
+def look(model: nn.Module, image: Tensor) -> dict[str, Seen]:
+    """Run the model on an image (1, C, H, W); return what its deformable attentions did, by their names."""
+    with evaluating(model), reference():
+        seen = _by_modules(model, image)
+        if isinstance(model, AdaptedModel):
+            seen |= _by_adapter(model, image)
+    return seen
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, every module is in eval mode; afterwards each is as it was."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+# ---- attention that is a module: DAT's, msda and dat as mixers, injectors and extractors
+
+
+def _by_modules(model: nn.Module, image: Tensor) -> dict[str, Seen]:
+    """Look at every such module, wherever it sits, by what it is given."""
+    inputs: dict[str, tuple[Any, ...]] = {}
+    modules = dict(model.named_modules())
+    readers = {name: m for name, m in modules.items() if isinstance(m, READERS)}
+
+    def keep(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs[name] = args
+
+    hooks = [m.register_forward_pre_hook(partial(keep, name)) for name, m in readers.items()]
+    try:
+        model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    seen: dict[str, Seen] = {}
+    for name, args in inputs.items():
+        reader, short = readers[name], _short(name)
+        if isinstance(reader, DeformableAttention):
+            seen[short] = _self_form(reader, args[0], _stride(model, name, args[0].shape[2], image))
+            continue
+        query, feat, layout = args
+        first = STRIDES[1] if isinstance(modules.get(name.rpartition(".")[0]), Injector) else 0
+        first = first or _stride(model, name, layout.values[0][0], image)
+        parts = _cross_form(reader, query, feat, layout, first)
+        many = len(parts) > 1
+        seen |= {f"{short}, stride {one.stride}" if many else short: one for one in parts}
+    return seen
+
+
+def _short(name: str) -> str:
+    """``sets.default.adapters.vit-adapter.interactions.0`` -> ``vit-adapter.interactions.0``."""
+    return name.split(".", 3)[3] if name.startswith("sets.") and name.split(".")[2:3] == ["adapters"] else name
+
+
+def _self_form(mixer: DeformableAttention, x: Tensor, stride: int) -> Seen:
+    """Map (1, C, h, w) -> the points that its cells share, group by group."""
+    got, grid = mixer.read(x, weights=True), (x.shape[2], x.shape[3])
+    points = _pixels(got.points, grid, mixer.convention, stride)  # (g, n, 2)
+    weights = cast(Tensor, got.weights)[0].transpose(0, 1)  # (Q, heads, n)
+    return Seen(points[None, :, None], weights[:, :, None], grid, stride)
+
+
+def _cross_form(reader: Any, query: Tensor, feat: Tensor, layout: Layout, first: int) -> list[Seen]:
+    """Queries (1, Q, D) that read levels whose first has cells of ``first`` pixels -> what each of their grids does."""
+    extent = layout.points.new_tensor([layout.values[0][1] * first, layout.values[0][0] * first])  # pixels, as (x, y)
+    sizes = [h * w for h, w in layout.queries]
+    if isinstance(reader, MSDeformAttn):
+        places, weights = reader.places(query, layout)  # (1, Q, H, L, K, 2), (1, Q, H, L, K)
+        found = list(zip(places[0].split(sizes), weights[0].split(sizes)))
+    else:
+        levels = len(layout.values)
+        found = [
+            (points[:, None, None].expand(-1, -1, levels, -1, -1), w[0].transpose(0, 1))
+            for points, w in reader.places(query, feat, layout)
+        ]
+    seen = []
+    for (points, weights), centres, grid in zip(found, layout.points.split(sizes), layout.queries):
+        stride = round(float(2 * centres[0, 1] * extent[1]))  # the first query is half a cell from the edge
+        seen.append(Seen((points * extent).flip(-1), weights, grid, stride))
+    return seen
+
+
+def _stride(model: nn.Module, name: str, rows: int, image: Tensor) -> int:
+    """Pixels from cell to cell of a map of so many rows; a guess for a model of which nothing is known."""
+    from adaptkit.models.dat import DAT
+
+    if isinstance(model, AdaptedModel):
+        spec, parts = model.spec, name.split(".")
+        if isinstance(spec, HierarchicalSpec) and "blocks" in parts:
+            block = int(parts[parts.index("blocks") + 1])
+            return [s for s, depth in zip(spec.strides, spec.depths) for _ in range(depth)][block]
+        return spec.patch_size
+    if isinstance(model, DAT):
+        return model.feature_info[int(name.split(".")[1])]["reduction"]
+    return -(-image.shape[-2] // rows)
+
+
+# ---- attention of the frozen blocks, as DAT-KV moves its keys
+
+
+class _Watch(BlockAdapter):
+    """DAT-KV as it is, noting what every block attends to."""
+
+    inside = True
+
+    def __init__(self, dat: DATKV, seen: dict[str, Seen]) -> None:
+        super().__init__(dat.spec, dat.config)
+        self.dat, self.seen = dat, seen
+
+    def wrap(self, block: Block, index: int, trace: Trace) -> Fn:
+        """(B, P+N, D) -> (B, P+N, D)."""
+        run = self.dat.wrap(block, index, trace)
+        return partial(self._run, run, block, index) if index in self.dat.config.blocks else run
+
+    def _run(self, run: Fn, block: Block, index: int, x: Tensor) -> Tensor:
+        weights, points = cast(DATBlock, self.dat.blocks[str(index)]).weights(block, x)
+        grid, patch = cast(Grid, block.grid), self.spec.patch_size
+        prefix = x.shape[1] - grid[0] * grid[1]
+        at = _pixels(points, grid, "exact", patch)  # (g, n, 2)
+        own = weights[0, :, prefix:, prefix:].transpose(0, 1)  # (Q, heads, n)
+        self.seen[f"block {index}"] = Seen(at[None, :, None], own[:, :, None], grid, patch)
+        return run(x)
+
+
+def _by_adapter(model: AdaptedModel, image: Tensor) -> dict[str, Seen]:
+    """Run the model as it runs, its DAT-KV watched."""
+    seen: dict[str, Seen] = {}
+    blocks = [a for a in model.adapters.values() if isinstance(a, BlockAdapter)]
+    if not any(isinstance(a, DATKV) for a in blocks):
+        return seen
+    watched = [_Watch(a, seen) if isinstance(a, DATKV) else a for a in blocks]
+    trace: Trace = {}
+    vit = WrappedViT(model.vit, watched, trace)
+    sides = [a for a in model.adapters.values() if isinstance(a, SideAdapter)]
+    if sides:
+        sides[0](vit, image, trace)
+    else:
+        vit.features(image)
+    return seen
+
+
+def _pixels(points: Tensor, grid: Grid, convention: Convention, stride: int) -> Tensor:
+    """(1, g, Hk, Wk, 2) in -1..1 -> (g, n, 2) in pixels: the place that is read, whatever the convention."""
+    return (to_cells(points[0].flatten(1, 2), grid, convention) + 0.5) * stride

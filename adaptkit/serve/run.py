@@ -1,0 +1,47 @@
+"""A socket, signals, and a graceful end."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["bound", "run"]
+
+GRACE = 30  #: seconds that requests have to end after SIGTERM
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """Take an address before anything slow is done; port 0 is any free one. ``OSError`` says which address is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise OSError(f"{host}:{port} cannot be listened on: {error}; choose another --port, or 0") from error
+    return sock
+
+
+def run(app: Any, sock: socket.socket, started: Callable[[], None] = lambda: None) -> None:
+    """Serve until SIGTERM or SIGINT: take no new connection, answer what is there, end.
+
+    SIGTERM is what a service is stopped by, and no error; SIGINT is raised again as ``KeyboardInterrupt``.
+    """
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                started()
+
+    server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE))
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it is done
+    try:
+        server.run(sockets=[sock])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        sock.close()

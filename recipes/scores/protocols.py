@@ -1,0 +1,179 @@
+"""What each task is scored by: data as its recipe reads them, predictions of ``adaptkit.predict`` at their size."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from adaptkit.core.view import Source
+from adaptkit.pictures import colours, framed, pair, read, read_row
+from adaptkit.predict.tasks import TASKS, Asked
+
+from ..coco import average_precisions, locate, read_instances
+from ..data import SegmentationData, check_labels, label_table, open_dataset
+from ..depth import DEPTH_NAMES, stored_depth
+from ..labelled import open_images
+from ..native import NativeSegmentation, masks
+from ..order import undecoded
+from ..panoptic import PanopticQuality
+from ..panoptic_data import PanopticData, read_segments
+from ..panoptic_data import locate as locate_segments
+from .calibration import calibration_sums
+from .classification import ClassificationScores
+from .depth import DepthScores, cropped
+from .segmentation import SemanticScores, boundary, confusion
+
+Alter = Callable[[Tensor, int], Tensor]  #: image (3, H, W) in 0..1 and its number -> what is looked at
+SCORE = {"segmentation": "miou", "classification": "top1", "depth": "delta1", "detection": "box_ap", "panoptic": "pq"}
+
+
+def segmentation(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) -> dict[str, Any]:
+    """IoU, accuracy and boundary IoU by class, confusion matrix, calibration of all pixels."""
+    described, transform = model.described(), model.transform
+    labels = described.said.get("labels") or {}
+    ignore = labels.get("ignore_index", 255) if args.ignore_index is None else args.ignore_index
+    table = label_table(args.label_map or labels.get("label_map") or {},
+                        args.reduce_zero_label or bool(labels.get("reduce_zero_label")), ignore)  # fmt: skip
+    classes = classes_of(model)
+    opened = open_dataset(args.data, args.split, (args.image_column, args.target_column))
+    source = Source(mean=transform.mean, std=transform.std)
+    rows = SegmentationData(opened, (32, 32), source, labels=table, classes=classes, ignore=ignore, name="--data")
+    check_labels(rows, classes, ignore, "--data")
+    native = NativeSegmentation(rows)
+    task, scores = TASKS["segmentation"](model, described, transform, asked), SemanticScores()
+    with torch.no_grad():
+        for first in range(0, len(native), asked.ways.batch_size):
+            numbers = range(first, min(first + asked.ways.batch_size, len(native)))
+            images, truth = native.collate([native[i] for i in numbers])
+            images = [alter(image, i) for image, i in zip(images, numbers)]
+            for (mask, confidence), true in zip(masks(task, images), truth):  # type: ignore[arg-type]
+                true = true.to(mask.device)
+                scores.update(confusion(mask, true, classes, ignore)[None])
+                scores.boundaries.append(boundary(mask.long(), true.long(), classes, ignore))
+                known = true != ignore
+                if confidence is not None:
+                    scores.bins.append(calibration_sums(confidence[known], (mask == true)[known]))
+    return {**scores.details(), "classes": task.palette(classes)["names"]}
+
+
+def classes_of(model: Any) -> int:
+    """Return how many classes a model tells apart. Raises ``TypeError`` where its head does not say."""
+    recipe = getattr(model, "recipe", None)
+    if recipe is not None:
+        return len(recipe["categories"])
+    config = getattr(model.head, "config", None)
+    count = getattr(config, "num_classes", None) or len(model.metadata.get("classes") or ())
+    if not count:
+        raise TypeError(f"the head {type(model.head).__name__} does not say its number of classes: save with classes=")
+    return int(count)
+
+
+def classification(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) -> dict[str, Any]:
+    """Top-1, top-5, accuracy by class, confusion matrix, calibration."""
+    data, _ = open_images(args.data, args.split, (args.image_column, args.target_column))
+    answers = model.predict_each(_pictures(data, args.data, alter), asked)
+    scores: ClassificationScores | None = None
+    for label, answer in zip(data["label"][:], answers):
+        shares = torch.from_numpy(answer.probabilities)
+        scores = scores or ClassificationScores(len(shares))
+        if label >= len(shares):
+            raise ValueError(f"--data {args.data} has the label {label}, and the file knows {len(shares)} classes")
+        scores.update(shares, int(label))
+        known = answer.names
+    assert scores is not None  # the data are not empty
+    return {**scores.details(), "classes": known}
+
+
+def depth(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) -> dict[str, Any]:
+    """The usual scores, at the size of the depth map, within the range of the head."""
+    data = undecoded(open_dataset(args.data, args.split, (args.image_column, args.target_column), names=DEPTH_NAMES))
+    config: Any = model.head.config
+    scores, truth = DepthScores(), []
+
+    def images() -> Iterator[Tensor]:
+        for i in range(len(data)):
+            row = read_row(data[i], f"--data: row {i}")
+            values = stored_depth(row["mask"]).astype(np.float32) / np.float32(args.depth_scale)
+            inside = (values >= config.min_depth) & (values <= config.max_depth)
+            image, target = pair(row["image"], row["mask"], np.where(inside, values, np.float32(0)), "a depth map")
+            truth.append(cropped(target, args.crop))
+            yield alter(F.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor), i)
+
+    for i, answer in enumerate(model.predict_each(images(), asked)):
+        scores.update(torch.from_numpy(answer.depth), truth[i])
+        truth[i] = torch.empty(0)  # has been used
+    return {**scores.details(), **({"crop": args.crop} if args.crop else {})}
+
+
+def detection(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) -> dict[str, Any]:
+    """COCO's AP of boxes, and of masks where the detector makes them; by class."""
+    with_masks = model.recipe["network"] == "mask-rcnn"
+    annotations, folder = locate(args.data, args.images, "--data")
+    data = read_instances(folder, annotations, with_masks, "--data")
+    _check_categories(model, data.categories)
+
+    def images() -> Iterator[Tensor]:
+        for i, row in enumerate(data.rows):
+            image = framed(read(row["path"]), (row["height"], row["width"]))
+            yield alter(F.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor), i)
+
+    results = []
+    for row, answer in zip(data.rows, model.predict_each(images(), asked)):
+        for entry, label in zip(answer.coco(row["id"]), answer.labels.tolist()):
+            results.append({**entry, "label": label + 1})
+    means, by_class = average_precisions(data, results, with_masks)
+    names = [str(c.get("name", c["id"])) for c in data.categories]
+    return {**means, "per_class": by_class["mask" if with_masks else "box"], "classes": names, "images": len(data.rows)}
+
+
+def panoptic(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) -> dict[str, Any]:
+    """Panoptic quality, its parts, and by class."""
+    places = locate_segments(args.data, args.images, args.maps, "--data")
+    data = read_segments(*places, "--data")
+    _check_categories(model, data.categories)
+    transform = model.transform
+    rows = PanopticData(data, (32, 32), Source(mean=transform.mean, std=transform.std))
+    quality = PanopticQuality(data.categories)
+
+    def images() -> Iterator[Tensor]:
+        for i, row in enumerate(data.rows):
+            image = framed(read(row["path"]), (row["height"], row["width"]))
+            yield alter(F.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor), i)
+
+    for i, answer in enumerate(model.predict_each(images(), asked)):
+        label = np.full(len(answer.found) + 1, -1)
+        for segment in answer.found:
+            label[segment["id"]] = segment["label"]
+        ids = torch.from_numpy(answer.segments.astype(np.int64))
+        found = torch.stack([torch.from_numpy(label)[ids], ids], -1)
+        quality.update([found], [rows.truth(data.rows[i])])
+    names = [str(c.get("name", c["id"])) for c in data.categories]
+    return {**quality.compute(), "per_class": quality.by_class(), "classes": names, "images": len(data.rows)}
+
+
+def _check_categories(model: Any, categories: list[dict[str, Any]]) -> None:
+    theirs, mine = [c["id"] for c in categories], [c["id"] for c in model.recipe["categories"]]
+    if theirs != mine:
+        raise ValueError(f"--data has the categories {theirs[:5]}..., the file was trained on {mine[:5]}...")
+
+
+def _pictures(data: Any, name: str, alter: Alter) -> Iterator[Tensor]:
+    """Yield the pictures of rows, (3, H, W) in 0..1."""
+    for i, row in enumerate(undecoded(data)):
+        image = colours(read_row(row, f"{name}: row {i}")["image"])
+        yield alter(F.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor), i)
+
+
+EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {
+    "segmentation": segmentation,
+    "classification": classification,
+    "depth": depth,
+    "detection": detection,
+    "panoptic": panoptic,
+}
