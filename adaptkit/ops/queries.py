@@ -38,15 +38,16 @@ def merge(
 ) -> Tensor:
     """Make one panoptic map of the queries of one image (MaskFormer, section 3.4).
 
-    Each pixel goes to the query with the largest p(class) * p(mask). A query whose class is uncertain takes no part,
-    and one that others hide for the larger part is dropped. Segments of one stuff class are one segment.
+    Each pixel goes to the query with the largest p(class) * p(mask), and is said to be its where it lies in its mask
+    too, p(mask) >= 1/2. A query whose class is uncertain takes no part, and one that has few pixels for the size of its
+    mask is dropped. Segments of one stuff class are one segment.
 
     Args:
         classes: logits (Q, K + 1), the last of "nothing".
         masks: logits (Q, h, w).
         size: (H, W) of the image.
         things: labels of which each query is a segment by itself.
-        thresholds: least score of a query, and least share of its mask that must be visible.
+        thresholds: least score of a query, and least number of pixels that it gets, as a share of its mask's.
         resize: brings the masks to that size.
 
     Returns (H, W, 2) int64, label and segment id of each pixel; label -1 where nothing was found.
@@ -61,8 +62,11 @@ def merge(
     owner = (scores[:, None, None] * inside).argmax(0)  # (H, W)
     whole = inside >= 0.5
     visible = whole.gather(0, owner[None])[0]  # pixels that lie inside the mask of their owner
-    seen = torch.zeros_like(labels).scatter_add_(0, owner.flatten(), visible.flatten().long())  # pixels of each query
-    kept = (seen > 0) & (seen >= thresholds[1] * whole.sum((1, 2)))
+    won, seen = (  # pixels of each query, and those of them inside of its mask
+        torch.zeros_like(labels).scatter_add_(0, owner.flatten(), counted.flatten().long())
+        for counted in (torch.ones_like(owner), visible)
+    )
+    kept = (seen > 0) & (won >= thresholds[1] * whole.sum((1, 2)))
     is_thing = torch.isin(labels, torch.tensor(sorted(things), device=labels.device))
     number = torch.arange(1, len(labels) + 1, device=labels.device)
     segment = torch.stack([labels, number * is_thing], dim=-1)  # (Q, 2)

@@ -84,9 +84,12 @@ class Task(ABC):
 
     def forward(self, batch: Tensor) -> Tensor:
         """Run the model on (B, C, h, w), normalised, on its device and in its precision."""
+        return self.described.scores(self.placed(batch))
+
+    def placed(self, batch: Tensor) -> Tensor:
+        """(B, C, h, w) on the device and in the precision of the model."""
         parameter = next((p for p in self.model.vit.backbone.parameters() if p.is_floating_point()), None)
-        batch = batch if parameter is None else batch.to(parameter.device, parameter.dtype)
-        return self.described.scores(batch)
+        return batch if parameter is None else batch.to(parameter.device, parameter.dtype)
 
     def looks(self, image: Tensor) -> Iterator[tuple[Tensor, bool]]:
         """Image (C, H, W) in 0..1 -> every look at it, normalised, and whether it is mirrored."""
@@ -241,8 +244,7 @@ class Detections(Task):
         return True
 
     def answer(self, images: list[Tensor]) -> Iterator[Detection]:
-        device = next(self.model.vit.backbone.parameters()).device
-        for image, found in zip(images, self._found(images, device)):
+        for image, found in zip(images, self._found(images)):
             keep = found["scores"] >= self.asked.threshold
             said = {k: v[keep].cpu() for k, v in found.items()}
             masks = (said["masks"][:, 0] > 0.5).numpy() if "masks" in said else None
@@ -256,11 +258,12 @@ class Detections(Task):
                 masks=masks,
             )
 
-    def _found(self, images: list[Tensor], device: torch.device) -> Iterable[dict[str, Tensor]]:
+    def _found(self, images: list[Tensor]) -> Iterable[dict[str, Tensor]]:
         objects = self.described.objects
         if objects is None:
+            device = next(self.model.vit.backbone.parameters()).device
             return self.model([image.to(device) for image in images])
-        seen = ((next(self.looks(image))[0][None].to(device), image.shape[-2:]) for image in images)
+        seen = ((self.placed(next(self.looks(image))[0][None]), image.shape[-2:]) for image in images)
         return (objects(one, (size[0], size[1])) for one, size in seen)
 
 
@@ -278,8 +281,7 @@ class Panoptics(Task):
     def answer(self, images: list[Tensor]) -> Iterator[Panoptic]:
         for image in images:
             seen = next(self.looks(image))[0]
-            labels, segments = self.split(seen[None].to(next(self.model.vit.backbone.parameters()).device),
-                                                   (image.shape[-2], image.shape[-1]))  # fmt: skip
+            labels, segments = self.split(self.placed(seen[None]), (image.shape[-2], image.shape[-1]))
             yield self._numbered(labels.cpu().numpy(), segments.cpu().numpy())
 
     def _numbered(self, labels: np.ndarray, segments: np.ndarray) -> Panoptic:

@@ -52,7 +52,8 @@ ANSWERS = {"semantic": "segmentation", "instance": "detection", "panoptic": "pan
 def rotary_table(grid: Grid, width: int, like: Tensor) -> Table:
     """Angles of a grid (h, w): cos and sin (N, width), of ``2 pi (y, x) * 100^(-4j / width)``, j < width / 4.
 
-    y and x are the centres of the patches, from -1 to 1 over the grid.
+    y and x are the centres of the patches, from -1 to 1 over the grid. In training too: the authors stretch the places
+    by a random factor there where they compute the table themselves (DINOv2), not where it is a frozen DINOv3's.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     frequency = 100.0 ** (-4.0 * torch.arange(width // 4, device=like.device, dtype=dtype) / width)
@@ -231,7 +232,7 @@ class PlainMaskHead(QueryHead):
                 f"{len(levels)} intermediates: give what the model it is attached to computes"
             )
         x = self.fuse(levels)
-        x = torch.cat([self.q.weight.expand(len(x), -1, -1), x], dim=1)  # (B, Q+P+N, D)
+        x = torch.cat([self.q.weight.expand(x.shape[0], -1, -1), x], dim=1)  # (B, Q+P+N, D)
         table = rotary_table(grid, x.shape[2] // (self.config.num_heads or 1), x)
         found: list[QueryLogits] = []
         for i, block in enumerate(self.blocks):
