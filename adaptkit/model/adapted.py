@@ -28,11 +28,12 @@ from adaptkit.model.image import check_image
 from adaptkit.model.owner import Owner, check_free
 from adaptkit.model.parts import AdapterSet, view_of
 from adaptkit.model.proof import prove
+from adaptkit.model.queries import described_by
 from adaptkit.model.sets import NamedSets, build_set, checked_name, ordinarily
 from adaptkit.model.shown import ShownModel
 from adaptkit.model.trainable import check_trained, tensors_in
 from adaptkit.predict.predicts import Predicts
-from adaptkit.predict.tasks import TASKS, Described, shares
+from adaptkit.predict.tasks import TASKS, Described
 
 __all__ = ["AdaptedModel", "attach", "describe", "list_adapters", "list_heads"]
 
@@ -164,24 +165,8 @@ def describe(
             f"{', '.join(TASKS)}, or save with task=, one of {', '.join(KINDS)}"
         )
     if isinstance(head, QueryHead):
-        return _of_queries(head, said, run_it)
+        return described_by(head, said, run_it)
     return Described(answers, said, lambda image: run_it(image).logits)
-
-
-def _of_queries(head: QueryHead, said: Mapping[str, Any], run_it: Callable[[Tensor], Features]) -> Described:
-    """How a head that answers in queries is read."""
-    numbers = [{"id": i, "name": str(i), "isthing": i in head.things} for i in range(head.num_classes)]
-    said = said if head.answers == "segmentation" else {"categories": numbers, **said}
-    low, overlap = said.get("thresholds") or (0.8, 0.8)
-
-    def segments(image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        label, number = head.segments(run_it(image), [size], (low, overlap))[0].unbind(-1)
-        return label, number
-
-    def objects(image: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
-        return head.objects(run_it(image), [size])[0]
-
-    return Described(head.answers, said, lambda image: head.scores(run_it(image)), shares, segments, objects)
 
 
 class AdaptedModel(Predicts, ShownModel, Facts, NamedSets):

@@ -113,7 +113,8 @@ def depth(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) -> d
 
 def detection(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) -> dict[str, Any]:
     """COCO's AP of boxes, and of masks where the detector makes them; by class."""
-    with_masks = model.recipe["network"] == "mask-rcnn"
+    recipe = getattr(model, "recipe", None)  # a head that makes objects has none, and makes masks
+    with_masks = recipe is None or recipe["network"] == "mask-rcnn"
     annotations, folder = locate(args.data, args.images, "--data")
     data = read_instances(folder, annotations, with_masks, "--data")
     _check_categories(model, data.categories)
@@ -158,7 +159,7 @@ def panoptic(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) -
 
 
 def _check_categories(model: Any, categories: list[dict[str, Any]]) -> None:
-    theirs, mine = [c["id"] for c in categories], [c["id"] for c in model.recipe["categories"]]
+    theirs, mine = [c["id"] for c in categories], [c["id"] for c in model.described().said["categories"]]
     if theirs != mine:
         raise ValueError(f"--data has the categories {theirs[:5]}..., the file was trained on {mine[:5]}...")
 
