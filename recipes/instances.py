@@ -49,7 +49,7 @@ class InstanceData(Rows):
         masks = torch.stack(drawn) if drawn else torch.zeros(0, *size, dtype=torch.uint8)
         image, masks = self.transform(image, tv_tensors.Mask(masks))
         labels = torch.tensor([i["label"] - 1 for i in row["instances"]], dtype=torch.int64)
-        left = masks.flatten(1).any(1)
+        left = (masks > 0).as_subclass(Tensor).flatten(1).any(1)
         return image.as_subclass(Tensor), {"masks": masks.as_subclass(Tensor)[left].float(), "labels": labels[left]}
 
 
