@@ -15,7 +15,7 @@ from adaptkit.core.tree import skeleton
 
 __all__ = ["is_packed", "is_plain", "unpacked"]
 
-ROWS = 256  #: unit vectors at once
+ROWS = 1024  #: unit vectors at once
 TOLERANCE = 0.05  #: of a random vector's output, as a share: layers in 8 bits round what comes in too
 
 
@@ -49,11 +49,11 @@ def unpacked(packed: Any, dtype: torch.dtype, where: str) -> nn.Linear:
     columns = torch.empty(made.in_features, made.out_features)
     if not columns.is_meta and device.type != "meta":  # where a file is planned, tensors are made without values
         columns = columns.to(device)
-        for start in range(0, made.in_features, ROWS):
-            rows = torch.arange(start, min(start + ROWS, made.in_features), device=device)
-            unit = torch.zeros(len(rows), made.in_features, device=device, dtype=dtype)
-            unit[torch.arange(len(rows), device=device), rows] = 1
-            columns[rows] = layer(unit).float()
+        vectors = torch.zeros(min(ROWS, made.in_features), made.in_features, device=device, dtype=dtype)
+        for start in range(0, made.in_features, len(vectors)):
+            some = vectors.zero_()[: made.in_features - start]
+            some.diagonal(start).fill_(1)
+            columns[start : start + len(some)] = layer(some).float()
         generator = torch.Generator("cpu").manual_seed(0)
         x = torch.randn(8, made.in_features, generator=generator, device="cpu").to(device, dtype)
         wanted, found = layer(x).float(), x.float() @ columns
