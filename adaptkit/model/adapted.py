@@ -187,7 +187,7 @@ class AdaptedModel(Predicts, ShownModel, Facts, NamedSets):
         for anything else (:mod:`adaptkit.model.image`).
         """
         if isinstance(image, CachedFeatures):
-            return run(CachedView(self.vit, image), self._readers(), image.image_or_shape())
+            return run(CachedView(self.vit, image), self._reading(image), image.image_or_shape())
         vit = self.vit
         check_image(vit, image)
         if not torch.compiler.is_compiling():
@@ -213,14 +213,17 @@ class AdaptedModel(Predicts, ShownModel, Facts, NamedSets):
         Raises ``ValueError`` where an adapter changes what the blocks compute, and so needs them to run.
         """
         after, reads_image = self.reads()
-        seen = replay(self.vit, image)
+        side = self._acting.side
+        seen = replay(self.vit, image if side is None else side.framed(image))
         if not isinstance(seen, Replay):
             raise ValueError(
                 f"{type(self.vit.backbone).__name__} has stages, whose outputs are not cached; use a plain ViT"
             )
         states = tuple(seen.states[i + 1] for i in after)
         size = (image.shape[-2], image.shape[-1])
-        return CachedFeatures(states, after, size, self.spec.patch_size, image if reads_image else None)
+        return CachedFeatures(
+            states, after, size, self.spec.patch_size, image if reads_image else None, self._acting.pad
+        )
 
     def record(self, image: Tensor) -> CachedFeatures:
         """Old name of :meth:`extract`."""
@@ -235,6 +238,16 @@ class AdaptedModel(Predicts, ShownModel, Facts, NamedSets):
         acting = self._readers()
         image = acting.side is not None and acting.side.reads_image()
         return tuple(sorted({*acting.reads, self.spec.depth - 1})), image
+
+    def _reading(self, seen: CachedFeatures) -> AdapterSet:
+        """Those that read these features; ``ValueError`` where they pad images otherwise than was done."""
+        acting = self._readers()
+        if acting.pad != seen.pad and any(side % seen.patch for side in seen.size):
+            raise ValueError(
+                f"the features are of images of {seen.size[0]}x{seen.size[1]} pixels, padded to whole patches with "
+                f"pad={seen.pad!r}, and these adapters pad with {acting.pad!r}: extract them with this model"
+            )
+        return acting
 
     def _readers(self) -> AdapterSet:
         acting = self._acting

@@ -146,6 +146,11 @@ class AdapterSet(nn.Module):
         return self.head_reads if self.side is None else self.side.reads()
 
     @property
+    def pad(self) -> str:
+        """Where an image that is no multiple of the patch is padded: see ``SideAdapter.pad``."""
+        return "corner" if self.side is None else self.side.pad
+
+    @property
     def head_reads(self) -> tuple[int, ...]:
         """The blocks whose outputs the head wants in ``Features.intermediates``: what its ``reads()`` says, if any."""
         reads = getattr(self.head, "reads", None)
