@@ -48,7 +48,7 @@ class Cached(Dataset):
         self.rows, self.views, self.cache, self.windows = rows, views, cache, windows
         (self.after, self.reads_image), self.patch = model.reads(), model.spec.patch_size
         height, width = rows[0, 0][0].shape[-2:]
-        self.size, self.pad = (height, width), model._acting.pad
+        self.size, self.pad = (height, width), model.pad
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -90,7 +90,7 @@ def key_of(rows: Any, size: tuple[int, ...], model: Any, args: argparse.Namespac
         "views": args.views,
         "after": list(model.reads()[0]),
         "dtype": args.cache_dtype,
-        **({} if model._acting.pad == "corner" else {"pad": model._acting.pad}),  # caches of before say none
+        **({} if model.pad == "corner" else {"pad": model.pad}),  # caches of before say none
     }
 
 

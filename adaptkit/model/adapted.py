@@ -239,6 +239,11 @@ class AdaptedModel(Predicts, ShownModel, Facts, NamedSets):
         image = acting.side is not None and acting.side.reads_image()
         return tuple(sorted({*acting.reads, self.spec.depth - 1})), image
 
+    @property
+    def pad(self) -> str:
+        """Where the active adapters pad an image to whole patches: ``"corner"`` or ``"centre"``."""
+        return self._acting.pad
+
     def _reading(self, seen: CachedFeatures) -> AdapterSet:
         """Those that read these features; ``ValueError`` where they pad images otherwise than was done."""
         acting = self._readers()

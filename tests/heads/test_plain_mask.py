@@ -151,7 +151,7 @@ def test_in_training_batchnorm_counts_over_all_tokens_of_the_batch_the_prefix_to
     x = torch.randn(2, model.spec.num_prefix_tokens + 6, model.spec.embed_dim, dtype=torch.float64)
     y = x.flatten(0, 1)
     y = (y - y.mean(0)) / (y.var(0, unbiased=False) + 1e-5).sqrt() * head.bn[0].weight + head.bn[0].bias
-    torch.testing.assert_close(head.fuse([x]), (2 * y * head.scalers[0]).view_as(x))
+    torch.testing.assert_close(head.fuse([x]), (2 * y * head.scalers.get_parameter("0")).view_as(x))
 
 
 # ------------------------------------------------------------------------------------------------------- annealing

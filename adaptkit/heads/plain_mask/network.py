@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -166,6 +165,22 @@ class ScaleBlock(nn.Module):
         return self.norm(self.conv2(F.gelu(self.conv1(x))))
 
 
+class Scalers(nn.Module):
+    """``sum_l a_l * y_l``, a factor for each channel of each level, 1 at the start."""
+
+    def __init__(self, dim: int, levels: int) -> None:
+        super().__init__()
+        for i in range(levels):
+            self.register_parameter(str(i), nn.Parameter(torch.ones(dim)))
+
+    def forward(self, *levels: Tensor) -> Tensor:
+        """(B, S, D) of each level -> (B, S, D)."""
+        first, *others = (y * scale for y, scale in zip(levels, self.parameters()))
+        for term in others:
+            first = first + term
+        return first
+
+
 def projection(kind: str, dim: int) -> nn.Module:
     """What a level goes through."""
     if kind == "mlp":
@@ -192,7 +207,7 @@ class PlainMaskHead(QueryHead):
         heads, hidden = config.num_heads or 1, config.hidden_dim or dim
         self.bn = nn.ModuleList(norm2d(config.norm, dim) for _ in levels if config.lateral_bn)
         self.lateral_projections = nn.ModuleList(projection(config.lateral_projection, dim) for _ in levels)
-        self.scalers = nn.ParameterList(nn.Parameter(torch.ones(dim)) for _ in levels)
+        self.scalers = Scalers(dim, len(levels))
         self.q = nn.Embedding(config.num_q, dim)
         self.blocks = nn.ModuleList(Block(dim, heads, hidden) for _ in range(config.num_blocks))
         self.decoder_norm = nn.LayerNorm(dim)
@@ -226,13 +241,14 @@ class PlainMaskHead(QueryHead):
 
         Returns what was said before each block and after the last; without masks the last alone.
         """
-        if len(levels) != len(self.scalers):
+        if len(levels) != len(self.reads()):
             raise ValueError(
                 f"plain-mask reads the tokens after the blocks {list(self.reads())}, and the features have "
                 f"{len(levels)} intermediates: give what the model it is attached to computes"
             )
         x = self.fuse(levels)
-        x = torch.cat([self.q.weight.expand(x.shape[0], -1, -1), x], dim=1)  # (B, Q+P+N, D)
+        queries = self.q(torch.arange(self.config.num_q, device=x.device))
+        x = torch.cat([queries.expand(x.shape[0], -1, -1), x], dim=1)  # (B, Q+P+N, D)
         table = rotary_table(grid, x.shape[2] // (self.config.num_heads or 1), x)
         found: list[QueryLogits] = []
         for i, block in enumerate(self.blocks):
@@ -245,14 +261,13 @@ class PlainMaskHead(QueryHead):
 
     def fuse(self, levels: Sequence[Tensor]) -> Tensor:
         """Levels (B, P+N, D) -> their sum, each normed, projected and scaled."""
-        total: Tensor | None = None
-        for i, (project, scale) in enumerate(zip(self.lateral_projections, self.scalers)):
+        projected = []
+        for i, project in enumerate(self.lateral_projections):
             x = levels[i].to(parameter_dtype(self))
             if self.config.lateral_bn:  # over all tokens of the batch, prefix tokens too
                 x = map_to_tokens(self.bn[i](tokens_to_map(x, (1, x.shape[1]))))
-            y = (x + project(x) if self.config.residual_projection else project(x)) * scale
-            total = y if total is None else total + y
-        return cast(Tensor, total)
+            projected.append(x + project(x) if self.config.residual_projection else project(x))
+        return self.scalers(*projected)
 
     def predict(self, x: Tensor, grid: Grid) -> QueryLogits:
         """x (B, Q+P+N, D) -> classes (B, Q, K + 1) and masks (B, Q, H, W) of the queries, H = h * 2^upscale."""
