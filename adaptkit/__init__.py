@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from adaptkit.heads.depth import DepthHeadConfig
     from adaptkit.heads.fpn import FPNHeadConfig
     from adaptkit.heads.linear import LinearHeadConfig
+    from adaptkit.heads.plain_mask import PlainMaskHeadConfig
     from adaptkit.hub.file import AdapterFile
     from adaptkit.hub.repository import load
     from adaptkit.mixers import list_mixers, register_mixer
@@ -50,6 +51,7 @@ __all__ = [
     "LinearHeadConfig",
     "ManyTasks",
     "MetaFormerConfig",
+    "PlainMaskHeadConfig",
     "SimpleFeaturePyramidConfig",
     "Spec",
     "ViTAdapterConfig",
@@ -87,6 +89,7 @@ _NAMES = {
     "LinearHeadConfig": "heads.linear",
     "ManyTasks": "model.many",
     "MetaFormerConfig": "adapters.metaformer",
+    "PlainMaskHeadConfig": "heads.plain_mask",
     "SimpleFeaturePyramidConfig": "adapters.sfp",
     "Spec": "core.view",
     "ViTAdapterConfig": "adapters.vit_adapter",

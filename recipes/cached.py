@@ -48,7 +48,7 @@ class Cached(Dataset):
         self.rows, self.views, self.cache, self.windows = rows, views, cache, windows
         (self.after, self.reads_image), self.patch = model.reads(), model.spec.patch_size
         height, width = rows[0, 0][0].shape[-2:]
-        self.size = (height, width)
+        self.size, self.pad = (height, width), model.pad
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -59,7 +59,7 @@ class Cached(Dataset):
         states = tuple(kept[f"after_{i}"][None] for i in self.after)
         # The image is made anew where the adapter reads it: it takes more room than features, and less time.
         image = self.rows[epoch % self.views, index][0][None] if self.reads_image else None
-        seen = CachedFeatures(states, self.after, self.size, self.patch, image)
+        seen = CachedFeatures(states, self.after, self.size, self.patch, image, self.pad)
         target = kept["target"].long() if kept["target"].dtype == torch.uint8 else kept["target"]
         if self.windows is None:
             return seen, target
@@ -90,6 +90,7 @@ def key_of(rows: Any, size: tuple[int, ...], model: Any, args: argparse.Namespac
         "views": args.views,
         "after": list(model.reads()[0]),
         "dtype": args.cache_dtype,
+        **({} if model.pad == "corner" else {"pad": model.pad}),  # caches of before say none
     }
 
 

@@ -1,12 +1,12 @@
-"""Detection: train an adapter and one of torchvision's detectors beside a frozen ViT, and score it as COCO does.
+"""Detection: train an adapter and one of torchvision's detectors, or PMT's plain-mask, on a frozen ViT; COCO's AP.
 
     python -m recipes.detect --train coco/annotations/instances_train2017.json --train-images coco/train2017 \
         --val coco/annotations/instances_val2017.json --val-images coco/val2017 \
         --model mask-rcnn --adapter vit-adapter --size 800 1333 --steps 90000 --batch-size 2 --out runs/detect
 
 Or name a folder that holds `annotations.json` and `images/`, or `data.yaml` of a set in YOLO's format.
-Boxes alone are enough for faster-rcnn, retinanet and fcos; mask-rcnn wants a segmentation of every instance. Several
-GPUs: `torchrun --nproc_per_node 8 -m recipes.detect`.
+Boxes alone are enough for faster-rcnn, retinanet and fcos; mask-rcnn and plain-mask want a segmentation of every
+instance. Several GPUs: `torchrun --nproc_per_node 8 -m recipes.detect`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 import adaptkit
 from adaptkit.create import create_backbone
 
-from . import network
+from . import instances as by_queries
+from . import network, queries
 from .coco import (
     Detection,
     Instances,
@@ -38,7 +39,10 @@ from .scores.detection import image_f1
 from .summary import of_counts
 from .yolo import has_splits
 
-MODELS = ("mask-rcnn", "faster-rcnn", "retinanet", "fcos")
+MODELS = ("mask-rcnn", "faster-rcnn", "retinanet", "fcos", queries.HEAD)
+
+
+SIZE_HELP = "of the sides; of plain-mask, height and width"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,10 +50,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--train-images", help="folder of the images; default: images/ beside the annotations")
     p.add_argument("--val-images", help="the same for validation")
     p.add_argument("--model", default="mask-rcnn", choices=MODELS)
-    p.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("SHORT", "LONG"), help="of the sides")
+    p.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("SHORT", "LONG"), help=SIZE_HELP)
     p.add_argument("--width", type=int, default=256, help="channels of the detector's FPN")
     p.add_argument("--anchor", type=float, default=8.0, help="side of the anchors, in strides of their level")
     p.add_argument("--skip-degenerate", action=argparse.BooleanOptionalAction, default=False, help="boxes of no area")
+    p.add_argument("--queries", type=int, default=200, help="of plain-mask")
+    p.add_argument("--points", type=int, default=12544, help="of each mask that the loss of plain-mask looks at")
+    queries.options(p)
     args = read(p, argv)
     args.head = args.model  # as the other recipes say it in result.json
     if args.streaming:
@@ -58,7 +65,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         p.error(
             "--val is needed: a JSON file in COCO's format, or a folder with annotations.json; or data.yaml of YOLO"
         )
-    if args.size[0] > args.size[1] or args.size[0] < 1:
+    queries.settle(p, args)
+    if args.model != queries.HEAD and (args.size[0] > args.size[1] or args.size[0] < 1):
         p.error(f"--size {args.size[0]} {args.size[1]}: give the shorter side first, in pixels")
     if args.width < 1:
         p.error(f"--width {args.width} must be at least 1")
@@ -70,7 +78,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def masks(args: argparse.Namespace) -> bool:
-    return args.model == "mask-rcnn"
+    return args.model in ("mask-rcnn", queries.HEAD)
 
 
 def instances(args: argparse.Namespace, train: bool) -> Instances:
@@ -79,7 +87,7 @@ def instances(args: argparse.Namespace, train: bool) -> Instances:
     return open_instances(name or args.train, images, split, masks(args), flag, args.skip_degenerate)
 
 
-def build(args: argparse.Namespace) -> network.Network:
+def build(args: argparse.Namespace) -> Any:
     rows, categories, _ = instances(args, True)  # the data is checked before anything is built
     seen = {i["label"] for row in rows for i in row["instances"]}
     unseen = [str(c.get("name", c["id"])) for i, c in enumerate(categories, 1) if i not in seen]
@@ -87,6 +95,8 @@ def build(args: argparse.Namespace) -> network.Network:
     found = instances(args, False).categories
     if not same(found, categories):
         raise ValueError(f"--val has categories {names(found)}, --train has {names(categories)}: they must be the same")
+    if args.model == queries.HEAD:
+        return queries.build(args, len(categories), "instance")
     backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
     source = source_of(adaptkit.view(backbone), args)
     recipe = {
@@ -113,9 +123,13 @@ def names(categories: list[dict[str, Any]]) -> str:
     return ", ".join(f"{c['id']} {c.get('name', '')}".strip() for c in categories)
 
 
-def data(args: argparse.Namespace, model: Any, train: bool) -> Detection:
+def data(args: argparse.Namespace, model: Any, train: bool) -> Detection | by_queries.InstanceData:
     found = instances(args, train)
-    rows = Detection(found, masks(args), args.seed, train)
+    rows: Any
+    if args.model == queries.HEAD:
+        rows = by_queries.InstanceData(found, args.size, source_of(model.vit, args), args.seed, train)
+    else:
+        rows = Detection(found, masks(args), args.seed, train)
     labels = [[one["label"] - 1 for one in row["instances"]] for row in found.rows]
     called = [str(c.get("name", c["id"])) for c in found.categories]
     sizes = [(row["height"], row["width"]) for row in found.rows]
@@ -184,7 +198,9 @@ TASK = Task(
 
 def task(args: argparse.Namespace) -> Task:
     """What these options train."""
-    return TASK
+    if args.model != queries.HEAD:
+        return TASK
+    return by_queries.task(TASK, args, instances(args, True).categories)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

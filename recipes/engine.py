@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 import adaptkit
 from adaptkit.hub.write import check_writable, write_atomic
 
-from . import final, names, record
+from . import final, names, queries, record
 from .average import Average
 from .best import best_of
 from .cached import Views, cached
@@ -201,6 +201,7 @@ class Training:
         schedule = schedule_of(optimizer, args, accelerator.num_processes)
         asked = [(rate, group["weight_decay"]) for rate, group in zip(schedule.base_lrs, optimizer.param_groups)]
         self.model, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
+        self.query_head = queries.head_in(self.model)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.average = Average(self.trained, args.ema) if args.ema else None
         if self.average is not None:
@@ -224,6 +225,8 @@ class Training:
         args, k = self.args, self.args.accumulate
         # Dropout belongs to the step, not to the run.
         set_seed(folded(args.seed * 1_000_003 + self.first * k + i, 31), device_specific=True)
+        if self.query_head is not None:
+            self.query_head.anneal((self.first * k + i) / (args.steps * k))
         with self.accelerator.accumulate(self.model):
             loss = self.task.loss(self.model, batch, args)
             self.finite.see(self.first + i // k, loss)

@@ -22,7 +22,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "model": (
         "backbone", "random-backbone", "adapter", "adapter-options", "init", "train-backbone", "head", "model", "pool",
-        "zero-head", "width", "queries", "layers", "points", "anchor", "bins",
+        "zero-head", "head-options", "width", "queries", "layers", "points", "anchor", "bins",
     ),
     "optimisation": (
         "steps", "batch-size", "accumulate", "optimizer", "lr", "schedule", "warmup", "weight-decay", "layer-decay",

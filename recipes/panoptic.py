@@ -1,4 +1,4 @@
-"""Panoptic segmentation: train an adapter and Mask2Former beside a frozen ViT, and score it by panoptic quality.
+"""Panoptic segmentation: train an adapter and Mask2Former, or PMT's plain-mask, on a frozen ViT; score it by PQ.
 
     python -m recipes.panoptic --train coco/annotations/panoptic_train2017.json --train-images coco/train2017 \
         --val coco/annotations/panoptic_val2017.json --val-images coco/val2017 \
@@ -11,6 +11,8 @@ that holds `panoptic.json`, `images/` and `panoptic/`. Several GPUs: `torchrun -
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +20,9 @@ from torch import Tensor, nn
 
 import adaptkit
 from adaptkit.create import create_backbone
-from adaptkit.networks.segmenters import merge
+from adaptkit.ops.queries import merge
 
-from . import network
+from . import network, queries
 from .engine import Task, run
 from .labels import warn_unseen
 from .normalisation import source_of
@@ -29,6 +31,10 @@ from .panoptic_data import PanopticData, Segments, locate, read_segments, stacke
 from .scores.bootstrap import interval
 from .scores.segmentation import listed
 from .summary import of_counts
+from .task import attach_again, restore_adapted
+
+HEAD_HELP = """mask2former on the pyramid of an adapter, or plain-mask on the frozen backbone itself, without an
+adapter or with one that changes tokens (lora, ...)"""
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,16 +43,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         p.add_argument(f"--{split}-images", help="folder of the images; default: images/ beside the JSON file")
         p.add_argument(f"--{split}-maps", help="folder of the PNG files; default: beside the JSON file, with its name")
     p.add_argument("--size", type=int, nargs=2, default=(640, 640), metavar=("H", "W"))
+    p.add_argument("--head", default="mask2former", choices=["mask2former", queries.HEAD], help=HEAD_HELP)
     network.mask2former_options(p)
+    queries.options(p)
     p.add_argument("--object-threshold", type=float, default=0.8, help="least score of a query that is drawn")
     p.add_argument("--overlap-threshold", type=float, default=0.8, help="least share of its mask that must be visible")
     args = read(p, argv)
-    args.head = "mask2former"  # as the other recipes say it in result.json
     if args.streaming:
         p.error("--streaming reads rows as they come; COCO's format is files: leave it out")
     if not args.val:
         p.error("--val is needed: a JSON file in COCO's panoptic format, or a folder with panoptic.json")
     network.check_mask2former(p, args)
+    queries.settle(p, args)
     return args
 
 
@@ -56,7 +64,7 @@ def segments(args: argparse.Namespace, train: bool) -> Segments:
     return read_segments(*places, flag)
 
 
-def build(args: argparse.Namespace) -> network.Network:
+def build(args: argparse.Namespace) -> Any:
     rows, categories = segments(args, True)  # the data is checked before anything is built
     seen = {label for row in rows for label, crowd in row["segments"].values() if not crowd}
     unseen = [str(c.get("name", c["id"])) for i, c in enumerate(categories) if i not in seen]
@@ -64,11 +72,19 @@ def build(args: argparse.Namespace) -> network.Network:
     found = segments(args, False).categories
     if [(c["id"], c["isthing"]) for c in found] != [(c["id"], c["isthing"]) for c in categories]:
         raise ValueError("--val and --train do not have the same categories (id and isthing of each)")
+    kept = said_of(args)
+    if args.head == queries.HEAD:
+        things = [i for i, c in enumerate(kept["categories"]) if c["isthing"]]
+        return queries.build(args, len(categories), "panoptic", things)
     backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
-    kept = [{k: c.get(k) for k in ("id", "name", "isthing")} for c in categories]
-    recipe = {"network": "mask2former", "categories": kept, **network.mask2former_recipe(args)}
-    recipe["thresholds"] = [args.object_threshold, args.overlap_threshold]
+    recipe = {"network": "mask2former", **kept, **network.mask2former_recipe(args)}
     return network.build(adaptkit.attach(backbone, *adapters(args), train_backbone=args.train_backbone), recipe).train()
+
+
+def said_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What a file says of categories, and of how queries become segments."""
+    kept = [{k: c.get(k) for k in ("id", "name", "isthing")} for c in segments(args, True).categories]
+    return {"categories": kept, "thresholds": [args.object_threshold, args.overlap_threshold]}
 
 
 def data(args: argparse.Namespace, model: Any, train: bool) -> PanopticData:
@@ -88,6 +104,11 @@ def loss(model: nn.Module, batch: Any, args: argparse.Namespace) -> Tensor:
     return found.loss.sum() * labelled  # transformers gives it a dimension of one
 
 
+def query_loss(model: nn.Module, batch: Any, args: argparse.Namespace) -> Tensor:
+    image, targets = batch
+    return queries.loss(model, image, [(t["masks"], t["labels"]) for t in targets], args)
+
+
 # ------------------------------------------------------------------------------------------------------ predict
 
 
@@ -101,6 +122,14 @@ def predict(model: Any, batch: Any, args: argparse.Namespace) -> tuple[list[Tens
         for classes, masks, t in zip(found.class_queries_logits, found.masks_queries_logits, truth)
     ]
     return maps, truth
+
+
+def query_predict(model: Any, batch: Any, args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor]]:
+    image, targets = batch
+    head: Any = queries.head_in(model)
+    truth = [t["truth"] for t in targets]
+    sizes = [(t.shape[0], t.shape[1]) for t in truth]
+    return head.segments(model(image), sizes, (args.object_threshold, args.overlap_threshold)), truth
 
 
 def recipe_of(model: Any) -> dict[str, Any]:
@@ -208,8 +237,15 @@ TASK = Task(
 
 
 def task(args: argparse.Namespace) -> Task:
-    """What these options train."""
-    return TASK
+    """The task, with this head."""
+    if args.head != queries.HEAD:
+        return TASK
+
+    def save(model: Any, folder: Path, **metadata: Any) -> Path:
+        return model.save(folder, **said_of(args), **metadata)
+
+    files: dict[str, Any] = {"save": save, "restore": restore_adapted, "again": attach_again}
+    return dataclasses.replace(TASK, loss=query_loss, predict=query_predict, **files)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

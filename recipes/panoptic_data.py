@@ -107,6 +107,20 @@ def segment_ids(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     return colours @ np.array([1, 256, 65536])
 
 
+def sized(size: tuple[int, int], train: bool) -> list[Any]:
+    """Steps from an image and its masks to one size; in training a random window of it, mirrored and coloured."""
+    steps: list[Any] = [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
+    if not train:
+        return [*steps, v2.Resize(size, antialias=True)]
+    aspect = size[1] / size[0]
+    return [
+        *steps,
+        v2.RandomResizedCrop(size, scale=(0.4, 1.0), ratio=(0.8 * aspect, 1.25 * aspect), antialias=True),
+        v2.RandomHorizontalFlip(),
+        v2.ColorJitter(0.3, 0.3, 0.2, 0.05),
+    ]
+
+
 class PanopticData(Rows):
     """Samples (image (3, h, w) normalised, target), all resized to one size; ``target`` is a dict.
 
@@ -119,17 +133,8 @@ class PanopticData(Rows):
         self, data: Segments, size: tuple[int, int], source: Source, seed: int = 0, train: bool = False
     ) -> None:
         super().__init__(data.rows, seed)
-        self.train, aspect = train, size[1] / size[0]
-        steps: list[Any] = [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
-        if train:
-            steps += [
-                v2.RandomResizedCrop(size, scale=(0.4, 1.0), ratio=(0.8 * aspect, 1.25 * aspect), antialias=True),
-                v2.RandomHorizontalFlip(),
-                v2.ColorJitter(0.3, 0.3, 0.2, 0.05),
-            ]
-        else:
-            steps += [v2.Resize(size, antialias=True)]
-        self.transform = v2.Compose([*steps, normalise(source)])
+        self.train = train
+        self.transform = v2.Compose([*sized(size, train), normalise(source)])
 
     def truth(self, row: dict[str, Any]) -> Tensor:
         """Row -> (H, W, 2) int64, label and segment id of each pixel, label -1 where nothing counts."""

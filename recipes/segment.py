@@ -25,7 +25,7 @@ from adaptkit.create import create_backbone
 from adaptkit.losses import balanced_weights, dice_loss, focal_loss, pixel_loss
 from adaptkit.predict.tasks import Asked
 
-from . import augment, names, native, network, semantic
+from . import augment, names, native, network, queries, semantic
 from .data import SegmentationData, open_dataset
 from .engine import Task, run
 from .initial import saved_head
@@ -42,8 +42,8 @@ WEIGHTS_HELP = """of the classes in the loss: a number for each, or balanced, fr
 (the fewer, the more: all classes weigh the same as a whole)"""
 
 
-HEAD_HELP = """fpn, linear, upernet or mask2former; default: the one that a file in --adapter or --init holds, else fpn,
-or linear without an adapter"""
+HEAD_HELP = """fpn, linear, upernet, mask2former, or plain-mask, which is without an adapter or with one that changes
+tokens (lora, ...); default: the one that a file in --adapter or --init holds, else fpn, or linear without an adapter"""
 
 
 def named(text: str) -> tuple[str, float]:
@@ -103,17 +103,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     native.options(p)
     names.options(p)
     network.mask2former_options(p)
+    queries.options(p)
     args = read(p, argv)
     args.named = names.named(args)
     names.reading_of(args)  # an error, before anything is opened
     args.head = args.head or saved_head(args) or ("linear" if args.adapter in (["none"], ["linear"]) else "fpn")
     sides = makes_pyramid(args)
+    queries.settle(p, args)
     if args.head == "linear" and sides:
         p.error(f"--head linear reads the tokens, so {sides[0]}'s pyramid would not be trained; use --head fpn")
     if args.head in network.BUILDERS:
         network.check_mask2former(p, args)
-        if args.class_weights or args.loss != ["cross-entropy"]:
-            p.error(f"--loss and --class-weights are for the heads of adaptkit; {args.head} brings a loss of its own")
+    if is_set(args.head) and (args.class_weights or args.loss != ["cross-entropy"]):
+        p.error(f"--loss and --class-weights are for heads that say a class of each pixel; {args.head} brings a loss")
     try:
         args.class_weights = check_weights(args.class_weights, args.num_classes)
     except ValueError as error:
@@ -121,6 +123,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.head == "upernet" and args.batch_size == 1:
         p.error("--head upernet pools each image to one value, and BatchNorm needs two: --batch-size 2 or more")
     return args
+
+
+def is_set(head: str) -> bool:
+    """Whether the head has a task of its own in ``semantic.py``."""
+    return head in (*network.BUILDERS, queries.HEAD)
 
 
 def build(args: argparse.Namespace) -> adaptkit.AdaptedModel:
@@ -195,7 +202,7 @@ TASK = Task("segment", "semantic-segmentation", "miou", PERCENT, build, data, lo
 
 def task(args: argparse.Namespace) -> Task:
     """What these options train."""
-    return semantic.task(TASK, args.head) if args.head in network.BUILDERS else TASK
+    return semantic.task(TASK, args.head) if is_set(args.head) else TASK
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Semantic segmentation by networks of transformers: `recipes/segment.py` with --head upernet or mask2former."""
+"""Semantic segmentation by networks of transformers and by queries: `recipes/segment.py` with --head upernet,
+mask2former or plain-mask.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,15 @@ from torch import Tensor, nn
 import adaptkit
 from adaptkit.create import create_backbone
 
-from . import network
+from . import network, queries
 from .engine import Task
 from .options import adapters
 
 
 def task(base: Task, head: str) -> Task:
-    """The task of segmentation, with this network for a head."""
+    """The task of segmentation, with this network for a head, or with plain-mask."""
+    if head == queries.HEAD:
+        return dataclasses.replace(base, build=build_queries, loss=query_loss)
     loss = {"upernet": pixel_loss, "mask2former": set_loss}[head]
     files: dict[str, Any] = {"save": network.save, "restore": network.restore, "again": network.again}
     return dataclasses.replace(base, build=build, loss=loss, **files)
@@ -43,6 +47,24 @@ def pixel_loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) 
 def set_loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> Tensor:
     """Mask2Former's: each class in an image is one mask, matched with one query; zero where no pixel has a label."""
     image, mask = batch
+    masks, labels = zip(*by_class(mask, args))
+    found = model(image, mask_labels=list(masks), class_labels=list(labels)).loss
+    return found.sum() * any(map(len, labels))
+
+
+def build_queries(args: argparse.Namespace) -> adaptkit.AdaptedModel:
+    return queries.build(args, args.num_classes, "semantic")
+
+
+def query_loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> Tensor:
+    """PMT's, which is Mask2Former's: each class in an image is one mask; zero where no pixel has a label."""
+    image, mask = batch
+    targets = by_class(mask, args)
+    return queries.loss(model, image, targets, args) * any(len(labels) for _, labels in targets)
+
+
+def by_class(mask: Tensor, args: argparse.Namespace) -> list[queries.Target]:
+    """Class ids (B, H, W) -> of each image a mask (n, H, W) and a label (n,) for each class that it shows."""
     ids = torch.where(mask == args.ignore_index, args.num_classes, mask).flatten(1)
     there = torch.zeros(len(ids), args.num_classes + 1, device=ids.device).scatter_(1, ids, 1.0)
     present = [row.nonzero().flatten().tolist() for row in there[:, :-1].cpu()]  # one question for the whole batch
@@ -50,5 +72,4 @@ def set_loss(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) ->
         torch.stack([m == v for v in p]).float() if p else m.new_zeros(0, *m.shape).float()
         for m, p in zip(mask, present)
     ]
-    labels = [torch.tensor(p, dtype=torch.int64, device=mask.device) for p in present]
-    return model(image, mask_labels=masks, class_labels=labels).loss.sum() * any(present)
+    return [(m, torch.tensor(p, dtype=torch.int64, device=mask.device)) for m, p in zip(masks, present)]

@@ -17,6 +17,7 @@ from reference import stir
 import adaptkit
 from adaptkit.adapters.adavit.capacity import Capacities
 from adaptkit.mixers import list_mixers
+from adaptkit.model.trainable import tensors_in
 from adaptkit.seam import reference
 
 SIZE = 48, 56  # pixels: not the hosts' own, and no multiple of 32
@@ -57,6 +58,7 @@ HEADS = {
     "linear": ("linear", {"num_classes": 3}),
     "classifier": ("classifier", {"num_classes": 3}),
     "depth": ("depth", {"max_depth": 80.0, "bins": 16, "channels": 16}),
+    "plain-mask": ("plain-mask", {"num_classes": 3, "num_q": 4, "num_blocks": 2}),
     "none": None,
 }
 ON_TRANSFORMERS = (
@@ -100,7 +102,7 @@ def runs(adapter, host, head):
             for batch in BATCHES:
                 with Recorder() as recorder, torch.set_grad_enabled(training):
                     features = model(torch.empty(batch, 3, *SIZE, device="cuda"))
-                    made = [t for t in (features.tokens, *features.maps, features.logits) if t is not None]
+                    made = list(tensors_in([features.tokens, *features.maps, features.logits]))
                     backward([t for t in made if t.requires_grad])
                 key = "training" if training else "eval", batch
                 found[key] = Run(recorder.copies, recorder.waits, dict(recorder.operators))

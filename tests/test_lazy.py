@@ -50,7 +50,7 @@ import adaptkit
 model = adaptkit.attach(adaptkit.demo_backbone(pretrained=False), "vit-adapter", head=("linear", {"num_classes": 2}))
 print(type(model).__name__, *adaptkit.list_heads())
 """)
-    assert said.split() == ["AdaptedModel", "classifier", "depth", "fpn", "linear", "upsample"]
+    assert said.split() == ["AdaptedModel", "classifier", "depth", "fpn", "linear", "plain-mask", "upsample"]
 
 
 def test_the_table_of_names_the_imports_for_editors_and_all_say_the_same():

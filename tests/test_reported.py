@@ -20,6 +20,7 @@ from reference import State, distance, equal, image, outputs, plain, said, stir,
 
 import adaptkit
 from adaptkit.core.registry import view
+from adaptkit.model.trainable import tensors_in
 
 SMALL = ("vit-adapter", {"conv_inplane": 8, "norm": "group"})
 EPS = torch.finfo(torch.float32).eps
@@ -518,6 +519,7 @@ HEADS = {
     "fpn": ("fpn", {"num_classes": 3, "channels": 8}),
     "classifier": ("classifier", {"num_classes": 3}),
     "depth": ("depth", {"max_depth": 10.0, "channels": 8, "bins": 8}),
+    "plain-mask": ("plain-mask", {"num_classes": 3, "num_q": 4, "num_blocks": 2}),
 }
 ADAPTERS = {
     "vit-adapter": SMALL,
@@ -542,8 +544,8 @@ def test_every_trained_parameter_gets_a_gradient_from_the_logits_or_attach_refus
         refused(error, head, before)
         return
     model.train()
-    logits = model(x_of(name)).logits
-    (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+    said = tensors_in(model(x_of(name)).logits)
+    sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for x in said).backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing
 

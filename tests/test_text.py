@@ -22,6 +22,7 @@ from reference import image, stir
 import adaptkit
 from adaptkit.adapters.base import SideAdapter
 from adaptkit.mixers import list_mixers
+from adaptkit.model.trainable import tensors_in
 
 SIDE, PATCH, DEPTH = 64, 8, 2
 SMALL = {"conv_inplane": 8, "interaction_indexes": [[0, 0], [1, 1]], "extra_extractors": 1, "drop_path": 0.0}
@@ -50,9 +51,11 @@ HEADS_TRIED = {
     "classifier": ("classifier", {"num_classes": 3}),
     "depth": ("depth", {"max_depth": 80.0, "bins": 4, "channels": 8}),
 }
+PLAIN_MASK = ("plain-mask", {"num_classes": 3, "num_q": 4, "num_blocks": 2})
 CASES = [
     *(pytest.param(name, FPN, id=name) for name in ADAPTERS),
     *(pytest.param("sfp", head, id=f"sfp-{name}") for name, head in HEADS_TRIED.items()),
+    pytest.param("lora", PLAIN_MASK, id="lora-plain-mask"),
 ]
 every_adapter = pytest.mark.parametrize("adapter", ADAPTERS)
 every_case = pytest.mark.parametrize(("adapter", "head"), CASES)
@@ -73,7 +76,7 @@ def outputs(model, x) -> list[Tensor]:
     """What a model says, its draws from one seed."""
     torch.manual_seed(1)
     features = model(x)
-    return [features.tokens, *features.maps, *([] if features.logits is None else [features.logits])]
+    return list(tensors_in([features.tokens, *features.maps, features.logits]))
 
 
 def scalar(tensors: list[Tensor]) -> Tensor:

@@ -135,6 +135,15 @@ class SideAdapter(Adapter):
         """Whether it reads the image too."""
         return True
 
+    @property
+    def pad(self) -> str:
+        """Where the zeros are that make an image whole patches: ``"corner"``, right and below, or ``"centre"``."""
+        return "corner"
+
+    def framed(self, image: Tensor) -> Tensor:
+        """Image (B, C, H, W) -> as the backbone is given it."""
+        return image
+
     def why_alone(self) -> str:
         """Say why it changes what the blocks get, so that no other can share their pass; empty where it only reads."""
         return f"{type(self).__name__} changes what the blocks get"

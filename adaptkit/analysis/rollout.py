@@ -1,6 +1,6 @@
 """Attention rollout (Abnar and Zuidema 2020; ViT, figures 6 and 14): where the tokens at the end come from.
 
-    R = prod_l  (A_l + I) / 2,       A_l the mean over the heads, the last block leftmost, rows summing to one
+R = prod_l  (A_l + I) / 2,       A_l the mean over the heads, the last block leftmost, rows summing to one
 """
 
 from __future__ import annotations

@@ -185,9 +185,7 @@ def head_count(backbone: Any) -> int:
         attentions += parallel.attentions(block) if parallel.is_parallel(block) else [getattr(block, "attn", None)]
     if not attentions or any(attn is None for attn in attentions):
         kinds = ", ".join(sorted({class_name(block) for block in backbone.blocks})) or "no block"
-        raise TypeError(
-            f"{kinds} is not of the form x + attn(norm(x)), x + mlp(norm(x)); {REMEDY}"
-        )
+        raise TypeError(f"{kinds} is not of the form x + attn(norm(x)), x + mlp(norm(x)); {REMEDY}")
     counts = {unwrapped(attn).num_heads for attn in attentions}
     if len(counts) != 1:
         raise TypeError(f"blocks with different head counts {sorted(counts)} have no single Spec.num_heads; {REMEDY}")

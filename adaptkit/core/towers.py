@@ -75,7 +75,9 @@ def said_of(model: nn.Module, seen: list[Found], refused: list[Found], reason: s
     if not seen:
         return "".join(f"; nor its {part}: {part.reason}" for part in refused)
     ways = " or ".join(map(str, seen))
-    return f" as a whole; hand over what sees images in it, {ways}: the rest of the {type(model).__name__} stays beside it"
+    return (
+        f" as a whole; hand over what sees images in it, {ways}: the rest of the {type(model).__name__} stays beside it"
+    )
 
 
 def _top_down(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

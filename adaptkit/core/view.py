@@ -106,6 +106,8 @@ class Features(NamedTuple):
     logits: Tensor | None  #: of the head given to ``attach``, or of the backbone's own classifier
     grid: tuple[int, int]  #: (h, w) of the patch tokens: the image size over the patch, rounded up
     size: tuple[int, int]  #: (H, W) of the image, in pixels
+    #: (B, P+N, D) tokens after the blocks that the head ``reads()``, after the final norm; () where it reads none
+    intermediates: tuple[Tensor, ...] = ()
 
     def _shown(self) -> tuple[str, Rows]:
         """Shapes, not values."""
@@ -363,12 +365,18 @@ class ViT(View):
         size = (image.shape[-2], image.shape[-1])
         return Features(tokens, prefix, tuple(maps), dict(aux or {}), None, grid, size)
 
-    def features(self, image: Tensor) -> Features:
-        """Run the plain forward, no adapter: begin, every block, finish."""
+    def features(self, image: Tensor, reads: Sequence[int] = ()) -> Features:
+        """Run the plain forward, no adapter: begin, every block, finish.
+
+        ``reads``: the blocks whose outputs are kept as ``intermediates``, after the final norm.
+        """
         x, blocks = self.begin(image)
-        for block in blocks:
+        intermediates = []
+        for index, block in enumerate(blocks):
             x = block(x)
-        return self.finish(x, image)
+            if index in reads:
+                intermediates.append(self.norm(x))
+        return self.finish(x, image)._replace(intermediates=tuple(intermediates))
 
     def logits(self, features: Features) -> Tensor | None:
         """Return the backbone's own logits (B, classes); None without a classifier or where the prefix was dropped."""

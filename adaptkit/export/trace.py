@@ -17,6 +17,7 @@ from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.near import hint
 from adaptkit.core.view import Features
 from adaptkit.export.resampled import AntialiasByMatrices
+from adaptkit.heads.base import QueryLogits
 from adaptkit.model.adapted import AdaptedModel
 
 __all__ = ["Graph", "another", "axis_names", "refuse_antialias", "traced"]
@@ -53,7 +54,9 @@ class Graph(nn.Module):
         named["tokens"] = features.tokens
         if features.prefix.shape[1] > 0:
             named["prefix"] = features.prefix
-        if features.logits is not None:
+        if isinstance(features.logits, QueryLogits):
+            named.update({k: x for k, x in features.logits._asdict().items() if isinstance(x, Tensor)})
+        elif features.logits is not None:
             named["logits"] = features.logits
         return named
 

@@ -34,6 +34,7 @@ class CachedFeatures(NamedTuple):
     size: tuple[int, int]  #: (H, W) of the images, in pixels
     patch: int  #: side of a patch, in pixels
     image: Tensor | None = None  #: (B, C, H, W), for an adapter that reads it too
+    pad: str = "corner"  #: where images that are no multiple of the patch were padded, or "centre": on all sides
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -50,6 +51,7 @@ class CachedFeatures(NamedTuple):
 
         Raises ``ValueError`` for another window.
         """
+        self._check_corner()
         rows, columns = self._cells(top, height, 0), self._cells(left, width, 1)
         states = self._each_map(lambda tokens: tokens[:, rows, columns])
         image = None if self.image is None else self.image[..., top : top + height, left : left + width].contiguous()
@@ -61,6 +63,7 @@ class CachedFeatures(NamedTuple):
         Raises ``ValueError`` where the width is no multiple of the patch: the last column is then partly padding,
         which no image has at its left.
         """
+        self._check_corner()
         width = self.size[1]
         if width % self.patch:
             raise ValueError(
@@ -80,14 +83,23 @@ class CachedFeatures(NamedTuple):
         """Return one batch of several, of images of one size and of the same blocks; else a ``ValueError``."""
         first = parts[0]
         for part in parts:
-            if (part.after, part.size, part.patch) != (first.after, first.size, first.patch):
+            if (part.after, part.size, part.patch, part.pad) != (first.after, first.size, first.patch, first.pad):
                 raise ValueError(
                     f"features after blocks {list(first.after)} of {first.size} pixels, patch {first.patch}, and after "
-                    f"{list(part.after)} of {part.size}, patch {part.patch}: a batch has one of each; crop to one size"
+                    f"{list(part.after)} of {part.size}, patch {part.patch} (padded: {first.pad} and {part.pad}): a "
+                    "batch has one of each; crop to one size"
                 )
         images = [p.image for p in parts if p.image is not None]
         states = tuple(torch.cat(each) for each in zip(*(p.states for p in parts)))
         return first._replace(states=states, image=torch.cat(images) if images else None)
+
+    def _check_corner(self) -> None:
+        """Windows are counted from the corner of the image, where the first patch is only without zeros before it."""
+        if self.pad != "corner" and any(side % self.patch for side in self.size):
+            raise ValueError(
+                f"images of {self.size[0]}x{self.size[1]} pixels were padded on all sides (pad={self.pad!r}), so that "
+                f"no window of them lies between patches of {self.patch} pixels: give images of whole patches"
+            )
 
     def _each_map(self, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
         """Change the patch tokens of every state, as (B, h, w, D); prefix tokens stay."""

@@ -43,6 +43,7 @@ class _Replayed(View):
 
     vit: Any
     replayed = True
+    pad = "corner"  #: where the image that was run was padded to whole patches
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """As the view that was run."""
@@ -103,7 +104,7 @@ class CachedView(Replay):
         if last is None:
             raise ValueError(f"features after the blocks {list(seen.after)}, and not after the last one")
         super().__init__(vit, [last])
-        self.known = known
+        self.known, self.pad = known, seen.pad
 
     def begin(self, image: Tensor) -> tuple[Tensor, Sequence[Any]]:
         """Tokens that stand for those before the first block, and for each block what it gave, where that is known."""

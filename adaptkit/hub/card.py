@@ -284,8 +284,9 @@ def _snippet(header: dict[str, Any], where: str) -> str:
             with torch.no_grad():
                 features = model(image)
             print(features.tokens.shape, [m.shape for m in features.maps])
-            if features.logits is not None:
-                print(features.logits.shape)
+            for logits in features.logits if isinstance(features.logits, tuple) else [features.logits]:
+                if isinstance(logits, torch.Tensor):
+                    print(logits.shape)
             """
         ).strip("\n")
     )

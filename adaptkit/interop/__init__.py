@@ -11,6 +11,7 @@ from adaptkit.core.near import hint
 from adaptkit.interop.adavit import adavit
 from adaptkit.interop.dat import dat
 from adaptkit.interop.peft import to_peft
+from adaptkit.interop.pmt import pmt
 from adaptkit.interop.vit_adapter import vit_adapter
 from adaptkit.interop.vit_split import vit_split
 
@@ -19,6 +20,7 @@ __all__ = ["from_official", "to_peft"]
 _METHODS: dict[str, Callable[..., nn.Module]] = {
     "adavit": adavit,
     "dat": dat,
+    "pmt": pmt,
     "vit-adapter": vit_adapter,
     "vit-split": vit_split,
 }
@@ -35,9 +37,9 @@ def from_official(
     """Attach an official checkpoint to a backbone, or load one that is a backbone itself (DAT).
 
     Args:
-        method: ``"vit-adapter"``, ``"vit-split"``, ``"adavit"`` or ``"dat"``.
-        state_dict: the authors' tensors, with or without the ``backbone.`` prefix; tensors of necks, heads and
-            optimisers are left aside. A whole checkpoint ``{"state_dict": ...}`` is opened.
+        method: ``"vit-adapter"``, ``"vit-split"``, ``"adavit"``, ``"dat"`` or ``"pmt"``.
+        state_dict: the authors' tensors, with or without the ``backbone.`` (PMT: ``network.``) prefix; tensors of
+            necks, heads and optimisers are left aside. A whole checkpoint ``{"state_dict": ...}`` is opened.
         backbone: its weights are yours. The official ViT-Adapter has no class token and a layer scale: a timm
             ViT built with ``class_token=False, global_pool="avg", fc_norm=False, init_values=1.0`` backbones it. An
             official AdaViT is a DeiT: timm's, whose classifier gives the logits. An official ViT-Split has a DINOv2, of
@@ -55,6 +57,10 @@ def from_official(
             the patch, their logits four times as fine. For ``"dat"`` they are the authors' constructor
             arguments, ``dims``, ``stage_spec`` and so on; for the tensors of a single attention ``heads``,
             ``head_dim``, ``groups``, ``hw``, ``stride``, ``offset_range_factor`` and ``kernel`` or ``stage_idx``.
+            For ``"pmt"``, a decoder without its encoder, these are ``interaction_indices`` where they are not the last
+            block of each quarter, ``heads`` where they are not the backbone's, ``residual_projection=False``, and
+            ``task`` and ``things``; the grid comes with each image. ``model.head.predictions(levels, grid,
+            masked=True)`` has the predictions before each block too, in either mode.
 
     Returns the attached model in eval mode; for ``"dat"`` the DAT, or the one attention. Raises ``ValueError`` where
     tensors are missing or do not fit the backbone, or where an option is needed, by name.

@@ -18,6 +18,7 @@ from adaptkit.core import registry
 from adaptkit.core.view import Features, View
 from adaptkit.features.cached import CachedFeatures
 from adaptkit.features.replay import CachedView, Replay, replay
+from adaptkit.heads.base import QueryHead
 from adaptkit.hub.card import card_beside
 from adaptkit.hub.file import describe_backbone, write_folder
 from adaptkit.hub.metadata import plain
@@ -27,9 +28,10 @@ from adaptkit.model.image import check_image
 from adaptkit.model.owner import Owner, check_free
 from adaptkit.model.parts import AdapterSet, view_of
 from adaptkit.model.proof import prove
+from adaptkit.model.queries import described_by
 from adaptkit.model.sets import NamedSets, build_set, checked_name, ordinarily
 from adaptkit.model.shown import ShownModel
-from adaptkit.model.trainable import check_trained
+from adaptkit.model.trainable import check_trained, tensors_in
 from adaptkit.predict.predicts import Predicts
 from adaptkit.predict.tasks import TASKS, Described
 
@@ -126,7 +128,8 @@ def _once(vit: View, acting: AdapterSet, image: Tensor) -> tuple[Features, bool]
     """Run up to the head; also return whether that holds, or an adapter asks for another run."""
     trace: Trace = {}
     view: Any = wrapped(vit, acting, trace)
-    features = view.features(image) if acting.side is None else acting.side(view, image, trace)
+    reads = {"reads": acting.head_reads} if acting.head_reads else {}  # which a backbone with stages does not have
+    features = view.features(image, **reads) if acting.side is None else acting.side(view, image, trace)
     repeats = [adapter.must_repeat(trace) for adapter in acting if isinstance(adapter, BlockAdapter)]
     return features._replace(aux={**features.aux, **trace}), not any(repeats)
 
@@ -136,12 +139,15 @@ def _with_all(logits: Any, features: Features) -> Any:
     if isinstance(logits, dict):
         return {**logits, **dict(zip(logits, [_with_all(next(iter(logits.values())), features)]))}
     if isinstance(logits, list | tuple):
-        return type(logits)([_with_all(logits[0], features), *logits[1:]])
+        made = [_with_all(logits[0], features), *logits[1:]]
+        return type(logits)(*made) if hasattr(logits, "_fields") else type(logits)(made)
     return logits + sum(x[..., :0].sum() for x in (features.tokens, features.prefix, *features.maps)).to(logits.dtype)
 
 
-def describe(vit: View, said: Mapping[str, Any], head: nn.Module | None, scores: Callable[[Tensor], Any]) -> Described:
-    """Return what a set of adapters predicts: ``said`` is its metadata, ``scores`` runs it.
+def describe(
+    vit: View, said: Mapping[str, Any], head: nn.Module | None, run_it: Callable[[Tensor], Features]
+) -> Described:
+    """Return what a set of adapters predicts: ``said`` is its metadata, ``run_it`` gives the features of an image.
 
     Raises ``TypeError`` as ``described()``.
     """
@@ -151,14 +157,16 @@ def describe(vit: View, said: Mapping[str, Any], head: nn.Module | None, scores:
                 "neither this model nor its backbone has a head, so there is nothing to predict: attach with "
                 "head=, e.g. head=('fpn', {'num_classes': 19})"
             )
-        return Described("classification", {}, scores)
+        return Described("classification", {}, lambda image: run_it(image).logits)
     answers: Any = getattr(head, "answers", None) or KINDS.get(str(said.get("task")))
     if answers not in TASKS:
         raise TypeError(
             f"nobody says what the head {type(head).__name__} predicts: give it the attribute answers, one of "
             f"{', '.join(TASKS)}, or save with task=, one of {', '.join(KINDS)}"
         )
-    return Described(answers, said, scores)
+    if isinstance(head, QueryHead):
+        return described_by(head, said, run_it)
+    return Described(answers, said, lambda image: run_it(image).logits)
 
 
 class AdaptedModel(Predicts, ShownModel, Facts, NamedSets):
@@ -179,7 +187,7 @@ class AdaptedModel(Predicts, ShownModel, Facts, NamedSets):
         for anything else (:mod:`adaptkit.model.image`).
         """
         if isinstance(image, CachedFeatures):
-            return run(CachedView(self.vit, image), self._readers(), image.image_or_shape())
+            return run(CachedView(self.vit, image), self._reading(image), image.image_or_shape())
         vit = self.vit
         check_image(vit, image)
         if not torch.compiler.is_compiling():
@@ -205,14 +213,17 @@ class AdaptedModel(Predicts, ShownModel, Facts, NamedSets):
         Raises ``ValueError`` where an adapter changes what the blocks compute, and so needs them to run.
         """
         after, reads_image = self.reads()
-        seen = replay(self.vit, image)
+        side = self._acting.side
+        seen = replay(self.vit, image if side is None else side.framed(image))
         if not isinstance(seen, Replay):
             raise ValueError(
                 f"{type(self.vit.backbone).__name__} has stages, whose outputs are not cached; use a plain ViT"
             )
         states = tuple(seen.states[i + 1] for i in after)
         size = (image.shape[-2], image.shape[-1])
-        return CachedFeatures(states, after, size, self.spec.patch_size, image if reads_image else None)
+        return CachedFeatures(
+            states, after, size, self.spec.patch_size, image if reads_image else None, self._acting.pad
+        )
 
     def record(self, image: Tensor) -> CachedFeatures:
         """Old name of :meth:`extract`."""
@@ -224,9 +235,24 @@ class AdaptedModel(Predicts, ShownModel, Facts, NamedSets):
 
         Raises ``ValueError`` as :meth:`extract`.
         """
-        side = self._readers().side
-        taps = () if side is None else side.reads()
-        return tuple(sorted({*taps, self.spec.depth - 1})), side is not None and side.reads_image()
+        acting = self._readers()
+        image = acting.side is not None and acting.side.reads_image()
+        return tuple(sorted({*acting.reads, self.spec.depth - 1})), image
+
+    @property
+    def pad(self) -> str:
+        """Where the active adapters pad an image to whole patches: ``"corner"`` or ``"centre"``."""
+        return self._acting.pad
+
+    def _reading(self, seen: CachedFeatures) -> AdapterSet:
+        """Those that read these features; ``ValueError`` where they pad images otherwise than was done."""
+        acting = self._readers()
+        if acting.pad != seen.pad and any(side % seen.patch for side in seen.size):
+            raise ValueError(
+                f"the features are of images of {seen.size[0]}x{seen.size[1]} pixels, padded to whole patches with "
+                f"pad={seen.pad!r}, and these adapters pad with {acting.pad!r}: extract them with this model"
+            )
+        return acting
 
     def _readers(self) -> AdapterSet:
         acting = self._acting
@@ -246,10 +272,7 @@ class AdaptedModel(Predicts, ShownModel, Facts, NamedSets):
 
         Raises ``TypeError`` where there is nothing that predicts, or nobody says what a head of the user's predicts.
         """
-        return describe(self.vit, self.metadata, self.head, self._logits)
-
-    def _logits(self, image: Tensor) -> Any:
-        return self(image).logits
+        return describe(self.vit, self.metadata, self.head, self)
 
     # -------------------------------------------------------------------------------------------------------- saving
 
@@ -334,8 +357,8 @@ class AdaptedModel(Predicts, ShownModel, Facts, NamedSets):
 
 
 def _outputs(features: Features) -> list[Tensor]:
-    logits = [] if features.logits is None else [features.logits]
-    return [x for x in (features.tokens, features.prefix, *features.maps, *logits) if x.numel()]
+    read = [features.tokens, features.prefix, *features.maps, features.logits]
+    return [x for x in tensors_in(read) if x.numel()]
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

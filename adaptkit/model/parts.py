@@ -117,6 +117,7 @@ class AdapterSet(nn.Module):
         module, self.head_entry = _build_head(head, head_file, spec, self.strides)
         self.adapters = nn.ModuleDict(built)
         self.head: nn.Module | None = module
+        _check_reads(self, vit)
         self.backbone = _build_backbone(vit, train_backbone, files)  #: parts of the backbone that are trained with it
         self.metadata = metadata_of(files)  #: what the files that were loaded say beside their tensors
         self.leaves_unread = False  #: whether the head leaves features unread that are trained
@@ -138,6 +139,22 @@ class AdapterSet(nn.Module):
     def side(self) -> SideAdapter | None:
         """The one that owns the loop over the blocks, if any."""
         return next((a for a in self if isinstance(a, SideAdapter)), None)
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """The blocks whose outputs are read, by the side adapter or the head, beside the last one."""
+        return self.head_reads if self.side is None else self.side.reads()
+
+    @property
+    def pad(self) -> str:
+        """Where an image that is no multiple of the patch is padded: see ``SideAdapter.pad``."""
+        return "corner" if self.side is None else self.side.pad
+
+    @property
+    def head_reads(self) -> tuple[int, ...]:
+        """The blocks whose outputs the head wants in ``Features.intermediates``: what its ``reads()`` says, if any."""
+        reads = getattr(self.head, "reads", None)
+        return tuple(reads()) if callable(reads) else ()
 
     def why_alone(self) -> str:
         """Say why this set cannot read a pass of the backbone that others read too; empty where it can."""
@@ -275,6 +292,27 @@ def _build_head(
         return entry.module(spec, config, strides)
 
     return make() if file is None else build(make, tensors, where), entry
+
+
+def _check_reads(built: AdapterSet, vit: View) -> None:
+    """A head that reads outputs of the blocks takes the place of a side adapter, and needs a plain ViT."""
+    reads, head = built.head_reads, type(built.head).__name__
+    if not reads:
+        return
+    if not isinstance(vit, ViT):
+        raise TypeError(
+            f"{head} reads outputs of the blocks, and {type(vit.backbone).__name__} has stages: use a plain ViT"
+        )
+    if built.side is not None:
+        side = next(name for name, adapter in zip(built.adapters, built) if adapter is built.side)
+        raise ValueError(
+            f"{head} reads the blocks {list(reads)} itself and nothing that {side} makes: attach it without {side}, "
+            "alone or with adapters that change the tokens ('lora', 'metaformer', ...)"
+        )
+    if list(reads) != sorted(set(reads)) or not 0 <= reads[0] <= reads[-1] < vit.spec.depth:
+        raise ValueError(
+            f"{head} reads the blocks {list(reads)}; give some of 0..{vit.spec.depth - 1}, each once and in order"
+        )
 
 
 def _check_hierarchical(parts: list[Part], vit: View) -> None:

@@ -21,7 +21,7 @@ from adaptkit.core.tree import at_rest, skeleton
 from adaptkit.core.view import Features, View
 from adaptkit.model.parts import AdapterSet
 
-__all__ = ["check_trained"]
+__all__ = ["check_trained", "tensors_in"]
 
 
 def check_trained(vit: View, built: AdapterSet, run: Callable[[View, AdapterSet, Tensor], Features]) -> None:
@@ -96,7 +96,7 @@ def _unreached(features: Features, trained: dict[str, nn.Parameter], everything:
     """Which of these get no gradient from the logits and what adapters report; or from any of the features."""
     f = features
     read = [f.logits] if f.logits is not None and not everything else [f.tokens, f.prefix, *f.maps, f.logits]
-    outputs = [x for x in (*_tensors(read), *f.aux.values()) if x.requires_grad]
+    outputs = [x for x in (*tensors_in(read), *f.aux.values()) if x.requires_grad]
     if not outputs or not trained:
         return trained
     ones = [torch.ones_like(x) for x in outputs]
@@ -104,15 +104,15 @@ def _unreached(features: Features, trained: dict[str, nn.Parameter], everything:
     return {name: p for (name, p), gradient in zip(trained.items(), found) if gradient is None}
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """All tensors in what a head returned: one, several, or several by name."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+        yield from tensors_in(list(value.values()))
     elif isinstance(value, list | tuple):
         for each in value:
-            yield from _tensors(each)
+            yield from tensors_in(each)
 
 
 @contextmanager

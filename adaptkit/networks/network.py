@@ -18,9 +18,10 @@ from adaptkit.model.adapted import AdaptedModel, attach
 from adaptkit.model.pyramid import Pyramid
 from adaptkit.model.saved import Bounded, check_tensors
 from adaptkit.networks.detectors import dense, rcnn
-from adaptkit.networks.segmenters import class_scores, mask2former, merge, upernet
+from adaptkit.networks.segmenters import mask2former, upernet
+from adaptkit.ops.queries import class_scores, merge
 from adaptkit.predict.predicts import Predicts
-from adaptkit.predict.tasks import Described
+from adaptkit.predict.tasks import Described, shares
 
 __all__ = ["BUILDERS", "Network", "build", "load", "recipe_of", "restore", "save"]
 
@@ -60,7 +61,11 @@ class Network(Predicts, nn.Module):
             return Described("segmentation", said, lambda image: self(image).logits)
         if _has_things(self.recipe):
             return Described("panoptic", said, self, segments=self._segments)
-        return Described("segmentation", said, lambda image: class_scores(self(image), image.shape[-2:]), shares)
+        return Described("segmentation", said, self._scores, shares)
+
+    def _scores(self, image: Tensor) -> Tensor:
+        found = self(image)
+        return class_scores(found.class_queries_logits, found.masks_queries_logits, (image.shape[-2], image.shape[-1]))
 
     def _segments(self, image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Image (1, 3, h, w) -> label and number of each pixel of (H, W)."""
@@ -68,11 +73,6 @@ class Network(Predicts, nn.Module):
         things = {i for i, c in enumerate(self.recipe["categories"]) if c.get("isthing")}
         queries = found.class_queries_logits[0], found.masks_queries_logits[0]
         return merge(*queries, size, things, (thresholds[0], thresholds[1])).unbind(-1)
-
-
-def shares(scores: Tensor) -> Tensor:
-    """Sums over queries (K, ...) -> what each class has of them."""
-    return scores / scores.sum(0).clamp(min=1e-12)
 
 
 def _has_things(recipe: Mapping[str, Any]) -> bool:

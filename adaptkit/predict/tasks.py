@@ -17,7 +17,7 @@ from adaptkit.predict.rows import rebanded, resized_rows, slid_rows
 from adaptkit.predict.transform import Transform
 from adaptkit.predict.ways import Ways
 
-__all__ = ["TASKS", "Asked", "Described", "Task", "softmax"]
+__all__ = ["TASKS", "Asked", "Described", "Task", "shares", "softmax"]
 
 BAND = 64  #: rows that several looks are averaged in
 
@@ -37,6 +37,11 @@ def softmax(scores: Tensor) -> Tensor:
     return scores.float().softmax(0)
 
 
+def shares(scores: Tensor) -> Tensor:
+    """Sums over queries (K, ...) -> what each class has of them."""
+    return scores / scores.sum(0).clamp(min=1e-12)
+
+
 @dataclass(frozen=True)
 class Described:
     """What a model predicts, and how."""
@@ -48,6 +53,8 @@ class Described:
     shares: Callable[[Tensor], Tensor] = softmax  #: scores (K, ...) of one image -> probabilities
     #: of panoptic segmentation: images (1, C, h, w) and a size -> label and number of each pixel, (H, W) each
     segments: Callable[[Tensor, tuple[int, int]], tuple[Tensor, Tensor]] | None = None
+    #: of detection by a head: images (1, C, h, w) and a size -> what torchvision returns for one image, of that size
+    objects: Callable[[Tensor, tuple[int, int]], dict[str, Tensor]] | None = None
 
 
 class Task(ABC):
@@ -77,9 +84,12 @@ class Task(ABC):
 
     def forward(self, batch: Tensor) -> Tensor:
         """Run the model on (B, C, h, w), normalised, on its device and in its precision."""
+        return self.described.scores(self.placed(batch))
+
+    def placed(self, batch: Tensor) -> Tensor:
+        """(B, C, h, w) on the device and in the precision of the model."""
         parameter = next((p for p in self.model.vit.backbone.parameters() if p.is_floating_point()), None)
-        batch = batch if parameter is None else batch.to(parameter.device, parameter.dtype)
-        return self.described.scores(batch)
+        return batch if parameter is None else batch.to(parameter.device, parameter.dtype)
 
     def looks(self, image: Tensor) -> Iterator[tuple[Tensor, bool]]:
         """Image (C, H, W) in 0..1 -> every look at it, normalised, and whether it is mirrored."""
@@ -223,7 +233,7 @@ class Classes(Task):
 
 
 class Detections(Task):
-    """Boxes, and masks where the network makes them. torchvision's networks frame and normalise by themselves."""
+    """Boxes, and masks where the model makes them. torchvision's networks frame and normalise by themselves."""
 
     def __init__(self, model: Any, described: Described, transform: Transform, asked: Asked) -> None:
         super().__init__(model, described, transform, asked)
@@ -234,8 +244,7 @@ class Detections(Task):
         return True
 
     def answer(self, images: list[Tensor]) -> Iterator[Detection]:
-        device = next(self.model.vit.backbone.parameters()).device
-        for image, found in zip(images, self.model([image.to(device) for image in images])):
+        for image, found in zip(images, self._found(images)):
             keep = found["scores"] >= self.asked.threshold
             said = {k: v[keep].cpu() for k, v in found.items()}
             masks = (said["masks"][:, 0] > 0.5).numpy() if "masks" in said else None
@@ -249,9 +258,17 @@ class Detections(Task):
                 masks=masks,
             )
 
+    def _found(self, images: list[Tensor]) -> Iterable[dict[str, Tensor]]:
+        objects = self.described.objects
+        if objects is None:
+            device = next(self.model.vit.backbone.parameters()).device
+            return self.model([image.to(device) for image in images])
+        seen = ((self.placed(next(self.looks(image))[0][None]), image.shape[-2:]) for image in images)
+        return (objects(one, (size[0], size[1])) for one, size in seen)
+
 
 class Panoptics(Task):
-    """Things and stuff, by Mask2Former."""
+    """Things and stuff, by queries."""
 
     def __init__(self, model: Any, described: Described, transform: Transform, asked: Asked) -> None:
         super().__init__(model, described, transform, asked)
@@ -264,8 +281,7 @@ class Panoptics(Task):
     def answer(self, images: list[Tensor]) -> Iterator[Panoptic]:
         for image in images:
             seen = next(self.looks(image))[0]
-            labels, segments = self.split(seen[None].to(next(self.model.vit.backbone.parameters()).device),
-                                                   (image.shape[-2], image.shape[-1]))  # fmt: skip
+            labels, segments = self.split(self.placed(seen[None]), (image.shape[-2], image.shape[-1]))
             yield self._numbered(labels.cpu().numpy(), segments.cpu().numpy())
 
     def _numbered(self, labels: np.ndarray, segments: np.ndarray) -> Panoptic:

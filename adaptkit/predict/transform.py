@@ -86,7 +86,8 @@ def transform_of(source: Source, said: Mapping[str, Any], answers: str, channels
                              source.crop or 224, mean, std, how)  # fmt: skip
         squash = said.get("framing") == "squash"
         return Transform((size, size) if squash else round(size * 8 / 7), size, mean, std)
-    if answers == "panoptic" and isinstance(size, list | tuple):
+    squash = answers == "panoptic" or (answers == "detection" and said.get("framing") == "squash")
+    if squash and isinstance(size, list | tuple):
         return Transform((int(size[0]), int(size[1])), None, mean, std)
     shorter = min(size) if isinstance(size, list | tuple) else size or source.crop or 224
     return Transform(int(shorter), None, mean, std)

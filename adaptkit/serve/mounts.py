@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from adaptkit.core.tree import at_rest, skeleton
+from adaptkit.core.view import Features
 from adaptkit.hub.file import AdapterFile
 from adaptkit.hub.repository import load
 from adaptkit.model.adapted import attach, describe
@@ -48,11 +49,11 @@ class Shared(Predicts):
     def described(self) -> Described:
         """As the model of this adapter alone."""
         chosen = self.many.model.set_of(self.name)
-        return describe(self.vit, chosen.metadata, chosen.head, self.scores)
+        return describe(self.vit, chosen.metadata, chosen.head, self.features)
 
-    def scores(self, image: Tensor) -> Any:
-        """Image (1, C, h, w) -> what the head says of it, on the backbone's run that others read too."""
-        return self.many.run_task(self.name, image, None if self.why_alone else self.passes.seen(image)).logits
+    def features(self, image: Tensor) -> Features:
+        """Image (1, C, h, w) -> its features and what the head says, on the backbone's run that others read too."""
+        return self.many.run_task(self.name, image, None if self.why_alone else self.passes.seen(image))
 
 
 @dataclass(frozen=True)

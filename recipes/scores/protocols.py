@@ -133,7 +133,8 @@ def depth(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) -> d
 
 def detection(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) -> dict[str, Any]:
     """COCO's AP of boxes, and of masks where the detector makes them; by class."""
-    with_masks = model.recipe["network"] == "mask-rcnn"
+    recipe = getattr(model, "recipe", None)  # a head that makes objects has none, and makes masks
+    with_masks = recipe is None or recipe["network"] == "mask-rcnn"
     data = open_instances(args.data, args.images, args.split, with_masks, "--data")
     _check_categories(model, data.categories)
 
@@ -177,9 +178,8 @@ def panoptic(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) -
 
 
 def _check_categories(model: Any, categories: list[dict[str, Any]]) -> None:
-    theirs, mine = (
-        [(c["id"], str(c.get("name", c["id"]))) for c in found] for found in (categories, model.recipe["categories"])
-    )
+    known = model.described().said["categories"]
+    theirs, mine = ([(c["id"], str(c.get("name", c["id"]))) for c in found] for found in (categories, known))
     if theirs != mine:
         other = next((pair for pair in zip(theirs, mine) if pair[0] != pair[1]), (theirs[-1], mine[-1]))
         raise ValueError(

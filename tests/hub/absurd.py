@@ -27,6 +27,7 @@ METHODS = {
     "adavit": ("adavit", ("classifier", {"num_classes": 3, "pool": "token"})),
     "dat": ("dat", ("depth", {"max_depth": 10.0, "bins": 8, "channels": 16})),
     "lora": (("lora", {"r": 2}), None),
+    "plain-mask": (None, ("plain-mask", {"num_classes": 3, "num_q": 4, "num_blocks": 1})),
 }
 
 
@@ -40,7 +41,7 @@ def write(folder, header, tensors):
 def sound(folder, method):
     """Save a file of this method, its parameters off their initial values; returns its header and tensors."""
     adapter, head = METHODS[method]
-    model = adaptkit.attach(host(), adapter, head=head)
+    model = adaptkit.attach(host(), *([] if adapter is None else [adapter]), head=head)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -193,6 +194,27 @@ KINDS = [
     head("dat", bins=HUGE),
     head("dat", bins=10**6),
     head("dat", max_depth=-1.0),
+    head("plain-mask", num_q=HUGE),
+    head("plain-mask", num_q=10**6),
+    head("plain-mask", num_blocks=10**5),
+    head("plain-mask", num_blocks=0),
+    head("plain-mask", hidden_dim=10**6),
+    head("plain-mask", num_heads=3),
+    head("plain-mask", num_classes=10**6),
+    head("plain-mask", upscale=6),
+    head("plain-mask", upscale=HUGE),
+    head("plain-mask", upscale=-1),
+    head("plain-mask", interaction_indices=[0, HUGE]),
+    head("plain-mask", interaction_indices=[3, 1]),
+    head("plain-mask", interaction_indices=[]),
+    head("plain-mask", interaction_indices=[0] * 10**5),
+    head("plain-mask", interaction_indices="all"),
+    head("plain-mask", things=[7]),
+    head("plain-mask", things=list(range(10**5))),
+    head("plain-mask", task="everything"),
+    head("plain-mask", lateral_projection="conv"),
+    head("plain-mask", lateral_bn="yes"),
+    head("plain-mask", norm="layer"),
     field("format", -5),
     field("format", 0),
     field("format", 1.9),

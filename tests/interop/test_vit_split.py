@@ -14,7 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from errors import assert_rounds_to, transformer
 from families import randomise
 
+from adaptkit.features.replay import replay
 from adaptkit.interop import from_official
+from adaptkit.model.adapted import run
 
 SHARED = Path(os.environ.get("ADAPTKIT_SHARED", Path(__file__).parents[3] / "shared"))
 GOLDEN = SHARED / "golden" / "vit_split_a.safetensors"
@@ -273,7 +275,8 @@ def test_a_pass_that_others_share_is_padded_otherwise_and_says_so():
     model = from_official("vit-split", state, vit, out_indices=case["out_indices"])
     whole, odd = torch.randn(1, 3, 48, 64), torch.randn(1, 3, 45, 63)
     assert torch.equal(model(model.extract(whole)).maps[0], model(whole).maps[0])
+    assert torch.equal(model(model.extract(odd)).maps[0], model(odd).maps[0])
     with pytest.raises(ValueError, match="padded on all sides here"):
-        model(model.extract(odd))
+        run(replay(model.vit, odd), model.set_of("default"), odd)
     corner = from_official("vit-split", state, made(case)[0], out_indices=case["out_indices"], pad="corner")
     assert torch.equal(corner(corner.extract(odd)).maps[0], corner(odd).maps[0])

@@ -22,6 +22,7 @@ ADAPTERS = {
     "metaformer": ("metaformer", {"width": 8}),
     "adavit": "adavit",
     "sfp": "sfp",
+    "vit-split": "vit-split",
 }
 x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

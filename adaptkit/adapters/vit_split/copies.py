@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptkit.adapters.vit_split.unpacked import is_packed, is_plain, unpacked
 from adaptkit.core import registry
 from adaptkit.core.proxy import own_layer
 from adaptkit.core.tree import at_rest, blocks_of, skeleton, unwrapped
@@ -66,8 +67,9 @@ def common_names(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
 class BlockCopies(nn.ModuleList):
     """Trainable copies of the blocks ``indices`` of a backbone.
 
-    Half precision becomes float32, in which small steps of training are not lost. Raises ``TypeError`` where the
-    backbone's blocks are not found, ``ValueError`` for one whose numbers are quantised.
+    Half precision becomes float32, in which small steps of training are not lost, and so do the weights of quantised
+    linear layers: the copies start at what the quantised layers compute. Raises ``TypeError`` where the backbone's
+    blocks are not found, ``ValueError`` for one whose numbers are otherwise than in full or half precision.
     """
 
     def __init__(self, backbone: nn.Module, depth: int, indices: Sequence[int]) -> None:
@@ -126,6 +128,11 @@ def _in(dtype: torch.dtype, part: Any) -> Any:
 def _copy(block: nn.Module, index: int) -> nn.Module:
     """The block with parameters and buffers of its own, without what others have put into it."""
     copy, made = at_rest(skeleton(block, own_layer)), {}
+    dtype = next((p.dtype for p in copy.parameters() if is_plain(p)), torch.float32)
+    for module in list(copy.modules()):
+        for name, layer in module._modules.items():
+            if layer is not None and is_packed(layer):
+                module._modules[name] = unpacked(layer, dtype, f"block {index}, {name}")
     for module in copy.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -141,7 +148,7 @@ def _own(tensor: Tensor, index: int) -> Any:
     if type(tensor.data) is not Tensor or (trained and not tensor.is_floating_point()):
         raise ValueError(
             f"block {index} holds a {type(tensor.data).__name__} of {tensor.dtype}, which cannot be trained: attach to "
-            "the backbone before it is quantised or sharded"
+            "the backbone before it is sharded, and quantise its linear layers alone"
         )
     dtype = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
     copy = torch.empty(tensor.shape, dtype=dtype)

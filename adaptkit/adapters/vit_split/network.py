@@ -129,7 +129,7 @@ class ViTSplit(SideAdapter):
         Tokens and prefix are those of the frozen backbone.
         """
         grid, taps, read = vit.grid(image), {}, self.reads()
-        x, blocks = vit.begin(self._padded(vit, image))
+        x, blocks = vit.begin(self._padded(vit, image))  # what is cached was framed before it ran
         for index, block in enumerate(blocks):
             x = block(x)
             if index in read:
@@ -164,18 +164,29 @@ class ViTSplit(SideAdapter):
                 maps.append(resample_map(norm(up(fused)), made, stride, size))
         return maps
 
+    @property
+    def pad(self) -> str:
+        """As its config says."""
+        return self.config.pad
+
+    def framed(self, image: Tensor) -> Tensor:
+        """Pad the image (B, C, H, W) with zeros to whole patches on all sides if asked; left and top less."""
+        down, right = (-n % self.spec.patch_size for n in image.shape[-2:])
+        if self.pad == "corner" or not (down or right):
+            return image
+        return F.pad(image, (right // 2, right - right // 2, down // 2, down - down // 2))
+
     def _padded(self, vit: ViT, image: Tensor) -> Tensor:
-        """Pad the image (B, C, H, W) with zeros to whole patches on all sides, where that is asked; left and top less.
+        """As the backbone is to be given it.
 
         Raises ``ValueError`` where the pass is one that others have run: they pad at the right and the bottom.
         """
-        down, right = (-n % self.spec.patch_size for n in image.shape[-2:])
-        if self.config.pad == "corner" or not (down or right):
-            return image
-        if vit.replayed:
+        if not vit.replayed:
+            return self.framed(image)
+        if self.pad != getattr(vit, "pad", "corner") and any(n % self.spec.patch_size for n in image.shape[-2:]):
             raise ValueError(
                 f"images of {image.shape[-2]}x{image.shape[-1]} pixels are padded on all sides here (pad='centre'), "
-                "and a pass that is cached or shared at the right and the bottom; give images whose sides are "
+                "and a pass that is shared with others at the right and the bottom; give images whose sides are "
                 f"multiples of {self.spec.patch_size}"
             )
-        return F.pad(image, (right // 2, right - right // 2, down // 2, down - down // 2))
+        return image
