@@ -124,7 +124,19 @@ def test_the_peak_is_what_was_held_at_once():
 
 
 def test_auto_trains_as_the_number_that_it_finds_and_records_it(folder, tmp_path, capsys, monkeypatch):
-    argv = ["--train", str(folder), "--val", str(folder), *QUICK, "--save-every", "1"]
+    argv = [
+        "--train",
+        str(folder),
+        "--val",
+        str(folder),
+        *QUICK[:-6],
+        "--adapter",
+        "none",
+        "--steps",
+        "2",
+        "--save-every",
+        "1",
+    ]
     monkeypatch.setattr(dry, "machine_memory", lambda: 2**40)
     found = segment.main([*argv, "--batch-size", "auto", "--out", str(tmp_path / "auto")])
     assert "--batch-size auto: 4 per process, of 5 images (about" in capsys.readouterr().out
