@@ -5,9 +5,9 @@ On a GPU the batch is doubled until memory is short. On a CPU, where nothing fai
 
     peak(batch) = fixed + batch * each
 
-The batch is the largest power of two whose peak fits in half of the machine's memory: the process takes up to
-twice what the allocator counts (measured: 1.6 and 1.9 times), for memory is cut up, and libraries take some of their
-own. Both count bytes, not seconds, so that a machine gives the same answer twice.
+The batch is the largest power of two whose peak fits in half of the machine's memory: the process takes up to twice
+what the allocator counts (1.6 and 1.9 times, measured), for memory is cut up, and libraries take some of their own.
+Both count bytes, not seconds, so that a machine gives the same answer twice.
 """
 
 from __future__ import annotations

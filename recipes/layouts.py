@@ -167,6 +167,8 @@ def paired(
 def _beside(folder: Path, ends: re.Pattern[str], names: tuple[str, ...]) -> tuple[Files, Files]:
     """``a.jpg`` and ``a_mask.png`` in one folder, or in folders below it."""
     found = pictures(folder)
+    if not found:
+        raise ValueError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
     maps = [one for one in found if ends.search(one.stem)]
     if not maps:
         raise ValueError(

@@ -14,6 +14,7 @@ import numpy as np
 __all__ = ["Summary", "about", "as_json", "lines", "of_counts", "of_labels"]
 
 ROWS = 16  # classes that are shown: those that never occur first, then the rarest, then the most frequent
+UNSEEN = "occurs in no image"
 LARGER = 4.0  # times the side of --size, from which images are said to be much larger
 SIZES = 200  # images whose size is read where nothing else is looked at
 
@@ -95,7 +96,12 @@ def lines(found: list[Summary], size: Any, names: list[str] | None = None) -> li
         said += [f"     {fact}" for fact in one.facts]
     if len(found[0].counts):
         said += _table(found, names or found[0].classes)
-    return [*said, *(f"  ! {note}" for one in found for note in notes(one, size, names or one.classes))]
+    wrong = [(one, notes(one, size, names or one.classes)) for one in found]
+    # Of what is trained on they were warned of when it was opened.
+    return [
+        *said,
+        *(f"  ! {note}" for one, each in wrong for note in each if one.name != "--train" or UNSEEN not in note),
+    ]
 
 
 def _looked(one: Summary) -> str:
@@ -122,7 +128,7 @@ def _table(found: list[Summary], names: list[str]) -> list[str]:
     shown, cut = _chosen(found), len(counts) > ROWS
     called = [f"{k} {names[k]}" if k < len(names) and names[k] != str(k) else str(k) for k in range(len(counts))]
     width = max(12, *(min(28, len(called[k])) for k in shown))
-    head = "".join(f"{one.unit + ' of ' + one.name:>20}{'in images':>11}" for one in found)
+    head = "".join(f"{one.unit + ' of ' + one.name:>20}{_beside(one, 'in images')}" for one in found)
     table = [f"     {'class':{width}}{head}"]
     for k in shown:
         cells = "".join(_cell(one, k) for one in found)
@@ -141,12 +147,17 @@ def _chosen(found: list[Summary]) -> list[int]:
 
 def _cell(one: Summary, k: int) -> str:
     if k >= len(one.counts):
-        return f"{'':31}"
+        return f"{'':20}{_beside(one, '')}"
     n, total = int(one.counts[k]), max(1, int(np.sum(one.counts)))
     if n == 0:
-        return f"{'ignored' if k in one.uncounted else 'never':>20}{0:>11,}"
+        return f"{'ignored' if k in one.uncounted else 'never':>20}{_beside(one, '0')}"
     much = f"{n / total:.2%}" if one.unit == "pixels" else f"{n:,}"
-    return f"{much:>20}{int(one.images_of[k]):>11,}"
+    return f"{much:>20}{_beside(one, f'{int(one.images_of[k]):,}')}"
+
+
+def _beside(one: Summary, text: str) -> str:
+    """The second column, which images that are counted themselves do not need."""
+    return "" if one.unit == "images" else f"{text:>11}"
 
 
 def notes(one: Summary, size: Any, names: list[str]) -> list[str]:
@@ -158,7 +169,7 @@ def notes(one: Summary, size: Any, names: list[str]) -> list[str]:
         why = "nothing teaches it: check --num-classes, --label-map and --classes, or add images of it"
         if one.name != "--train":
             why = "the score says nothing of it: add images of it, or read the mean as one of the other classes"
-        said.append(f"{one.name}: {called} occurs in no image that is {where}; {why}")
+        said.append(f"{one.name}: {called} {UNSEEN} that is {where}; {why}")
     if one.unit == "pixels" and len(one.counts) and one.ignored > 0.5:
         said.append(
             f"{one.name}: {one.ignored:.0%} of the pixels are ignored; check --ignore-index, --label-map and "

@@ -150,8 +150,10 @@ def test_an_empty_parquet_file_is_a_clear_error(folder, tmp_path):
 
 def test_a_colour_mask_is_a_clear_error(tmp_path):
     path = write_folder(tmp_path / "data")
-    Image.new("RGB", (56, 40)).save(path / "masks" / "0.png")
-    with pytest.raises(ValueError, match="a mask has 3 channels .*one class id per pixel"):
+    Image.new("RGB", (56, 40), (128, 64, 128)).save(path / "masks" / "0.png")
+    with pytest.raises(
+        ValueError, match="masks/0.png: the mask is colour-coded .*one class id per pixel.*--palette '#804080'"
+    ):
         main(["--train", str(path), "--val", str(path), "--out", str(tmp_path / "run"), *QUICK])
 
 

@@ -203,3 +203,27 @@ def test_categories_of_the_same_ids_and_other_names_are_not_the_same(both):
     args = detect.parse(["--train", str(both / "coco" / "train"), "--val", str(both / "coco" / "val"), *QUICK])
     with pytest.raises(ValueError, match="they must be the same"):
         detect.build(args)
+
+
+def test_an_evaluation_reads_the_same_set(both, tmp_path):
+    from recipes import evaluate
+
+    demo = [
+        "--backbone",
+        "demo",
+        "--adapter-options",
+        '{"conv_inplane": 8}',
+        *QUICK[5:],
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    detect.main(["--train", str(both / "yolo"), *demo])
+    file = str(tmp_path / "run" / "adapter")
+    found = evaluate.evaluate(evaluate.parse([file, "--data", str(both / "yolo")]))
+    assert (found["images"], found["classes"][:2]) == (3, ["disc", "square"])
+    train = evaluate.evaluate(evaluate.parse([file, "--data", str(both / "yolo"), "--split", "train"]))
+    assert train["per_class"] != found["per_class"] or train["box_ap"] == found["box_ap"] == 0
+    with pytest.raises(
+        ValueError, match=r"the first that differs has id and name \(1, 'disc'\) in --data, \(0, 'disc'\)"
+    ):
+        evaluate.evaluate(evaluate.parse([file, "--data", str(both / "coco" / "val")]))
