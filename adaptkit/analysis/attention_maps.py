@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adaptkit.analysis.attention import Attention, attentions
 from adaptkit.analysis.seen import Seen
-from adaptkit.analysis.style import WIDTH, Drawn, colour_bar, pictured, show, star
+from adaptkit.analysis.style import WIDTH, Drawn, colour_bar, pictured, share, show, star
 from adaptkit.analysis.watch import batch, source_of
 from adaptkit.ops.grid import cells
 
@@ -31,26 +31,32 @@ class AttentionMaps(Drawn):
     picture: np.ndarray
 
     def draw(self, figure: Any) -> None:
-        """A row for each block, a column for each head, each map as a share of its largest value."""
-        columns = min(HEADS, max(len(m) for m in self.maps.values()))
-        side, (height, width) = WIDTH / columns, self.picture.shape[:2]
-        figure.set_size_inches(WIDTH, len(self.maps) * (side * height / width) + 0.25)
-        grid = figure.add_gridspec(len(self.maps), columns)
+        """The image, then a column for each head, a row for each block; each map as a share of its 99th percentile."""
+        heads = min(HEADS, max(len(m) for m in self.maps.values()))
+        height, width = self.picture.shape[:2]
+        side = min((WIDTH - 0.8) / (heads + 1), 1.6)
+        figure.set_size_inches(side * (heads + 1) + 0.8, len(self.maps) * side * height / width + 0.25)
+        grid = figure.add_gridspec(len(self.maps), heads + 1, wspace=0.02, hspace=0.02)
+        middle = figure.add_subplot(grid[:, 0])
+        middle.set_axis_off()
+        show(middle, self.picture)
+        middle.set_title("class token" if self.query is None else "query")
+        if self.query is not None:
+            star(middle, self.query)
         shown, used = None, []
         for row, (block, maps) in enumerate(self.maps.items()):
-            for head, values in enumerate(maps[:columns]):
-                axes = figure.add_subplot(grid[row, head], xticks=[], yticks=[])
+            for head, values in enumerate(maps[:heads]):
+                axes = figure.add_subplot(grid[row, head + 1], xticks=[], yticks=[])
                 axes.spines[:].set_visible(False)
-                share = (values / values.amax().clamp_min(1e-12)).numpy()
-                shown = show(axes, self.picture, share, self.strides[block], 0.75, vmin=0, vmax=1)
+                shown = show(axes, self.picture, share(values), self.strides[block], 1.0, vmin=0, vmax=1)
                 if self.query is not None:
-                    star(axes, self.query)
+                    star(axes, self.query, 5)
                 if head == 0:
                     axes.set_ylabel(f"block {block}")
                 if row == 0:
                     axes.set_title(f"head {head}")
                 used.append(axes)
-        colour_bar(figure, shown, used, "attention, of its largest")
+        colour_bar(figure, shown, used, "attention (of its 99th percentile)")
 
 
 def attention_maps(

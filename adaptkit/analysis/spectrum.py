@@ -51,7 +51,8 @@ class Spectrum(Drawn):
         axes = figure.subplots(1, len(strides), sharey=True, squeeze=False)[0]
         for one, stride in zip(axes, strides):
             for i, (name, curves) in enumerate(self.curves.items()):
-                at, style = (stride, "-") if name not in everywhere else (everywhere[name][0], "--")
+                at = everywhere[name][0] if name in everywhere else stride
+                style = "--" if name in everywhere and len(everywhere) < len(self.curves) else "-"
                 if at not in curves:
                     continue
                 label = f"{name} (stride {at})" if name in everywhere else name

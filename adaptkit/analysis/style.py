@@ -22,7 +22,7 @@ from adaptkit.analysis.draw import to_picture
 from adaptkit.core.view import Source
 from adaptkit.predict.palette import palette
 
-__all__ = ["COLOURS", "MAP", "Drawn", "colour_bar", "panels", "pictured", "show", "star"]
+__all__ = ["COLOURS", "MAP", "Drawn", "colour_bar", "panels", "pictured", "share", "show", "star"]
 
 COLOURS = tuple(f"#{r:02x}{g:02x}{b:02x}" for r, g, b in palette(12))  #: of curves and groups, one after another
 MAP = "viridis"  #: of values: even in lightness, so that it reads in grey as well
@@ -136,6 +136,12 @@ def show(
     return shown
 
 
+def share(values: Tensor, most: float = 0.99) -> np.ndarray:
+    """Values (h, w) over their 99th percentile, at most 1: a single patch that gets nearly all does not hide the rest."""
+    top = values.flatten().quantile(most).clamp_min(values.amax() * 1e-3).clamp_min(1e-30)
+    return (values / top).clamp(max=1).numpy()
+
+
 def star(axes: Any, query: tuple[float, float], size: float = 9) -> None:
     """Mark a query at the pixel (y, x)."""
     y, x = query
@@ -144,7 +150,7 @@ def star(axes: Any, query: tuple[float, float], size: float = 9) -> None:
 
 def colour_bar(figure: Any, shown: Any, axes: Sequence[Any], label: str) -> None:
     """Say what the colours of these panels mean."""
-    bar = figure.colorbar(shown, ax=list(axes), shrink=0.7, aspect=25, pad=0.015)
+    bar = figure.colorbar(shown, ax=list(axes), shrink=0.8, aspect=25, pad=0.02)
     bar.set_label(label)
     bar.outline.set_linewidth(0.4)
     bar.solids.set_alpha(1)
