@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adaptkit.analysis.principal import Principal, principal
 from adaptkit.analysis.seen import evaluating
-from adaptkit.analysis.style import Drawn, panels, pictured, show
+from adaptkit.analysis.style import Drawn, pictured, show
 from adaptkit.analysis.watch import Host, batch, source_of
 from adaptkit.core.layers import check_choice
 from adaptkit.model.adapted import AdaptedModel
@@ -92,7 +92,9 @@ def feature_pca(
     elif foreground == "low" or (foreground == "middle" and _is_edge(masks, grids)):
         masks = [~mask for mask in masks]
     if sum(int(mask.sum()) for mask in masks) < 4:
-        raise ValueError(f"threshold={cut:g} leaves less than four patches in front; choose another, or foreground='all'")
+        raise ValueError(
+            f"threshold={cut:g} leaves less than four patches in front; choose another, or foreground='all'"
+        )
     basis = principal(torch.cat([t[m] for t, m in zip(tokens, masks)]), 3)
     values = [basis(t) for t in tokens]
     front = torch.cat([v[m] for v, m in zip(values, masks)])

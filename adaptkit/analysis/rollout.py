@@ -1,6 +1,6 @@
 """Attention rollout (Abnar and Zuidema 2020; ViT, figures 6 and 14): where the tokens at the end come from.
 
-    R = prod_l  (A_l + I) / 2,       A_l the mean over the heads, the last block leftmost, rows summing to one
+R = prod_l  (A_l + I) / 2,       A_l the mean over the heads, the last block leftmost, rows summing to one
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.analysis.attention import Attention, attentions
-from adaptkit.analysis.style import Drawn, colour_bar, panels, pictured, share, show
+from adaptkit.analysis.style import WIDTH, Drawn, colour_bar, panels, pictured, share, show
 from adaptkit.analysis.watch import Host, batch, source_of
 from adaptkit.core.layers import check_choice
 from adaptkit.core.view import ViT
@@ -41,7 +41,7 @@ class Rollout(Drawn):
     def draw(self, figure: Any) -> None:
         """Each image, and beside it the map, as a share of its 99th percentile."""
         height, width = self.pictures[0].shape[:2]
-        axes = panels(figure, 2 * len(self.pictures), 6, height / width)
+        axes = panels(figure, 2 * len(self.pictures), 6, height / width, width=WIDTH - 0.8, bar=0.8)
         shown = None
         for left, right, picture, values in zip(axes[::2], axes[1::2], self.pictures, self.maps):
             show(left, picture)

@@ -22,7 +22,7 @@ from adaptkit.analysis.draw import to_picture
 from adaptkit.core.view import Source
 from adaptkit.predict.palette import palette
 
-__all__ = ["COLOURS", "MAP", "Drawn", "colour_bar", "panels", "pictured", "share", "show", "star"]
+__all__ = ["COLOURS", "MAP", "WIDTH", "Drawn", "colour_bar", "panels", "pictured", "share", "show", "star"]
 
 COLOURS = tuple(f"#{r:02x}{g:02x}{b:02x}" for r, g, b in palette(12))  #: of curves and groups, one after another
 MAP = "viridis"  #: of values: even in lightness, so that it reads in grey as well
@@ -92,18 +92,19 @@ def pictured(images: Tensor | Sequence[Tensor], source: Source) -> tuple[np.ndar
 
 
 def panels(
-    figure: Any, count: int, most: int, aspect: float = 1.0, title: float = 0.22, width: float = WIDTH
+    figure: Any, count: int, most: int, aspect: float = 1.0, title: float = 0.22, width: float = WIDTH, bar: float = 0.0
 ) -> list[Any]:
     """Give the figure so many panels for pictures, at most ``most`` in a row, and the height that they need.
 
     Rows are as full as they can be, and a last one that is not stands in the middle, so that no panel is empty.
-    ``aspect`` is height over width of a picture, ``title`` the inches above each.
+    ``aspect`` is height over width of a picture, ``title`` the inches above each, ``bar``
+    those beside all for the meaning of the colours.
     """
     rows = -(-count // most)
     columns = next((c for c in range(most, most // 2, -1) if count % c == 0), -(-count // rows))
     rows = -(-count // columns)
     side = min(width / columns, 2.2)
-    figure.set_size_inches(side * columns, rows * (side * aspect + title))
+    figure.set_size_inches(side * columns + bar, rows * (side * aspect + title))
     grid = figure.add_gridspec(rows, 2 * columns)
     made = []
     for i in range(count):

@@ -54,9 +54,9 @@ def seen(weights, grid, stride):
 def test_even_attention_on_14_by_14_patches_of_16_pixels_looks_116_and_a_half_pixels_far():
     at = centres((14, 14), 16).double()
     assert even_distance((14, 14), 16) == pytest.approx(float(torch.cdist(at, at).mean()), rel=1e-9)
-    assert even_distance((14, 14), 16) == pytest.approx(116.53, abs=0.005)
+    assert even_distance((14, 14), 16) == pytest.approx(116.49, abs=0.005)
     even = distances(seen(torch.full((196, 3, 1, 196), 1 / 196), (14, 14), 16))
-    torch.testing.assert_close(even.mean(0), torch.full((3,), 116.53), rtol=0, atol=0.01)
+    torch.testing.assert_close(even.mean(0), torch.full((3,), 116.49), rtol=0, atol=0.01)
 
 
 def test_attention_on_oneself_looks_nowhere():
@@ -70,12 +70,15 @@ def test_what_prefix_tokens_get_does_not_count():
     )
 
 
-@pytest.mark.parametrize("name", ["timm-siglip", "timm-vit", "timm-dinov3", "timm-beit", "hf-dinov2", "caformer", "swin"])
+@pytest.mark.parametrize(
+    "name", ["timm-siglip", "timm-vit", "timm-dinov3", "timm-beit", "hf-dinov2", "caformer", "swin"]
+)
 def test_every_head_looks_a_distance_inside_of_the_image(name):
     found = attention_distance(build(name), ODD)
     assert len(found.blocks) == {"caformer": 3, "swin": 8}.get(name, 4)
     for values in found.distances:
-        assert 0 <= values.min() and values.max() < math.hypot(64, 64)
+        assert values.min() >= 0
+        assert values.max() < math.hypot(64, 64)
 
 
 def test_on_constant_tokens_attention_is_even():
@@ -133,7 +136,10 @@ def test_attention_in_swins_windows_is_what_timm_computes(size):
         if mine.grid[0] % 4 or mine.grid[1] % 4:
             continue
         weights = mine.weights[:, :, 0]  # (N, heads, K): the same rows, in another order
-        order = lambda t: t.flatten(0, -2).sort(-1).values.sort(0).values
+
+        def order(t):
+            return t.flatten(0, -2).sort(-1).values.sort(0).values
+
         torch.testing.assert_close(order(weights), order(them.transpose(1, 2)), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
 
@@ -142,7 +148,8 @@ def test_a_swin_query_reads_its_own_window():
     found = attention_maps(build("swin"), ODD[0, :, :32, :32], (1, 30), blocks=[0])
     assert found.strides == {0: 4}
     assert found.maps[0].sum((1, 2)) == pytest.approx([1.0])
-    assert (found.maps[0][0, :4, 4:] > 0).all() and found.maps[0][0, 4:].sum() == 0
+    assert (found.maps[0][0, :4, 4:] > 0).all()
+    assert found.maps[0][0, 4:].sum() == 0
 
 
 # ---- rollout, maps
@@ -230,7 +237,8 @@ def test_tokens_become_colours_in_one_basis(name):
     one, two = (feature_pca(build(name), images, "all") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.maps, two.maps))
     assert [m.shape[:2] for m in one.maps] == [m.shape for m in one.masks]
-    assert min(float(m.min()) for m in one.maps) == 0 and max(float(m.max()) for m in one.maps) == 1
+    assert min(float(m.min()) for m in one.maps) == 0
+    assert max(float(m.max()) for m in one.maps) == 1
 
 
 def test_the_threshold_lies_between_two_heaps():
@@ -255,7 +263,8 @@ def test_the_spectrum_of_white_noise_is_flat(size):
 def test_the_spectrum_of_a_constant_is_one_peak():
     curve = _curve(_log_amplitude(torch.full((1, 4, 12, 20), 3.0)))
     assert (curve.amplitude[1:] < -15).all()
-    assert (curve.plane > -1).sum() == 1 and curve.plane[6, 10] == 0
+    assert (curve.plane > -1).sum() == 1
+    assert curve.plane[6, 10] == 0
 
 
 def test_on_a_square_the_diagonal_is_the_diagonal():
@@ -336,7 +345,9 @@ def test_a_class_token_reads_patches_in_the_last_block_so_the_last_but_one_is_ta
 def test_pixels_have_a_target_and_maps_are_a_place(adapter):
     model = adaptkit.attach(build("hf-dinov2"), adapter, head=("fpn", {"num_classes": 3}))
     found = grad_cam(model, ODD[0], 1, pixels=(5, 40))
-    assert found.at == "map 32" and found.cam.shape == (2, 2) and "1 pixels" in found.target
+    assert found.at == "map 32"
+    assert found.cam.shape == (2, 2)
+    assert "1 pixels" in found.target
     assert grad_cam(model, ODD[0], 1, pixels=(5, 40), at="map 8").cam.shape == (5, 7)
     assert grad_cam(model, ODD[0], 1, pixels=torch.ones(37, 53), at=1).stride == 14
     with pytest.raises(ValueError, match="map 8"):
@@ -347,7 +358,8 @@ def test_pixels_have_a_target_and_maps_are_a_place(adapter):
 def test_tokens_that_never_become_a_map_have_a_grad_cam(name):
     model = adaptkit.attach(build(name), head=("linear", {"num_classes": 3}))
     found = grad_cam(model, ODD[0])
-    assert found.at.startswith("block") and found.cam.max() > 0
+    assert found.at.startswith("block")
+    assert found.cam.max() > 0
 
 
 # ---- keys, offsets, gates
@@ -367,7 +379,8 @@ def test_keys_of_a_query_stand_side_by_side(tmp_path):
     found = query_keys(models, image, (20.0, 40.0))
     names = list(found.points)
     assert names[:3] == ["ViT, block 3", "Swin, block 5", "DAT, stages.2.attns.1"]
-    assert any("extractor" in name for name in names) and any("injector" in name for name in names)
+    extractors = [f"adapter, extractor 3, stride {s}" for s in (8, 16, 32)]
+    assert names[3:] == ["adapter, block 3", "adapter, injector 3", *extractors]
     for name, scores in found.scores.items():
         assert scores.sum(1) == pytest.approx([1.0] * len(scores), abs=1e-4) or "adapter" in name
     assert found.save(tmp_path / "keys.pdf").read_bytes().startswith(b"%PDF")
@@ -376,7 +389,8 @@ def test_keys_of_a_query_stand_side_by_side(tmp_path):
 def test_offsets_have_a_length_and_points_an_object():
     model = adaptkit.attach(build("timm-vit"), "dat", mode="replace", groups=1)
     still = offset_lengths(model, ODD[0])["block 0"]
-    assert still.mean < 1e-4 and still.in_object is None
+    assert still.mean < 1e-4
+    assert still.in_object is None
     with torch.no_grad():
         for block in model.adapters["dat"].blocks.values():
             block.conv_offset[-1].weight.normal_()
@@ -385,14 +399,15 @@ def test_offsets_have_a_length_and_points_an_object():
     found = offset_lengths(model, ODD[0], mask)["block 0"]
     assert 0 < found.mean <= found.largest <= 8 * math.sqrt(2) + 1e-4
     assert found.cells == pytest.approx(found.mean / 8)
-    assert found.stood_in_object == pytest.approx(16 / 35)  # of 5 x 7 centres, 4 rows of 4 columns lie on it
+    assert found.stood_in_object == pytest.approx(20 / 35)  # of 5 x 7 centres 4 columns lie on it
     assert 0 <= found.attention_in_object <= 1
 
 
 def test_injectors_of_an_adapter_start_at_points_around_their_query():
     model = adaptkit.attach(build("timm-vit"), "vit-adapter", conv_inplane=8)
     found = offset_lengths(model, torch.randn(3, 32, 32))
-    assert found and all(o.mean > 0 for o in found.values())
+    assert found
+    assert all(o.mean > 0 for o in found.values())
 
 
 def test_gates_are_told_by_depth_and_step(tmp_path):
@@ -405,7 +420,8 @@ def test_gates_are_told_by_depth_and_step(tmp_path):
     found = gamma_by_depth(model)
     assert [float(g.abs().mean()) for g in found.gammas.values()] == [0, 0.5, 0, 0]
     assert steps.sizes[list(found.gammas)[1]] == [0, 0.5]
-    assert found.save(tmp_path / "g.png").is_file() and steps.save(tmp_path / "s.png").is_file()
+    assert found.save(tmp_path / "g.png").is_file()
+    assert steps.save(tmp_path / "s.png").is_file()
     with pytest.raises(TypeError, match="no gates"):
         gamma_by_depth(adaptkit.attach(build("timm-vit"), "sfp"))
 
@@ -427,7 +443,8 @@ def test_every_figure_can_be_written_and_the_model_is_as_it_was(name, tmp_path):
     }
     for what, make in made.items():
         assert make().save(tmp_path / f"{what}.png").read_bytes().startswith(b"\x89PNG")
-    assert model.training and all(m.training for m in model.modules())
+    assert model.training
+    assert all(m.training for m in model.modules())
 
 
 def test_the_same_numbers_are_the_same_file(tmp_path):
