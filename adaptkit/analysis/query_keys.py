@@ -32,7 +32,7 @@ class QueryKeys(Drawn):
     picture: np.ndarray
 
     def draw(self, figure: Any) -> None:
-        """A panel for each: the query is a star, a key a circle whose area is its attention, a colour for each group."""
+        """A panel for each: the query is a star, a key a circle whose area is its attention, a colour a group."""
         height, width = self.picture.shape[:2]
         axes = panels(figure, len(self.points), 3, height / width)
         groups = max(len(p) for p in self.points.values())

@@ -138,7 +138,7 @@ def show(
 
 
 def share(values: Tensor, most: float = 0.99) -> np.ndarray:
-    """Values (h, w) over their 99th percentile, at most 1: a single patch that gets nearly all does not hide the rest."""
+    """Values (h, w) over their 99th percentile, at most 1: one patch that gets nearly all hides no other."""
     top = values.flatten().quantile(most).clamp_min(values.amax() * 1e-3).clamp_min(1e-30)
     return (values / top).clamp(max=1).numpy()
 
