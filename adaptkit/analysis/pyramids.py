@@ -1,4 +1,4 @@
-"""Feature maps side by side (ViT-Adapter, Chen et al. 2023, figure 5), and how far the injectors' gates have opened.
+"""Feature maps side by side (ViT-Adapter, Chen et al. 2023, figure 5), and how far the injectors' gates have opened."""
 
 from __future__ import annotations
 
