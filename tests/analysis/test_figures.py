@@ -101,6 +101,21 @@ def test_adavit_decides_who_attends_so_it_is_refused():
         attention_distance(model, ODD)
 
 
+@pytest.mark.parametrize("adapter", ["lora", "vit-adapter", "dat", "metaformer"])
+def test_adapted_models_are_looked_at_as_they_run(adapter):
+    model = adaptkit.attach(build("timm-vit"), adapter)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn(p.shape))
+    adapted = attention_distance(model, ODD[:1])
+    with model.disable_adapter():
+        bare = attention_distance(model, ODD[:1])
+    apart = [float((a - b).abs().max()) for a, b in zip(adapted.distances, bare.distances)]
+    assert adapted.blocks == bare.blocks
+    assert max(apart[1:]) > 1e-3
+
+
 # ---- the attention itself
 
 
