@@ -86,9 +86,9 @@ def attention_maps(
         if attention.full is not None and attention.prefix and query is None:
             row = attention.full[:, 0, attention.prefix :].unflatten(1, seen.grid)
         else:
-            at[0] = (size[0] / 2, size[1] / 2) if query is None else query
-            row = _row(attention, query_cell(at[0], seen, size))
-        found[attention.index], strides[attention.index] = row.cpu(), seen.stride
+            place = (size[0] / 2, size[1] / 2) if query is None else query
+            row, at[0] = _row(attention, query_cell(place, seen, size)), place
+        found[attention.block], strides[attention.block] = row.cpu(), seen.stride
 
     attentions(model, one, keep, blocks)
     (picture,) = pictured([one[0]], source_of(model, one.shape[1]))
@@ -104,7 +104,7 @@ def _row(attention: Attention, query: int) -> Tensor:
     seen = attention.patches
     if seen.reference is not None:
         raise TypeError(
-            f"block {attention.index} reads keys that have moved off the grid, which make no map; see query_keys"
+            f"block {attention.block} reads keys that have moved off the grid, which make no map; see query_keys"
         )
     grid, weights = seen.grid, seen.weights[query, :, 0]  # (heads, K)
     points = seen.points[query if len(seen.points) > 1 else 0, 0, 0]  # (K, 2)

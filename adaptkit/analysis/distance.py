@@ -70,8 +70,8 @@ def attention_distance(
     def add(attention: Attention) -> None:
         seen = attention.patches
         mean = distances(seen).mean(0).cpu()
-        sums[attention.index] = sums.get(attention.index, 0) + mean
-        even[attention.index] = even.get(attention.index, 0.0) + even_distance(seen.grid, seen.stride)
+        sums[attention.block] = sums.get(attention.block, 0) + mean
+        even[attention.block] = even.get(attention.block, 0.0) + even_distance(seen.grid, seen.stride)
 
     for image in given:
         attentions(model, image, add, blocks)

@@ -101,7 +101,7 @@ def _of_model(model: nn.Module, image: Tensor, blocks: Any, modules: Any) -> dic
                 del found[name]
             if any(_far(s) < _far(seen) for s in found.values()):
                 return
-        found[f"block {attention.index}"] = seen
+        found[f"block {attention.block}"] = seen
 
     try:
         attentions(model, image, keep, blocks)

@@ -84,7 +84,7 @@ def _product(model: nn.Module, image: Tensor, blocks: Any, heads: str) -> tuple[
 
     def multiply(attention: Attention) -> None:
         if attention.full is None:
-            raise TypeError(f"block {attention.index} reads moved keys, which are no tokens, so there is no product")
+            raise TypeError(f"block {attention.block} reads moved keys, which are no tokens, so there is no product")
         step = mixed(attention.full, heads)
         kept[:] = [(step @ kept[0][0] if kept else step, attention._replace(full=attention.full[:1]))]
 

@@ -28,7 +28,7 @@ COLOURS = tuple(f"#{r:02x}{g:02x}{b:02x}" for r, g, b in palette(12))  #: of cur
 MAP = "viridis"  #: of values: even in lightness, so that it reads in grey as well
 WIDTH = 6.75  #: of a page of two columns, in inches
 SUFFIXES = (".pdf", ".svg", ".png")
-STYLE = {
+STYLE: Any = {
     "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7,
     "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
     "xtick.major.width": 0.6, "ytick.major.width": 0.6, "lines.linewidth": 1.4, "lines.markersize": 3,

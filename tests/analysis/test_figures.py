@@ -132,7 +132,7 @@ def test_attention_is_what_the_block_computed(name):
 
     with torch.no_grad():
         run_watched(host, ODD[:1], visit)
-        attentions(host, ODD[:1], lambda a: kept.update({a.index: a}))
+        attentions(host, ODD[:1], lambda a: kept.update({a.block: a}))
         for index, (out, block, v) in outs.items():
             torch.testing.assert_close(block.out(kept[index].full[None] @ v), out, rtol=1e-4, atol=1e-5)
 
