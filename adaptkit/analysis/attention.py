@@ -30,7 +30,7 @@ Grid = tuple[int, int]
 class Attention(NamedTuple):
     """Attention of one block on one image."""
 
-    index: int  #: of the block
+    block: int  #: its index
     #: (heads, P+N, P+N), the P prefix tokens first, or None where patches have other keys than all tokens
     full: Tensor | None
     patches: Seen  #: of patches on patches: where each query reads, and with which weights

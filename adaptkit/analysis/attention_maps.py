@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adaptkit.analysis.attention import Attention, attentions
 from adaptkit.analysis.seen import Seen
-from adaptkit.analysis.style import WIDTH, Drawn, colour_bar, pictured, show, star
+from adaptkit.analysis.style import WIDTH, Drawn, colour_bar, pictured, share, show, star
 from adaptkit.analysis.watch import batch, source_of
 from adaptkit.ops.grid import cells
 
@@ -31,26 +31,32 @@ class AttentionMaps(Drawn):
     picture: np.ndarray
 
     def draw(self, figure: Any) -> None:
-        """A row for each block, a column for each head, each map as a share of its largest value."""
-        columns = min(HEADS, max(len(m) for m in self.maps.values()))
-        side, (height, width) = WIDTH / columns, self.picture.shape[:2]
-        figure.set_size_inches(WIDTH, len(self.maps) * (side * height / width) + 0.25)
-        grid = figure.add_gridspec(len(self.maps), columns)
+        """The image, then a column for each head, a row for each block; each map as a share of its 99th percentile."""
+        heads = min(HEADS, max(len(m) for m in self.maps.values()))
+        height, width = self.picture.shape[:2]
+        side = min((WIDTH - 0.8) / (heads + 1), 1.6)
+        figure.set_size_inches(side * (heads + 1) + 0.8, len(self.maps) * side * height / width + 0.25)
+        grid = figure.add_gridspec(len(self.maps), heads + 1, wspace=0.02, hspace=0.02)
+        middle = figure.add_subplot(grid[:, 0])
+        middle.set_axis_off()
+        show(middle, self.picture)
+        middle.set_title("class token" if self.query is None else "query")
+        if self.query is not None:
+            star(middle, self.query)
         shown, used = None, []
         for row, (block, maps) in enumerate(self.maps.items()):
-            for head, values in enumerate(maps[:columns]):
-                axes = figure.add_subplot(grid[row, head], xticks=[], yticks=[])
+            for head, values in enumerate(maps[:heads]):
+                axes = figure.add_subplot(grid[row, head + 1], xticks=[], yticks=[])
                 axes.spines[:].set_visible(False)
-                share = (values / values.amax().clamp_min(1e-12)).numpy()
-                shown = show(axes, self.picture, share, self.strides[block], 0.75, vmin=0, vmax=1)
+                shown = show(axes, self.picture, share(values), self.strides[block], 1.0, vmin=0, vmax=1)
                 if self.query is not None:
-                    star(axes, self.query)
+                    star(axes, self.query, 5)
                 if head == 0:
                     axes.set_ylabel(f"block {block}")
                 if row == 0:
                     axes.set_title(f"head {head}")
                 used.append(axes)
-        colour_bar(figure, shown, used, "attention, of its largest")
+        colour_bar(figure, shown, used, "attention (of its 99th percentile)")
 
 
 def attention_maps(
@@ -80,9 +86,9 @@ def attention_maps(
         if attention.full is not None and attention.prefix and query is None:
             row = attention.full[:, 0, attention.prefix :].unflatten(1, seen.grid)
         else:
-            at[0] = (size[0] / 2, size[1] / 2) if query is None else query
-            row = _row(attention, query_cell(at[0], seen, size))
-        found[attention.index], strides[attention.index] = row.cpu(), seen.stride
+            place = (size[0] / 2, size[1] / 2) if query is None else query
+            row, at[0] = _row(attention, query_cell(place, seen, size)), place
+        found[attention.block], strides[attention.block] = row.cpu(), seen.stride
 
     attentions(model, one, keep, blocks)
     (picture,) = pictured([one[0]], source_of(model, one.shape[1]))
@@ -98,7 +104,7 @@ def _row(attention: Attention, query: int) -> Tensor:
     seen = attention.patches
     if seen.reference is not None:
         raise TypeError(
-            f"block {attention.index} reads keys that have moved off the grid, which make no map; see query_keys"
+            f"block {attention.block} reads keys that have moved off the grid, which make no map; see query_keys"
         )
     grid, weights = seen.grid, seen.weights[query, :, 0]  # (heads, K)
     points = seen.points[query if len(seen.points) > 1 else 0, 0, 0]  # (K, 2)

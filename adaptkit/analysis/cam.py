@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from adaptkit.analysis.attention_maps import _refuse
 from adaptkit.analysis.seen import evaluating
 from adaptkit.analysis.style import Drawn, panels, pictured, show
-from adaptkit.analysis.watch import Host, batch, chosen, run_watched, source_of, stages
+from adaptkit.analysis.watch import Host, batch, chosen, map_strides, run_watched, source_of, stages
 from adaptkit.core.view import Block, Features
 from adaptkit.ops.grid import map_to_tokens
 from adaptkit.seam import reference
@@ -45,7 +45,7 @@ class GradCAM(Drawn):
     def draw(self, figure: Any) -> None:
         """The image, and over it the map resized bilinearly, as a share of its largest value."""
         height, width = self.picture.shape[:2]
-        left, right = panels(figure, 2, 2, height / width, width=4.4)
+        left, right = panels(figure, 2, 2, height / width, width=4.4, bar=0.6)
         left.set_title("image")
         right.set_title(f"{self.target}, {self.at}")
         show(left, self.picture)
@@ -114,7 +114,7 @@ def _try(
     with torch.enable_grad(), evaluating(model), reference():
         features = run_watched(model, image, visit)
         if not isinstance(at, int):
-            features = _map_as_leaf(features, at, leaf)
+            features = _map_as_leaf(features, map_strides(model, features), at, leaf)
             if not leaf:
                 return None
         logits = host.logits(features)
@@ -130,9 +130,9 @@ def _try(
     return (a, slope, float(score.detach()), name, said) if bool(slope.any()) else None
 
 
-def _map_as_leaf(features: Features, at: str | None, leaf: list[Any]) -> Features:
+def _map_as_leaf(features: Features, strides: Sequence[int], at: str | None, leaf: list[Any]) -> Features:
     """Make a map of the pyramid a leaf: the one at ``"map <stride>"``, or the coarsest."""
-    maps = {-(-features.size[0] // m.shape[-2]): i for i, m in enumerate(features.maps)}
+    maps = {stride: i for i, stride in enumerate(strides)} if features.maps else {}
     if at is not None and (not at.startswith("map ") or not at[4:].isdecimal() or int(at[4:]) not in maps):
         there = ", ".join(f"'map {s}'" for s in maps) or "no map"
         raise ValueError(f"at={at!r}: give the index of a block, or a map of this model's pyramid; it makes {there}")

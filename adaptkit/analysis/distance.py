@@ -5,7 +5,7 @@ For head h of a block, over queries q and images::
     d_h = mean_q  sum_k A_hqk |p_q - p_k|  /  sum_k A_hqk
 
 with p in pixels and k over patches: class and register tokens have no place, so what they get is left out. Attention
-that is spent evenly on 14 x 14 patches of 16 pixels has d = 116.53, attention on oneself d = 0.
+that is spent evenly on 14 x 14 patches of 16 pixels has d = 116.49, attention on oneself d = 0.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def attention_distance(
     def add(attention: Attention) -> None:
         seen = attention.patches
         mean = distances(seen).mean(0).cpu()
-        sums[attention.index] = sums.get(attention.index, 0) + mean
-        even[attention.index] = even.get(attention.index, 0.0) + even_distance(seen.grid, seen.stride)
+        sums[attention.block] = sums.get(attention.block, 0) + mean
+        even[attention.block] = even.get(attention.block, 0.0) + even_distance(seen.grid, seen.stride)
 
     for image in given:
         attentions(model, image, add, blocks)

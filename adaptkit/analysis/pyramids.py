@@ -1,4 +1,4 @@
-"""Feature maps side by side: ViT, simple pyramid, ViT-Adapter (Chen et al. 2023, figure 5), and the injectors' gates."""
+"""Feature maps side by side (ViT-Adapter, Chen et al. 2023, figure 5), and how far the injectors' gates have opened."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from adaptkit.adapters.vit_adapter import Injector, ViTAdapter
 from adaptkit.analysis.feature_pca import features_of
 from adaptkit.analysis.principal import principal
 from adaptkit.analysis.spectrum import maps_of
-from adaptkit.analysis.style import COLOURS, Drawn, pictured, show
+from adaptkit.analysis.style import COLOURS, WIDTH, Drawn, pictured, show
 from adaptkit.analysis.watch import batch, source_of
 from adaptkit.model.adapted import AdaptedModel
 
@@ -31,23 +31,26 @@ class FeatureMaps(Drawn):
     picture: np.ndarray
 
     def draw(self, figure: Any) -> None:
-        """A row for each model after the image: a column for each of its strides, finest first."""
-        rows, columns = list(self.colours.items()), max(len(m) for m in self.colours.values())
-        side = min(6.4 / (columns + 1), 1.6)
-        ratio = self.picture.shape[0] / self.picture.shape[1]
-        figure.set_size_inches(side * (columns + 1) + 0.3, len(rows) * (side * ratio + 0.22))
-        grid = figure.add_gridspec(len(rows), columns + 1)
-        first = figure.add_subplot(grid[:, 0])
-        first.set_axis_off()
-        first.set_title("image")
-        show(first, self.picture)
+        """The image and the models of one map, then a row for each other model: its strides, finest first."""
+        single = {f"{n}, stride {next(iter(m))}": m for n, m in self.colours.items() if len(m) == 1}
+        rows = [(name, maps) for name, maps in self.colours.items() if len(maps) > 1]
+        left, columns = 1 + len(single), max((len(maps) for _, maps in rows), default=0)
+        side, ratio = min(WIDTH / (left + columns), 1.6), self.picture.shape[0] / self.picture.shape[1]
+        figure.set_size_inches(side * (left + columns) + 0.15, max(1, len(rows)) * (side * ratio + 0.22))
+        grid = figure.add_gridspec(max(1, len(rows)), left + columns)
+        shown = [("image", None, 1), *((n, next(iter(m.values())), next(iter(m))) for n, m in single.items())]
+        for column, (title, colours, stride) in enumerate(shown):
+            axes = figure.add_subplot(grid[:, column])
+            axes.set_axis_off()
+            axes.set_title(title)
+            show(axes, self.picture, None if colours is None else colours.numpy(), stride, 1.0)
         for row, (name, maps) in enumerate(rows):
-            for column, (stride, colours) in enumerate(sorted(maps.items()), 1):
-                axes = figure.add_subplot(grid[row, column], xticks=[], yticks=[])
+            for column, (stride, colours) in enumerate(sorted(maps.items())):
+                axes = figure.add_subplot(grid[row, left + column], xticks=[], yticks=[])
                 axes.spines[:].set_visible(False)
                 axes.set_title(f"stride {stride}")
                 show(axes, self.picture, colours.numpy(), stride, 1.0)
-                if column == 1:
+                if column == 0:
                     axes.set_ylabel(name)
 
 
@@ -64,7 +67,7 @@ def feature_maps(models: nn.Module | Mapping[str, nn.Module], image: Tensor) -> 
     explained: dict[str, dict[int, Tensor]] = {}
     for name, model in named.items():
         colours[name], explained[name] = {}, {}
-        for stride, x in maps_of(features_of(model, one)).items():
+        for stride, x in maps_of(model, features_of(model, one)).items():
             rows = x[0].flatten(1).T.float()
             basis = principal(rows, 3)
             values = basis(rows.cpu())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ class QueryKeys(Drawn):
     picture: np.ndarray
 
     def draw(self, figure: Any) -> None:
-        """A panel for each: the query is a star, a key a circle whose area is its attention, a colour for each group."""
+        """A panel for each: the query is a star, a key a circle whose area is its attention, a colour a group."""
         height, width = self.picture.shape[:2]
         axes = panels(figure, len(self.points), 3, height / width)
         groups = max(len(p) for p in self.points.values())
@@ -57,6 +58,7 @@ def query_keys(
     image: Tensor,
     query: tuple[float, float],
     blocks: int | Sequence[int] | None = None,
+    modules: Sequence[str] | None = None,
     top: int = 16,
 ) -> QueryKeys:
     """Return what a query attends to, in one model or in several by name.
@@ -66,7 +68,9 @@ def query_keys(
         image: one, (C, H, W), normalised as all of them want it.
         query: (y, x) in pixels.
         blocks: of the backbones; None: of each model one, the last whose stride is nearest to 16 pixels. Deformable
-            attention is shown in every module of an adapter that has it, and in a DAT's last of this stride.
+            attention of a DAT is shown in its last module of this stride.
+        modules: of an adapter, by their names in ``sampling_points``; None: those that come last, which are one
+            injector and one extractor of ViT-Adapter, this once for each stride.
         top: how many keys of each group are drawn.
 
     Raises ``TypeError`` for a model that shows no attention, ``ValueError`` for a query outside of the image.
@@ -77,7 +81,7 @@ def query_keys(
     points: dict[str, Tensor] = {}
     scores: dict[str, Tensor] = {}
     for name, model in named.items():
-        for said, seen in _of_model(model, one, blocks).items():
+        for said, seen in _of_model(model, one, blocks, modules).items():
             label = f"{name}, {said}" if name else said
             points[label], scores[label] = _of_query(seen, query_cell(query, seen, size))
     (picture,) = pictured([one[0]], source_of(next(iter(named.values())), one.shape[1]))
@@ -85,7 +89,7 @@ def query_keys(
 
 
 @torch.no_grad()
-def _of_model(model: nn.Module, image: Tensor, blocks: Any) -> dict[str, Seen]:
+def _of_model(model: nn.Module, image: Tensor, blocks: Any, modules: Any) -> dict[str, Seen]:
     """Return what is to be shown of a model, by name."""
     deformable = {name: seen for name, seen in look(model, image).items() if not name.startswith("block ")}
     found: dict[str, Seen] = {}
@@ -97,19 +101,37 @@ def _of_model(model: nn.Module, image: Tensor, blocks: Any) -> dict[str, Seen]:
                 del found[name]
             if any(_far(s) < _far(seen) for s in found.values()):
                 return
-        found[f"block {attention.index}"] = seen
+        found[f"block {attention.block}"] = seen
 
     try:
         attentions(model, image, keep, blocks)
     except TypeError:
         if not deformable:
             raise
+    if modules is not None:
+        unknown = [name for name in modules if name not in deformable]
+        if unknown:
+            raise ValueError(f"no deformable attention is named {unknown[0]!r}; there are {', '.join(deformable)}")
+        return found | {_brief(name): deformable[name] for name in modules}
     is_backbone = deformable and not found  # a DAT
     if is_backbone and blocks is None:
         best = min(_far(s) for s in deformable.values())
         name = [n for n, s in deformable.items() if _far(s) == best][-1]
-        deformable = {name: deformable[name]}
-    return found | deformable
+        return {name: deformable[name]}
+    return found | {_brief(name): seen for name, seen in _last(deformable).items()}
+
+
+def _last(deformable: dict[str, Seen]) -> dict[str, Seen]:
+    """Of modules that come again and again with another number, those of the last number; no extra extractors."""
+    own = {name: seen for name, seen in deformable.items() if "extra_extractors" not in name}
+    latest = {re.sub(r"\d+", "#", name.partition(", ")[0]) + name.partition(", ")[2]: name for name in own}
+    return {name: own[name] for name in own if name in latest.values()}
+
+
+def _brief(name: str) -> str:
+    """``vit-adapter.interactions.3.extractor.attn, stride 8`` -> ``extractor 3, stride 8``."""
+    found = re.match(r"vit-adapter\.interactions\.(\d+)\.(injector|extractor|extra_extractors\.\d+)\.attn", name)
+    return name if found is None else f"{found[2]} {found[1]}{name[found.end() :]}"
 
 
 def _far(seen: Seen) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.analysis.attention import Attention, attentions
-from adaptkit.analysis.style import Drawn, colour_bar, panels, pictured, show
+from adaptkit.analysis.style import WIDTH, Drawn, colour_bar, panels, pictured, share, show
 from adaptkit.analysis.watch import Host, batch, source_of
 from adaptkit.core.layers import check_choice
 from adaptkit.core.view import ViT
@@ -39,14 +39,14 @@ class Rollout(Drawn):
         return tuple(row[self.prefix :].unflatten(0, grid) for row, grid in zip(rows, self.grids))
 
     def draw(self, figure: Any) -> None:
-        """Each image, and beside it the map, as a share of its largest value."""
+        """Each image, and beside it the map, as a share of its 99th percentile."""
         height, width = self.pictures[0].shape[:2]
-        axes = panels(figure, 2 * len(self.pictures), 6, height / width)
+        axes = panels(figure, 2 * len(self.pictures), 6, height / width, width=WIDTH - 0.8, bar=0.8)
         shown = None
         for left, right, picture, values in zip(axes[::2], axes[1::2], self.pictures, self.maps):
             show(left, picture)
-            shown = show(right, picture, (values / values.amax()).numpy(), self.stride, 0.75, vmin=0, vmax=1)
-        colour_bar(figure, shown, axes, "rollout, of its largest")
+            shown = show(right, picture, share(values), self.stride, 1.0, vmin=0, vmax=1)
+        colour_bar(figure, shown, axes, "rollout\n(of its 99th percentile)")
 
 
 def rollout(
@@ -84,7 +84,7 @@ def _product(model: nn.Module, image: Tensor, blocks: Any, heads: str) -> tuple[
 
     def multiply(attention: Attention) -> None:
         if attention.full is None:
-            raise TypeError(f"block {attention.index} reads moved keys, which are no tokens, so there is no product")
+            raise TypeError(f"block {attention.block} reads moved keys, which are no tokens, so there is no product")
         step = mixed(attention.full, heads)
         kept[:] = [(step @ kept[0][0] if kept else step, attention._replace(full=attention.full[:1]))]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adaptkit.analysis.feature_pca import features_of
 from adaptkit.analysis.style import COLOURS, MAP, WIDTH, Drawn, colour_bar
-from adaptkit.analysis.watch import batch
+from adaptkit.analysis.watch import batch, map_strides
 from adaptkit.ops.grid import tokens_to_map
 
 __all__ = ["Curve", "Spectrum", "diagonal", "maps_of", "spectrum"]
@@ -51,7 +51,8 @@ class Spectrum(Drawn):
         axes = figure.subplots(1, len(strides), sharey=True, squeeze=False)[0]
         for one, stride in zip(axes, strides):
             for i, (name, curves) in enumerate(self.curves.items()):
-                at, style = (stride, "-") if name not in everywhere else (everywhere[name][0], "--")
+                at = everywhere[name][0] if name in everywhere else stride
+                style = "--" if name in everywhere and len(everywhere) < len(self.curves) else "-"
                 if at not in curves:
                     continue
                 label = f"{name} (stride {at})" if name in everywhere else name
@@ -112,7 +113,7 @@ def spectrum(
         planes: dict[int, Tensor] = {}
         for image in given:
             features = features_of(model, image)
-            for stride, x in maps_of(features).items():
+            for stride, x in maps_of(model, features).items():
                 if strides is None or stride in strides or not features.maps:  # a plain ViT has one map to compare with
                     planes[stride] = planes.get(stride, 0) + _log_amplitude(x)
         curves[name] = {s: _curve(plane / len(given)) for s, plane in planes.items()}
@@ -121,10 +122,10 @@ def spectrum(
     return Spectrum({n: c for n, c in curves.items() if c}, len(given))
 
 
-def maps_of(features: Any) -> dict[int, Tensor]:
+def maps_of(model: nn.Module, features: Any) -> dict[int, Tensor]:
     """Return the maps (B, D, h, w) of features by stride; where none is made, the patch tokens as one."""
     maps = features.maps or (tokens_to_map(features.tokens, features.grid),)
-    return {-(-features.size[0] // m.shape[-2]): m for m in maps}
+    return dict(zip(map_strides(model, features), maps))
 
 
 def _log_amplitude(x: Tensor) -> Tensor:

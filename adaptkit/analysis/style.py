@@ -22,13 +22,13 @@ from adaptkit.analysis.draw import to_picture
 from adaptkit.core.view import Source
 from adaptkit.predict.palette import palette
 
-__all__ = ["COLOURS", "MAP", "Drawn", "colour_bar", "panels", "pictured", "show", "star"]
+__all__ = ["COLOURS", "MAP", "WIDTH", "Drawn", "colour_bar", "panels", "pictured", "share", "show", "star"]
 
 COLOURS = tuple(f"#{r:02x}{g:02x}{b:02x}" for r, g, b in palette(12))  #: of curves and groups, one after another
 MAP = "viridis"  #: of values: even in lightness, so that it reads in grey as well
 WIDTH = 6.75  #: of a page of two columns, in inches
 SUFFIXES = (".pdf", ".svg", ".png")
-STYLE = {
+STYLE: Any = {
     "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7,
     "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
     "xtick.major.width": 0.6, "ytick.major.width": 0.6, "lines.linewidth": 1.4, "lines.markersize": 3,
@@ -92,18 +92,19 @@ def pictured(images: Tensor | Sequence[Tensor], source: Source) -> tuple[np.ndar
 
 
 def panels(
-    figure: Any, count: int, most: int, aspect: float = 1.0, title: float = 0.22, width: float = WIDTH
+    figure: Any, count: int, most: int, aspect: float = 1.0, title: float = 0.22, width: float = WIDTH, bar: float = 0.0
 ) -> list[Any]:
     """Give the figure so many panels for pictures, at most ``most`` in a row, and the height that they need.
 
     Rows are as full as they can be, and a last one that is not stands in the middle, so that no panel is empty.
-    ``aspect`` is height over width of a picture, ``title`` the inches above each.
+    ``aspect`` is height over width of a picture, ``title`` the inches above each, ``bar``
+    those beside all for the meaning of the colours.
     """
     rows = -(-count // most)
     columns = next((c for c in range(most, most // 2, -1) if count % c == 0), -(-count // rows))
     rows = -(-count // columns)
     side = min(width / columns, 2.2)
-    figure.set_size_inches(side * columns, rows * (side * aspect + title))
+    figure.set_size_inches(side * columns + bar, rows * (side * aspect + title))
     grid = figure.add_gridspec(rows, 2 * columns)
     made = []
     for i in range(count):
@@ -136,6 +137,12 @@ def show(
     return shown
 
 
+def share(values: Tensor, most: float = 0.99) -> np.ndarray:
+    """Values (h, w) over their 99th percentile, at most 1: one patch that gets nearly all hides no other."""
+    top = values.flatten().quantile(most).clamp_min(values.amax() * 1e-3).clamp_min(1e-30)
+    return (values / top).clamp(max=1).numpy()
+
+
 def star(axes: Any, query: tuple[float, float], size: float = 9) -> None:
     """Mark a query at the pixel (y, x)."""
     y, x = query
@@ -144,7 +151,7 @@ def star(axes: Any, query: tuple[float, float], size: float = 9) -> None:
 
 def colour_bar(figure: Any, shown: Any, axes: Sequence[Any], label: str) -> None:
     """Say what the colours of these panels mean."""
-    bar = figure.colorbar(shown, ax=list(axes), shrink=0.7, aspect=25, pad=0.015)
+    bar = figure.colorbar(shown, ax=list(axes), shrink=0.8, aspect=25, pad=0.02)
     bar.set_label(label)
     bar.outline.set_linewidth(0.4)
     bar.solids.set_alpha(1)

@@ -20,7 +20,7 @@ from adaptkit.core.view import Block, Features, Fn, Source, View
 from adaptkit.model.adapted import AdaptedModel, run
 from adaptkit.seam import reference
 
-__all__ = ["Host", "batch", "chosen", "run_watched", "source_of", "stages"]
+__all__ = ["Host", "batch", "chosen", "map_strides", "run_watched", "source_of", "stages"]
 
 #: What is called for each block: the block, its index, its input and its output (B, P+N, D). What it returns, if not
 #: None, goes on in place of the output.
@@ -121,6 +121,15 @@ def stages(spec: Any) -> list[int]:
     if isinstance(spec, HierarchicalSpec):
         return [stride for stride, depth in zip(spec.strides, spec.depths) for _ in range(depth)]
     return [spec.patch_size] * spec.depth
+
+
+def map_strides(model: nn.Module, features: Features) -> tuple[int, ...]:
+    """Return the strides of the maps of features, in pixels; of the patch tokens where there is no map."""
+    host = Host.of(model)
+    if not features.maps:
+        return (host.vit.spec.patch_size,)
+    side = next((a for a in host.acting if isinstance(a, SideAdapter)), None)
+    return tuple(host.vit.spec.strides if side is None else side.strides)
 
 
 def source_of(model: nn.Module, channels: int) -> Source:

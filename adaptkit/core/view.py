@@ -206,8 +206,8 @@ class Block:
     projections: Callable[[], Projections | None] = no_projections
     perceptron: Callable[[], Perceptron | None] = no_perceptron  #: ``mlp`` layer by layer, where it is that simple
     #: Where the attention of a block without ``qkv`` can be told all the same, for pictures: normed tokens (B, N, D) ->
-    #: the attention (B, heads, N, K), and which cell each key is (N, K), row by row. A key that is no cell (padding) has
-    #: weight 0, so that what is missing to 1 was spent on those.
+    #: the attention (B, heads, N, K), and which cell each key is (N, K), row by row. A key that is no cell, but
+    #: padding, has weight 0, so that what is missing to 1 was spent on those.
     attended: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     grid: tuple[int, int] | None = None  #: (h, w) of the patch tokens, as a block adapter gets the block
     repeatable: bool = True  #: whether the forward may run again: not where several processes must run in step
