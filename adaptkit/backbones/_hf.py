@@ -79,7 +79,8 @@ class HfViT(ViT):
         if tokens is not None:
             return tokens
         if getattr(said, "feature_maps", None):
-            return said.feature_maps[-1].flatten(2).transpose(1, 2)
+            last = said.feature_maps[-1]  # a map (B, D, h, w), or tokens where the config reshapes none
+            return last.flatten(2).transpose(1, 2) if last.ndim == 4 else last
         raise TypeError(f"its forward returns {type(said).__name__}, which has no last_hidden_state")
 
     def interpolating(self, image: Tensor) -> dict[str, bool]:
