@@ -93,9 +93,7 @@ TOWERS["Aimv2VisionModel (native)"] = Tower(
     hf("aimv2", "Aimv2VisionModel", "Aimv2VisionConfig", is_native=True, qkv_bias=True), last()
 )
 _data2vec = ("data2vec.modeling_data2vec_vision", "Data2VecVisionModel")
-TOWERS["Data2VecVisionModel"] = Tower(
-    lambda: _data2vec_vision(use_relative_position_bias=True), last()
-)
+TOWERS["Data2VecVisionModel"] = Tower(lambda: _data2vec_vision(use_relative_position_bias=True), last())
 TOWERS["Data2VecVisionModel (shared bias)"] = Tower(
     lambda: _data2vec_vision(use_shared_relative_position_bias=True, use_absolute_position_embeddings=True,
                              use_mean_pooling=False, layer_scale_init_value=0.0), last(),
@@ -164,7 +162,9 @@ TOWERS["EomtDinov3ForUniversalSegmentation"] = Tower(
 # ------------------------------------------------------------------------------------ those with a classifier of theirs
 
 
-def _headed(path: str, cls: str, config: str, inside: str, tokens: Callable[[Any, Tensor], Tensor], **more: Any) -> None:
+def _headed(
+    path: str, cls: str, config: str, inside: str, tokens: Callable[[Any, Tensor], Tensor], **more: Any
+) -> None:
     """``more``: of the config, and ``sizes``."""
     sizes = more.pop("sizes", NATIVE)
     TOWERS[cls] = Tower(
@@ -295,9 +295,7 @@ def _sam2(around: bool = False) -> nn.Module:
     return randomise(_of("sam2", "Sam2VisionModel")(whole))
 
 
-TOWERS["Sam2HieraDetModel"] = Tower(
-    _sam2, lambda host, image: host(image).last_hidden_state.flatten(1, 2), BIG
-)
+TOWERS["Sam2HieraDetModel"] = Tower(_sam2, lambda host, image: host(image).last_hidden_state.flatten(1, 2), BIG)
 TOWERS["Sam2VisionModel"] = Tower(
     lambda: _sam2(True), lambda host, image: host(image).last_hidden_state.flatten(1, 2), BIG
 )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from adaptkit.backbones._timm import REMEDY, class_name, is_bare, joined
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, Perceptron, Source, Spec, ViT, identity
+from adaptkit.core.view import Perceptron, Source, Spec, ViT, identity
 
 #: Attributes of both classes.
 COMMON = ("patch_embed", "cls_token", "blocks", "norm", "prepare_tokens_with_masks", "forward_features")

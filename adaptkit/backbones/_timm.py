@@ -52,8 +52,8 @@ def patch_sides(embed: Any) -> tuple[int, int]:
         return embed.feat_ratio(as_scalar=False)
     if not {"PatchEmbed", "PatchEmbedWithSize"} & set(kinds):
         raise TypeError(
-            f"patch embedding {type(embed).__name__} is neither a strided convolution (PatchEmbed) nor a network before "
-            f"one (HybridEmbed), which the adapters' grid and the resizing of positions rest on; {REMEDY}"
+            f"patch embedding {type(embed).__name__} is neither a strided convolution (PatchEmbed) nor a network "
+            f"before one (HybridEmbed), which the adapters' grid and the resizing of positions rest on; {REMEDY}"
         )
     return embed.patch_size
 
@@ -72,7 +72,7 @@ def channels(backbone: Any) -> int:
 
 
 def patchify(backbone: Any, image: Tensor) -> Tensor:
-    """(B, C, h*p, w*p) -> (B, h*w, D): timm's PatchEmbed without its fixed-size assertions; a hybrid's network first."""
+    """(B, C, h*p, w*p) -> (B, h*w, D): timm's PatchEmbed without its fixed sizes; a hybrid's network first."""
     embed = backbone.patch_embed
     if hasattr(embed, "backbone"):
         image = embed.backbone(image)
@@ -185,9 +185,7 @@ def head_count(backbone: Any) -> int:
         attentions += parallel.attentions(block) if parallel.is_parallel(block) else [getattr(block, "attn", None)]
     if not attentions or any(attn is None for attn in attentions):
         kinds = ", ".join(sorted({class_name(block) for block in backbone.blocks})) or "no block"
-        raise TypeError(
-            f"{kinds} is not of the form x + attn(norm(x)), x + mlp(norm(x)); {REMEDY}"
-        )
+        raise TypeError(f"{kinds} is not of the form x + attn(norm(x)), x + mlp(norm(x)); {REMEDY}")
     counts = {unwrapped(attn).num_heads for attn in attentions}
     if len(counts) != 1:
         raise TypeError(f"blocks with different head counts {sorted(counts)} have no single Spec.num_heads; {REMEDY}")

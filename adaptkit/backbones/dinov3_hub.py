@@ -20,7 +20,7 @@ Angles = tuple[Tensor, Tensor]  #: sines and cosines (h*w, E)
 
 @register_family("dinov3.models.vision_transformer.DinoVisionTransformer", having=(*COMMON, "rope_embed"))
 class DINOv3Hub(DinoHub):
-    """Rotary positions, sines and cosines (h*w, E) that each block is given; class and storage tokens are not turned."""
+    """Rotary positions: each block is given sines and cosines (h*w, E); class and storage tokens are not turned."""
 
     positions = "rope"
 
@@ -41,7 +41,10 @@ class DINOv3Hub(DinoHub):
 def _block(outer: Any, rope: Angles) -> Block:
     """``outer``: the block as it runs, maybe compiled or wrapped; its parts are those of what is inside."""
     attn: Any = unwrapped(unwrapped(outer).attn)
-    parts = dino_hub_block(outer) | {"run": partial(_run, outer, rope), "attn": partial(unwrapped(outer).attn, rope=rope)}
+    parts = dino_hub_block(outer) | {
+        "run": partial(_run, outer, rope),
+        "attn": partial(unwrapped(outer).attn, rope=rope),
+    }
     return Block(qkv=partial(_qkv, attn, rope), qkv_at=partial(_qkv_at, attn, rope), **parts)
 
 

@@ -91,8 +91,6 @@ _register(
     _data2vec,
 )
 _register("clip.modeling_clip.CLIPForImageClassification", HfCLIPUnnormed, "vision_model", _patch_mean)
-_register(
-    "metaclip_2.modeling_metaclip_2.MetaClip2ForImageClassification", HfCLIPUnnormed, "vision_model", _patch_mean
-)
+_register("metaclip_2.modeling_metaclip_2.MetaClip2ForImageClassification", HfCLIPUnnormed, "vision_model", _patch_mean)
 _register("siglip.modeling_siglip.SiglipForImageClassification", HfSiglip, "vision_model", _mean)
 _register("siglip2.modeling_siglip2.Siglip2ForImageClassification", HfSiglip2, "vision_model", _mean)

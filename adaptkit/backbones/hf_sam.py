@@ -38,7 +38,9 @@ class HfSam(HfViT):
         x = backbone.patch_embed.projection(image).permute(0, 2, 3, 1)
         table = backbone.pos_embed
         if table is not None:
-            x = x + (table if tuple(table.shape[1:3]) == grid else resampled(table.flatten(1, 2), grid).unflatten(1, grid))
+            x = x + (
+                table if tuple(table.shape[1:3]) == grid else resampled(table.flatten(1, 2), grid).unflatten(1, grid)
+            )
         return x.flatten(1, 2)
 
     def layers(self) -> Any:

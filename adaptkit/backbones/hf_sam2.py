@@ -112,7 +112,9 @@ def _block(outer: Any, grid: tuple[int, int]) -> Block:
 def sam2_vision_model(model: Any) -> View:
     """See the backbone inside; the neck stays beside it, unused. ``TypeError`` where it is of another kind."""
     if type(model.backbone).__name__ != "Sam2HieraDetModel":
-        raise TypeError(f"its backbone is a {type(model.backbone).__name__}: hand over `model.backbone`, if that is seen")
+        raise TypeError(
+            f"its backbone is a {type(model.backbone).__name__}: hand over `model.backbone`, if that is seen"
+        )
     seen = HfSam2(model.backbone)
     if not seen.source().id:
         seen.origin = hf_source(model, seen.spec.channels)

@@ -34,7 +34,9 @@ class OpenCLIPViT(ViT):
         layers, kernel = block_list(backbone.transformer.resblocks), backbone.conv1.weight
         parts = mha_parts(_plain(layers[0]).attn)  # refuses the batch second
         heads = unwrapped(parts["attn"].args[0]).num_heads
-        super().__init__(backbone, Spec("open-clip-vit", kernel.shape[0], len(layers), heads, height, 1, kernel.shape[1]))
+        super().__init__(
+            backbone, Spec("open-clip-vit", kernel.shape[0], len(layers), heads, height, 1, kernel.shape[1])
+        )
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patches, class token, positions, ``ln_pre``."""
@@ -102,7 +104,7 @@ def _plain(outer: Any) -> Any:
     blk: Any = unwrapped(outer)
     if not isinstance(unwrapped(getattr(blk, "attn", nn.Identity())), nn.MultiheadAttention):
         raise TypeError(
-            f"open_clip's {class_name(blk)} attends by another rule than softmax(q k^T) v (scaled cosine, or a scale for "
+            f"open_clip's {class_name(blk)} attends by another rule than softmax(q k^T) v (scaled cosine, a scale for "
             f"each head); {REMEDY}"
         )
     return blk

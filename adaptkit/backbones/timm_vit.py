@@ -1,4 +1,4 @@
-"""timm's plain VisionTransformer: ViT, DeiT (1 to 3, distilled), MAE, DINO, DINOv2 (registers too), CLIP, SigLIP, hybrids."""
+"""timm's plain VisionTransformer: ViT, DeiT (1 to 3, distilled), MAE, DINO, DINOv2 (registers too), CLIP, hybrids."""
 
 from __future__ import annotations
 

@@ -84,10 +84,12 @@ def _built(name: str, pretrained: bool) -> Any:
     try:
         with torch.device("meta"):
             return cls(cls.config_class())
-    except Exception as error:  # of many kinds: a config without defaults, a model that asks for values while it is built
+    except (
+        Exception
+    ) as error:  # of many kinds: a config without defaults, a model that asks for values while it is built
         raise ValueError(
-            f"{name} cannot be built from its default config ({str(error).splitlines()[0]}): give the folder or the Hub "
-            "id of one"
+            f"{name} cannot be built from its default config ({str(error).splitlines()[0]}): give the folder "
+            "or the Hub id of one"
         ) from error
 
 

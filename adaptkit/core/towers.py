@@ -49,7 +49,9 @@ def parts_of(
         family_of: returns what sees a module, or None.
         refusals: class path -> why no family sees that class.
     """
-    seen, refused, below = [], [], []
+    seen: list[Found] = []
+    refused: list[Found] = []
+    below: list[str] = []
     for path, module in _top_down(model):
         why, family = first_of(module, refusals), family_of(module)
         if path.startswith(tuple(below)) or (why is None and family is None):
@@ -75,7 +77,9 @@ def said_of(model: nn.Module, seen: list[Found], refused: list[Found], reason: s
     if not seen:
         return "".join(f"; nor its {part}: {part.reason}" for part in refused)
     ways = " or ".join(map(str, seen))
-    return f" as a whole; hand over what sees images in it, {ways}: the rest of the {type(model).__name__} stays beside it"
+    return (
+        f" as a whole; hand over what sees images in it, {ways}: the rest of the {type(model).__name__} stays beside it"
+    )
 
 
 def _top_down(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -77,7 +77,8 @@ def test_an_adapter_trains_on_it_and_detaches(name, adapter):
     try:
         model = adaptkit.attach(host, (adapter, {**OPTIONS.get(adapter, {}), **options}))
     except TypeError as error:
-        assert any(why in str(error) for why in ("does not come apart", "one width and one grid", "no list of its"))
+        if not any(why in str(error) for why in ("does not come apart", "one width and one grid", "no list of its")):
+            raise
         model = adaptkit.attach(host, ("metaformer", OPTIONS["metaformer"]))
     features = model(image(*size))
     outputs = [features.tokens, *features.maps, *features.aux.values()]
@@ -88,7 +89,9 @@ def test_an_adapter_trains_on_it_and_detaches(name, adapter):
         assert torch.equal(TOWERS[name].tokens(host, image(*size)), expected)
 
 
-@pytest.mark.parametrize("name", ["ViTForImageClassification", "Dinov2ForImageClassification", "CLIPForImageClassification"])
+@pytest.mark.parametrize(
+    "name", ["ViTForImageClassification", "Dinov2ForImageClassification", "CLIPForImageClassification"]
+)
 @torch.no_grad()
 def test_a_classifier_is_kept_under_adapters(name):
     host = TOWERS[name].build()

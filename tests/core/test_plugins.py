@@ -69,6 +69,10 @@ class RelPosViT(ViT):
 
     def source(self):
         return Source("relpos-vit")
+
+    def accept(self, grid):
+        for b in self.backbone.blocks:  # of a copy: its tables are of the backbone's own grid
+            b.attn.rel_pos = None
 '''
 
 USE = """
