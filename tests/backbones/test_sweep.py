@@ -67,7 +67,12 @@ def distinct():
 
 
 CASES = distinct()
-cases = pytest.mark.parametrize("case", CASES, ids=[case.names[0] for case in CASES])
+#: Hybrids whose network before the tokens takes seconds; the small ones stay.
+SLOW = [case for case in CASES if case.module.endswith("hybrid") and "r_s16" not in case.names[0]]
+cases = pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=c.names[0], marks=[pytest.mark.full] if c in SLOW else []) for c in CASES],
+)
 
 
 def build(case, **more):
