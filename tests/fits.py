@@ -1,11 +1,17 @@
-"""Which adapter fits which backbone, found out by attaching: ``python tests/fits.py`` prints README's table."""
+"""Which adapter fits which backbone, found out by attaching.
+
+``python tests/fits.py`` prints README's table; then the same for every other vision tower, what to hand over of a model
+around one, and why some towers are refused.
+"""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
+from containers import HELD, REFUSED
 from families import HOSTS
+from towers import TOWERS
 
 import adaptkit
 from adaptkit.core import registry
@@ -54,5 +60,38 @@ def table():
     return "\n".join(lines)
 
 
+def cell(adapter, host):
+    """As in the table; "named" where LoRA asks which layers."""
+    try:
+        return "yes" if fits(adapter, host) else ""
+    except ValueError as error:
+        if "target_modules=" not in str(error):
+            raise
+        return "named"
+
+
+def towers():
+    """Markdown: every tower of ``towers.py``, with the family that sees it."""
+    names = [name for name in adaptkit.list_adapters() if "toy" not in name]
+    lines = ["| | family | " + " | ".join(f"`{n}`" for n in names) + " |", "|---" * (len(names) + 2) + "|"]
+    for name, tower in TOWERS.items():
+        host = tower.build()
+        title = name if name.startswith(tower.library) or tower.library == "torch.hub" else f"{tower.library} {name}"
+        cells = [registry.view(host).spec.family, *(cell(n, host) for n in names)]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def others():
+    """Markdown: what the error says of models around a tower, and of towers of other blocks."""
+    lines = ["| transformers | what `attach` says |", "|---|---|"]
+    for name, (build, _) in {**HELD, **REFUSED}.items():
+        try:
+            adaptkit.attach(build(), "sfp")
+        except TypeError as error:
+            lines.append(f"| {name} | {error} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(table())
+    print(table(), towers(), others(), sep="\n\n")

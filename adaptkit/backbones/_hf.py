@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -46,6 +48,16 @@ class HfViT(ViT):
         """As ``gradient_checkpointing_enable`` left it, layer by layer; the layers heed it in training mode alone."""
         return any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers())
 
+    def embeddings(self) -> Any:
+        """``body.embeddings``; where another rule is followed a copy that shares its weights and resamples by it."""
+        own: Any = self.body.embeddings
+        if self.positions == type(self).positions:
+            return own
+        following = copy.copy(own)
+        antialias = self.positions == "bicubic antialias"
+        following.interpolate_pos_encoding = partial(_resampled_table, own, antialias, self.spec.patch_size)
+        return following
+
     def classify(self, x: Tensor) -> Tensor | None:
         """As the class with a classifier does it; None for a base model."""
         return None if self.head is None else self.head(self.backbone, x)
@@ -79,7 +91,8 @@ class HfViT(ViT):
         if tokens is not None:
             return tokens
         if getattr(said, "feature_maps", None):
-            return said.feature_maps[-1].flatten(2).transpose(1, 2)
+            last = said.feature_maps[-1]  # a map (B, D, h, w), or tokens where the config reshapes none
+            return last.flatten(2).transpose(1, 2) if last.ndim == 4 else last
         raise TypeError(f"its forward returns {type(said).__name__}, which has no last_hidden_state")
 
     def interpolating(self, image: Tensor) -> dict[str, bool]:
@@ -134,11 +147,23 @@ def is_native(image: Tensor, size: Any) -> bool:
     return tuple(image.shape[-2:]) == _pair(size)
 
 
-def resampled(table: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Positions (1, n*n, D) of a square grid on another one, bicubic without antialias, as transformers does."""
+def _resampled_table(embeddings: Any, antialias: bool, patch: int, x: Tensor, height: int, width: int) -> Tensor:
+    """Return the table of positions for an image of this size, in pixels; the table itself at its own grid."""
+    table = getattr(embeddings, "position_embeddings", None)
+    table = embeddings.position_embedding.weight[None] if table is None else table
+    side = math.isqrt(table.shape[1])
+    prefix, grid = table.shape[1] - side * side, (height // patch, width // patch)
+    if grid == (side, side):
+        return table
+    return torch.cat([table[:, :prefix], resampled(table[:, prefix:], grid, antialias)], dim=1)
+
+
+def resampled(table: Tensor, grid: tuple[int, int], antialias: bool = False) -> Tensor:
+    """Positions (1, n*n, D) of a square grid on another one, bicubic; transformers does without antialias."""
     side = round(table.shape[1] ** 0.5)
     square = table.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    return F.interpolate(square, size=grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+    square = F.interpolate(square, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
+    return square.flatten(2).transpose(1, 2)
 
 
 def _pair(x: Any) -> tuple[int, int]:

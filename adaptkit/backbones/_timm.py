@@ -52,8 +52,8 @@ def patch_sides(embed: Any) -> tuple[int, int]:
         return embed.feat_ratio(as_scalar=False)
     if not {"PatchEmbed", "PatchEmbedWithSize"} & set(kinds):
         raise TypeError(
-            f"patch embedding {type(embed).__name__} is neither a strided convolution (PatchEmbed) nor a network before "
-            f"one (HybridEmbed), which the adapters' grid and the resizing of positions rest on; {REMEDY}"
+            f"patch embedding {type(embed).__name__} is neither a strided convolution (PatchEmbed) nor a network "
+            f"before one (HybridEmbed), which the adapters' grid and the resizing of positions rest on; {REMEDY}"
         )
     return embed.patch_size
 
@@ -72,7 +72,7 @@ def channels(backbone: Any) -> int:
 
 
 def patchify(backbone: Any, image: Tensor) -> Tensor:
-    """(B, C, h*p, w*p) -> (B, h*w, D): timm's PatchEmbed without its fixed-size assertions; a hybrid's network first."""
+    """(B, C, h*p, w*p) -> (B, h*w, D): timm's PatchEmbed without its fixed sizes; a hybrid's network first."""
     embed = backbone.patch_embed
     if hasattr(embed, "backbone"):
         image = embed.backbone(image)
@@ -81,8 +81,10 @@ def patchify(backbone: Any, image: Tensor) -> Tensor:
     return embed.norm(embed.proj(image).flatten(2).transpose(1, 2))
 
 
-def resampled_positions(backbone: Any, grid: tuple[int, int], prefix: int) -> Tensor:
-    """Return the position table (1, prefix + h*w, D) on another grid, by timm's own rule; the table itself on its own.
+def resampled_positions(backbone: Any, grid: tuple[int, int], prefix: int, antialias: bool = True) -> Tensor:
+    """Return the position table (1, prefix + h*w, D) on another grid, bicubic; the table itself on its own.
+
+    timm's own rule has antialias.
 
     timm's rule only shortcuts on the table's own grid; an export keeps that grid's shortcut as a constant shape.
     """
@@ -92,7 +94,11 @@ def resampled_positions(backbone: Any, grid: tuple[int, int], prefix: int) -> Te
     if grid == native:
         return backbone.pos_embed
     return resample_abs_pos_embed(
-        backbone.pos_embed, new_size=list(grid), old_size=list(native), num_prefix_tokens=prefix
+        backbone.pos_embed,
+        new_size=list(grid),
+        old_size=list(native),
+        num_prefix_tokens=prefix,
+        antialias=antialias,
     )
 
 
@@ -102,18 +108,18 @@ def prefix_tokens(backbone: Any) -> list[Tensor]:
     return [t for t in tokens if t is not None]
 
 
-def add_prefix_and_positions(backbone: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
+def add_prefix_and_positions(backbone: Any, x: Tensor, grid: tuple[int, int], antialias: bool = True) -> Tensor:
     """(B, h*w, D) -> (B, P + h*w, D), positions added before or after the prefix joins, as the backbone does."""
     prefix = [t.expand(x.shape[0], -1, -1) for t in prefix_tokens(backbone)]
     no_embed_class = getattr(backbone, "no_embed_class", False)
     if backbone.pos_embed is not None and no_embed_class:
-        x = x + resampled_positions(backbone, grid, 0)
+        x = x + resampled_positions(backbone, grid, 0, antialias)
     if (
         prefix
     ):  # with none, a copy would lay the tokens out otherwise than the backbone has them, and sums round otherwise
         x = torch.cat([*prefix, x], dim=1)
     if backbone.pos_embed is not None and not no_embed_class:
-        x = x + resampled_positions(backbone, grid, backbone.num_prefix_tokens)
+        x = x + resampled_positions(backbone, grid, backbone.num_prefix_tokens, antialias)
     return x
 
 

@@ -20,7 +20,7 @@ Angles = tuple[Tensor, Tensor]  #: sines and cosines (h*w, E)
 
 @register_family("dinov3.models.vision_transformer.DinoVisionTransformer", having=(*COMMON, "rope_embed"))
 class DINOv3Hub(DinoHub):
-    """Rotary positions, sines and cosines (h*w, E) that each block is given; class and storage tokens are not turned."""
+    """Rotary positions: each block is given sines and cosines (h*w, E); class and storage tokens are not turned."""
 
     positions = "rope"
 

@@ -29,6 +29,7 @@ class HfCLIP(HfViT):
     """
 
     positions = "bicubic"
+    position_rules = ("bicubic", "bicubic antialias")
     first_norm = "pre_layrnorm"  #: transformers' spelling
 
     def __init__(self, backbone: Any) -> None:
@@ -39,7 +40,7 @@ class HfCLIP(HfViT):
         """``backbone.embeddings`` and the norm before the first block."""
         backbone: Any = self.body
         interpolate = not is_native(image, backbone.config.image_size)
-        return getattr(backbone, self.first_norm)(backbone.embeddings(image, interpolate_pos_encoding=interpolate))
+        return getattr(backbone, self.first_norm)(self.embeddings()(image, interpolate_pos_encoding=interpolate))
 
     def layers(self) -> Any:
         """``backbone.encoder.layers``."""

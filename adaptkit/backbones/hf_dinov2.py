@@ -22,6 +22,7 @@ class HfDinov2(HfViT):
     """Blocks ``x + ls(attn(norm(x)))``; absolute positions, resampled bicubic without antialias."""
 
     positions = "bicubic"
+    position_rules = ("bicubic", "bicubic antialias")
 
     def __init__(self, backbone: Any) -> None:
         registers = getattr(backbone.embeddings, "register_tokens", None)
@@ -31,7 +32,7 @@ class HfDinov2(HfViT):
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``backbone.embeddings``, which takes any size."""
-        return self.body.embeddings(image)
+        return self.embeddings()(image)
 
     def layers(self) -> Any:
         """``backbone.encoder.layer``."""

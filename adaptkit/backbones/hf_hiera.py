@@ -39,7 +39,7 @@ class HfHiera(HfHierarchical):
         if len({*stride}) != 1 or len({*config.patch_stride}) != 1 or config.num_query_pool != len(counts) - 1:
             raise TypeError(
                 f"a Hiera with query_stride {list(stride)}, patch_stride {list(config.patch_stride)} and "
-                f"{config.num_query_pool} poolings for {len(counts)} stages has no single stride per stage; use one that "
+                f"{config.num_query_pool} poolings for {len(counts)} stages has no one stride per stage; use one that "
                 "halves the map on entering each later stage, by the same factor in height and width"
             )
         depths = depths_but_entries(counts, pooled, type(backbone).__name__)

@@ -19,6 +19,7 @@ class HfSiglip(HfViT):
     """Blocks ``x + attn(norm(x))``; absolute positions, resampled bicubic without antialias."""
 
     positions = "bicubic"
+    position_rules = ("bicubic", "bicubic antialias")
 
     def __init__(self, backbone: Any) -> None:
         kernel = backbone.embeddings.patch_embedding.weight
@@ -26,7 +27,7 @@ class HfSiglip(HfViT):
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``backbone.embeddings``, with its own interpolation at another size."""
-        embeddings: Any = self.body.embeddings
+        embeddings: Any = self.embeddings()
         return embeddings(image, interpolate_pos_encoding=not is_native(image, embeddings.image_size))
 
     def layers(self) -> Any:

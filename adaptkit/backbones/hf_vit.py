@@ -24,6 +24,7 @@ class HfPlainViT(HfViT):
     """Blocks ``x + attn(norm(x))``; absolute positions, resampled bicubic without antialias."""
 
     positions = "bicubic"
+    position_rules = ("bicubic", "bicubic antialias")
 
     def __init__(self, backbone: Any) -> None:
         embeddings = backbone.embeddings
@@ -33,7 +34,7 @@ class HfPlainViT(HfViT):
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``backbone.embeddings``, with its own interpolation at another size."""
-        embeddings: Any = self.body.embeddings
+        embeddings: Any = self.embeddings()
         return embeddings(image, interpolate_pos_encoding=not is_native(image, embeddings.image_size))
 
     def layers(self) -> Any:

@@ -104,7 +104,7 @@ def _plain(outer: Any) -> Any:
     blk: Any = unwrapped(outer)
     if not isinstance(unwrapped(getattr(blk, "attn", nn.Identity())), nn.MultiheadAttention):
         raise TypeError(
-            f"open_clip's {class_name(blk)} attends by another rule than softmax(q k^T) v (scaled cosine, or a scale for "
+            f"open_clip's {class_name(blk)} attends by another rule than softmax(q k^T) v (scaled cosine, a scale for "
             f"each head); {REMEDY}"
         )
     return blk

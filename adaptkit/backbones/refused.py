@@ -23,9 +23,9 @@ register_refusal(
     f"{_T}.pixtral.modeling_pixtral.PixtralVisionModel",
 )
 register_refusal(
-    "its blocks run on all tiles of an image at once, padded to a multiple of eight tokens, under a mask that says which "
-    "tiles there are, and a second, gated stack of blocks follows the first: there is no one list of blocks on the "
-    "patches of one image. Use the ViT of a model that takes one image, for instance CLIP or SigLIP",
+    "its blocks run on all tiles of an image at once, padded to a multiple of eight tokens, under a mask that says "
+    "which tiles there are, and a second, gated stack of blocks follows the first: there is no one list of blocks on "
+    "the patches of one image. Use the ViT of a model that takes one image, for instance CLIP or SigLIP",
     f"{_T}.mllama.modeling_mllama.MllamaVisionModel",
 )
 register_refusal(

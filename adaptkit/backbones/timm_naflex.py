@@ -27,7 +27,7 @@ from adaptkit.core.view import Block, Source, Spec, ViT
 
 @register_family("timm.models.naflexvit.NaFlexVit")
 class TimmNaFlex(ViT):
-    """timm's plain blocks or EVA's, as the model was built; all images of a batch have one size, so nothing is masked."""
+    """timm's plain blocks or EVA's; all images of a batch have one size, so nothing is masked."""
 
     def __init__(self, backbone: Any) -> None:
         height, width = backbone.embeds.patch_size

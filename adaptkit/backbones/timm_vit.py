@@ -1,4 +1,4 @@
-"""timm's plain VisionTransformer: ViT, DeiT (1 to 3, distilled), MAE, DINO, DINOv2 (registers too), CLIP, SigLIP, hybrids."""
+"""timm's plain VisionTransformer: ViT, DeiT (1 to 3, distilled), MAE, DINO, DINOv2 (registers too), CLIP, hybrids."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class TimmViT(ViT):
     """Blocks ``x + ls(attn(norm(x)))``; absolute positions, resampled bicubic with antialias as timm does."""
 
     positions = "bicubic antialias"
+    position_rules = ("bicubic antialias", "bicubic")
 
     def __init__(self, backbone: Any) -> None:
         sizes = (
@@ -59,7 +60,8 @@ class TimmViT(ViT):
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patches, prefix, positions, CLIP's ``norm_pre``."""
         backbone: Any = self.backbone
-        return backbone.norm_pre(add_prefix_and_positions(backbone, patchify(backbone, image), grid))
+        antialias = self.positions == "bicubic antialias"
+        return backbone.norm_pre(add_prefix_and_positions(backbone, patchify(backbone, image), grid, antialias))
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """timm's own blocks."""

@@ -88,8 +88,8 @@ def _built(name: str, pretrained: bool) -> Any:
         Exception
     ) as error:  # of many kinds: a config without defaults, a model that asks for values while it is built
         raise ValueError(
-            f"{name} cannot be built from its default config ({str(error).splitlines()[0]}): give the folder or the Hub "
-            "id of one"
+            f"{name} cannot be built from its default config ({str(error).splitlines()[0]}): give the folder "
+            "or the Hub id of one"
         ) from error
 
 

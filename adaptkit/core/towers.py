@@ -49,7 +49,9 @@ def parts_of(
         family_of: returns what sees a module, or None.
         refusals: class path -> why no family sees that class.
     """
-    seen, refused, below = [], [], []
+    seen: list[Found] = []
+    refused: list[Found] = []
+    below: list[str] = []
     for path, module in _top_down(model):
         why, family = first_of(module, refusals), family_of(module)
         if path.startswith(tuple(below)) or (why is None and family is None):

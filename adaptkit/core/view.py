@@ -238,6 +238,7 @@ class View(ABC):
     """
 
     positions: str = "none"  #: the rule by which positions go to another grid, as the backbone does it
+    position_rules: tuple[str, ...] = ()  #: others among which :meth:`follow` may choose, the backbone's own too
     replayed: bool = False  #: whether the backbone has run already, for others too, and this view says what it gave
     tupled: bool = False  #: whether the modules that blocks run return their tokens as the first of a pair
     spec: Any  #: Spec of a plain ViT, HierarchicalSpec of a hierarchical backbone
@@ -289,6 +290,18 @@ class View(ABC):
     @abstractmethod
     def source(self) -> Source:
         """Return what the backbone knows of its origin."""
+
+    def follow(self, rule: str) -> None:
+        """Bring positions to another grid by this rule from now on, whatever the backbone does itself.
+
+        At the backbone's own grid nothing changes. Raises ``ValueError`` for a rule that this family does not know.
+        """
+        if rule not in (self.positions, *self.position_rules):
+            known = " or ".join(map(repr, self.position_rules or (self.positions,)))
+            raise ValueError(
+                f"positions={rule!r}: {type(self.backbone).__name__} brings them to another grid as {known}"
+            )
+        self.positions = rule
 
     def sizes(self) -> Sequence[tuple[int, int]]:
         """Return sizes (H, W) in pixels that the backbone takes, its own first; ``()``: there is no reference."""

@@ -249,7 +249,7 @@ def check_fits(file: AdapterFile, vit: View, strict: bool = False) -> None:
         warnings.warn(
             f"{file.path} was trained where positions go to another grid as {saved['positions']!r}, this backbone "
             f"({type(vit.backbone).__name__}) does it as {vit.positions!r}: results agree at the native size only. For "
-            "other sizes take the library that it was trained in",
+            f"other sizes {_other_rule(saved['positions'], vit)}",
             UserWarning,
             stacklevel=3,
         )
@@ -261,6 +261,11 @@ def check_fits(file: AdapterFile, vit: View, strict: bool = False) -> None:
             UserWarning,
             stacklevel=3,
         )
+
+
+def _other_rule(rule: str, vit: View) -> str:
+    known = rule in vit.position_rules
+    return f"attach(..., positions={rule!r})" if known else "take the library that it was trained in"
 
 
 def say_spec(spec: Spec | HierarchicalSpec) -> str:

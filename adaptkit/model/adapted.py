@@ -51,6 +51,7 @@ def attach(
     name: str = "default",
     strict: bool = False,
     train_backbone: Sequence[str] = (),
+    positions: str | None = None,
     **options: Any,
 ) -> AdaptedModel:
     """Freeze ``model`` and attach adapters to it, and optionally a head.
@@ -68,6 +69,9 @@ def attach(
         train_backbone: parts of the backbone to train as well, by the names of its modules or parameters, or patterns
             of them: ``("blocks.11", "norm")``, ``("*.bias",)``. They are saved in the file; ``detach()`` gives the
             backbone back without them, ``detach(keep=True)`` with them.
+        positions: the rule by which positions go to another grid than the backbone's own, ``"bicubic"`` (transformers)
+            or ``"bicubic antialias"`` (timm): so that a file from one library says the same on the other at any size.
+            None: as the backbone does it. The rule is recorded in the file, and another one is a warning.
         options: of the adapter, where it is the only one and given by name: ``attach(m, "vit-adapter", norm="group")``.
 
     Returns the adapted model on the backbone's device: in training mode, or in eval mode where a saved adapter is
@@ -93,6 +97,8 @@ def attach(
         vit = view_of(model, adapters)
         check_free(model, vit.backbone)
         prove(vit)
+        if positions is not None:
+            vit.follow(positions)
         found = (entry.module.existing(vit.backbone) for entry in registry.adapters().values())  # type: ignore[attr-defined]
         existing: ExistingLayers | None = next((layers for layers in found if layers is not None), None)
         own = () if existing is None else (existing.config,)

@@ -40,45 +40,45 @@ class Bottleneck(BlockAdapter):
 FAMILY = '''
 import torch
 from adaptkit import Spec, register_family
-from adaptkit.core.view import Block, Source, ViT, identity
+from adaptkit.core.view import Block, Source, ViT
 
-@register_family("torchvision.models.vision_transformer.VisionTransformer")
-class TorchvisionViT(ViT):
-    """torchvision's ViT at its own size."""
+@register_family("timm.models.vision_transformer_relpos.VisionTransformerRelPos")
+class RelPosViT(ViT):
+    """timm's ViT with relative positions, at its own size."""
 
     def __init__(self, host):
-        layers = host.encoder.layers
-        heads = layers[0].self_attention.num_heads
-        super().__init__(host, Spec("torchvision-vit", host.hidden_dim, len(layers), heads, host.patch_size, 1))
+        blocks, patch = host.blocks, host.patch_embed.patch_size[0]
+        sizes = (host.embed_dim, len(blocks), blocks[0].attn.num_heads, patch, host.num_prefix_tokens)
+        super().__init__(host, Spec("relpos-vit", *sizes))
 
     def embed(self, image, grid):
-        host = self.backbone
-        x = host._process_input(image)
-        return torch.cat([host.class_token.expand(len(x), -1, -1), x], dim=1) + host.encoder.pos_embedding
+        return self.backbone.patch_embed(image)
 
     def blocks(self, image, grid):
-        def attention(layer):
-            return lambda h: layer.self_attention(h, h, h, need_weights=False)[0]
-        return [Block(run=b, norm1=b.ln_1, attn=attention(b), scale1=identity, norm2=b.ln_2, mlp=b.mlp,
-                      scale2=identity, qkv=None, out=None) for b in self.backbone.encoder.layers]
+        return [Block(run=b, norm1=b.norm1, attn=b.attn, scale1=b.ls1, norm2=b.norm2, mlp=b.mlp, scale2=b.ls2,
+                      qkv=None, out=None) for b in self.backbone.blocks]
 
     def norm(self, x):
-        return self.backbone.encoder.ln(x)
+        return self.backbone.norm(x)
 
     def classify(self, x):
-        return self.backbone.heads(x[:, 0])
+        return self.backbone.forward_head(x)
 
     def fingerprint_tensors(self):
-        return {"patch": self.backbone.conv_proj.weight}
+        return {"patch": self.backbone.patch_embed.proj.weight}
 
     def source(self):
-        return Source("torchvision-vit")
+        return Source("relpos-vit")
+
+    def accept(self, grid):
+        for b in self.backbone.blocks:  # of a copy: its tables are of the backbone's own grid
+            b.attn.rel_pos = None
 '''
 
 USE = """
 import warnings
 import torch
-from torchvision.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import adaptkit
@@ -87,9 +87,9 @@ said = [str(w.message) for w in caught if "plug-in" in str(w.message)]
 assert len(said) == 1 and "'broken' of package others (not_there)" in said[0], said
 
 torch.manual_seed(0)
-torch.set_grad_enabled(False)  # torchvision runs another attention kernel where gradients are recorded
-host = VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=5).eval()
-torch.nn.init.normal_(host.heads.head.weight)  # torchvision's classifier starts at zero
+torch.set_grad_enabled(False)
+sizes = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+host = VisionTransformerRelPos(**sizes).eval()
 x = torch.randn(2, 3, 32, 32)
 expected = host(x)
 model = adaptkit.attach(host, ("bottleneck", {"width": 4}), "sfp")
@@ -101,7 +101,7 @@ with torch.no_grad():
         p.add_(0.1)
 model.save("saved")
 torch.manual_seed(0)
-again = adaptkit.attach(VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=5), "saved")
+again = adaptkit.attach(VisionTransformerRelPos(**sizes), "saved")
 assert torch.equal(again(x).tokens, model(x).tokens)
 assert not torch.equal(again(x).tokens, features.tokens)
 print("works")
@@ -120,20 +120,20 @@ MISSING = {
     """: r"ValueError: .*no adapter is named 'bottleneck'.*the package others: if you trust it, pip install others$",
     """
     import adaptkit
-    from torchvision.models.vision_transformer import VisionTransformer
-    adaptkit.attach(VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=5), "saved")
-    """: r"TypeError: no family sees torchvision.*the package others: if you trust it, pip install others$",
+    from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+    adaptkit.attach(VisionTransformerRelPos(32, 8, embed_dim=32, depth=2, num_heads=2, num_classes=5), "saved")
+    """: r"TypeError: no family sees timm.*the package others: if you trust it, pip install others$",
 }
 
 
 def test_an_installed_package_adds_an_adapter_and_a_family_in_one_file_each(tmp_path):
     (tmp_path / "bottleneck.py").write_text(ADAPTER)
-    (tmp_path / "torchvision_vit.py").write_text(FAMILY)
+    (tmp_path / "relpos_vit.py").write_text(FAMILY)
     assert all(len(text.strip().splitlines()) <= 42 for text in (ADAPTER, FAMILY))
     info = tmp_path / "others-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1.0\n")
-    points = "[adaptkit.plugins]\nbottleneck = bottleneck\ntorchvision = torchvision_vit\nbroken = not_there\n"
+    points = "[adaptkit.plugins]\nbottleneck = bottleneck\nrelpos = relpos_vit\nbroken = not_there\n"
     (info / "entry_points.txt").write_text(points)
     root = Path(__file__).parents[2]
     done = subprocess.run(

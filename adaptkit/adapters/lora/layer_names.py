@@ -25,7 +25,7 @@ ALIASES = (
 )
 QKV = ("q_proj", "k_proj", "v_proj")
 #: What is adapted if nothing is said: the attention, as in LoRA (Hu et al. 2022, section 4.2), else the MLP.
-DEFAULTS = (("qkv",), ("q_proj", "v_proj"), ("query", "value"), ("fc1", "fc2"))
+DEFAULTS = (("qkv",), ("q_proj", "v_proj"), ("query", "value"), ("in_proj",), ("fc1", "fc2"), ("c_fc", "c_proj"))
 
 
 def resolved(backbone: nn.Module, peft_type: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -148,10 +148,11 @@ def default_targets(backbone: nn.Module) -> list[str]:
     for names in DEFAULTS:
         if all(name in leaves for name in names):
             return _only_blocks(backbone, list(names), leaves)
+    matrices = (path.split(".") for path, module in _modules(backbone).items() if _is_matrix(module))
+    numbered = {".".join(parts[-2:]) for parts in matrices if parts[-1].isdigit()}
     raise ValueError(
         f"{type(backbone).__name__} has none of the layers that LoRA adapts by default; say which: target_modules= "
-        f"some of "
-        f"{', '.join(sorted(leaves))}"
+        f"some of {', '.join(sorted(leaves) or sorted(numbered))}"
     )
 
 

@@ -1,0 +1,79 @@
+"""Two libraries resample positions by two rules; the file says which, and the view can follow either."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+from families import HOSTS, randomise
+from test_families import DINO, HF, image, rename, timm_vit
+
+import adaptkit
+from adaptkit.core.registry import view
+
+transformers = pytest.importorskip("transformers")
+OTHER = (24, 40)
+
+
+def pair():
+    """The same weights in timm and in transformers."""
+    theirs = randomise(transformers.Dinov2Model(transformers.Dinov2Config(**HF, mlp_ratio=2, layerscale_value=0.5)))
+    ours, state = timm_vit(init_values=0.5), rename(theirs.state_dict(), DINO)
+    state.pop("embeddings.mask_token")
+    ours.load_state_dict(state)
+    return ours, theirs
+
+
+def tokens(host, rule=None, size=OTHER):
+    seen = view(host)
+    if rule is not None:
+        seen.follow(rule)
+    return seen.features(image(*size)).tokens
+
+
+@torch.no_grad()
+def test_each_library_follows_the_rule_of_the_other():
+    ours, theirs = pair()
+    assert (tokens(ours) - tokens(theirs)).abs().max() > 1e-3
+    torch.testing.assert_close(tokens(ours, "bicubic"), tokens(theirs), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tokens(theirs, "bicubic antialias"), tokens(ours), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["timm-vit", "hf-vit", "hf-deit", "hf-clip", "hf-siglip", "hf-dinov2", "hf-dinov2-reg"]
+)
+@torch.no_grad()
+def test_the_rule_changes_other_sizes_and_not_the_backbones_own(name):
+    host = HOSTS[name].build()
+    rules = view(host).position_rules
+    patch, side = view(host).spec.patch_size, HOSTS[name].size
+    assert set(rules) == {"bicubic", "bicubic antialias"}
+    first, second = (tokens(host, rule, (3 * patch, 5 * patch)) for rule in rules)
+    assert not torch.equal(first, second)
+    own = view(host).positions
+    assert torch.equal(tokens(host, own, (3 * patch, 5 * patch)), tokens(host, None, (3 * patch, 5 * patch)))
+    assert all(torch.equal(tokens(host, rule, (side, side)), tokens(host, None, (side, side))) for rule in rules)
+
+
+def test_a_rule_that_the_family_does_not_know_is_an_error():
+    with pytest.raises(ValueError, match=r"positions='nearest': .*'bicubic antialias' or 'bicubic'"):
+        adaptkit.attach(HOSTS["timm-vit"].build(), "sfp", positions="nearest")
+
+
+@torch.no_grad()
+def test_a_file_of_the_other_rule_warns_and_says_how_to_follow_it(tmp_path):
+    ours, theirs = pair()
+    model = adaptkit.attach(theirs, "sfp").eval()
+    expected = model(image(*OTHER)).maps
+    model.save(tmp_path)
+    with pytest.warns(UserWarning, match=r"attach\(\.\.\., positions='bicubic'\)"):
+        adaptkit.attach(ours, str(tmp_path)).detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = adaptkit.attach(ours, str(tmp_path), positions="bicubic")
+    for a, b in zip(again(image(*OTHER)).maps, expected):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
