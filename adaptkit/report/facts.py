@@ -12,7 +12,19 @@ from adaptkit.report.groups import PLACE, Group, Spread, best
 from adaptkit.report.run import Run
 from adaptkit.report.words import METRICS, SPACE, amount, duration, metric, number, size
 
-__all__ = ["classes", "comparison", "configuration", "confusion", "figures", "metrics", "missing", "runs", "sentence"]
+__all__ = [
+    "ABOUT",
+    "LEGEND",
+    "classes",
+    "comparison",
+    "configuration",
+    "confusion",
+    "figures",
+    "metrics",
+    "missing",
+    "runs",
+    "sentence",
+]
 
 LARGEST = 30  #: classes of a confusion matrix that is shown cell by cell
 #: Of each task, the lists by class that are shown, and what they are called.
@@ -26,6 +38,12 @@ BY_CLASS = {
 }  # fmt: skip
 WHY = {"even": "Images that nobody chose", "worst": "Worst images", "best": "Best images"}
 PANELS = ("image", "truth", "prediction")
+ABOUT = {
+    "segmentation": "The mIoU of an image is that of this image alone, over the classes that are in it or predicted.",
+    "panoptic": "The PQ of an image is that of this image alone, over the classes that are in it or predicted.",
+    "detection": "Drawn are boxes with a score of 0.5 and more; F1 is of these, matched at an IoU of 0.5 and more.",
+}
+LEGEND = 40  #: classes of a legend
 #: What an image by itself is scored by.
 PER_IMAGE = {"segmentation": "mIoU", "depth": "δ < 1.25", "detection": "F1", "panoptic": "PQ"}
 
@@ -212,8 +230,14 @@ def classes(groups: Sequence[Group]) -> dict[str, Any] | None:
         rows.append({"name": called[k], "colour": colours[k], "share": share, "cells": cells})
     heads = [{"label": label, "place": group.place} for label, group, _ in columns]
     kind = kinds[0][1]
-    return {"kind": kind, "heads": heads, "rows": rows, "shares": bool(counted and whole), "several": len(scored) > 1,
-            "counted": "pixels" if evaluation.get("pixels") else "images"}  # fmt: skip
+    return {
+        "title": f"{kind[0].upper()}{kind[1:]} by class",
+        "heads": heads,
+        "rows": rows,
+        "shares": bool(counted and whole),
+        "several": len(scored) > 1,
+        "counted": "pixels" if evaluation.get("pixels") else "images",
+    }
 
 
 def _leads(value: Spread | None, values: Sequence[Spread | None]) -> bool:
@@ -249,7 +273,8 @@ def figures(groups: Sequence[Group], top: Group | None) -> list[dict[str, Any]]:
         rows = [row for row in (_row(p, lead, mine) for p in shown) if row["panels"]]
         if rows:
             of = f" of {mine[0].label}" if len(mine) < len(groups) else ""
-            sections.append({"title": title + of, "rows": rows})
+            alone = all(len(row["panels"]) == 1 for row in rows)  # words say the rest
+            sections.append({"title": title + of, "rows": rows, "alone": alone})
     return sections
 
 

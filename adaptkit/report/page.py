@@ -59,6 +59,7 @@ def page(runs: Sequence[Run], extra: Extra = Extra()) -> str:
     if len(tasks) > 1:
         raise ValueError(f"these runs are of several tasks, {', '.join(tasks)}: make a report of each")
     folder, top = files("adaptkit.report"), best(groups)
+    by_class = facts.classes(groups)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((folder / "page.html").read_text(encoding="utf-8"))
     return template.render(
@@ -66,15 +67,20 @@ def page(runs: Sequence[Run], extra: Extra = Extra()) -> str:
         style=(folder / "style.css").read_text(encoding="utf-8"), version=__version__, tiles=_tiles(top or groups[0]),
         picture=extra.picture and base64.b64encode(extra.picture[0]).decode(), groups=groups,
         top=top and top.label, several=len(runs) > len(groups),
-        per_image=facts.PER_IMAGE.get(str(runs[0].task)) if tasks != ["detection"] else None,
+        about_pictures=facts.ABOUT.get(str(runs[0].task)), legend=_legend(runs[0].task, by_class),
         score=metric(top.metric).label if top and top.metric else "score",
         percent=bool(top and top.metric and metric(top.metric).percent), comparison=facts.comparison(groups),
-        metrics=facts.metrics(groups), runs=facts.runs(groups), charts=_charts(groups), classes=facts.classes(groups),
+        metrics=facts.metrics(groups), runs=facts.runs(groups), charts=_charts(groups), classes=by_class,
         confusion=facts.confusion(top or groups[0]), figures=facts.figures(groups, top),
         calibration=_calibration(groups), config=facts.configuration(groups),
         missing=[*facts.missing(groups), *_undrawn()],
         commands=extra.commands or _commands((top or groups[0]).lead),
     )  # fmt: skip
+
+
+def _legend(task: str | None, by_class: dict[str, Any] | None) -> bool:
+    """Whether colours over the pictures need one."""
+    return task in ("segmentation", "panoptic") and by_class is not None and len(by_class["rows"]) <= facts.LEGEND
 
 
 def _title(groups: Sequence[Group], runs: Sequence[Run]) -> str:
