@@ -485,9 +485,9 @@ def finish(
         **({"best": {k: run.best.state()[k] for k in ("metric", "step", "value")}} if run.best.metric else {}),
     }
     if accelerator.is_main_process:
+        write_atomic(run.out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
         if args.details:
             final.write(task, run.out, again, last_look, prepared.data[1], args)
-        write_atomic(run.out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
         apart = "the same" if score_again == score else f"{abs(score_again - score):.2g} apart"
         both = said(task.percent, {task.score: score_again})
         print(f"saved {folder}; {said(task.percent, metrics)}; attached to a fresh backbone: {both}, {apart}")

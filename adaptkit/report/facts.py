@@ -1,4 +1,4 @@
-"""What the page says of the groups: sentence, tables, confusions, pictures, and what is missing."""
+"""What the page says of the groups: sentence, tables, configuration, and what is missing."""
 
 from __future__ import annotations
 
@@ -7,27 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adaptkit.predict.palette import checked_palette
 from adaptkit.report.groups import PLACE, Group, Spread, best
 from adaptkit.report.run import Run
 from adaptkit.report.words import METRICS, SPACE, amount, duration, metric, number, size
 
-__all__ = ["classes", "comparison", "configuration", "confusion", "figures", "metrics", "missing", "runs", "sentence"]
-
-LARGEST = 30  #: classes of a confusion matrix that is shown cell by cell
-#: Of each task, the lists by class that are shown, and what they are called.
-BY_CLASS = {
-    "segmentation": (
-        ("per_class", "IoU"), ("per_class_accuracy", "accuracy"), ("per_class_boundary_iou", "boundary IoU"),
-    ),
-    "classification": (("per_class", "accuracy"),),
-    "detection": (("per_class", "AP"),),
-    "panoptic": (("per_class", "PQ"),),
-}  # fmt: skip
-WHY = {"even": "Images that nobody chose", "worst": "Worst images", "best": "Best images"}
-PANELS = ("image", "truth", "prediction")
-#: What an image by itself is scored by.
-PER_IMAGE = {"segmentation": "mIoU", "depth": "δ < 1.25", "detection": "F1", "panoptic": "PQ"}
+__all__ = ["comparison", "configuration", "metrics", "missing", "runs", "sentence"]
 
 
 def sentence(groups: Sequence[Group]) -> str:
@@ -175,105 +159,6 @@ def _known(rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
     return rows
 
 
-def names(group: Group, count: int) -> tuple[list[str], list[str]]:
-    """Names and colours (#rrggbb) of so many classes, as the evaluation says them."""
-    said = next((run.evaluation for run in group.runs if run.evaluation.get("classes")), {})
-    known = [str(n) for n in said.get("classes") or ()][:count]
-    colours = checked_palette(said.get("palette"), count)
-    return [*known, *map(str, range(len(known), count))], [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in colours]
-
-
-def classes(groups: Sequence[Group]) -> dict[str, Any] | None:
-    """Scores by class: of one setup all kinds of score, of several the first kind side by side; None without any."""
-    scored = [g for g in groups if g.per_class("per_class")]
-    if not scored:
-        return None
-    kinds = BY_CLASS.get(str(scored[0].lead.task), BY_CLASS["detection"])
-    if len(scored) == 1:
-        columns = [(label, scored[0], scored[0].per_class(key)) for key, label in kinds if scored[0].per_class(key)]
-    else:
-        columns = [(g.label, g, g.per_class("per_class")) for g in scored]
-    count = len(columns[0][2])
-    if any(len(values) != count for _, _, values in columns):
-        return None  # of other classes: they cannot stand side by side
-    called, colours = names(scored[0], count)
-    evaluation = scored[0].lead.evaluation
-    counted = evaluation.get("pixels") or evaluation.get("count")
-    whole = sum(counted) if counted else 0
-    rows = []
-    for k in range(count):
-        values = [column[2][k] for column in columns]
-        cells = [
-            {"said": "–" if v is None else v.said("miou", unit=False), "share": 0 if v is None else 100 * v.mean,
-             "best": len(scored) > 1 and _leads(v, values)}
-            for v in values
-        ]  # fmt: skip
-        share = f"{100 * counted[k] / whole:.1f} %" if counted and whole else ""
-        rows.append({"name": called[k], "colour": colours[k], "share": share, "cells": cells})
-    heads = [{"label": label, "place": group.place} for label, group, _ in columns]
-    kind = kinds[0][1]
-    return {"kind": kind, "heads": heads, "rows": rows, "shares": bool(counted and whole), "several": len(scored) > 1,
-            "counted": "pixels" if evaluation.get("pixels") else "images"}  # fmt: skip
-
-
-def _leads(value: Spread | None, values: Sequence[Spread | None]) -> bool:
-    """Whether it is the highest of several that are not all the same."""
-    means = {v.mean for v in values if v is not None}
-    return len(means) > 1 and value is not None and value.mean == max(means)
-
-
-def confusion(group: Group | None) -> dict[str, Any] | None:
-    """What is taken for what, over all seeds of a setup; None where it is not recorded."""
-    matrices = [r.evaluation["confusion"] for r in group.counted if r.evaluation.get("confusion")] if group else []
-    if group is None or not matrices:
-        return None
-    count = len(matrices[0])
-    total = [[sum(m[i][j] for m in matrices) for j in range(count)] for i in range(count)]
-    shares = [[v / sum(row) if sum(row) else None for v in row] for row in total]
-    called, colours = names(group, count)
-    mistakes = sorted(
-        ((share, i, j) for i, row in enumerate(shares) for j, share in enumerate(row) if i != j and share), reverse=True
-    )
-    unit = "pixels" if group.lead.evaluation.get("pixels") else "images"
-    said = [f"{100 * s:.0f} % of the {unit} of {called[i]} are taken for {called[j]}" for s, i, j in mistakes[:5]]
-    return {"names": called, "colours": colours, "rows": shares if count <= LARGEST else None, "mistakes": said,
-            "label": group.label, "unit": unit}  # fmt: skip
-
-
-def figures(groups: Sequence[Group], top: Group | None) -> list[dict[str, Any]]:
-    """Pictures: those that nobody chose with every setup's prediction, the worst and the best of the best setup."""
-    lead, sections = (top or groups[0]).lead, []
-    for why, title in WHY.items():
-        shown = [p for p in lead.evaluation.get("pictures") or () if p.get("why") == why]
-        mine = groups if why == "even" else [top or groups[0]]
-        rows = [row for row in (_row(p, lead, mine) for p in shown) if row["panels"]]
-        if rows:
-            of = f" of {mine[0].label}" if len(mine) < len(groups) else ""
-            sections.append({"title": title + of, "rows": rows})
-    return sections
-
-
-def _row(picture: dict[str, Any], lead: Run, groups: Sequence[Group]) -> dict[str, Any]:
-    """One image: itself, the truth, and what each of the groups says."""
-    panels = [_panel(lead, picture, panel, panel) for panel in PANELS[:2]]
-    for group in groups:
-        same = [p for p in group.lead.evaluation.get("pictures") or () if p.get("index") == picture.get("index")]
-        label = group.label if len(groups) > 1 else "prediction"
-        panels += [_panel(group.lead, same[0], "prediction", label)] if same else []
-    score, said = picture.get("score"), [f"image {picture.get('index')}"]
-    name = PER_IMAGE.get(str(lead.task))
-    said += [f"{name} {100 * score:.1f} %"] if name and score is not None and len(groups) == 1 else []
-    words = {"true": "true: {}", "said": "said: {}", "range": "depth from {}"}
-    said += [form.format(picture[key]) for key, form in words.items() if picture.get(key)]
-    return {"caption": " · ".join(said), "panels": [p for p in panels if p]}
-
-
-def _panel(run: Run, picture: dict[str, Any], panel: str, label: str) -> dict[str, str] | None:
-    url = run.picture(str(picture.get(panel))) if picture.get(panel) else None
-    alt = {"image": "The image", "truth": "What is true", "prediction": f"What {label} says"}[panel]
-    return url and {"url": url, "label": label, "alt": f"{alt}, image {picture.get('index')}"}  # type: ignore[return-value]
-
-
 def configuration(groups: Sequence[Group]) -> dict[str, Any]:
     """What differs between the setups, all options of the best, data, backbone and versions."""
     lead = (best(groups) or groups[0]).lead
@@ -315,5 +200,6 @@ def missing(groups: Sequence[Group]) -> list[str]:
             said.append(f"{run.name} has no evaluation, so no classes, confusions or pictures: adaptkit eval "
                         f"{where}/adapter --data {data} --json > {where}/evaluation.json")  # fmt: skip
         elif not run.evaluation.get("pictures") and run.config:
-            said.append(f"{run.name} has no pictures: train it with --details, or look at them with adaptkit predict")
+            said.append(f"{run.name} has no pictures, as runs on streamed data, and evaluations made afterwards: "
+                        f"adaptkit predict {where}/adapter IMAGES... --out DIR")  # fmt: skip
     return said

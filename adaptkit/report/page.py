@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.hub.write import check_writable, write_atomic
-from adaptkit.report import charts, facts
+from adaptkit.report import by_class, charts, facts, figures
 from adaptkit.report.groups import Group, best, grouped
 from adaptkit.report.run import Run
 from adaptkit.report.words import metric, number
@@ -59,6 +59,7 @@ def page(runs: Sequence[Run], extra: Extra = Extra()) -> str:
     if len(tasks) > 1:
         raise ValueError(f"these runs are of several tasks, {', '.join(tasks)}: make a report of each")
     folder, top = files("adaptkit.report"), best(groups)
+    scores = by_class.classes(groups)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((folder / "page.html").read_text(encoding="utf-8"))
     return template.render(
@@ -66,11 +67,11 @@ def page(runs: Sequence[Run], extra: Extra = Extra()) -> str:
         style=(folder / "style.css").read_text(encoding="utf-8"), version=__version__, tiles=_tiles(top or groups[0]),
         picture=extra.picture and base64.b64encode(extra.picture[0]).decode(), groups=groups,
         top=top and top.label, several=len(runs) > len(groups),
-        per_image=facts.PER_IMAGE.get(str(runs[0].task)) if tasks != ["detection"] else None,
+        about_pictures=figures.ABOUT.get(str(runs[0].task)), legend=figures.has_legend(runs[0].task, scores),
         score=metric(top.metric).label if top and top.metric else "score",
         percent=bool(top and top.metric and metric(top.metric).percent), comparison=facts.comparison(groups),
-        metrics=facts.metrics(groups), runs=facts.runs(groups), charts=_charts(groups), classes=facts.classes(groups),
-        confusion=facts.confusion(top or groups[0]), figures=facts.figures(groups, top),
+        metrics=facts.metrics(groups), runs=facts.runs(groups), charts=_charts(groups), classes=scores,
+        confusion=by_class.confusion(top or groups[0]), figures=figures.figures(groups, top),
         calibration=_calibration(groups), config=facts.configuration(groups),
         missing=[*facts.missing(groups), *_undrawn()],
         commands=extra.commands or _commands((top or groups[0]).lead),

@@ -247,6 +247,13 @@ def test_setups_are_all_options_but_the_seed_and_named_by_what_differs():
     assert grouped(runs)[0].score.deviation == pytest.approx(statistics.stdev([0.2, 0.4]))
 
 
+def test_names_are_text_in_drawings_too():
+    runs = [of("<i>$a$", 0, 0.2), of("<i>$a$", 1, 0.3), of("b", 0, 0.4)]
+    said = page(runs)
+    assert "<i>$" not in said
+    assert "&lt;i&gt;$a$, seed 1</text>" in said
+
+
 def test_the_sentence_says_what_the_seeds_can_tell():
     clear = page([of("lora", 0, 0.5), of("lora", 1, 0.6), of("sfp", 0, 0.1), of("sfp", 1, 0.2)])
     assert "lora reaches 55.0" in clear
