@@ -99,8 +99,9 @@ def costs(model: Any, args: argparse.Namespace) -> dict[str, int]:
         return said
     height, width = (args.size, args.size) if isinstance(args.size, int) else args.size
     parameter = next(model.parameters())
-    image = torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype)
-    detects = model.described().answers == "detection"
+    image = torch.zeros(1, model.vit.spec.channels, height, width, device=parameter.device, dtype=parameter.dtype)
+    # torchvision's detectors, which have a recipe, take a list of images
+    detects = model.described().answers == "detection" and hasattr(model, "recipe")
     # The plain text: what fast paths and compiled code do is the same, and not seen by the counter.
     with torch.no_grad(), adaptkit.reference(), torch.compiler.set_stance("force_eager"):
         return {**said, "macs": round(counted(lambda: model(list(image) if detects else image)))}
