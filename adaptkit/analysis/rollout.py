@@ -46,7 +46,7 @@ class Rollout(Drawn):
         for left, right, picture, values in zip(axes[::2], axes[1::2], self.pictures, self.maps):
             show(left, picture)
             shown = show(right, picture, share(values), self.stride, 1.0, vmin=0, vmax=1)
-        colour_bar(figure, shown, axes, "rollout\n(of its 99th percentile)")
+        colour_bar(figure, shown, axes, "rollout\n(of its 99th\npercentile)")
 
 
 def rollout(
