@@ -15,6 +15,8 @@ from torchvision.transforms.v2 import functional as F
 from adaptkit.pictures import colours, framed, pair, read
 from adaptkit.predict.answers import Answer, Classification, Depth, Detection, Panoptic, Segmentation, name_of
 
+from .coco import rle
+
 
 class Truth(NamedTuple):
     """What is right of one image."""
@@ -65,16 +67,21 @@ def depth(rows: Any, i: int) -> Example:
 
 
 def detection(rows: Any, i: int) -> Example:
-    """Of ``coco.Detection``; true boxes have the score 1."""
-    image, target = rows[i]
+    """Of ``coco.Detection`` and ``instances.InstanceData``; true boxes have the score 1."""
+    row = rows.data[i]
+    size, found = (row["height"], row["width"]), row["instances"]
 
     def truth(said: Detection) -> Truth:
-        masks = target["masks"].bool().numpy() if "masks" in target and said.masks is not None else None
-        count = len(target["boxes"])
-        return Truth(Detection(said.size, said.names, said.palette, boxes=target["boxes"].numpy(), masks=masks,
-                               scores=np.ones(count, np.float32), labels=target["labels"].numpy() - 1))  # fmt: skip
+        from faster_coco_eval import mask
 
-    return image, truth
+        drawn = [mask.decode(rle(one["shape"], row)) for one in found] if said.masks is not None else []
+        return Truth(Detection(said.size, said.names, said.palette,
+                               boxes=np.array([one["box"] for one in found], np.float32).reshape(-1, 4),
+                               masks=np.array(drawn, bool).reshape(-1, *size) if said.masks is not None else None,
+                               scores=np.ones(len(found), np.float32),
+                               labels=np.array([one["label"] - 1 for one in found], np.int64)))  # fmt: skip
+
+    return _floats(framed(read(row["path"]), size)), truth
 
 
 def panoptic(rows: Any, i: int) -> Example:
