@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from adaptkit.hub.repository import load
     from adaptkit.mixers import list_mixers, register_mixer
     from adaptkit.model.adapted import AdaptedModel, attach, list_adapters, list_heads
+    from adaptkit.model.expand import expand_channels
     from adaptkit.model.interpolate import interpolate
     from adaptkit.model.many import ManyTasks, attach_many
     from adaptkit.model.pyramid import as_pyramid
@@ -64,6 +65,7 @@ __all__ = [
     "attach",
     "attach_many",
     "demo_backbone",
+    "expand_channels",
     "from_pretrained",
     "interpolate",
     "list_adapters",
@@ -103,6 +105,7 @@ _NAMES = {
     "attach": "model.adapted",
     "attach_many": "model.many",
     "demo_backbone": "demo",
+    "expand_channels": "model.expand",
     "from_pretrained": "pretrained",
     "interpolate": "model.interpolate",
     "list_adapters": "model.adapted",
