@@ -13,12 +13,14 @@ from adaptkit import _moved, _namesake  # noqa: F401  the second refuses to shar
 from adaptkit.version import __version__
 
 if TYPE_CHECKING:
+    from adaptkit.adapters.adapter_plus import AdapterPlusConfig
     from adaptkit.adapters.adavit import AdaViTConfig
     from adaptkit.adapters.dat import DATConfig
     from adaptkit.adapters.metaformer import MetaFormerConfig
     from adaptkit.adapters.sfp import SimpleFeaturePyramidConfig
     from adaptkit.adapters.vit_adapter import ViTAdapterConfig
     from adaptkit.adapters.vit_split import ViTSplitConfig
+    from adaptkit.adapters.vpt import VPTConfig
     from adaptkit.core.hierarchical import HierarchicalSpec
     from adaptkit.core.registry import register_adapter, register_family, register_head, view
     from adaptkit.core.view import Features, Spec
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from adaptkit.hub.repository import load
     from adaptkit.mixers import list_mixers, register_mixer
     from adaptkit.model.adapted import AdaptedModel, attach, list_adapters, list_heads
+    from adaptkit.model.expand import expand_channels
+    from adaptkit.model.interpolate import interpolate
     from adaptkit.model.many import ManyTasks, attach_many
     from adaptkit.model.pyramid import as_pyramid
     from adaptkit.model.sharding import shard
@@ -42,6 +46,7 @@ __all__ = [
     "AdaViTConfig",
     "AdaptedModel",
     "AdapterFile",
+    "AdapterPlusConfig",
     "ClassifierHeadConfig",
     "DATConfig",
     "DepthHeadConfig",
@@ -54,6 +59,7 @@ __all__ = [
     "PlainMaskHeadConfig",
     "SimpleFeaturePyramidConfig",
     "Spec",
+    "VPTConfig",
     "ViTAdapterConfig",
     "ViTSplitConfig",
     "__version__",
@@ -61,7 +67,9 @@ __all__ = [
     "attach",
     "attach_many",
     "demo_backbone",
+    "expand_channels",
     "from_pretrained",
+    "interpolate",
     "list_adapters",
     "list_heads",
     "list_mixers",
@@ -80,6 +88,7 @@ _NAMES = {
     "AdaViTConfig": "adapters.adavit",
     "AdaptedModel": "model.adapted",
     "AdapterFile": "hub.file",
+    "AdapterPlusConfig": "adapters.adapter_plus",
     "ClassifierHeadConfig": "heads.classifier",
     "DATConfig": "adapters.dat",
     "DepthHeadConfig": "heads.depth",
@@ -92,13 +101,16 @@ _NAMES = {
     "PlainMaskHeadConfig": "heads.plain_mask",
     "SimpleFeaturePyramidConfig": "adapters.sfp",
     "Spec": "core.view",
+    "VPTConfig": "adapters.vpt",
     "ViTAdapterConfig": "adapters.vit_adapter",
     "ViTSplitConfig": "adapters.vit_split",
     "as_pyramid": "model.pyramid",
     "attach": "model.adapted",
     "attach_many": "model.many",
     "demo_backbone": "demo",
+    "expand_channels": "model.expand",
     "from_pretrained": "pretrained",
+    "interpolate": "model.interpolate",
     "list_adapters": "model.adapted",
     "list_heads": "model.adapted",
     "list_mixers": "mixers",

@@ -12,8 +12,9 @@ are points of this family:
 
 * ``mixer="identity", mlp_ratio=0, norm="none", residual=False, act="relu"`` is AdaptFormer (Chen et al. 2022), but for
   its scale of 0.1, beside the whole block instead of the MLP;
-* ``mixer="conv"`` is close to Convpass (Jie & Deng 2022), whose convolution is dense, ``"multi-conv"`` to Mona (Yin et
-  al. 2025), which stands after the block;
+* ``mixer="conv"`` is close to Convpass (Jie & Deng 2022), whose convolution is dense;
+* ``mixer="mona", mlp_ratio=0, residual=False`` has the filters of Mona (Yin et al. 2025), which stand after the block
+  there, twice in each, and start at random;
 * ``mixer="pool"`` is PoolFormer's block.
 
 ``width=0`` leaves out the bottleneck: ``x = block(x) + gamma * mixer(n(x))``, gamma = 0 at the start, D parameters per

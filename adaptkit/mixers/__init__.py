@@ -33,6 +33,7 @@ _BUILT_IN = {
     "pool": "adaptkit.mixers.plain:Pool",
     "conv": "adaptkit.mixers.conv:DepthwiseConv",
     "multi-conv": "adaptkit.mixers.conv:MultiKernelConv",
+    "mona": "adaptkit.mixers.conv:MonaConv",
     "sepconv": "adaptkit.mixers.conv:SepConv",
     "global": "adaptkit.mixers.attention:GlobalAttention",
     "window": "adaptkit.mixers.attention:WindowAttention",

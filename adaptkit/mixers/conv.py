@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from adaptkit.mixers.base import Mixer
 
-__all__ = ["DepthwiseConv", "MultiKernelConv", "SepConv"]
+__all__ = ["DepthwiseConv", "MonaConv", "MultiKernelConv", "SepConv"]
 
 
 def _depthwise(dim: int, kernel: int, bias: bool) -> nn.Conv2d:
@@ -40,6 +40,23 @@ class MultiKernelConv(Mixer):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         return sum(conv(x) for conv in self.convs) / len(self.convs)
+
+
+class MonaConv(Mixer):
+    """Mona's filters (Yin et al., CVPR 2025, section 3.3): ``z = x + mean of conv_k(x)``, ``y = z + pw(z)``.
+
+    Both sums are its own; in the ``"metaformer"`` adapter, ``residual=False, mlp_ratio=0`` leaves them the only ones.
+    """
+
+    def __init__(self, dim: int, kernels: Sequence[int] = (3, 5, 7)) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(_depthwise(dim, k, bias=True) for k in kernels)
+        self.projector = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        z = x + sum(conv(x) for conv in self.convs) / len(self.convs)
+        return z + self.projector(z)
 
 
 class SepConv(Mixer):

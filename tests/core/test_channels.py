@@ -96,7 +96,7 @@ def test_each_family_reads_them_off_its_host_and_equals_it(name, channels):
     assert torch.equal(torch.cat([features.prefix, features.tokens], dim=1), wanted)
 
 
-@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("channels", [1, 4, 13])
 @pytest.mark.parametrize("name", ["timm-vit", "hf-dinov2"])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_every_adapter_trains_saves_and_loads(adapter, name, channels, tmp_path):

@@ -102,6 +102,21 @@ def test_multi_conv_is_the_mean_of_its_kernels():
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_mona_is_the_mean_of_three_filters_and_a_projection_each_with_its_residual(grid):
+    m, x = build("mona"), maps(grid)
+    own = dict(m.named_parameters())
+    filters = [
+        F.conv2d(x, own[f"convs.{i}.weight"], own[f"convs.{i}.bias"], padding=k // 2, groups=16)
+        for i, k in enumerate((3, 5, 7))
+    ]
+    z = (filters[0] + filters[1] + filters[2]) / 3 + x
+    expected = (
+        z + torch.einsum("bchw,dc->bdhw", z, own["projector.weight"][:, :, 0, 0]) + own["projector.bias"][:, None, None]
+    )
+    torch.testing.assert_close(m(x), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_msda_at_zero_offsets_reads_the_cell_centres(grid):
     m, x = build("msda"), maps(grid)
     torch.nn.init.zeros_(m.attn.sampling_offsets.bias)

@@ -1,0 +1,98 @@
+"""A frozen RGB backbone reads more channels: its own answer at the start, and what is trained of it is in the file."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from families import HOSTS
+
+import adaptkit
+from adaptkit.core.registry import view
+
+#: One of each family whose first layer is a convolution.
+FAMILIES = ("timm-vit", "timm-dinov3", "timm-beit", "timm-sam", "hf-vit", "hf-dinov2", "hf-dinov3", "hf-clip", "hf-siglip",
+            "hf-beit", "hf-vit-mae", "hf-timm-wrapper")  # fmt: skip
+NEW = ("*.new_channels",)
+
+
+def image(name, channels, seed=0):
+    side = HOSTS[name].size
+    return torch.randn(2, channels, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n", [4, 13])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_at_zero_it_gives_the_frozen_answer_for_rgb_bit_for_bit(name, n):
+    backbone = HOSTS[name].build()
+    before, x = list(backbone.state_dict()), image(name, n)
+    expected = view(backbone).features(x[:, :3])
+    expanded = adaptkit.expand_channels(backbone, n)
+    assert view(expanded).spec.channels == n
+    features = adaptkit.attach(expanded, "sfp" if name != "timm-swin" else "lora").eval()(x)
+    assert torch.equal(features.tokens, expected.tokens)
+    assert torch.equal(features.prefix, expected.prefix)
+    assert list(backbone.state_dict()) == before
+    assert view(backbone).spec.channels == 3
+    assert torch.equal(view(backbone).features(x[:, :3]).tokens, expected.tokens)
+    shared = {p.data_ptr() for p in backbone.parameters()}
+    assert [k for k, p in expanded.named_parameters() if p.data_ptr() not in shared] == [
+        k for k, _ in expanded.named_parameters() if k.endswith("new_channels")
+    ]
+
+
+@torch.no_grad()
+def test_it_is_the_convolution_over_all_channels():
+    backbone = HOSTS["timm-vit"].build()
+    kernel, x = backbone.patch_embed.proj.weight, image("timm-vit", 6)
+    for how, rows in (("mean", kernel.mean(1, keepdim=True).expand(-1, 3, -1, -1)),
+                      ("wavelength", torch.stack([kernel[:, 0], kernel[:, 2], (kernel[:, 0] + kernel[:, 1]) / 2], 1))):  # fmt: skip
+        bands = {"wavelengths": (842, 443, 612.5)} if how == "wavelength" else {}
+        embed = adaptkit.expand_channels(backbone, 6, how, **bands).patch_embed.proj
+        torch.testing.assert_close(embed.new_channels, rows)
+        whole = F.conv2d(x, torch.cat([kernel, rows], 1), backbone.patch_embed.proj.bias, stride=8)
+        torch.testing.assert_close(embed(x), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "hf-dinov2"])
+@pytest.mark.parametrize("adapter", ["sfp", "adapter-plus", "vpt", "lora", ("vit-adapter", {"conv_inplane": 8})])
+def test_the_new_rows_alone_are_trained_and_saved_in_the_adapters_file(name, adapter, tmp_path):
+    backbone = HOSTS[name].build()
+    before = copy.deepcopy(backbone.state_dict())
+    expanded = adaptkit.expand_channels(backbone, 13)
+    model, x = adaptkit.attach(expanded, adapter, train_backbone=NEW), image(name, 13)
+    features = model.train()(x)
+    sum(t.square().mean() for t in (features.tokens, *features.maps)).backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None for p in trained)
+    torch.optim.SGD(trained, lr=0.1).step()
+    expected = model.eval()(x)
+    assert not torch.equal(expected.tokens, model(torch.cat([x[:, :3], 0 * x[:, 3:]], 1)).tokens)
+    model.save(tmp_path)
+    own = [k for k in adaptkit.load(tmp_path).tensors if k.startswith("backbone.")]
+    assert [k.rpartition(".")[2] for k in own] == ["new_channels"]
+    again = adaptkit.attach(adaptkit.expand_channels(HOSTS[name].build(), 13), tmp_path)
+    assert torch.equal(again(x).tokens, expected.tokens)
+    assert model.detach() is expanded
+    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+    with pytest.raises(ValueError, match=r"trained on channels=13 .* this backbone has channels=3"):
+        adaptkit.attach(HOSTS[name].build(), tmp_path)
+
+
+def test_what_cannot_be_expanded_says_what_it_is():
+    backbone = HOSTS["timm-vit"].build()
+    with pytest.raises(ValueError, match="n=3 is not more than the three channels"):
+        adaptkit.expand_channels(backbone, 3)
+    with pytest.raises(ValueError, match="how='random'"):
+        adaptkit.expand_channels(backbone, 4, "random")
+    with pytest.raises(ValueError, match="2 wavelengths for 1 further channels"):
+        adaptkit.expand_channels(backbone, 4, "wavelength", (842, 900))
+    with pytest.raises(ValueError, match="it needs them"):
+        adaptkit.expand_channels(backbone, 4, "wavelength")
+    with pytest.raises(ValueError, match="reads 4 channels, and only three are expanded"):
+        adaptkit.expand_channels(adaptkit.expand_channels(backbone, 4), 13)
