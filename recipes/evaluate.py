@@ -14,7 +14,6 @@ those whose intervals are apart differ by more than the choice of images.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -57,7 +56,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         return EVALUATIONS[kind](model, asked, args, alter)
 
     found = {"task": kind, "file": str(args.file), "data": args.data, "size": "native",
-             "ways": dataclasses.asdict(ways), **score(lambda image, i: image)}  # fmt: skip
+             "ways": recorded.written(ways), **score(lambda image, i: image)}  # fmt: skip
     if args.corruptions is not None:
         worse = {
             name: [score(corrupted(name, s))[SCORE[kind]] for s in range(1, SEVERITIES + 1)]

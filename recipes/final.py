@@ -24,6 +24,7 @@ from adaptkit.predict.tasks import TASKS, Asked
 
 from .examples import EXAMPLES
 from .native import ways
+from .scores.recorded import written
 from .task import Task
 
 EVALUATION, PICTURES = "evaluation.json", "pictures"
@@ -38,6 +39,7 @@ def write(task: Task, out: Path, model: Any, metric: Any, rows: Any, args: argpa
     found = metric.details() if hasattr(metric, "details") else metric.compute()
     if len(found.get("confusion", ())) > MOST:
         del found["confusion"]
+    asked = Asked(ways(args)) if hasattr(args, "slide") else Asked()
     said = TASKS[described.answers](model, described, model.transform, Asked()).palette(len(found.get("per_class", ())))
     drawn = [] if args.streaming or args.shard else draw(out / PICTURES, model, found, rows, args)
     record = {
@@ -45,6 +47,7 @@ def write(task: Task, out: Path, model: Any, metric: Any, rows: Any, args: argpa
         "file": "adapter",
         "data": args.val or args.train,
         "size": "native" if task.native else args.size,
+        "ways": written(asked.ways),
         **found,
         "classes": said["names"],
         "palette": said["palette"],

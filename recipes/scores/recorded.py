@@ -44,6 +44,11 @@ def ways_of(said: Mapping[str, Any], asked: Ways) -> Ways:
         ) from error
 
 
+def written(ways: Ways) -> dict[str, Any]:
+    """Return what decides a score: all but how many images run at once."""
+    return {k: v for k, v in dataclasses.asdict(ways).items() if k != "batch_size"}
+
+
 def _mapping(said: Mapping[str, Any], name: str, keys: tuple[str, ...]) -> Mapping[str, Any]:
     found = said.get(name) or {}
     if not isinstance(found, Mapping) or not set(found) <= set(keys):
