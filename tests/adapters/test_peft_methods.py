@@ -161,6 +161,7 @@ def test_what_layers_share_is_in_the_file_once_and_moves_with_the_model(kind):
 
 
 @every
+@pytest.mark.full
 def test_it_is_one_graph_under_compile_unless_the_table_says_why_not(kind):
     torch._dynamo.reset()
     model = stirred(attached(kind))
