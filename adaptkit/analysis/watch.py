@@ -53,6 +53,7 @@ class _Acting(NamedTuple):
 
     adapters: tuple[Adapter, ...]
     head: Any
+    head_reads: tuple[int, ...] = ()  #: nothing: the head that runs here does not look at blocks
     leaves_unread: bool = False
     training: bool = False
 
