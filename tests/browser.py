@@ -103,11 +103,10 @@ class Browser:
         """Return what a line of script says in the page."""
         return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
-    def upload(self, selector: str, path: str | Path) -> None:
-        """Choose a file in the first ``<input type=file>`` that a CSS selector finds."""
-        root = self.call("DOM.getDocument")["root"]["nodeId"]
-        node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
-        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
+    def upload(self, element: str, path: str | Path) -> None:
+        """Choose a file in the ``<input type=file>`` that a line of script finds."""
+        found = self.call("Runtime.evaluate", expression=element)["result"]
+        self.call("DOM.setFileInputFiles", objectId=found["objectId"], files=[str(path)])
 
     def click(self, element: str) -> None:
         """Press the mouse in the middle of what a line of script finds."""

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the head .* does not read all")
 NAMES = ["road", "<b>sky</b>", "a ${6 * 7} {{value}}", "tree", "car"]
 GRADIOS = "Method not implemented."  #: what Gradio's own script says on every page
 OTHER = "[...document.querySelectorAll('[role=option]')].find(o => o.innerText.includes('depth'))"
+FILE = "document.querySelector('#image input[type=file]')"
 PICTURE = "document.querySelector('#answer img')"
 
 
@@ -114,8 +115,8 @@ def test_a_picture_is_answered_in_a_browser(where, folder, browser):
         for name in ("seg", "depth")
     }
     browser.open(f"{where}/ui/")
-    until(browser, "document.querySelector('#task input')?.value === 'seg'")
-    browser.upload("#image input[type=file]", folder / "photo.jpg")
+    until(browser, f"document.querySelector('#task input')?.value === 'seg' && {FILE} !== null")
+    browser.upload(FILE, folder / "photo.jpg")
     first, pixels = answered(browser)
     assert np.array_equal(pixels, np.asarray(laid(seen, expected["seg"])))
     legend = until(browser, "document.querySelector('#names .legend')?.innerText").split("\n")
