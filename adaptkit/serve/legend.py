@@ -76,6 +76,6 @@ def _ramp(answer: Depth) -> str:
     said = answer.json()
     return (
         f'<div class="ramp" style="background:linear-gradient(90deg, {steps})"></div>'
-        f'<div class="ends"><span>{low:.2f} m</span><span>{high:.2f} m</span></div>'
+        f'<div class="ends"><span>near: {low:.2f} m</span><span>far: {high:.2f} m</span></div>'
         f'<p class="foot">least {said["min"]:.2f} m, median {said["median"]:.2f} m, greatest {said["max"]:.2f} m</p>'
     )

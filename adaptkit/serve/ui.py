@@ -27,12 +27,12 @@ __all__ = ["with_page"]
 TITLE = "adaptkit"
 KEPT = 3600  #: seconds that Gradio's copies of what was uploaded and answered stay on the disk
 STYLE = """
-.gradio-container { max-width: 1240px !important; }
+.gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
 #head { display: flex; gap: 14px; align-items: center; margin: 4px 0; }
 #head svg { width: 44px; height: 44px; flex: none; }
 #head h1 { font-size: 1.5rem; line-height: 1.2; margin: 0; font-weight: 650; }
 #head p, .foot { color: var(--body-text-color-subdued); margin: 2px 0 0; }
-#answer img { width: 100%; height: 100%; object-fit: contain; }
+#answer { min-height: 240px; } #answer img { width: 100%; max-height: 520px; object-fit: contain; }
 .legend { display: grid; grid-template-columns: auto auto 1fr auto; gap: 9px 12px; align-items: center; }
 .legend i { width: 14px; height: 14px; border-radius: 4px; }
 .legend s { height: 8px; border-radius: 4px; min-width: 2px; }
@@ -109,15 +109,17 @@ def _page(gradio: Any, service: Service) -> Any:
                 threshold = gradio.Slider(0, 1, 0.5, step=0.05, label="Least score", visible=detects(first))
                 ask = gradio.Button("Predict", variant="primary", elem_id="predict")
             with gradio.Column(scale=3, min_width=320):
-                seen = gradio.Image(label="Answer", interactive=False, format="png", height=460, elem_id="answer",
+                seen = gradio.Image(label="Answer", interactive=False, format="png", elem_id="answer",
                                     buttons=["download", "fullscreen"])  # fmt: skip
                 names = gradio.HTML(elem_id="names")
                 with gradio.Accordion("JSON", open=False):
                     words = gradio.JSON(show_label=False)
         given, shown = [task, image, threshold], [seen, names, words]
-        page.load(tasks, outputs=[task, threshold], api_visibility="private")
-        task.input(chosen, task, [task, threshold], api_visibility="private")
-        gradio.on([ask.click, image.upload], answer, given, shown, api_visibility="private")
+        # What is no answer keeps out of Gradio's queue: its stream closes after each, and can lose what begins just then.
+        page.load(tasks, outputs=[task, threshold], queue=False, api_visibility="private")
+        task.input(chosen, task, [task, threshold], queue=False, api_visibility="private")
+        # All at once, not one by one: the service has a queue of its own, and batches what comes together.
+        gradio.on([ask.click, image.upload], answer, given, shown, concurrency_limit=None, api_visibility="private")
     return page
 
 

@@ -47,9 +47,9 @@ def test_segments_of_a_class_share_a_row():
 def test_a_depth_map_has_the_ends_of_its_colours():
     depth = np.linspace(1, 9, 101, dtype=np.float32)[None]
     said = legend(Depth((1, 101), depth=depth))
-    assert "<span>1.08 m</span><span>8.92 m</span>" in said  # its 1st and 99th percentile, as it is drawn
+    assert "<span>near: 1.08 m</span><span>far: 8.92 m</span>" in said  # its 1st and 99th percentile, as it is drawn
     assert "median 5.00 m" in said
-    assert "<span>2.00 m</span>" in legend(Depth((1, 101), depth=depth, between=(2.0, 3.0)))
+    assert "<span>near: 2.00 m</span>" in legend(Depth((1, 101), depth=depth, between=(2.0, 3.0)))
 
 
 def test_what_is_there_is_not_nought():
