@@ -115,7 +115,7 @@ def _page(gradio: Any, service: Service) -> Any:
                 with gradio.Accordion("JSON", open=False):
                     words = gradio.JSON(show_label=False)
         given, shown = [task, image, threshold], [seen, names, words]
-        # What is no answer keeps out of Gradio's queue: its stream closes after each, and can lose what begins just then.
+        # What is no answer keeps out of Gradio's queue, whose stream closes after each and may lose what begins then.
         page.load(tasks, outputs=[task, threshold], queue=False, api_visibility="private")
         task.input(chosen, task, [task, threshold], queue=False, api_visibility="private")
         # All at once, not one by one: the service has a queue of its own, and batches what comes together.
