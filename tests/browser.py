@@ -93,14 +93,29 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", media=media, features=scheme)
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
                   mobile=width < 600)  # fmt: skip
-        self.said, self.asked, self.loaded = [], [], False
-        self.call("Page.navigate", url=url)
-        while not self.loaded:
-            self._next()
+        for page in ("about:blank", url):  # what the page before says on leaving is none of this one's
+            self.said, self.asked, self.loaded = [], [], False
+            self.call("Page.navigate", url=page)
+            while not self.loaded:
+                self._next()
 
     def evaluate(self, expression: str) -> Any:
         """Return what a line of script says in the page."""
         return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    def upload(self, element: str, path: str | Path) -> None:
+        """Choose a file in the ``<input type=file>`` that a line of script finds."""
+        found = self.call("Runtime.evaluate", expression=element)["result"]
+        self.call("DOM.setFileInputFiles", objectId=found["objectId"], files=[str(path)])
+
+    def click(self, element: str) -> None:
+        """Press the mouse in the middle of what a line of script finds."""
+        place = self.evaluate(
+            f"(e => (e.scrollIntoView({{block: 'nearest'}}), (r => [r.x + r.width / 2, r.y + r.height / 2])"
+            f"(e.getBoundingClientRect())))({element})"
+        )
+        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1)
 
     def picture(self, path: str | Path) -> None:
         """Write the whole page as a PNG."""

@@ -65,6 +65,6 @@ def run(args: argparse.Namespace) -> None:
             print(f"adaptkit: {', '.join(service.mounts.all) or 'nothing yet'} on {where} (pages: /docs"
                   f"{', /ui' if args.ui else ''})", flush=True)  # fmt: skip
 
-        listening.run(app, sock, started)
+        listening.run(app, sock, started, service.streams.end)
     finally:
         sock.close()

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from adaptkit.predict.answers import Answer, Classification, Depth, Detection, Panoptic, Segmentation, name_of
 from adaptkit.predict.palette import Colour, palette, ramp
 
-__all__ = ["LARGEST", "coloured", "laid", "legend", "outlined", "overlay"]
+__all__ = ["LARGEST", "coloured", "drawn_between", "laid", "legend", "outlined", "overlay"]
 
 LARGEST = 2048  #: longer side of what is drawn, in pixels
 OPACITY = 0.55  #: of a class over the picture
@@ -66,11 +66,19 @@ def _panoptic(seen: Image.Image, answer: Panoptic) -> Drawn:
 
 def _depth(seen: Image.Image, answer: Depth) -> Drawn:
     depth = np.asarray(Image.fromarray(answer.depth).resize(seen.size, Image.Resampling.BILINEAR))
-    low, high = answer.between or (float(np.percentile(depth, q)) for q in (1, 99))
+    low, high = drawn_between(answer)
     drawn = Image.fromarray(ramp(np.clip((depth - low) / max(high - low, 1e-6), 0, 1)))
     steps = np.linspace(0, 1, 5)
     shown = [(f"{low + s * (high - low):.3g} m", tuple(ramp(np.array([[s]]))[0, 0].tolist())) for s in steps]
     return drawn, shown
+
+
+def drawn_between(answer: Depth) -> tuple[float, float]:
+    """Return the metres that are drawn darkest and lightest."""
+    if answer.between is not None:
+        return answer.between
+    low, high = (float(np.percentile(answer.depth, q)) for q in (1, 99))
+    return low, high
 
 
 def _detection(seen: Image.Image, answer: Detection) -> Drawn:

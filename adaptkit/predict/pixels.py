@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adaptkit.pictures import CHANNELS, colours, read
 
-__all__ = ["listed", "pixels"]
+__all__ = ["eight_bits", "listed", "pixels"]
 
 
 def listed(images: Any) -> tuple[list[Any], bool]:
@@ -116,3 +116,9 @@ def _channels(image: Tensor, channels: int) -> Tensor:
     if image.shape[0] != channels:
         raise ValueError(f"an image of {image.shape[0]} channels, and this backbone takes {channels}")
     return image
+
+
+def eight_bits(image: Tensor) -> np.ndarray:
+    """(3 or more, H, W) in 0..1 -> (H, W, 3) uint8: the picture as it is shown, and drawn on."""
+    shown = (image[:3].clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    return np.ascontiguousarray(shown.cpu().numpy())

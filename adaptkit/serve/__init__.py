@@ -5,13 +5,15 @@
     mounts.py    adapters by name on one backbone, and networks around copies that share its weights
     passes.py    runs of the backbone, each made once for all who read it; when images may share one
     worker.py    the one thread that owns the model: a queue, a window, batches
-    overlay.py   an answer drawn over its picture
     reply.py     an answer as JSON or PNG
     metrics.py   what happened, in numbers
     service.py   from the bytes of images to answers: what the routes and the page both call
     body.py      what comes in: a bounded body, the images in it
     app.py       the routes                            (FastAPI)
+    docs.py      what they are, on a page of our own
+    streams.py   connections that a page holds open, let go at the end
     ui.py        a page to try it on                   (Gradio)
+    legend.py    the words beside a drawn answer
     start.py     from the words of the command line to a service
     run.py       a socket, signals, a graceful end     (uvicorn)
 

@@ -10,15 +10,17 @@ from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
-from fastapi.responses import JSONResponse, RedirectResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from adaptkit.predict.tasks import Asked
 from adaptkit.serve.body import Bounded, images_of
+from adaptkit.serve.docs import ICON, docs_page
 from adaptkit.serve.limits import Refused
 from adaptkit.serve.reply import PNG, chosen, picture, png, said
 from adaptkit.serve.service import Service
+from adaptkit.serve.streams import Endless
 from adaptkit.version import __version__
 
 __all__ = ["create_app"]
@@ -44,7 +46,7 @@ AS_PICTURE: dict[int | str, dict[str, Any]] = {
 
 Threshold = Annotated[float, Query(ge=0, le=1, description="least score of an object of a detector")]
 WithPng = Annotated[bool, Query(description="add the PNG to the JSON, in base64")]
-Draw = Annotated[bool, Query(description="of a PNG: the answer drawn over the picture")]
+Draw = Annotated[bool, Query(description="of a PNG: the answer drawn over the picture, with a legend")]
 
 
 class Mount(BaseModel):
@@ -62,8 +64,10 @@ def create_app(service: Service) -> FastAPI:
         await asyncio.to_thread(service.worker.stop)
 
     app = FastAPI(title="adaptkit serve", version=__version__, lifespan=lifespan,
+                  docs_url=None, redoc_url=None,
                   description="One resident backbone, many adapters.")  # fmt: skip
     app.add_middleware(Bounded, most=service.limits.body)
+    app.add_middleware(Endless, streams=service.streams)
     _errors(app)
     _about(app, service)
     _adapters(app, service)
@@ -88,6 +92,16 @@ def _about(app: FastAPI, service: Service) -> None:
     @app.get("/", include_in_schema=False)
     async def start() -> Response:
         return RedirectResponse("/docs")
+
+    @app.get("/docs", include_in_schema=False)
+    def docs(request: Request) -> Response:
+        mounted = [one.json() for one in service.mounts.all.values()]
+        has_page = any(getattr(route, "path", "") == "/ui" for route in app.routes)
+        return HTMLResponse(docs_page(app.openapi(), str(request.base_url).rstrip("/"), mounted, has_page))
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> Response:
+        return Response(ICON, media_type="image/svg+xml")
 
     @app.get("/healthz", summary="Whether it answers")
     async def health() -> Response:

@@ -10,9 +10,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from adaptkit.predict.answers import Answer, Depth, Panoptic, Segmentation
+from adaptkit.predict.answers import Answer, Classification, Depth, Panoptic, Segmentation
+from adaptkit.predict.draw import overlay
+from adaptkit.predict.pixels import eight_bits
 from adaptkit.serve.limits import Refused
-from adaptkit.serve.overlay import can_draw, overlay
 
 __all__ = ["JSON", "PNG", "chosen", "picture", "png", "said"]
 
@@ -49,23 +50,24 @@ def _number(text: str) -> float:
 def said(answer: Answer, with_png: bool, image: Tensor) -> dict[str, Any]:
     """Return the answer as JSON has it; ``with_png`` adds :func:`picture` in base64, where there is one."""
     words = {"answers": type(answer).__name__.lower(), **answer.json()}
-    if with_png and can_draw(answer):
+    if with_png and not isinstance(answer, Classification):
         words["png"] = base64.b64encode(png(picture(answer, image))).decode()
     return words
 
 
 def picture(answer: Answer, image: Tensor, drawn: bool = False) -> Image.Image:
-    """Return the answer as a picture of the image's own size.
+    """Return the answer as a picture.
 
-    Segmentation: class ids, mode L (16 bits from 257 classes on). Depth: millimetres in 16 bits, 65535 from 65.535 m
-    on. Panoptic: COCO's R + 256 G + 65536 B. Detection, and everything if ``drawn``: an overlay.
+    Of the image's own size: segmentation as class ids, mode L (16 bits from 257 classes on); depth as millimetres in 16
+    bits, 65535 from 65.535 m on; panoptic as COCO's R + 256 G + 65536 B. Detection, and everything if ``drawn``: the
+    overlay that ``adaptkit predict`` writes.
 
-    Raises :class:`Refused` (406) for a class, which is no picture.
+    Raises :class:`Refused` (406) for a class that is not to be drawn: it is no picture.
     """
-    if not can_draw(answer):
-        raise Refused(406, f"a {type(answer).__name__.lower()} is no picture: Accept: {JSON}")
     if drawn:
-        return overlay(image, answer)
+        return overlay(eight_bits(image), answer)
+    if isinstance(answer, Classification):
+        raise Refused(406, f"a classification is no picture: Accept: {JSON}, or draw=true")
     if isinstance(answer, Segmentation):
         return Image.fromarray(answer.mask)
     if isinstance(answer, Depth):
@@ -74,7 +76,7 @@ def picture(answer: Answer, image: Tensor, drawn: bool = False) -> Image.Image:
     if isinstance(answer, Panoptic):
         ids = answer.segments
         return Image.fromarray(np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], -1).astype(np.uint8))
-    return overlay(image, answer)
+    return overlay(eight_bits(image), answer)
 
 
 def png(image: Image.Image) -> bytes:

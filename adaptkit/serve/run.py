@@ -25,10 +25,18 @@ def bound(host: str, port: int) -> socket.socket:
     return sock
 
 
-def run(app: Any, sock: socket.socket, started: Callable[[], None] = lambda: None) -> None:
+def run(
+    app: Any, sock: socket.socket, started: Callable[[], None] = lambda: None, ending: Callable[[], None] = lambda: None
+) -> None:
     """Serve until SIGTERM or SIGINT: take no new connection, answer what is there, end.
 
     SIGTERM is what a service is stopped by, and no error; SIGINT is raised again as ``KeyboardInterrupt``.
+
+    Args:
+        app: the application.
+        sock: where it listens; is closed.
+        started: called once requests are answered.
+        ending: called before requests are waited for, in the thread of the server.
     """
     import uvicorn
 
@@ -37,6 +45,10 @@ def run(app: Any, sock: socket.socket, started: Callable[[], None] = lambda: Non
             await super().startup(sockets)
             if self.started:
                 started()
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            ending()
+            await super().shutdown(sockets)
 
     server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE))
     before = signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it is done

@@ -15,6 +15,7 @@ from adaptkit.predict.tasks import Asked
 from adaptkit.serve.allow import Allowed
 from adaptkit.serve.limits import Gate, Limits, Refused, decoded, sizes_of
 from adaptkit.serve.mounts import Mounted, Mounts
+from adaptkit.serve.streams import Streams
 from adaptkit.serve.worker import Worker
 
 __all__ = ["Service"]
@@ -30,6 +31,7 @@ class Service:
     worker: Worker
     limits: Limits = field(default_factory=Limits)
     allowed: Allowed = field(default_factory=Allowed)
+    streams: Streams = field(default_factory=Streams)
 
     def __post_init__(self) -> None:
         self.gate = Gate(self.limits)

@@ -1,5 +1,9 @@
 """Small files of every kind that is served, on one tiny backbone, written once."""
 
+import contextlib
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -51,3 +55,32 @@ def files(tmp_path_factory):
 def alone(files):
     """What each file is without a server."""
     return {name: adaptkit.from_pretrained(file, backbone=backbone()) for name, file in files.items()}
+
+
+@contextlib.contextmanager
+def serving(folder, *words):
+    """The command in a process of its own: yields its address. On SIGTERM it must end in order, without a response that
+    had to be cut off when the time for a graceful end was over."""
+    root = Path(adaptkit.__file__).parents[1]
+    command = [sys.executable, "-W", "ignore", "-m", "adaptkit", "serve", *map(str, words), "--port", "0", "--threads", "1",
+               "--device", "cpu"]  # fmt: skip
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(root),
+        "OMP_NUM_THREADS": "1",
+        "GRADIO_TEMP_DIR": str(folder / "gradio"),
+    }
+    said = folder / "stderr.txt"
+    with (
+        said.open("w") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
+    ):
+        try:
+            line = process.stdout.readline()
+            assert " on http://127.0.0.1:" in line, line + said.read_text()
+            yield line.split(" on ")[1].split(" ")[0]
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(120) == 0
+        finally:
+            process.kill()
+    assert "timeout graceful shutdown exceeded" not in said.read_text()

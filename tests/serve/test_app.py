@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 import sys
 import threading
 from contextlib import nullcontext
@@ -19,9 +20,11 @@ pytest.importorskip("multipart")
 TestClient = pytest.importorskip("fastapi.testclient").TestClient
 pytestmark = pytest.mark.filterwarnings("ignore:task .* has a pass of its own")
 
+from adaptkit.predict.draw import overlay  # noqa: E402
 from adaptkit.serve import Limits, Mounts, Worker  # noqa: E402
 from adaptkit.serve.allow import Allowed  # noqa: E402
 from adaptkit.serve.app import create_app  # noqa: E402
+from adaptkit.serve.docs import EXAMPLES, docs_page  # noqa: E402
 from adaptkit.serve.limits import Refused  # noqa: E402
 from adaptkit.serve.reply import chosen, picture  # noqa: E402
 from adaptkit.serve.service import Service  # noqa: E402
@@ -109,14 +112,17 @@ def test_several_tasks_and_several_images_in_one_request(client):
     assert set(client.post("/predict", content=photo()).json()) == {"seg", "depth", "class", "detector"}
 
 
-def test_the_png_can_be_in_the_json_and_the_answer_over_the_picture(client):
+def test_the_png_can_be_in_the_json_and_the_answer_over_the_picture(client, alone, tmp_path):
     said = client.post("/predict/seg?png=true", content=photo()).json()
-    alone = client.post("/predict/seg", content=photo(), headers=AS_PNG).content
-    assert base64.b64decode(said["png"]) == alone
-    drawn = opened(client.post("/predict/seg?draw=true", content=photo(), headers=AS_PNG).content)
+    assert base64.b64decode(said["png"]) == client.post("/predict/seg", content=photo(), headers=AS_PNG).content
+    (tmp_path / "photo.png").write_bytes(photo())
+    seen = np.asarray(opened(photo()))
+    for name in ("seg", "depth", "class", "detector"):  # what `adaptkit predict` writes, pixel by pixel
+        drawn = opened(client.post(f"/predict/{name}?draw=true", content=photo(), headers=AS_PNG).content)
+        assert drawn.mode == "RGB"
+        assert np.array_equal(np.asarray(drawn), np.asarray(overlay(seen, alone[name].predict(tmp_path / "photo.png"))))
     boxes = opened(client.post("/predict/detector?threshold=0", content=photo(), headers=AS_PNG).content)
-    assert drawn.mode == boxes.mode == "RGB"
-    assert drawn.size == boxes.size == (64, 48)
+    assert (boxes.mode, boxes.size) == ("RGB", (64, 48))
     objects = client.post("/predict/detector?threshold=0", content=photo()).json()["objects"]
     assert {"name", "score", "box"} == set(objects[0])
 
@@ -205,7 +211,32 @@ def test_health_metrics_and_the_description(client):
     assert "anything-at-all" not in text
     paths = client.get("/openapi.json").json()["paths"]
     assert "image/*" in paths["/predict/{task}"]["post"]["requestBody"]["content"]
-    assert client.get("/docs").status_code == 200
+
+
+def test_the_page_of_the_routes_is_whole_and_needs_no_other_host(client, service):
+    page = client.get("/docs").text
+    for path, methods in client.get("/openapi.json").json()["paths"].items():
+        for method, said in methods.items():
+            assert EXAMPLES[method, path]
+            assert f"<b>{method.upper()}</b><code>{path}</code><span>{said['summary']}</span>" in page
+            assert all(f"<code>{one['name']}</code>" in page for one in said.get("parameters", []))
+    assert "curl --data-binary @photo.jpg http://testserver/predict/seg<" in page
+    assert "class 0, class 1" in page
+    hosts = set(re.findall(r"[a-z]+://[^/\s\"'<]+", page))
+    assert hosts == {"http://testserver", "http://www.w3.org"}  # the second names SVG, and is not asked
+    assert not re.findall(r"(?:src|href)=\"(?!data:|openapi.json)", page)
+    assert client.get("/favicon.ico").headers["content-type"].startswith("image/svg+xml")
+    assert client.get("/", follow_redirects=False).headers["location"] == "/docs"
+
+
+def test_the_page_of_the_routes_escapes_what_files_and_clients_say(client):
+    description = client.get("/openapi.json").json()
+    one = {"name": "seg", "answers": "segmentation", "classes": ["<script>", *"abcdefghijklm"], "pass": "shared"}
+    page = docs_page(description, 'http://"><script>', [one], has_page=True)
+    assert "<script" not in page
+    assert "and 2 more" in page
+    assert 'href="ui/"' in page
+    assert "Nothing is mounted yet" in docs_page(description, "http://x", [])
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,6 @@
 """The command in a process of its own: it answers, and on SIGTERM it ends in order."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import urllib.request
 from pathlib import Path
@@ -16,11 +13,10 @@ import adaptkit
 from adaptkit.cli import main
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import backbone, stirred
+from conftest import backbone, serving, stirred
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
-ROOT = Path(adaptkit.__file__).parents[1]
 
 
 def test_the_command_answers_and_ends_on_sigterm(tmp_path):
@@ -28,24 +24,13 @@ def test_the_command_answers_and_ends_on_sigterm(tmp_path):
     stirred(model, 0).save(tmp_path / "seg", task="semantic-segmentation", size=32)
     noise = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "photo.png")
-    command = [sys.executable, "-W", "ignore", "-m", "adaptkit", "serve", "--backbone", "demo", f"seg={tmp_path / 'seg'}",
-               "--port", "0", "--threads", "1", "--device", "cpu"]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        try:
-            said = process.stdout.readline()
-            assert said.startswith("adaptkit: seg on http://127.0.0.1:"), said
-            where = said.split(" on ")[1].split(" ")[0]
-            body = (tmp_path / "photo.png").read_bytes()
-            asked = urllib.request.Request(f"{where}/predict/seg", body, {"Accept": "image/png"})
-            with urllib.request.urlopen(asked, timeout=60) as answer:
-                mask = np.asarray(Image.open(answer))
-            with urllib.request.urlopen(f"{where}/healthz", timeout=60) as answer:
-                assert json.load(answer)["status"] == "ok"
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0
-        finally:
-            process.kill()
+    with serving(tmp_path, "--backbone", "demo", f"seg={tmp_path / 'seg'}") as where:
+        body = (tmp_path / "photo.png").read_bytes()
+        asked = urllib.request.Request(f"{where}/predict/seg", body, {"Accept": "image/png"})
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            mask = np.asarray(Image.open(answer))
+        with urllib.request.urlopen(f"{where}/healthz", timeout=60) as answer:
+            assert json.load(answer)["status"] == "ok"
     alone = adaptkit.from_pretrained(tmp_path / "seg", backbone="demo")
     assert np.array_equal(mask, alone.predict(tmp_path / "photo.png").mask)
 
@@ -66,20 +51,6 @@ def test_a_mistake_is_one_line(words, why, capsys):
     said = capsys.readouterr().err
     assert why in said
     assert said.count("\n") == 1
-
-
-def test_the_page_says_what_was_found_and_escapes_what_a_file_says():
-    from adaptkit.predict.answers import Classification, Segmentation
-    from adaptkit.serve.ui import legend
-
-    mask = np.array([[0, 0, 0, 1]], np.uint8)
-    said = legend(Segmentation((1, 4), ["road", "<script>"], [(1, 2, 3), (4, 5, 6)], mask=mask))
-    assert "rgb(1, 2, 3)" in said
-    assert "road <b>75.0%</b>" in said
-    assert "&lt;script&gt;" in said
-    assert "<script>" not in said
-    twice = Classification((1, 4), ["a", "a"], [(1, 2, 3), (4, 5, 6)], probabilities=np.float32([0.2, 0.8]))
-    assert "<b>80.0%</b>" in legend(twice)
 
 
 def test_the_page_is_at_ui_beside_the_routes(files):
