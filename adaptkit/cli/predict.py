@@ -55,13 +55,11 @@ def run(args: argparse.Namespace) -> None:
     """Predict and write."""
     import sys
 
-    import numpy as np
-
     from adaptkit.cli._show import progress
     from adaptkit.create import best_device
     from adaptkit.hub.write import check_writable
     from adaptkit.predict.files import found
-    from adaptkit.predict.pixels import pixels
+    from adaptkit.predict.pixels import pixels, shown
     from adaptkit.predict.tasks import Asked
     from adaptkit.predict.ways import Ways
     from adaptkit.predict.write import Written
@@ -86,8 +84,7 @@ def run(args: argparse.Namespace) -> None:
     with progress("predict", None if any(one.is_video for one in given) else len(given)) as advance:
         for answer in model.predict_each(images(), asked):
             name, number, held = seen.pop(0)
-            shown = (held[:3] * 255).round().byte().permute(1, 2, 0).numpy() if channels == 3 else None
-            written.add(name, answer, None if shown is None else np.ascontiguousarray(shown), number)
+            written.add(name, answer, shown(held), number)
             advance()
     path = written.close()
     print(f"{path}: {len(written.entries)} entries; pictures in {out}", file=sys.stdout)

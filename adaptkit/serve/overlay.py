@@ -8,6 +8,7 @@ from torch import Tensor
 
 from adaptkit.predict.answers import Answer, Classification, Depth, Detection, Panoptic, Segmentation, name_of
 from adaptkit.predict.palette import Colour, ramp
+from adaptkit.predict.pixels import shown
 
 __all__ = ["can_draw", "overlay"]
 
@@ -20,8 +21,8 @@ def can_draw(answer: Answer) -> bool:
 
 
 def overlay(image: Tensor, answer: Answer) -> Image.Image:
-    """Picture (3, H, W) in 0..1 and its answer -> the picture with the answer on it; a depth map stands alone."""
-    seen: np.ndarray = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    """Picture (C, H, W) and its answer -> the picture with the answer on it; a depth map stands alone."""
+    seen = shown(image)
     if isinstance(answer, Segmentation):
         return Image.fromarray(_blended(seen, np.asarray(answer.palette, np.uint8)[answer.mask]))
     if isinstance(answer, Panoptic):
