@@ -98,7 +98,7 @@ def sizes_of(images: Sequence[bytes], limits: Limits, channels: int = CHANNELS) 
         which = f"image {number}" if len(images) > 1 else "the image"
         if bands.is_npy(data) or (bands.is_tiff(data) and channels != CHANNELS):
             height, width = _size_of_bands(data, which, channels)
-            found.append(_within(height, width * -(-channels // CHANNELS), which, limits))
+            found.append(_within(height, width, which, limits, channels))
             continue
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -126,15 +126,17 @@ def _size_of_bands(data: bytes, which: str, channels: int) -> tuple[int, int]:
         raise Refused(400, str(error)) from error
 
 
-def _within(height: int, width: int, which: str, limits: Limits) -> int:
-    """The number of pixels; :class:`Refused` (413) where it is beyond the limit."""
-    if width * height > limits.pixels:
+def _within(height: int, width: int, which: str, limits: Limits, channels: int = CHANNELS) -> int:
+    """The number of pixels of three channels; :class:`Refused` (413) where it is beyond the limit."""
+    count = width * height * -(-channels // CHANNELS)
+    if count > limits.pixels:
+        many = "" if channels <= CHANNELS else f" of {channels} channels, which count as"
         raise Refused(
             413,
-            f"{which} has {width} x {height} pixels (width x height), {width * height:,}; the limit is "
+            f"{which} has {width} x {height} pixels (width x height){many or ','} {count:,}; the limit is "
             f"{limits.pixels:,}: make it smaller",
         )
-    return width * height
+    return count
 
 
 def decoded(data: bytes, channels: int = CHANNELS) -> Tensor:

@@ -251,3 +251,21 @@ def test_options_that_do_not_fit_say_so():
         channels.backbone_of(args(channels=1))
     with pytest.raises(ValueError, match="it needs them"):
         channels.backbone_of(args(expand="wavelength"))
+
+
+def test_a_backbone_of_one_channel_and_a_stream_need_no_options(tmp_path):
+    import timm
+    from timm.models import save_for_hf
+
+    torch.manual_seed(0)
+    build = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2, "in_chans": 1, "num_classes": 0}
+    host = timm.create_model("vit_tiny_patch16_224", patch_size=8, **build)
+    save_for_hf(host, str(tmp_path / "host"), model_args={**build, "patch_size": 8}, safe_serialization=True)
+    data = write_set(tmp_path / "set", "npy", 1, "uint16")
+    argv = [*command(data, tmp_path / "run", "--streaming", "--mean", "0.02", "--std", "0.01"), "--backbone",
+            str(tmp_path / "host")]  # fmt: skip
+    result = segment.main(argv)
+    assert result["miou"] == result["miou_reattached"]
+    model = adaptkit.from_pretrained(tmp_path / "run" / "adapter", backbone=str(tmp_path / "host"))
+    assert model.transform.mean == (0.02,)
+    assert model.predict(data / "images" / "0.npy").mask.shape == (40, 48)
