@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 from typing import Any
 
 import numpy as np
 
 from adaptkit.version import DISTRIBUTION
 
-__all__ = ["PICTURES", "arranged", "array_of_npy", "array_of_tiff", "is_npy", "is_tiff", "values"]
+__all__ = ["PICTURES", "arranged", "array_of_npy", "array_of_tiff", "is_npy", "is_tiff", "pages_of_tiff", "values"]
 
 PICTURES = (1, 3)  #: numbers of channels whose floats are in 0..1
 INSTALL = f"pip install tifffile (or '{DISTRIBUTION}[tiff]')"
+SAMPLES, MOST_TAGS = 277, 4096  # TIFF's tag of the channels of a pixel; entries that are looked through
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two have 64-bit offsets
 
 
@@ -69,15 +71,38 @@ def array_of_tiff(data: bytes, name: str, pixels: bool = True) -> tuple[np.ndarr
 
     Raises ``ValueError`` where it cannot be read, or nothing that reads it is installed.
     """
-    for read in (_by_tifffile, _by_rasterio):
+    failed: Exception | None = None
+    for read in (_by_tifffile, _by_rasterio):  # the second knows LZW by itself
         try:
             return read(data, pixels)
         except ModuleNotFoundError as error:
             if error.name not in ("tifffile", "rasterio"):
                 raise
         except Exception as error:  # each decoder has errors of its own, and a torn file meets them all
-            raise ValueError(f"{name} is not a TIFF that can be read whole: {error} ({len(data)} bytes)") from error
-    raise ValueError(f"{name} is a TIFF of many channels, which tifffile or rasterio reads: {INSTALL}")
+            failed = failed or error
+    if failed is None:
+        raise ValueError(f"{name} is a TIFF of many channels, which tifffile or rasterio reads: {INSTALL}")
+    more = ": pip install imagecodecs" if "imagecodecs" in str(failed) else ""
+    raise ValueError(f"{name} is not a TIFF that can be read whole: {failed}{more} ({len(data)} bytes)") from failed
+
+
+def pages_of_tiff(data: bytes) -> tuple[int, bool]:
+    """File -> channels of its first image, and whether another one follows, by the tags alone.
+
+    Pillow opens no image of more than four channels, and logs an error for each. Raises ``struct.error`` for a torn
+    one.
+    """
+    order, big = "<" if data[:2] == b"II" else ">", 43 in data[2:4]
+    word, at, entry = ("Q", 8, 20) if big else ("I", 4, 12)
+    (place,) = struct.unpack_from(order + word, data, at)
+    (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, place)
+    place, samples = place + (8 if big else 2), 1
+    for i in range(min(count, MOST_TAGS)):
+        (tag,) = struct.unpack_from(order + "H", data, place + i * entry)
+        if tag == SAMPLES:
+            (samples,) = struct.unpack_from(order + "H", data, place + (i + 1) * entry - (8 if big else 4))
+    (following,) = struct.unpack_from(order + word, data, place + count * entry)
+    return samples, following != 0
 
 
 def _by_tifffile(data: bytes, pixels: bool) -> tuple[np.ndarray, bool]:

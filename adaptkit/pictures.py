@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from torchvision import tv_tensors
 
 CHANNELS = 3  #: a picture is read as red, green and blue, unless another number is asked for
-SAMPLES = 277  # TIFF's tag: channels of a pixel
 ORIENTATION = 0x0112  # EXIF's tag
 AGAIN = "copy or download it again, or take it out of the set"
 GREYS = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")  # modes with more than eight bits a pixel
@@ -143,9 +142,11 @@ def _grey(array: np.ndarray, name: str) -> Image.Image:
 def _is_pillows(data: bytes, channels: int) -> bool:
     """Whether Pillow opens this TIFF, and has all of it that is asked for."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            whole = image.tag_v2.get(SAMPLES, 1) == 1 and getattr(image, "n_frames", 1) == 1  # type: ignore[attr-defined]
-            return channels == CHANNELS or whole
+        samples, more = bands.pages_of_tiff(data)
+        if channels != CHANNELS or samples > 4:
+            return samples == 1 and not more
+        Image.open(io.BytesIO(data)).close()
+        return True
     except UnidentifiedImageError:
         return False
     except Exception:  # torn: what reads it says so

@@ -129,6 +129,25 @@ def test_a_tiff_of_many_bands_without_a_reader_says_what_to_install(monkeypatch)
         bands.array_of_tiff(b"II*\0", "a.tif")
 
 
+@pytest.mark.parametrize("more", [{}, {"bigtiff": True}, {"byteorder": ">"}, {"planarconfig": "separate"}])
+def test_tiffs_of_all_layouts_are_read_in_silence(more, caplog):
+    tifffile = pytest.importorskip("tifffile")
+    array, file = RNG.integers(0, 60000, (13, 10, 14)).astype(np.uint16), io.BytesIO()
+    given = array if "planarconfig" in more else np.ascontiguousarray(array.transpose(1, 2, 0))
+    tifffile.imwrite(file, given, **{"photometric": "minisblack", "planarconfig": "contig", **more})
+    assert bands.pages_of_tiff(file.getvalue()) == (13, False)
+    assert torch.equal(pixels(file.getvalue(), 13), torch.from_numpy(array.astype(np.float32) / 65535))
+    with pytest.raises(ValueError, match=r"and the backbone takes 3 channels"):
+        pixels(file.getvalue(), 3)
+    with pytest.raises(ValueError, match="that can be read whole"):
+        pixels(file.getvalue()[:300], 13)
+    assert not [one for one in caplog.records if one.name.startswith("PIL")]
+    pages = io.BytesIO()
+    tifffile.imwrite(pages, array, photometric="minisblack")  # a page for each channel, as microscopes write
+    assert bands.pages_of_tiff(pages.getvalue()) == (1, True)
+    assert torch.equal(pixels(pages.getvalue(), 13), pixels(file.getvalue(), 13))
+
+
 def test_bands_are_shown_by_their_first_three():
     image = torch.randn(13, 20, 30) * 7 - 3
     seen = shown(image)
