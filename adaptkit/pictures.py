@@ -4,6 +4,8 @@ What a file holds is what comes out:
 
 * 16-bit greys are divided by 65535, floating-point ones must lie in 0..1, and both are kept as float32. 16-bit colours
   of a PNG are kept too; those of a TIFF come with the eight bits that Pillow reads.
+* NumPy's ``.npy`` and TIFFs of many channels are read by :mod:`adaptkit.bands`. How many channels come out is said to
+  :func:`read`; a picture is three of them, and nothing is made up for more.
 * Palettes are looked up, CMYK is converted, and what is transparent shows white.
 * EXIF's orientation turns an image upright, and a mask with it (:func:`pair`).
 * A file that is empty, torn or no picture at all is a ``ValueError`` that names it.
@@ -20,10 +22,12 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from adaptkit import bands
+
 if TYPE_CHECKING:
     from torchvision import tv_tensors
 
-CHANNELS = 3  #: a picture is read as red, green and blue
+CHANNELS = 3  #: a picture is read as red, green and blue, unless another number is asked for
 ORIENTATION = 0x0112  # EXIF's tag
 AGAIN = "copy or download it again, or take it out of the set"
 GREYS = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")  # modes with more than eight bits a pixel
@@ -36,10 +40,14 @@ class Picture(NamedTuple):
     name: str  #: what to call it in an error: its file, or its row
     turn: int = 1  #: EXIF's orientation, 1 to 8; 1 is upright
     wide: bytes | None = None  #: the file, where it is a PNG of 16-bit colours: Pillow reads only eight of them
+    bands: np.ndarray | None = None  #: (H, W, C) as stored, in place of the image, where Pillow has no mode for it
+    channels: int = CHANNELS  #: that :func:`colours` gives
 
     @property
     def stored(self) -> tuple[int, int]:
         """Height and width before it is turned."""
+        if self.bands is not None:
+            return self.bands.shape[0], self.bands.shape[1]
         return self.image.height, self.image.width
 
     @property
@@ -51,20 +59,22 @@ class Picture(NamedTuple):
 # --------------------------------------------------------------------------------------------------------- read
 
 
-def read(stored: Any, name: str = "", pixels: bool = True) -> Picture:
+def read(stored: Any, name: str = "", pixels: bool = True, channels: int = CHANNELS) -> Picture:
     """Read a file, its bytes or a row's ``{"bytes", "path"}`` whole; a PIL image stays as it is.
 
     Args:
         stored: what to read.
         name: of what has no path of its own, for the error.
         pixels: False reads the sizes alone.
+        channels: as which it will be asked for, where it is an image; a map of one channel is read as ever.
 
     Raises ``ValueError`` where it cannot be read.
     """
     if isinstance(stored, Image.Image):
         stored.load()  # a TIFF is upright when it is loaded, and says so
-        return Picture(stored, name, _orientation(stored))
+        return Picture(stored, name, _orientation(stored), channels=channels)
     stored = {"bytes": None, "path": str(stored)} if isinstance(stored, str | Path) else stored
+    stored = {"bytes": stored, "path": None} if isinstance(stored, bytes) else stored
     path, data = stored["path"], stored["bytes"]
     if data is None and not path:
         raise ValueError(f"{name} holds no picture; fill it, or take the row out")
@@ -75,6 +85,10 @@ def read(stored: Any, name: str = "", pixels: bool = True) -> Picture:
         raise ValueError(f"{name} cannot be read ({error}); {AGAIN}") from error
     if not data:
         raise ValueError(f"{name} is empty (0 bytes); {AGAIN}")
+    if bands.is_npy(data):
+        return _of_array(bands.array_of_npy(data, name), name=name, channels=channels)
+    if bands.is_tiff(data) and not _is_pillows(data, channels):
+        return _of_array(*bands.array_of_tiff(data, name, pixels), name=name, channels=channels)
     try:
         image: Any = Image.open(io.BytesIO(data))
         wide, turn = _is_wide(image), _orientation(image)  # in this order: to ask for EXIF may load the pixels
@@ -90,12 +104,53 @@ def read(stored: Any, name: str = "", pixels: bool = True) -> Picture:
         raise ValueError(
             f"{name} is not an image that can be read whole: {why} ({len(data)} bytes); {AGAIN}"
         ) from error
-    return Picture(image, name, turn, data if wide else None)
+    return Picture(image, name, turn, data if wide else None, channels=channels)
 
 
-def read_row(row: dict[str, Any], where: str, pixels: bool = True) -> dict[str, Any]:
+def read_row(row: dict[str, Any], where: str, pixels: bool = True, channels: int = CHANNELS) -> dict[str, Any]:
     """Read the pictures of a row; ``where`` names the row. A ``ValueError`` names the column too."""
-    return {k: read(v, f"{where}, column {k!r}", pixels) if _is_picture(v, k, where) else v for k, v in row.items()}
+    return {
+        k: read(v, f"{where}, column {k!r}", pixels, channels) if _is_picture(v, k, where) else v
+        for k, v in row.items()
+    }
+
+
+def _of_array(array: np.ndarray, last: bool = True, *, name: str, channels: int) -> Picture:
+    """Rows and columns are a picture of Pillow's, a map as well as a grey; with channels they are bands."""
+    if array.ndim == 3 and 1 in (array.shape[0], array.shape[2]):
+        array = array.squeeze(2 if array.shape[2] == 1 else 0)
+    if array.ndim == 2 and array.size:
+        return Picture(_grey(array, name), name, channels=channels)
+    if array.ndim != 3:
+        raise ValueError(f"{name} holds an array of shape {array.shape}: a map is (H, W), an image has channels too")
+    return Picture(Image.new("L", (1, 1)), name, bands=bands.arranged(array, channels, name, last), channels=channels)
+
+
+def _grey(array: np.ndarray, name: str) -> Image.Image:
+    """(H, W) of numbers -> a picture with the same values in Pillow's mode for them."""
+    if array.dtype.kind == "f":
+        return Image.fromarray(array.astype(np.float32))
+    if array.dtype in (np.uint8, np.uint16):
+        return Image.fromarray(array)
+    if array.dtype == np.bool_:
+        return Image.fromarray(array.astype(np.uint8))
+    if int(array.min()) < -(2**31) or int(array.max()) >= 2**31:
+        raise ValueError(f"{name} holds whole numbers {array.min()}..{array.max()} beyond 32 bits")
+    return Image.fromarray(array.astype(np.int32))
+
+
+def _is_pillows(data: bytes, channels: int) -> bool:
+    """Whether Pillow opens this TIFF, and has all of it that is asked for."""
+    try:
+        samples, more = bands.pages_of_tiff(data)
+        if channels != CHANNELS or samples > 4:
+            return samples == 1 and not more
+        Image.open(io.BytesIO(data)).close()
+        return True
+    except UnidentifiedImageError:
+        return False
+    except Exception:  # torn: what reads it says so
+        return True
 
 
 def _is_picture(value: Any, column: str, where: str) -> bool:
@@ -146,10 +201,18 @@ def turned(pixels: np.ndarray, turn: int) -> np.ndarray:
 
 
 def colours(picture: Picture, upright: bool = True) -> tv_tensors.Image:
-    """Picture -> (3, H, W), turned upright: uint8, or float32 in 0..1 where the file has more than eight bits."""
+    """Picture -> (channels, H, W), turned upright: uint8, or float32 where the file has more than eight bits.
+
+    Floats are in 0..1; of bands that are no picture, in their own unit (:func:`adaptkit.bands.values`). Raises
+    ``ValueError`` where the file has another number of channels than was asked for.
+    """
     from torchvision import tv_tensors  # here, as in all of the package: it takes a second to import
 
-    if picture.wide is not None:
+    if picture.bands is not None:
+        pixels = bands.values(picture.bands, picture.name)
+    elif picture.channels != CHANNELS:
+        pixels = _as_many(picture)
+    elif picture.wide is not None:
         pixels = _wide(picture.wide)
     elif picture.image.mode in GREYS:
         pixels = np.repeat(_deep(picture)[..., None], CHANNELS, -1)
@@ -158,6 +221,25 @@ def colours(picture: Picture, upright: bool = True) -> tv_tensors.Image:
     if upright:
         pixels = turned(pixels, picture.turn)
     return tv_tensors.Image(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+
+
+def _as_many(picture: Picture) -> np.ndarray:
+    """What Pillow reads -> (H, W, channels) of another number than three: greys for one, red to alpha for four."""
+    if picture.channels == 1:
+        if picture.image.mode in GREYS:
+            return _deep(picture)[..., None]
+        pixels = _eight_bits(picture) if picture.wide is None else _wide(picture.wide)
+        if (pixels == pixels[..., :1]).all():
+            return pixels[..., :1]
+        raise ValueError(f"{picture.name} has colours, and the backbone takes one channel: save it in grey")
+    found = np.asarray(picture.image) if picture.wide is None else _unchanged(picture.wide)
+    count = 1 if found.ndim == 2 else found.shape[-1]
+    if picture.channels == 4 == count and picture.image.mode == "RGBA":
+        return found
+    raise ValueError(
+        f"{picture.name} has {count} channels (mode {picture.image.mode}), and the backbone takes {picture.channels}: "
+        "give a TIFF or .npy of as many"
+    )
 
 
 def _eight_bits(picture: Picture) -> np.ndarray:
@@ -176,12 +258,18 @@ def _eight_bits(picture: Picture) -> np.ndarray:
         ) from error
 
 
-def _wide(data: bytes) -> np.ndarray:
-    """A PNG of 16-bit colours -> (H, W, 3) float32, alpha laid on white."""
+def _unchanged(data: bytes) -> np.ndarray:
+    """A PNG of 16-bit colours -> (H, W, C) float32 in 0..1."""
     from torchvision.io import decode_image
 
     pixels = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode="UNCHANGED")
-    values = pixels.permute(1, 2, 0).numpy().astype(np.float32) / 65535
+    values: np.ndarray = pixels.permute(1, 2, 0).numpy().astype(np.float32) / 65535
+    return values
+
+
+def _wide(data: bytes) -> np.ndarray:
+    """A PNG of 16-bit colours -> (H, W, 3) float32, alpha laid on white."""
+    values = _unchanged(data)
     if values.shape[-1] in (2, 4):
         values, alpha = values[..., :-1], values[..., -1:]
         values = values * alpha + (1 - alpha)
@@ -223,7 +311,7 @@ def numbers(picture: Picture, what: str, advice: str, palette: bool) -> np.ndarr
         advice: how to store it.
         palette: whether a number may be an index into colours.
     """
-    values = np.asarray(picture.image)
+    values = np.asarray(picture.image) if picture.bands is None else picture.bands
     if values.ndim != 2 or (picture.image.mode == "P" and not palette):
         channels = "a palette" if values.ndim == 2 else f"{values.shape[-1]} channels"
         raise ValueError(f"{picture.name}: {what} has {channels} (mode {picture.image.mode}); {advice}")

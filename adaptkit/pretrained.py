@@ -19,10 +19,13 @@ from adaptkit.core import registry
 from adaptkit.create import create_backbone
 from adaptkit.hub.repository import load
 from adaptkit.model.adapted import attach
+from adaptkit.model.expand import expand_channels
 from adaptkit.networks.network import load as network_of
 from adaptkit.networks.network import recipe_of
 
-__all__ = ["from_pretrained", "recorded"]
+__all__ = ["expanded_as", "from_pretrained", "recorded"]
+
+MOST_CHANNELS = 1024  #: that are built because a file says so
 
 
 def from_pretrained(
@@ -61,7 +64,7 @@ def from_pretrained(
     if isinstance(backbone, nn.Module):
         model = backbone
     elif backbone is not None:
-        model = create_backbone(backbone)
+        model = expanded_as(create_backbone(backbone), file.header)
     else:
         model = recorded(str(source), file.header, {k: v for k, v in download.items() if k != "force_download"})
     if recipe_of(file) is not None and head is None:
@@ -100,7 +103,21 @@ def recorded(source: str, header: dict[str, Any], download: dict[str, Any]) -> n
             f"{source} was trained on {saved['source']} with a classifier of {saved['classes']} classes, which is not "
             f"in the file; {name} has {classes}: {own}"
         )
-    return model
+    return expanded_as(model, header)
+
+
+def expanded_as(model: nn.Module, header: dict[str, Any]) -> nn.Module:
+    """Return a backbone of three channels expanded as that was which a file was trained on; else the backbone itself.
+
+    Raises ``ValueError`` for more channels than images have.
+    """
+    saved = header["backbone"] or {}
+    said, channels = saved.get("expanded"), saved.get("spec", {}).get("channels", 3)
+    if said is None or registry.view(model).spec.channels != 3:
+        return model
+    if channels > MOST_CHANNELS:
+        raise ValueError(f"the file says {channels} channels of an image, and at most {MOST_CHANNELS} are built")
+    return expand_channels(model, channels, said["how"], said["wavelengths"])
 
 
 def _name(saved: dict[str, Any]) -> tuple[str, Any]:

@@ -7,6 +7,7 @@
     trivial, rand, auto    crops of at least 40 %, mirrored; then TrivialAugmentWide (Mueller and Hutter 2021),
               RandAugment (Cubuk et al. 2020) or AutoAugment's policy of ImageNet (Cubuk et al. 2019)
 
+Images of other than three channels are cropped, mirrored and blurred alike, and their values stay as they are.
 Those policies move the image, too: a mask moves with it, and what comes in from outside is ignored.
 """
 
@@ -19,6 +20,8 @@ from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
+from adaptkit.pictures import CHANNELS
+
 POLICIES = ("trivial", "rand", "auto")
 NAMES = ("none", "light", "medium", "strong", *POLICIES)
 HELP = """of training images: none, light (crop, mirror), medium (colours, too), strong; or crop and mirror with one of
@@ -29,8 +32,10 @@ CROPS = {"light": (0.7, 1.1), "medium": (0.4, 1.25), "strong": (0.25, 1.33)}
 MOVES = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 
 
-def colours(name: str) -> list[Any]:
-    """Return the transforms that change colours alone."""
+def colours(name: str, channels: int = CHANNELS) -> list[Any]:
+    """Return the transforms that change colours alone; of other channels than red, green and blue, what blurs."""
+    if channels != CHANNELS:
+        return [v2.RandomApply([v2.GaussianBlur(5, (0.1, 2.0))], 0.2)] if name == "strong" else []
     if name == "medium":
         return [v2.ColorJitter(0.3, 0.3, 0.2, 0.05)]
     if name == "strong":
@@ -39,23 +44,34 @@ def colours(name: str) -> list[Any]:
     return []
 
 
-def of_pixels(name: str, size: tuple[int, int], ignore: int) -> list[Any]:
+def of_pixels(name: str, size: tuple[int, int], ignore: int, channels: int = CHANNELS) -> list[Any]:
     """Return the transforms of (image, mask) to ``size`` (H, W); ``ignore`` is the label of what is outside."""
+    check_policy(name, channels)
     if name == "none":
         return [v2.Resize(size, antialias=True)]
     aspect = size[1] / size[0]
     least, apart = CROPS.get(name, CROPS["medium"])
     ratio = ((0.8 if apart == 1.25 else 1 / apart) * aspect, apart * aspect)
     steps: list[Any] = [v2.RandomResizedCrop(size, scale=(least, 1.0), ratio=ratio, antialias=True)]
-    steps += [v2.RandomHorizontalFlip(), *colours(name)]
+    steps += [v2.RandomHorizontalFlip(), *colours(name, channels)]
     return [*steps, Both(policy(name), ignore)] if name in POLICIES else steps
 
 
-def of_images(name: str, size: int, least: float) -> list[Any]:
+def of_images(name: str, size: int, least: float, channels: int = CHANNELS) -> list[Any]:
     """Return the transforms of an image to ``size`` x ``size`` pixels, from crops of at least this share of it."""
+    check_policy(name, channels)
     steps: list[Any] = [v2.RandomResizedCrop(size, scale=(least, 1.0), antialias=True)]
-    steps += [v2.RandomHorizontalFlip(), *colours(name)]
+    steps += [v2.RandomHorizontalFlip(), *colours(name, channels)]
     return [*steps, policy(name)] if name in POLICIES else steps
+
+
+def check_policy(name: str, channels: int) -> None:
+    """``ValueError`` where a policy would change the colours of what has none."""
+    if name in POLICIES and channels != CHANNELS:
+        raise ValueError(
+            f"--augment {name} changes red, green and blue, and these images have {channels} channels: choose none, "
+            "light, medium or strong, which then crop, mirror and blur"
+        )
 
 
 def policy(name: str) -> Any:

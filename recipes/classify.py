@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import adaptkit
-from adaptkit.create import create_backbone
 from adaptkit.hub.write import check_writable
 from adaptkit.losses import check_budget, usage, usage_loss
 
-from . import augment
+from . import augment, channels
 from . import names as class_names
+from .channels import backbone_of, trained_parts
 from .engine import Task, run
 from .labelled import LabelledData, open_images
 from .labels import warn_unseen
@@ -55,6 +55,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--label-column", help="default: the first named label, labels, ...")
     p.add_argument("--num-classes", type=int, help="needed where a stream does not name them")
     class_names.options(p)
+    channels.options(p)
     args = read(p, argv)
     check(args)
     return args
@@ -71,12 +72,14 @@ def check(args: argparse.Namespace) -> None:
         )
 
 
-def build(args: argparse.Namespace) -> adaptkit.AdaptedModel:
-    backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
+def build(args: argparse.Namespace, rows: Any = None) -> adaptkit.AdaptedModel:
+    backbone = backbone_of(args)
+    if rows is not None:
+        channels.settle(args, adaptkit.view(backbone), rows, "--train")
     source_of(adaptkit.view(backbone), args)  # known, or an error, before anything is built
     pool = args.pool or ("both" if getattr(adaptkit.view(backbone).spec, "prefix", 0) else "avg")
     head = adaptkit.ClassifierHeadConfig(args.num_classes, pool)
-    model = adaptkit.attach(backbone, *adapters(args), head=head, train_backbone=args.train_backbone).train()
+    model = adaptkit.attach(backbone, *adapters(args), head=head, train_backbone=trained_parts(backbone, args)).train()
     if args.zero_head:
         classifier: Any = model.head
         nn.init.zeros_(classifier.classifier.weight)
@@ -121,6 +124,9 @@ def task(args: argparse.Namespace) -> Task:
         called = [names[k] if k < len(names) else str(k) for k in unseen]
         warn_unseen(called, args.num_classes, "--train", f"{len(train)} images", "check --num-classes and --train")
 
+    def built(args: argparse.Namespace) -> adaptkit.AdaptedModel:
+        return build(args, train)
+
     def data(args: argparse.Namespace, model: Any, training: bool) -> LabelledData:
         rows = train if training else val
         known = {"classes": args.num_classes, "name": "--train" if training else "--val"}
@@ -131,7 +137,7 @@ def task(args: argparse.Namespace) -> Task:
             made.summary.classes = list(args.named.get("classes") or names)
         return made
 
-    return Task("classify", "image-classification", "top1", ("top1", "top5"), build, data, loss, predict, metric,
+    return Task("classify", "image-classification", "top1", ("top1", "top5"), built, data, loss, predict, metric,
                 native=False)  # fmt: skip
 
 

@@ -89,7 +89,7 @@ def filled(data: Any, name: str, streaming: bool) -> Any:
             raise ValueError(f"{name} holds no rows")
         return data
     if hasattr(data, "to_iterable_dataset"):  # a folder: its list of files is small, and is shared by the readers
-        data = data.to_iterable_dataset(num_shards=max(1, min(64, len(data))))
+        data = undecoded(data).to_iterable_dataset(num_shards=max(1, min(64, len(data))))
     if next(iter(data.take(1)), None) is None:
         raise ValueError(f"{name} holds no rows")
     return undecoded(data if data.features is not None else data._resolve_features())  # read from the first rows
@@ -149,7 +149,7 @@ def only(columns: list[str], name: str, option: str) -> str | None:
 
 
 class SegmentationData(Rows):
-    """Pairs (image (3, H, W) normalised as the backbone wants it, mask (H, W) int64).
+    """Pairs (image (C, H, W) normalised as the backbone wants it, mask (H, W) int64).
 
     Training samples are asked for as ``(epoch, index)`` and cropped, flipped and coloured by a random state of their
     own, so that they do not depend on workers, ranks or a resumed run. Others are resized only.
@@ -157,7 +157,7 @@ class SegmentationData(Rows):
     Args:
         data: rows with ``image`` and ``mask``.
         size: (H, W) of the samples.
-        source: of the backbone, for the normalisation.
+        source: of the backbone, for the normalisation, and with it the number of channels.
         seed: of the augmentation.
         train: whether to augment.
         labels: what the values of a mask mean (``labels.py``).
@@ -181,13 +181,14 @@ class SegmentationData(Rows):
         augment: str = "medium",
     ) -> None:
         super().__init__(data, seed, name)
+        self.channels = len(source.mean)
         self.labels, self.classes, self.ignore = labels or Reading(), classes, ignore
         steps: list[Any] = [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
-        steps += of_pixels(augment if train else "none", size, ignore)
+        steps += of_pixels(augment if train else "none", size, ignore, self.channels)
         self.transform = v2.Compose([*steps, normalise(source)])
 
     def make(self, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Row with image and mask -> (image (3, H, W) float, mask (H, W) int64)."""
+        """Row with image and mask -> (image (C, H, W) float, mask (H, W) int64)."""
         ids = self.labels.ids(row["mask"])
         if self.classes is not None:
             check_range(ids, self.classes, self.ignore, row["mask"].name)

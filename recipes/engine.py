@@ -291,7 +291,7 @@ class Training:
         """Write the adapter file, with the metrics in it."""
         size = self.args.size if isinstance(self.args.size, int) else list(self.args.size)
         model = self.accelerator.unwrap_model(self.model)
-        said = {**to_record(self.args), **names.to_record(self.args), **more, **self.metrics}
+        said = {**to_record(self.args, model.vit.spec.channels), **names.to_record(self.args), **more, **self.metrics}
         self.task.save(model, folder, task=self.task.kind, size=size, **said)
 
     def save(self) -> None:

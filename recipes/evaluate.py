@@ -24,6 +24,7 @@ from torch import Tensor
 from adaptkit.cli.eval import add_options
 from adaptkit.cli.predict import ways_of
 from adaptkit.create import best_device
+from adaptkit.pictures import CHANNELS
 from adaptkit.predict.tasks import Asked
 from adaptkit.predict.ways import Ways
 from adaptkit.pretrained import from_pretrained
@@ -48,7 +49,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Open the file, and return what it scores. Raises what reading a file or data raises."""
     model = from_pretrained(args.file, backbone=args.backbone).to(best_device(args.device))
-    described = model.described()
+    described, channels = model.described(), model.vit.spec.channels
+    if args.corruptions is not None and channels != CHANNELS:
+        raise ValueError(f"--corruptions are of pictures in colours, and {args.file} takes {channels} channels")
     kind, ways = described.answers, recorded.ways_of(described.said, Ways(**ways_of(args)))
     asked = Asked(ways, confidence=True, threshold=0.0)
 

@@ -20,6 +20,7 @@ from adaptkit.adapters.adavit import AdaViT
 from adaptkit.analysis.accounting import counted
 from adaptkit.hub.write import write_atomic
 from adaptkit.predict.draw import laid, sized
+from adaptkit.predict.pixels import shown as visible
 from adaptkit.predict.tasks import TASKS, Asked
 
 from .examples import EXAMPLES
@@ -85,7 +86,7 @@ def draw(folder: Path, model: Any, found: dict[str, Any], rows: Any, args: argpa
 
 def _panels(folder: Path, name: str, image: torch.Tensor, answer: Any, truth: Any) -> dict[str, Any]:
     """Write the panels of one image; returns their names, and what is said in words beside them."""
-    pixels = (image * 255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy()
+    pixels = visible(image)
     panels = {"image": sized(pixels, SIDE)}
     if truth.drawn is not None:
         shown = truth.answer if truth.answer is not None else answer

@@ -155,12 +155,12 @@ def _listed(path: Path) -> Any:
 
 
 class LabelledData(Rows):
-    """Pairs (image (3, size, size) normalised as the backbone wants it, label).
+    """Pairs (image (C, size, size) normalised as the backbone wants it, label).
 
     Args:
         data: rows with ``image`` and ``label``.
         size: side in pixels.
-        source: of the backbone, for the normalisation.
+        source: of the backbone, for the normalisation, and with it the number of channels.
         seed: of the augmentation.
         augment: ``"crop"`` (a random part of at least ``least`` of the image), ``"flip"`` (mirrored at random too),
             ``"none"``, the whole image squeezed to a square, or one of ``augment.NAMES``.
@@ -183,11 +183,11 @@ class LabelledData(Rows):
         name: str = "",
     ) -> None:
         super().__init__(data, seed, name)
-        self.classes = classes
+        self.classes, self.channels = classes, len(source.mean)
         if augment == "none":
             steps = [v2.Resize((size, size), antialias=True)]
         elif train and augment in NAMES:
-            steps = of_images(augment, size, least)
+            steps = of_images(augment, size, least, self.channels)
         elif train:
             steps = [v2.RandomResizedCrop(size, scale=(least, 1.0), antialias=True)]
             steps += [v2.RandomHorizontalFlip()] if augment == "flip" else []
@@ -196,7 +196,7 @@ class LabelledData(Rows):
         self.transform = v2.Compose([v2.ToDtype(torch.float32, scale=True), *steps, normalise(source)])
 
     def make(self, row: dict[str, Any]) -> tuple[Tensor, int]:
-        """Row with image and label -> (image (3, H, W) float, label)."""
+        """Row with image and label -> (image (C, H, W) float, label)."""
         label = int(row["label"])
         if self.classes is not None and not 0 <= label < self.classes:
             raise ValueError(

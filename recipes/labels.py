@@ -115,6 +115,8 @@ def _check_indices(mask: Picture, ids: np.ndarray, colours: Colours) -> None:
 def coded(mask: Picture) -> np.ndarray:
     """Mask -> the colour of each pixel, (H, W) int64: 65536 red + 256 green + blue."""
     image = mask.image
+    if mask.bands is not None:
+        raise ValueError(f"{mask.name}: a mask of the shape {mask.bands.shape}; {NEITHER}")
     if mask.wide is not None or image.mode not in (*RGB, "P", "L", "1"):
         raise ValueError(
             f"{mask.name}: a mask of colours has 8 bits a channel, this one the mode {image.mode}; {NEITHER}"

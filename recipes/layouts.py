@@ -16,7 +16,7 @@ import os
 import re
 from pathlib import Path
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".npy"}
 SPLIT = re.compile(r"(train|val|test)(?:ing|id|idation)?\d*", re.IGNORECASE)  # train2017, training, valid, ...
 #: How the name of a map ends that lies beside its image, and that of an image beside its map.
 MAPS = re.compile(

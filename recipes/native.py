@@ -46,11 +46,11 @@ def ways(args: argparse.Namespace) -> Ways:
 
 
 class NativeSegmentation(Rows):
-    """Pairs (image (3, H, W) in 0..1, mask (H, W) uint8 or int32), both at their own size; batches are lists."""
+    """Pairs (image (C, H, W) in 0..1, mask (H, W) uint8 or int32), both at their own size; batches are lists."""
 
     def __init__(self, rows: SegmentationData) -> None:
         super().__init__(rows.data, rows.seed, rows.name)
-        self.rows, self.summary = rows, rows.summary
+        self.rows, self.summary, self.channels = rows, rows.summary, rows.channels
 
     def make(self, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Row with image and mask -> (image, mask)."""

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from adaptkit.create import create_backbone
 from adaptkit.networks.network import BUILDERS, Network, build, load, restore, save
+
+from .channels import backbone_of
 
 __all__ = [
     "BUILDERS",
@@ -48,4 +49,4 @@ def mask2former_recipe(args: argparse.Namespace) -> dict[str, Any]:
 
 def again(args: argparse.Namespace, folder: Path) -> nn.Module:
     """Load what was saved around a fresh backbone."""
-    return load(folder, create_backbone(args.backbone, pretrained=not args.random_backbone))
+    return load(folder, backbone_of(args))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from adaptkit.core.near import hint
+from adaptkit.pictures import CHANNELS
 
 from . import normalisation
 from .help import RecipeParser
@@ -193,7 +194,7 @@ def read(p: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.
         p.error("--crop-features and --flip-features know an image by its number, and a stream has none: give "
                 "--no-streaming, or leave them out")  # fmt: skip
     try:
-        normalisation.given(args)
+        normalisation.given(args, None if hasattr(args, "channels") else CHANNELS)
     except ValueError as error:
         p.error(str(error))
     return args

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
-from adaptkit.pictures import read_row
+from adaptkit.pictures import CHANNELS, read_row
 
 from .summary import Summary
 
@@ -24,6 +24,7 @@ class Rows(Dataset, ABC):
     """
 
     summary: Summary | None = None  #: what the look before training found
+    channels: int = CHANNELS  #: of an image
 
     def __init__(self, data: Any, seed: int = 0, name: str = "") -> None:
         self.data, self.seed, self.name = undecoded(data), seed, name
@@ -39,7 +40,7 @@ class Rows(Dataset, ABC):
         """Read the pictures of the row, or their sizes alone; an error names the set, the row and the column."""
         if not isinstance(row, dict):
             return row
-        return read_row(row, f"{self.name}: row {index}" if self.name else f"row {index}", pixels)
+        return read_row(row, f"{self.name}: row {index}" if self.name else f"row {index}", pixels, self.channels)
 
     def sample(self, row: dict[str, Any], epoch: int, index: int) -> Any:
         """Make the sample that is at this index in this epoch."""

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 import adaptkit
-from adaptkit.create import create_backbone
 from adaptkit.heads.base import QueryHead
 
+from .channels import backbone_of, trained_parts
 from .options import adapters
 
 HEAD = "plain-mask"
@@ -42,9 +42,11 @@ def settle(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 def build(args: argparse.Namespace, classes: int, task: str, things: Sequence[int] = ()) -> adaptkit.AdaptedModel:
     """Attach it to a fresh backbone."""
-    backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
+    backbone = backbone_of(args)
     said = {"num_classes": classes, "task": task, "things": tuple(things), "num_q": args.queries, **args.head_options}
-    return adaptkit.attach(backbone, *adapters(args), head=(HEAD, said), train_backbone=args.train_backbone).train()
+    return adaptkit.attach(
+        backbone, *adapters(args), head=(HEAD, said), train_backbone=trained_parts(backbone, args)
+    ).train()
 
 
 def head_in(model: nn.Module) -> QueryHead | None:

@@ -21,11 +21,11 @@ import torch.nn.functional as F  # noqa: F401  tests stop a run in it
 from torch import Tensor, nn
 
 import adaptkit
-from adaptkit.create import create_backbone
 from adaptkit.losses import balanced_weights, dice_loss, focal_loss, pixel_loss
 from adaptkit.predict.tasks import Asked
 
-from . import augment, names, native, network, queries, semantic
+from . import augment, channels, names, native, network, queries, semantic
+from .channels import backbone_of, trained_parts
 from .data import SegmentationData, open_dataset
 from .engine import Task, run
 from .initial import saved_head
@@ -101,6 +101,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--head", default=None, help=HEAD_HELP)
     p.add_argument("--size", type=int, nargs=2, default=(240, 320), metavar=("H", "W"))
     native.options(p)
+    channels.options(p)
     names.options(p)
     network.mask2former_options(p)
     queries.options(p)
@@ -131,12 +132,12 @@ def is_set(head: str) -> bool:
 
 
 def build(args: argparse.Namespace) -> adaptkit.AdaptedModel:
-    backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
+    backbone = backbone_of(args)
     return adaptkit.attach(
         backbone,
         *adapters(args),
         head=(args.head, {"num_classes": args.num_classes}),
-        train_backbone=args.train_backbone,
+        train_backbone=trained_parts(backbone, args),
     ).train()
 
 
@@ -144,6 +145,8 @@ def data(args: argparse.Namespace, model: Any, train: bool) -> Rows:
     name, split, option = (args.train, "train", "--train") if train else (validation(args), "validation", "--val")
     columns = args.image_column, args.mask_column
     opened = open_dataset(name, split, columns, args.streaming, suffix=args.mask_suffix)
+    if train:
+        channels.settle(args, model.vit, opened, option)
     labels = names.reading_of(args)
     may_be = {"labels": labels, "classes": args.num_classes, "ignore": args.ignore_index}
     rows = SegmentationData(

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import adaptkit
-from adaptkit.create import create_backbone
 
 from . import network, queries
+from .channels import backbone_of, trained_parts
 from .engine import Task
 from .options import adapters
 
@@ -29,11 +29,11 @@ def task(base: Task, head: str) -> Task:
 
 
 def build(args: argparse.Namespace) -> network.Network:
-    backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
+    backbone = backbone_of(args)
     words: dict[str, Any] = {"network": args.head, "categories": list(range(args.num_classes)), "width": args.width}
     more = {"ignore": args.ignore_index} if args.head == "upernet" else network.mask2former_recipe(args)
     return network.build(
-        adaptkit.attach(backbone, *adapters(args), train_backbone=args.train_backbone), {**words, **more}
+        adaptkit.attach(backbone, *adapters(args), train_backbone=trained_parts(backbone, args)), {**words, **more}
     ).train()
 
 

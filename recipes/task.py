@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 import adaptkit
-from adaptkit.create import create_backbone
 
+from .channels import backbone_of
 from .order import Rows
 
 
@@ -28,7 +28,7 @@ def restore_adapted(model: Any, folder: Path) -> None:
 
 def attach_again(args: argparse.Namespace, folder: Path) -> nn.Module:
     """Attach what was saved to a fresh backbone."""
-    return adaptkit.attach(create_backbone(args.backbone, pretrained=not args.random_backbone), folder)
+    return adaptkit.attach(backbone_of(args), folder)
 
 
 @dataclass(frozen=True)

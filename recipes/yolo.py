@@ -19,7 +19,7 @@ from typing import Any
 from adaptkit.pictures import read
 
 from .coco import Instances, instances_of
-from .layouts import pictures, split_of
+from .layouts import SUFFIXES, pictures, split_of
 
 YAML = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 KEYS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
@@ -84,7 +84,7 @@ def _images(places: list[Path], split: str, yaml: Path, flag: str) -> list[Path]
             lines = [line.strip() for line in place.read_text().splitlines() if line.strip()]
             found += [Path(line) if Path(line).is_absolute() else place.parent / line for line in lines]
         elif place.is_dir():
-            found += pictures(place)
+            found += pictures(place, SUFFIXES - {".npy"})  # which its trainers keep beside the images, as a cache
         else:
             raise ValueError(f"{flag}: {yaml} names {place} for the split {split!r}, and there is no such folder")
     if not found:

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     from adaptkit.create import best_device
     from adaptkit.hub.write import check_writable
     from adaptkit.predict.files import found
-    from adaptkit.predict.pixels import eight_bits, pixels
+    from adaptkit.predict.pixels import pixels, shown
     from adaptkit.predict.tasks import Asked
     from adaptkit.predict.ways import Ways
     from adaptkit.predict.write import Written
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     with progress("predict", None if any(one.is_video for one in given) else len(given)) as advance:
         for answer in model.predict_each(images(), asked):
             name, number, held = seen.pop(0)
-            written.add(name, answer, eight_bits(held) if channels == 3 else None, number)
+            written.add(name, answer, shown(held), number)
             advance()
     path = written.close()
     print(f"{path}: {len(written.entries)} entries; pictures in {out}", file=sys.stdout)

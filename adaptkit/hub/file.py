@@ -51,6 +51,7 @@ __all__ = [
 ]
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  #: one is loaded into another
+EXPANSION = "_adaptkit_expansion"  #: where a backbone says how :func:`adaptkit.expand_channels` made it
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
 
@@ -181,6 +182,7 @@ def describe_backbone(vit: View, metadata: Mapping[str, Any] = MappingProxyType(
         "fingerprint": fingerprint(vit),
         "digest": digest_of(vit),
         "sums": sums_of(vit),
+        **({"expanded": expanded} if (expanded := getattr(vit.backbone, EXPANSION, None)) else {}),
     }
 
 
@@ -254,7 +256,8 @@ def check_fits(file: AdapterFile, vit: View, strict: bool = False) -> None:
             stacklevel=3,
         )
     mean, std = normalisation_of(file.header.get("metadata") or {}, now.channels) or (saved["mean"], saved["std"])
-    if mean and source.mean and (mean, std) != (list(source.mean), list(source.std)):
+    known = len(mean) == len(source.mean) > 0  # an expanded backbone says it of its first three channels
+    if known and (mean, std) != (list(source.mean), list(source.std)):
         warnings.warn(
             f"{file.path} was trained on images normalised by mean {mean}, std {std}; this backbone declares mean "
             f"{list(source.mean)}, std {list(source.std)}. Normalise as the file says",

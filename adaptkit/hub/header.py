@@ -36,6 +36,14 @@ class Method(TypedDict):
 #: A head that is the user's own module, or a network around the adapter.
 OwnHead = TypedDict("OwnHead", {"name": None, "class": str, "around": NotRequired[bool]})
 
+
+class Expansion(TypedDict):
+    """How the rows of further channels began, :func:`adaptkit.expand_channels`."""
+
+    how: str
+    wavelengths: list[float] | None
+
+
 #: What :func:`adaptkit.hub.file.describe_backbone` says; older files know less.
 Backbone = TypedDict(
     "Backbone",
@@ -51,6 +59,7 @@ Backbone = TypedDict(
         "fingerprint": dict[str, list[float]],
         "digest": NotRequired[dict[str, str]],
         "sums": NotRequired[dict[str, tuple[float, float, float, float]]],
+        "expanded": NotRequired[Expansion],
         "package": NotRequired[str],  # of the plug-in whose family sees it, as of a method
         "module": NotRequired[str],
     },

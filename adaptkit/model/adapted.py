@@ -23,6 +23,7 @@ from adaptkit.hub.card import card_beside
 from adaptkit.hub.file import describe_backbone, write_folder
 from adaptkit.hub.metadata import plain
 from adaptkit.hub.repository import Commit, push
+from adaptkit.model.ensemble import averaged
 from adaptkit.model.facts import Facts
 from adaptkit.model.image import check_image
 from adaptkit.model.owner import Owner, check_free
@@ -192,6 +193,17 @@ class AdaptedModel(Predicts, ShownModel, Facts, NamedSets):
         Or what :meth:`extract` made of such images: then the backbone does not run. ``TypeError`` and ``ValueError``
         for anything else (:mod:`adaptkit.model.image`).
         """
+        if self._shares and not self._disabled:
+            if torch.compiler.is_compiling():
+                raise RuntimeError("an ensemble changes the adapters between its passes: compile the blocks, not all")
+            return averaged(self._shares, lambda name: self._by(name, image))
+        return self._run(image)
+
+    def _by(self, name: str, image: Tensor | CachedFeatures) -> Features:
+        with self._alone(name):
+            return self._run(image)
+
+    def _run(self, image: Tensor | CachedFeatures) -> Features:
         if isinstance(image, CachedFeatures):
             return run(CachedView(self.vit, image), self._reading(image), image.image_or_shape())
         vit = self.vit
@@ -262,8 +274,9 @@ class AdaptedModel(Predicts, ShownModel, Facts, NamedSets):
 
     def _readers(self) -> AdapterSet:
         acting = self._acting
-        if self._disabled or acting.why_alone():
-            raise ValueError(f"cached features do not do for these adapters: {acting.why_alone() or 'disabled'}")
+        why = "several, which read other blocks; make one active" if self._shares else acting.why_alone()
+        if self._disabled or why:
+            raise ValueError(f"cached features do not do for these adapters: {why or 'disabled'}")
         return acting
 
     # ---------------------------------------------------------------------------------------------------- predicting
@@ -318,6 +331,8 @@ class AdaptedModel(Predicts, ShownModel, Facts, NamedSets):
         Raises ``ValueError`` for metadata that JSON cannot say, and for a backbone that was trained since it was
         attached to but for ``train_backbone``; ``OSError`` where the folder cannot be written.
         """
+        if name is None and self._shares:
+            raise ValueError(f"an ensemble is no file: save its sets one by one, name= {' or '.join(self._shares)}")
         self.check_untrained()
         chosen = self._acting if name is None else self.set_of(name)
         header = self.header(name, **metadata)

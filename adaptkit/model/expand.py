@@ -5,7 +5,7 @@
 W_rgb is the backbone's own kernel, the very tensor. With ``how="zero"`` W_new = 0, and the expanded backbone gives
 for any further channels what the frozen one gives for red, green and blue, bit for bit: the two sums are kept apart, so
 that no rounding changes. The new rows are a parameter of their own, so that they can be trained while the rest is
-frozen, and are saved in the adapter's file::
+frozen, and are saved in the adapter's file, which also says how they began, for ``from_pretrained`` to build them::
 
     backbone = adaptkit.expand_channels(backbone, 13)
     model = adaptkit.attach(backbone, "lora", train_backbone=("*.new_channels",))
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from adaptkit.core.layers import check_choice
 from adaptkit.core.registry import view
 from adaptkit.core.tree import locate, named_modules, skeleton
+from adaptkit.hub.file import EXPANSION
 
 __all__ = ["expand_channels"]
 
@@ -84,6 +85,7 @@ def expand_channels(
     parent._modules[name] = ExpandedPatchEmbedding(conv, rows).train(conv.training)
     for module in expanded.modules():
         _count(module, n)
+    setattr(expanded, EXPANSION, {"how": how, "wavelengths": None if wavelengths is None else list(wavelengths)})
     return expanded
 
 

@@ -64,7 +64,7 @@ def _traced() -> bool:
 def _check_values(vit: View, image: Tensor) -> None:
     """Refuse values of 0..255 where the backbone says how it wants images normalised."""
     source = vit.source()
-    if not source.mean or not source.std:
+    if len(source.mean) != vit.spec.channels or not source.std:
         return
     most = max((1 - m) / s for m, s in zip(source.mean, source.std))
     try:

@@ -13,6 +13,7 @@ from adaptkit.core.near import hint
 from adaptkit.core.proxy import write
 from adaptkit.core.view import View
 from adaptkit.hub.file import check_fits, metadata_of
+from adaptkit.model.ensemble import shares_of
 from adaptkit.model.owner import Owner
 from adaptkit.model.parts import AdapterSet, as_file, differences, head_of, parts_of
 
@@ -62,6 +63,7 @@ class NamedSets(nn.Module):
         self._owner = owner
         self._given = (model,)  # a tuple: registered once, as ``backbone``
         self._active: str | None = name
+        self._shares: dict[str, float] = {}  # of an ensemble, whose first set is the active one
         self._disabled = 0
         self._merged = False
         self._together = False  # whether all sets act at once, each on its own rows (attach_many)
@@ -77,7 +79,7 @@ class NamedSets(nn.Module):
             raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__({"_shares": {}, **state})  # a pickle from before there were ensembles has none
         self._owner.belongs_to(self)  # a copy has the copied backbone, and its owner
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
@@ -136,8 +138,12 @@ class NamedSets(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Set the mode of adapters and head; the backbone stays in eval mode, but for the parts that are trained.
 
-        Raises ``RuntimeError`` while merged, before any mode is changed.
+        Raises ``RuntimeError`` while merged and for an ensemble, before any mode is changed.
         """
+        if mode and self._shares:
+            raise RuntimeError(
+                f"an ensemble ({', '.join(self._shares)}) is not trained: set_adapter() one of them first"
+            )
         if mode and self._merged:
             raise RuntimeError("adapters are merged into the weights: unmerge_adapter() before training")
         super().train(mode)
@@ -149,15 +155,15 @@ class NamedSets(nn.Module):
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Change ``_active``, ``_disabled`` and ``_merged`` inside; afterwards the backbone is as they say, or all as
-        it was."""
+        """Change ``_active``, ``_shares``, ``_disabled`` and ``_merged`` inside; afterwards the backbone is as they
+        say, or all as it was."""
         _ = self.vit
-        before = self._active, self._disabled, self._merged
+        before = self._active, self._shares, self._disabled, self._merged
         try:
             yield
             self._settle()
         except BaseException:
-            self._active, self._disabled, self._merged = before
+            self._active, self._shares, self._disabled, self._merged = before
             self._settle()
             raise
 
@@ -209,18 +215,52 @@ class NamedSets(nn.Module):
     def _check_built(self, built: AdapterSet) -> None:
         """Prove of a set that is to be added what a subclass demands."""
 
-    def set_adapter(self, name: str) -> None:
-        """Make this set the active one: it alone runs and is trained. Nothing is recompiled for a set seen before."""
-        self.set_of(name)
+    def set_adapter(self, name: str | Sequence[str], weights: Sequence[float] | None = None) -> None:
+        """Make this set the active one: it alone runs and is trained. Nothing is recompiled for a set seen before.
+
+        Args:
+            name: of the set; or several names, an ensemble to predict with. Then each set runs alone, in a pass of its
+                own, and tokens, maps and logits (before the softmax) are averaged (:mod:`adaptkit.model.ensemble`).
+                Metadata, and so what is predicted, are those of the first.
+            weights: of an ensemble, one for each name, brought to a sum of 1; None: equal ones.
+
+        Raises ``ValueError`` for an unknown name and weights that do not fit, ``RuntimeError`` for an ensemble in
+        training mode.
+        """
+        if isinstance(name, str):
+            if weights is not None:
+                raise ValueError(f"weights={list(weights)} with the set {name!r} alone: they are for several names")
+            first, shares = name, {}
+        else:
+            shares = shares_of(name, weights)
+            first = name[0]
+            if self.training or self._together:
+                raise RuntimeError("an ensemble is not trained: call eval() before set_adapter([...]), on a model of "
+                                   "attach()")  # fmt: skip
+        for one in shares or (first,):
+            self.set_of(one)
         with self._changing():
-            self._merged = self._merged and name == self._active
-            self._active = name
+            self._merged = self._merged and not shares and first == self._active
+            self._active, self._shares = first, shares
+
+    @contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """Have one set of an ensemble act inside."""
+        before = self._active, self._shares
+        with self._changing():
+            self._active, self._shares = name, {}
+        try:
+            yield
+        finally:
+            with self._changing():
+                self._active, self._shares = before
 
     def delete_adapter(self, name: str) -> None:
         """Drop a set. If it was active, the first of the others now is; with none left the backbone runs plain."""
         dropped = self.set_of(name)
         others = [n for n in self.sets if n != name]
         with self._changing():
+            self._shares = {} if name in self._shares else self._shares
             if self._active == name:
                 self._active, self._merged = next(iter(others), None), False
         del self.sets[name]
@@ -308,6 +348,8 @@ class NamedSets(nn.Module):
         _ = self.vit
         if not any(adapter.merges for adapter in self._acting.weight_adapters):
             raise TypeError(f"{', '.join(self.adapters) or 'a head'}: none of these can be merged into weights")
+        if self._shares:
+            raise RuntimeError("of an ensemble nothing is merged: each set has a pass of its own")
         if self.training:
             raise RuntimeError("merged weights are not trained: call eval() before merge_adapter()")
         if self._disabled:

@@ -64,7 +64,8 @@ def _set_rows(model: Any) -> Rows:
     if acting.strides:
         rows.append(("strides", ", ".join(map(str, acting.strides))))
     if len(model.sets) > 1 or model._active != "default":
-        named = (f"{name} (active)" if name == model._active else name for name in model.sets)
+        acting = {n: f"{share:.3g} of the mean" for n, share in model._shares.items()} or {model._active: "active"}
+        named = (f"{name} ({acting[name]})" if name in acting else name for name in model.sets)
         rows.append(("sets", ", ".join(named)))
     return rows or [("adapter", "none")]
 

@@ -1,4 +1,4 @@
-"""A picture of any kind -> its pixels, (C, H, W) float32 in 0..1."""
+"""A picture of any kind -> its pixels, (C, H, W) float32 in 0..1; of bands that are no picture, as they are stored."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from adaptkit.bands import PICTURES
 from adaptkit.pictures import CHANNELS, colours, read
 
-__all__ = ["eight_bits", "listed", "pixels"]
+__all__ = ["listed", "pixels", "shown"]
 
 
 def listed(images: Any) -> tuple[list[Any], bool]:
@@ -46,22 +47,32 @@ def pixels(image: Any, channels: int = CHANNELS) -> Tensor:
     Args:
         image: a path, the bytes of a file or a PIL image; or an array or tensor, grey (H, W), (C, H, W) or (H, W, C),
             whole numbers of 8 or 16 bits, or floats in 0..1, or in 0..255.
-        channels: of the backbone. Grey becomes three of the same, and alpha is dropped.
+        channels: of the backbone. Grey becomes three of the same, and alpha is dropped. Of other numbers than one and
+            three, floats and signed integers stay as they are, as :mod:`adaptkit.bands` reads them from a file.
 
     Raises ``ValueError`` for a file that cannot be read (it is named), another number of channels, and floats that are
     no pixels, such as an image that has been normalised already.
     """
     if isinstance(image, Tensor | np.ndarray):
-        return _channels(_scaled(_tensor(image, channels)), channels)
-    if channels != CHANNELS:
-        raise ValueError(
-            f"a picture is read as {CHANNELS} channels, and this backbone takes {channels}: give an array ({channels}, "
-            "H, W)"
-        )
+        return _channels(_scaled(_tensor(image, channels), channels), channels)
     said = {"bytes": bytes(image), "path": None} if isinstance(image, bytes) else image
     name = "the image" if isinstance(image, bytes | Image.Image) else ""
-    picture = read(Path(said).expanduser() if isinstance(said, str) else said, name)
-    return _scaled(colours(picture).as_subclass(Tensor))
+    picture = read(Path(said).expanduser() if isinstance(said, str) else said, name, channels=channels)
+    return _scaled(colours(picture).as_subclass(Tensor), channels)
+
+
+def shown(image: Tensor) -> np.ndarray:
+    """(C, H, W) of :func:`pixels` -> (H, W, 3) uint8 to look at.
+
+    One channel is grey. Of others than one and three the first three are shown, which an expanded backbone takes for
+    red, green and blue, each from its 2nd percentile (black) to its 98th (white).
+    """
+    count, image = image.shape[0], image[:CHANNELS].float().cpu()
+    if count not in PICTURES:
+        low, high = np.percentile(image.flatten(1).numpy(), (2, 98), axis=1)[..., None, None]
+        image = ((image - torch.from_numpy(low)) / torch.from_numpy(np.maximum(high - low, 1e-12))).clamp(0, 1)
+    image = image if image.shape[0] == CHANNELS else image[:1].expand(CHANNELS, -1, -1)
+    return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
 
 
 def _tensor(image: Tensor | np.ndarray, channels: int) -> Tensor:
@@ -87,12 +98,16 @@ def _tensor(image: Tensor | np.ndarray, channels: int) -> Tensor:
     return image.float() / 65535 if sixteen else image
 
 
-def _scaled(image: Tensor) -> Tensor:
+def _scaled(image: Tensor, channels: int) -> Tensor:
     if image.dtype == torch.uint8:
         from torchvision.transforms.v2 import functional as F  # here, for it takes a second to import
 
         return F.to_dtype(image, torch.float32, scale=True)  # what training does, to the bit
     if image.dtype == torch.bool:
+        return image.float()
+    if channels not in PICTURES:
+        if not bool(image.isfinite().all()):
+            raise ValueError("an image with values that are NaN or infinite: fill them")
         return image.float()
     if not image.is_floating_point():
         raise ValueError(f"an image of {image.dtype}: give 8 or 16 bits without a sign, or floats in 0..1")
@@ -116,9 +131,3 @@ def _channels(image: Tensor, channels: int) -> Tensor:
     if image.shape[0] != channels:
         raise ValueError(f"an image of {image.shape[0]} channels, and this backbone takes {channels}")
     return image
-
-
-def eight_bits(image: Tensor) -> np.ndarray:
-    """(3 or more, H, W) in 0..1 -> (H, W, 3) uint8: the picture as it is shown, and drawn on."""
-    shown = (image[:3].clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-    return np.ascontiguousarray(shown.cpu().numpy())

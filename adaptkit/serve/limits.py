@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from adaptkit import bands
 from adaptkit.ops.forks import Lock
+from adaptkit.pictures import CHANNELS, read
 from adaptkit.predict.pixels import pixels
 
 __all__ = ["FORMATS", "Gate", "Limits", "Refused", "decoded", "sizes_of"]
@@ -85,8 +87,8 @@ class Gate:
                 self.held -= count
 
 
-def sizes_of(images: Sequence[bytes], limits: Limits) -> list[int]:
-    """Files -> the number of pixels of each, read from their headers.
+def sizes_of(images: Sequence[bytes], limits: Limits, channels: int = CHANNELS) -> list[int]:
+    """Files -> the number of pixels of each, read from their headers; of many channels, three count as one pixel.
 
     Raises :class:`Refused`: 400 for what is no image, 413 for one that has more pixels than ``limits`` allow.
     """
@@ -94,6 +96,10 @@ def sizes_of(images: Sequence[bytes], limits: Limits) -> list[int]:
     found = []
     for number, data in enumerate(images, 1):
         which = f"image {number}" if len(images) > 1 else "the image"
+        if bands.is_npy(data) or (bands.is_tiff(data) and channels != CHANNELS):
+            height, width = _size_of_bands(data, which, channels)
+            found.append(_within(height, width, which, limits, channels))
+            continue
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 (width, height), kind = image.size, image.format
@@ -109,19 +115,33 @@ def sizes_of(images: Sequence[bytes], limits: Limits) -> list[int]:
             ) from error
         if not same:
             raise Refused(400, f"{which} is {kind} and something else at once")
-        if width * height > limits.pixels:
-            raise Refused(
-                413,
-                f"{which} has {width} x {height} pixels (width x height), {width * height:,}; the limit is "
-                f"{limits.pixels:,}: make it smaller",
-            )
-        found.append(width * height)
+        found.append(_within(height, width, which, limits))
     return found
 
 
-def decoded(data: bytes) -> Tensor:
-    """File -> (3, H, W) float32 in 0..1, upright, as ``predict`` reads it; :class:`Refused` (400) where it is torn."""
+def _size_of_bands(data: bytes, which: str, channels: int) -> tuple[int, int]:
     try:
-        return pixels(data)
+        return read(data, which, pixels=False, channels=channels).upright
+    except ValueError as error:
+        raise Refused(400, str(error)) from error
+
+
+def _within(height: int, width: int, which: str, limits: Limits, channels: int = CHANNELS) -> int:
+    """The number of pixels of three channels; :class:`Refused` (413) where it is beyond the limit."""
+    count = width * height * -(-channels // CHANNELS)
+    if count > limits.pixels:
+        many = "" if channels <= CHANNELS else f" of {channels} channels, which count as"
+        raise Refused(
+            413,
+            f"{which} has {width} x {height} pixels (width x height){many or ','} {count:,}; the limit is "
+            f"{limits.pixels:,}: make it smaller",
+        )
+    return count
+
+
+def decoded(data: bytes, channels: int = CHANNELS) -> Tensor:
+    """File -> (channels, H, W) float32, upright, as ``predict`` reads it; :class:`Refused` (400) where it is torn."""
+    try:
+        return pixels(data, channels)
     except ValueError as error:
         raise Refused(400, str(error).strip()) from error

@@ -119,6 +119,11 @@ class Mounts:
         """Read a file or download it: slow, and needs no model."""
         return load(file)
 
+    @property
+    def channels(self) -> int:
+        """Of an image for the backbone."""
+        return self._many.model.vit.spec.channels
+
     def of(self, name: str) -> Mounted:
         """Return what is mounted under a name; :class:`Refused` (404) names those that are."""
         if name not in self.all:

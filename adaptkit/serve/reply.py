@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adaptkit.predict.answers import Answer, Classification, Depth, Panoptic, Segmentation
 from adaptkit.predict.draw import overlay
-from adaptkit.predict.pixels import eight_bits
+from adaptkit.predict.pixels import shown
 from adaptkit.serve.limits import Refused
 
 __all__ = ["JSON", "PNG", "chosen", "picture", "png", "said"]
@@ -65,7 +65,7 @@ def picture(answer: Answer, image: Tensor, drawn: bool = False) -> Image.Image:
     Raises :class:`Refused` (406) for a class that is not to be drawn: it is no picture.
     """
     if drawn:
-        return overlay(eight_bits(image), answer)
+        return overlay(shown(image), answer)
     if isinstance(answer, Classification):
         raise Refused(406, f"a classification is no picture: Accept: {JSON}, or draw=true")
     if isinstance(answer, Segmentation):
@@ -76,7 +76,7 @@ def picture(answer: Answer, image: Tensor, drawn: bool = False) -> Image.Image:
     if isinstance(answer, Panoptic):
         ids = answer.segments
         return Image.fromarray(np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], -1).astype(np.uint8))
-    return overlay(eight_bits(image), answer)
+    return overlay(shown(image), answer)
 
 
 def png(image: Image.Image) -> bytes:

@@ -39,12 +39,13 @@ class Service:
     async def answers(
         self, images: Sequence[bytes], tasks: Sequence[str], asked: Asked
     ) -> list[tuple[Tensor, Answers]]:
-        """Files -> each picture (3, H, W) in 0..1 and its answers by task; :class:`Refused` where it may not be."""
+        """Files -> each picture (C, H, W) and its answers by task; :class:`Refused` where it may not be."""
         for name in tasks:
             self.mounts.of(name)
-        sizes = sizes_of(images, self.limits)
+        channels = self.mounts.channels
+        sizes = sizes_of(images, self.limits, channels)
         with self.gate.pixels(sum(sizes)):
-            pictures = await asyncio.gather(*(asyncio.to_thread(decoded, data) for data in images))
+            pictures = await asyncio.gather(*(asyncio.to_thread(decoded, data, channels) for data in images))
             futures = [self.worker.submit(picture, tasks, asked) for picture in pictures]
             try:
                 found = await asyncio.gather(*(asyncio.wrap_future(f) for f in futures))

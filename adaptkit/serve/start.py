@@ -9,7 +9,7 @@ from torch import nn
 
 from adaptkit.create import create_backbone
 from adaptkit.hub.file import AdapterFile
-from adaptkit.pretrained import recorded
+from adaptkit.pretrained import expanded_as, recorded
 from adaptkit.serve.allow import Allowed
 from adaptkit.serve.limits import Limits
 from adaptkit.serve.mounts import Mounts, checked_task
@@ -55,7 +55,7 @@ def service_of(args: argparse.Namespace) -> Service:
 
 def _backbone(name: str | None, files: dict[str, str], read: dict[str, AdapterFile]) -> nn.Module:
     if name is not None:
-        return create_backbone(name)
+        return expanded_as(create_backbone(name), next(iter(read.values())).header) if read else create_backbone(name)
     if not files:
         raise ValueError("no file says which backbone: give --backbone")
     first = next(iter(files))

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 
 from adaptkit.predict.answers import Answer
 from adaptkit.predict.draw import laid
-from adaptkit.predict.pixels import eight_bits
+from adaptkit.predict.pixels import shown
 from adaptkit.predict.tasks import Asked
 from adaptkit.serve.docs import ICON
 from adaptkit.serve.legend import legend
@@ -90,7 +90,7 @@ def _page(gradio: Any, service: Service) -> Any:
         except Refused as error:
             raise gradio.Error(error.why) from error
         seconds = time.perf_counter() - began
-        return laid(eight_bits(picture), found), legend(found) + _foot(found, seconds), found.json()
+        return laid(shown(picture), found), legend(found) + _foot(found, seconds), found.json()
 
     there = service.mounts.all
     first = next(iter(there.values()), None)
@@ -114,12 +114,12 @@ def _page(gradio: Any, service: Service) -> Any:
                 names = gradio.HTML(elem_id="names")
                 with gradio.Accordion("JSON", open=False):
                     words = gradio.JSON(show_label=False)
-        given, shown = [task, image, threshold], [seen, names, words]
+        given, results = [task, image, threshold], [seen, names, words]
         # What is no answer keeps out of Gradio's queue, whose stream closes after each and may lose what begins then.
         page.load(tasks, outputs=[task, threshold], queue=False, api_visibility="private")
         task.input(chosen, task, [task, threshold], queue=False, api_visibility="private")
         # All at once, not one by one: the service has a queue of its own, and batches what comes together.
-        gradio.on([ask.click, image.upload], answer, given, shown, concurrency_limit=None, api_visibility="private")
+        gradio.on([ask.click, image.upload], answer, given, results, concurrency_limit=None, api_visibility="private")
     return page
 
 

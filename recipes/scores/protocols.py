@@ -79,7 +79,7 @@ def classification(model: Any, asked: Asked, args: argparse.Namespace, alter: Al
     """Top-1, top-5, accuracy by class, confusion matrix, calibration."""
     data, names = open_images(args.data, args.split, (args.image_column, args.target_column))
     labels = same_classes(data["label"][:], names, model.described().said.get("classes"), args.data)
-    answers = model.predict_each(_pictures(data, args.data, alter), asked)
+    answers = model.predict_each(_pictures(data, args.data, alter, model.vit.spec.channels), asked)
     scores: ClassificationScores | None = None
     for label, answer in zip(labels, answers):
         shares = torch.from_numpy(answer.probabilities)
@@ -188,10 +188,10 @@ def _check_categories(model: Any, categories: list[dict[str, Any]]) -> None:
         )
 
 
-def _pictures(data: Any, name: str, alter: Alter) -> Iterator[Tensor]:
-    """Yield the pictures of rows, (3, H, W) in 0..1."""
+def _pictures(data: Any, name: str, alter: Alter, channels: int) -> Iterator[Tensor]:
+    """Yield the pictures of rows, (C, H, W) in 0..1."""
     for i, row in enumerate(undecoded(data)):
-        image = colours(read_row(row, f"{name}: row {i}")["image"])
+        image = colours(read_row(row, f"{name}: row {i}", channels=channels)["image"])
         yield alter(F.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor), i)
 
 

@@ -62,18 +62,7 @@ def silent(monkeypatch):
         backbone.pretrained_cfg = {"architecture": "test_vit"}
         return backbone
 
-    for recipe in (
-        "segment",
-        "depth",
-        "detect",
-        "classify",
-        "panoptic",
-        "fewshot",
-        "mixers",
-        "adavit",
-        "task",
-        "network",
-    ):
+    for recipe in ("channels", "depth", "detect", "panoptic", "fewshot", "mixers", "adavit"):
         monkeypatch.setattr(f"recipes.{recipe}.create_backbone", forgetful)
 
 
