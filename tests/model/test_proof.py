@@ -475,20 +475,21 @@ def test_a_module_that_is_called_mlp_is_not_taken_for_timms():
 # -- what no view sees ---------------------------------------------------------------------------------------------
 
 
-def test_parallel_blocks_are_refused_with_a_remedy():
+def test_parallel_blocks_are_proven_and_their_attention_does_not_come_apart():
     from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, ParallelThingsBlock
 
     for kind in (ParallelScalingBlock, ParallelThingsBlock, DiffParallelScalingBlock):
-        with pytest.raises(TypeError, match=f"{kind.__name__} is not of the form .*use a backbone .*register_family"):
-            view(vit(block_fn=kind))
+        host = vit(block_fn=kind)
+        with pytest.raises(TypeError, match="does not come apart"):
+            adaptkit.attach(host, "adavit")
+        adaptkit.attach(host, "sfp").detach()
 
 
-def test_hybrids_are_refused_with_a_remedy():
+def test_hybrids_are_proven():
     import timm
 
     host = timm.create_model("vit_tiny_r_s16_p8_224", depth=1, embed_dim=DIM, num_heads=HEADS, num_classes=0)
-    with pytest.raises(TypeError, match=r"HybridEmbed is no plain strided convolution .*use a backbone"):
-        view(host)
+    prove(view(host))
 
 
 def test_a_method_put_around_another_is_no_reason_to_refuse_what_is_in_it():
