@@ -296,7 +296,8 @@ def _build_head(
 
 def _check_reads(built: AdapterSet, vit: View) -> None:
     """A head that reads outputs of the blocks takes the place of a side adapter, and needs a plain ViT."""
-    reads, head = built.head_reads, type(built.head).__name__
+    reads, entry = built.head_reads, built.head_entry
+    head = f"the head {entry.name!r}" if entry else f"the head {type(built.head).__name__}"
     if not reads:
         return
     if not isinstance(vit, ViT):

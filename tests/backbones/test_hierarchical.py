@@ -245,7 +245,7 @@ def test_exports(name):
 @pytest.mark.parametrize("adapter", ["vit-adapter", "sfp", "adavit"])
 def test_an_adapter_that_needs_one_width_says_why_and_what_to_do(adapter):
     host = HOSTS["poolformer"]()
-    with pytest.raises(TypeError, match=rf"{adapter} needs one width.*MetaFormer has stages of 16, 24, 32, 64.*attach lora, metaformer"):  # fmt: skip
+    with pytest.raises(TypeError, match=rf"{adapter} needs one width.*MetaFormer has stages of 16, 24, 32, 64.*attach adapter-plus, lora, metaformer"):  # fmt: skip
         adaptkit.attach(host, adapter)
     assert all(p.requires_grad for p in host.parameters())
 

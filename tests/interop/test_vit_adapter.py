@@ -109,7 +109,7 @@ def test_another_width_and_a_foreign_state_dict_are_refused(golden):
         from_official("vit-adapter", official(tensors), host({**config, "dim": 96}), add_vit_feature="last")
     with pytest.raises(ValueError, match="no ViT-Adapter checkpoint"):
         from_official("vit-adapter", {"head.weight": torch.ones(2)}, host(config), add_vit_feature="last")
-    with pytest.raises(ValueError, match="known: adavit, dat, vit-adapter"):
+    with pytest.raises(ValueError, match="known: adavit, dat, .*vit-adapter"):
         from_official("unheard-of", {}, host(config))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from recipes import classify, depth, detect, panoptic, segment, semantic, shapes
+from recipes import classify, depth, detect, instances, panoptic, segment, semantic, shapes
 from recipes.coco import read_instances
 from recipes.labelled import open_images
 from recipes.panoptic_data import read_segments
@@ -241,7 +241,17 @@ def test_a_batch_without_a_segment_has_a_zero_loss_and_gradient(tmp_path):
     trained(panoptic.loss, model, (torch.randn(2, 3, 32, 48), [nothing, nothing]), args)
 
 
-@pytest.mark.parametrize("kind", detect.MODELS)
+def test_queries_without_an_object_learn_that_there_is_nothing(tmp_path):
+    path = shapes.write(tmp_path, 1, 32, 48)
+    few = ["--adapter", "none", "--queries", "6", "--points", "64", "--head-options", '{"num_blocks": 2}']
+    args = detect.parse([f"--train={path}", f"--val={path}", *SMALL, *few, "--model", "plain-mask"])
+    with pytest.warns(UserWarning, match="occur in none"):
+        model = detect.build(args)
+    nothing = {"masks": torch.zeros(0, 32, 48), "labels": torch.zeros(0, dtype=torch.int64)}
+    trained(instances.loss, model, (torch.randn(2, 3, 32, 48), [nothing, nothing]), args, zero=False)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in detect.MODELS if kind != "plain-mask"])
 def test_a_batch_without_a_box_teaches_that_there_is_nothing_and_reaches_every_parameter(tmp_path, kind):
     """An empty image is no ignored one: whatever is found in it is wrong."""
     path = shapes.write(tmp_path, 1, 32, 48)

@@ -14,8 +14,20 @@ from PIL import Image
 from recipes import devices, shapes
 
 ROOT = Path(__file__).parents[2]
-TEN = ("segment", "classify", "depth", "detect", "panoptic", "vtab", "adavit", "mixers", "fewshot", "pretrain_mae")
-LOOP = ("segment", "classify", "depth", "detect", "panoptic")  # recipes of the shared loop
+ALL = (
+    "segment",
+    "classify",
+    "depth",
+    "detect",
+    "panoptic",
+    "plain_mask",
+    "vtab",
+    "adavit",
+    "mixers",
+    "fewshot",
+    "pretrain_mae",
+)
+LOOP = ("segment", "classify", "depth", "detect", "panoptic", "plain_mask")  # recipes of the shared loop
 
 
 def environment():
@@ -58,6 +70,8 @@ def finished(data, tmp_path_factory):
         "depth": ["--train", "drawn:4", "--val", "drawn:3", *small, *side, "--max-depth", "10", "--bins", "8", *box],
         "detect": [*drawn, *small, *side, *box, "--model", "retinanet", "--width", "64", "--anchor", "4"],
         "panoptic": [*drawn, *small, *side, *box, *query],
+        "plain_mask": ["--task", "panoptic", *drawn, *small, *side, "--queries", "6", "--points", "64", "--head-options",
+                       '{"num_blocks": 2}'],
         "vtab": ["--data", str(data / "vtab"), "--tasks", "eurosat", *small, "--size", "32", "--adapter", "linear"],
         "adavit": ["--data", str(data / "list.txt"), "--val", str(data / "list.txt"), "--size", "32", "--steps", "2",
                    "--head-steps", "2", "--batch-size", "2"],
@@ -81,7 +95,7 @@ def said(out, recipe, rank):
 LAST = {"adavit": "packed equals masked", "mixers": "**mixer, equal width**", "fewshot": "held out", "vtab": "mean of group means", "pretrain_mae": "demo_backbone.safetensors"}  # fmt: skip
 
 
-@pytest.mark.parametrize("recipe", TEN)
+@pytest.mark.parametrize("recipe", ALL)
 def test_two_ranks_are_one_run_whose_result_is_said_once(finished, recipe):
     for rank in range(2):
         assert said(finished, recipe, rank).endswith("status 0\n"), said(finished, recipe, rank)[-3000:]
@@ -111,7 +125,7 @@ def test_torchrun_starts_one_run(data, tmp_path):
 
 def test_no_recipe_is_left_out():
     found = {path.stem for path in (ROOT / "recipes").glob("*.py") if "\ndef main(" in path.read_text()}
-    assert found == {*TEN, "shapes", "evaluate", "compare"}  # which train nothing by themselves
+    assert found == {*ALL, "shapes", "evaluate", "compare"}  # which train nothing by themselves
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
