@@ -8,6 +8,7 @@ import functools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -138,6 +139,13 @@ def patient(worker: int) -> None:
         signal.signal(ENDED, lambda *_: os._exit(0))  # with this status it is no worker that was lost
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.excepthook = functools.partial(_but_a_lost_parent, sys.excepthook)
+
+
+def _but_a_lost_parent(hook: Any, kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Say nothing where the thread that hands over tensors finds the parent gone, which has said why it went."""
+    if not issubclass(kind, EOFError | ConnectionError):
+        hook(kind, error, trace)
 
 
 @functools.cache

@@ -185,3 +185,14 @@ def test_the_largest_seed_works_in_the_recipes_with_loops_of_their_own(tmp_path,
     assert not mixers.train({"options": None}, seed, data, args).training
     data = ["--data", "digits", "--size", "32", "--head-steps", "1", "--steps", "1", "--batch-size", "2"]
     assert adavit.parse([*data, "--seed", str(seed)]).seed == seed
+
+
+def test_a_worker_says_nothing_of_a_parent_that_is_gone(monkeypatch):
+    """Its thread that hands over tensors meets a broken connection; any other error is said as ever."""
+    said = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: said.append(kind))
+    monkeypatch.setattr(stopping, "ENDED", None)
+    stopping.patient(0)
+    for error in (EOFError(), ConnectionResetError(), BrokenPipeError(), ValueError()):
+        sys.excepthook(type(error), error, None)
+    assert said == [ValueError]
