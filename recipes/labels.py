@@ -254,6 +254,8 @@ def check_range(ids: np.ndarray, num_classes: int, ignore_index: int, name: str,
     wrong = outside.tolist()
     black_and_white = f", or --label-map '{BLACK_AND_WHITE}' if white is a class" if wrong == [255] else ""
     more = f"--num-classes {max(wrong) + 1} or " if max(wrong) >= num_classes else ""
+    if wrong == [num_classes] and not (ids == 0).any():
+        more = f"--reduce-zero-label if labels count from 1, {more}"
     raise ValueError(
         f"{name}: the mask holds labels {wrong[:5]}, outside 0..{num_classes - 1} and not the ignore index "
         f"{ignore_index}{f', in {file}' if file else ''}; pass {more}--ignore-index {wrong[-1]}{black_and_white}"

@@ -90,6 +90,12 @@ class AdapterFile(Shown):
         return f"AdapterFile {self.path}", rows
 
 
+def _within(folder: Path) -> str:
+    """Say which folders of this one hold an adapter, as that of a run does; empty where none does."""
+    held = sorted(str(file.parent) for file in folder.glob(f"*/{WEIGHTS}")) if folder.is_dir() else []
+    return f" (there is one in {', '.join(held[:3])})" if held else ""
+
+
 def load(path: str | os.PathLike[str], allow_nonfinite: bool = False) -> AdapterFile:
     """Read a saved adapter: its folder, or the safetensors file in it. A folder that peft saved is a LoRA.
 
@@ -97,7 +103,7 @@ def load(path: str | os.PathLike[str], allow_nonfinite: bool = False) -> Adapter
     of a newer format, or holds NaN or infinity and ``allow_nonfinite`` is not given.
     """
     file = Path(path).expanduser()
-    near = "" if file.exists() else beside(file)
+    near = _within(file) if file.exists() else beside(file)
     file = file / WEIGHTS if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"no adapter at {path}{near}: expected a folder with {WEIGHTS}, or that file itself")

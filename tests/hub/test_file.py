@@ -204,3 +204,9 @@ def test_an_unwritable_folder_is_found_by_asking(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="cannot write to .*Choose a folder"):
         files.check_writable(tmp_path / "file" / "run")
+
+
+def test_the_folder_of_a_run_is_answered_with_the_adapter_in_it(tmp_path):
+    adaptkit.attach(host(), "sfp").save(tmp_path / "run" / "adapter")
+    with pytest.raises(FileNotFoundError, match=r"no adapter at .*run \(there is one in .*run.adapter\): expected"):
+        adaptkit.load(tmp_path / "run")

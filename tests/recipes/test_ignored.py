@@ -284,3 +284,13 @@ def test_a_torn_image_that_a_worker_meets_ends_the_run_with_one_line(tmp_path):
         ValueError, match=r"^\S*images/1.png is not an image that can be read whole: .*or take it out of the set$"
     ):
         segment.main(argv)
+
+
+def test_labels_that_count_from_one_are_answered_with_the_option_for_them(tmp_path):
+    path = write(tmp_path / "set", [filled(1, 2), filled(2, 1)])
+    args = segment.parse([f"--train={path}", f"--val={path}", *SMALL, "--adapter", "none", "--num-classes", "2"])
+    with pytest.raises(ValueError, match="--reduce-zero-label if labels count from 1, --num-classes 3 or"):
+        segment.data(args, segment.build(args), True)
+    counted = segment.parse([f"--train={path}", f"--val={path}", *SMALL, "--adapter", "none", "--num-classes", "2",
+                             "--reduce-zero-label"])  # fmt: skip
+    assert set(segment.data(counted, segment.build(counted), True)[0, 0][1].unique().tolist()) <= {0, 1, 255}
