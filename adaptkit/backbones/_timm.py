@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.backbones import _parallel as parallel
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Fn, Perceptron, Projections, Source, View, identity
 
@@ -36,10 +35,9 @@ def is_bare(module: Any, cls: type[nn.Module]) -> bool:
     return type(module) is cls and plain and not any(acts)
 
 
-def patch_side(backbone: Any) -> int:
-    """Return the side of the square patch; ``TypeError`` for another patch embedding or oblong patches."""
-    embed = backbone.patch_embed
-    height, width = patch_sides(embed)
+def square_side(patch: int | Sequence[int]) -> int:
+    """Return the side of the square patch; ``TypeError`` for an oblong one."""
+    height, width = (patch, patch) if isinstance(patch, int) else patch
     if height != width:
         raise TypeError(f"patches of {height}x{width} pixels are not square; an adapter needs one patch side")
     return int(height)
@@ -182,40 +180,6 @@ def block_list(blocks: Any) -> Sequence[Any]:
             "each (`for i, block in enumerate(blocks): blocks[i] = torch.compile(block)`), or the adapted model"
         )
     return blocks
-
-
-def head_count(backbone: Any) -> int:
-    """Return the heads of each block; ``TypeError`` where blocks have no attention, or different counts."""
-    attentions: list[Any] = []
-    for block in map(unwrapped, block_list(backbone.blocks)):
-        attentions += parallel.attentions(block) if parallel.is_parallel(block) else [getattr(block, "attn", None)]
-    if not attentions or any(attn is None for attn in attentions):
-        kinds = ", ".join(sorted({class_name(block) for block in backbone.blocks})) or "no block"
-        raise TypeError(f"{kinds} is not of the form x + attn(norm(x)), x + mlp(norm(x)); {REMEDY}")
-    counts = {unwrapped(attn).num_heads for attn in attentions}
-    if len(counts) != 1:
-        raise TypeError(f"blocks with different head counts {sorted(counts)} have no single Spec.num_heads; {REMEDY}")
-    return counts.pop()
-
-
-def timm_sizes(backbone: Any) -> Sequence[tuple[int, int]]:
-    """Return the size that the backbone was built for, and another where it takes any."""
-    embed: Any = backbone.patch_embed
-    size, (height, width) = embed.img_size, patch_sides(embed)
-    if getattr(embed, "strict_img_size", True):
-        return [] if size is None else [(size[0], size[1])]
-    native = [] if size is None else [(size[0] // height * height, size[1] // width * width)]
-    return [*native, (3 * height, 5 * width)]
-
-
-def timm_answers(backbone: Any, tokens: Tensor) -> Sequence[Tensor]:
-    """Return what may come out of a backbone: logits or pooled features, or the tokens."""
-    return backbone.forward_head(tokens), tokens
-
-
-def classifier_logits(backbone: Any, x: Tensor) -> Tensor | None:
-    """Normed tokens -> logits, or None for a backbone built with ``num_classes=0``."""
-    return backbone.forward_head(x) if backbone.num_classes > 0 else None
 
 
 def is_checkpointing(backbone: Any) -> bool:
