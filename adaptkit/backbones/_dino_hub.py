@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit.backbones._timm import REMEDY, class_name, is_bare, joined
+from adaptkit.backbones._timm import REMEDY, class_name, is_bare, joined, pair, square_side
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Perceptron, Source, Spec, ViT, identity
 
@@ -28,14 +28,20 @@ class DinoHub(ViT):
     """Blocks ``x + ls(attn(norm(x)))``; the backbone prepares its tokens for any size itself."""
 
     def __init__(self, backbone: Any, family: str, registers: int) -> None:
-        height, width = _pair(backbone.patch_embed.patch_size)
-        if height != width:
-            raise TypeError(f"patches of {height}x{width} pixels are not square; an adapter needs one patch side")
         self.chunked = isinstance(unwrapped(backbone.blocks[0]), nn.ModuleList)
         layers, kernel = _layers(backbone.blocks), backbone.patch_embed.proj.weight
         heads = unwrapped(unwrapped(layers[0]).attn).num_heads
         super().__init__(
-            backbone, Spec(family, kernel.shape[0], len(layers), heads, height, 1 + registers, kernel.shape[1])
+            backbone,
+            Spec(
+                family,
+                kernel.shape[0],
+                len(layers),
+                heads,
+                square_side(backbone.patch_embed.patch_size),
+                1 + registers,
+                kernel.shape[1],
+            ),
         )
 
     @abstractmethod
@@ -76,7 +82,7 @@ class DinoHub(ViT):
     def sizes(self) -> Sequence[tuple[int, int]]:
         """The backbone's own, and another."""
         p = self.spec.patch_size
-        height, width = _pair(getattr(self.backbone.patch_embed, "img_size", 4 * p))
+        height, width = pair(getattr(self.backbone.patch_embed, "img_size", 4 * p))
         return (height // p * p, width // p * p), (3 * p, 5 * p)
 
     def reference(self, image: Tensor) -> Tensor:
@@ -110,10 +116,6 @@ def dino_hub_block(outer: Any, **given: Any) -> dict[str, Any]:
 def _layers(blocks: Any) -> list[Any]:
     chunks = [list(b) if isinstance(unwrapped(b), nn.ModuleList) else [b] for b in blocks]
     return [block for chunk in chunks for block in chunk if not isinstance(block, nn.Identity)]
-
-
-def _pair(x: Any) -> tuple[int, int]:
-    return (x, x) if isinstance(x, int) else (int(x[0]), int(x[1]))
 
 
 def _out(attn: Any, x: Tensor) -> Tensor:

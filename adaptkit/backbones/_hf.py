@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import copy
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from operator import attrgetter
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.backbones._processor import framing, normalisation
-from adaptkit.backbones._timm import class_name, is_bare, joined
+from adaptkit.backbones._timm import class_name, is_bare, joined, pair, square_side
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, Perceptron, Projections, Source, Spec, ViT, identity
+from adaptkit.core.view import Block, Perceptron, Projections, Source, Spec, View, ViT, identity
 
 #: Attribute of a model whose files lie in a cache of the Hub that is not the default one: the folder.
 HUB_CACHE = "_adaptkit_hub_cache"
 
+Seen = TypeVar("Seen", bound="HfView")
 
-class HfViT(ViT):
+
+class HfView(View):
     """A transformers base model, alone or in the class that adds a classifier; its config knows its Hub id.
 
     A family reads the base model as ``body``. A pooler is no classifier.
@@ -31,18 +33,60 @@ class HfViT(ViT):
     inside: str = ""  #: attribute of the backbone that holds the base model; "": it is one
     head: Callable[[Any, Tensor], Tensor] | None = None  #: backbone, its tokens (B, P+N, D) -> logits (B, classes)
 
-    def __init__(self, backbone: Any, spec: Spec) -> None:
-        super().__init__(backbone, spec)
-        self.origin = hf_source(backbone, spec.channels)
-
     @property
     def body(self) -> Any:
         """The base model."""
         return getattr(self.backbone, self.inside) if self.inside else self.backbone
 
-    @abstractmethod
+    def source(self) -> Source:
+        """From the config, and the normalisation from the image processor beside the weights, read once."""
+        return self.origin or Source()
+
+    def _forget_hooks(self) -> None:
+        """Let a copy, which comes without hooks, make those anew that record hidden states."""
+        if not any(module._forward_hooks for module in self.backbone.modules()):
+            for module in self.backbone.modules():
+                vars(module).pop("_output_capturing_hooks_installed", None)
+
+
+class HfViT(HfView, ViT):
+    """A plain ViT of transformers. A family says by what attributes its base model holds its parts."""
+
+    family: str  #: for ``Spec.family``
+    layers_at: str = "encoder.layer"  #: path of the list of layers in the base model
+    kernel_at: str = "embeddings.patch_embeddings.projection.weight"  #: path of the kernel (D, C, p, p)
+    layer_norms: tuple[str, str] = ("layernorm_before", "layernorm_after")  #: names in a layer
+    last_norm: str = "layernorm"  #: name in the base model
+    interpolates_when_told: bool = False  #: whether another size than its own takes ``interpolate_pos_encoding=True``
+
+    def __init__(self, backbone: Any, prefix: int = 1) -> None:
+        self.backbone = backbone  # `layers` and `kernel` read it
+        config, kernel = backbone.config, self.kernel()
+        sizes = (config.hidden_size, len(self.layers()), config.num_attention_heads, square_side(config.patch_size))
+        super().__init__(backbone, Spec(self.family, *sizes, prefix, kernel.shape[1]))
+        self.origin = hf_source(backbone, self.spec.channels)
+
     def layers(self) -> Any:
         """Return the backbone's list of layers."""
+        return attrgetter(self.layers_at)(self.body)
+
+    def kernel(self) -> Tensor:
+        """Return the kernel (D, C, p, p) that reads the image."""
+        return attrgetter(self.kernel_at)(self.body)
+
+    def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+        """``backbone.embeddings``, with its own interpolation at another size."""
+        return self.embeddings()(image, **self.interpolating(image))
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The backbone's last norm; the identity of one that norms after pooling."""
+        return getattr(self.body, self.last_norm)(x)
+
+    def fingerprint_tensors(self) -> dict[str, Tensor]:
+        """Patch kernel, first and last norms."""
+        layers, (first, last) = self.layers(), self.layer_norms
+        norms = getattr(unwrapped(layers[0]), first), getattr(unwrapped(layers[-1]), last)
+        return {"patch": self.kernel(), "first": norms[0].weight, "last": norms[1].weight}
 
     def is_checkpointing(self) -> bool:
         """As ``gradient_checkpointing_enable`` left it, layer by layer; the layers heed it in training mode alone."""
@@ -62,30 +106,23 @@ class HfViT(ViT):
         """As the class with a classifier does it; None for a base model."""
         return None if self.head is None else self.head(self.backbone, x)
 
-    def source(self) -> Source:
-        """From the config, and the normalisation from the image processor beside the weights, read once."""
-        return self.origin or Source()
-
     def sizes(self) -> Sequence[tuple[int, int]]:
         """The backbone's own, and another."""
-        return _pair(self.body.config.image_size), (3 * self.spec.patch_size, 5 * self.spec.patch_size)
+        return pair(self.body.config.image_size), (3 * self.spec.patch_size, 5 * self.spec.patch_size)
 
     def reference(self, image: Tensor) -> Tensor:
         """``last_hidden_state``."""
-        return self._say(image)
+        return self._say(image, **self.interpolating(image))
 
     def answers(self, tokens: Tensor) -> Sequence[Tensor]:
         """The logits, at the size that a backbone takes without being told of another; nothing of a base model."""
-        cells = math.prod(side // self.spec.patch_size for side in _pair(self.body.config.image_size))
+        cells = math.prod(side // self.spec.patch_size for side in pair(self.body.config.image_size))
         logits = self.classify(tokens) if tokens.shape[1] == self.spec.num_prefix_tokens + cells else None
         return () if logits is None else (logits,)
 
     def _say(self, image: Tensor, **options: Any) -> Tensor:
         """Run the base model and return the tokens that it gives; of a Backbone class its last map."""
-        if not any(module._forward_hooks for module in self.backbone.modules()):
-            # A copy comes without hooks: those that record hidden states are made anew.
-            for module in self.backbone.modules():
-                vars(module).pop("_output_capturing_hooks_installed", None)
+        self._forget_hooks()
         said = self.body(image, **options)
         tokens = getattr(said, "last_hidden_state", None)
         if tokens is not None:
@@ -97,7 +134,8 @@ class HfViT(ViT):
 
     def interpolating(self, image: Tensor) -> dict[str, bool]:
         """Return the option by which a backbone is told that its positions must be resampled."""
-        return {} if is_native(image, self.body.config.image_size) else {"interpolate_pos_encoding": True}
+        told = self.interpolates_when_told and not is_native(image, self.body.config.image_size)
+        return {"interpolate_pos_encoding": True} if told else {}
 
 
 def hf_source(model: Any, channels: int) -> Source:
@@ -114,37 +152,23 @@ def hf_source(model: Any, channels: int) -> Source:
     return Source(id=name, revision=commit, mean=mean, std=std, **said)
 
 
-def headed(seen: HfViT, model: Any, inside: str, head: Callable[[Any, Tensor], Tensor]) -> HfViT:
+def headed(seen: Seen, model: Any, inside: str, head: Callable[[Any, Tensor], Tensor]) -> Seen:
     """Return the view of the base model in ``model.<inside>`` as that of ``model``, which classifies by ``head``."""
     seen.backbone, seen.inside, seen.head = model, inside, head
     seen.origin = hf_source(model, seen.spec.channels)._replace(classes=model.config.num_labels)
     return seen
 
 
-def tower(seen: HfViT, model: Any) -> HfViT:
+def tower(seen: Seen, model: Any) -> Seen:
     """Return the view of a part of ``model``, with what the whole knows of its origin where the part knows nothing."""
     if not seen.source().id:
         seen.origin = hf_source(model, seen.spec.channels)
     return seen
 
 
-def hf_spec(family: str, config: Any, layers: nn.ModuleList, prefix: int, kernel: Tensor) -> Spec:
-    """Read a Spec from a transformers config, and the channels of the image from the kernel (D, C, p, p) on it."""
-    sizes = (config.hidden_size, len(layers), config.num_attention_heads, patch_side(config), prefix)
-    return Spec(family, *sizes, kernel.shape[1])
-
-
-def patch_side(config: Any) -> int:
-    """Return the side of the square patch; ``TypeError`` for oblong patches."""
-    height, width = _pair(config.patch_size)
-    if height != width:
-        raise TypeError(f"patches of {height}x{width} pixels are not square; an adapter needs one patch side")
-    return height
-
-
 def is_native(image: Tensor, size: Any) -> bool:
     """Whether the image (B, C, H, W) has the size of the position table: an int, or (H, W)."""
-    return tuple(image.shape[-2:]) == _pair(size)
+    return tuple(image.shape[-2:]) == pair(size)
 
 
 def _resampled_table(embeddings: Any, antialias: bool, patch: int, x: Tensor, height: int, width: int) -> Tensor:
@@ -164,10 +188,6 @@ def resampled(table: Tensor, grid: tuple[int, int], antialias: bool = False) -> 
     square = table.unflatten(1, (side, side)).permute(0, 3, 1, 2)
     square = F.interpolate(square, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
     return square.flatten(2).transpose(1, 2)
-
-
-def _pair(x: Any) -> tuple[int, int]:
-    return (x, x) if isinstance(x, int) else tuple(x)
 
 
 def vit_block(outer: Any) -> Block:

@@ -35,12 +35,18 @@ def is_bare(module: Any, cls: type[nn.Module]) -> bool:
     return type(module) is cls and plain and not any(acts)
 
 
+def pair(sides: int | Sequence[int]) -> tuple[int, int]:
+    """Return (height, width) of a square's side, or of both."""
+    height, width = (sides, sides) if isinstance(sides, int) else sides
+    return int(height), int(width)
+
+
 def square_side(patch: int | Sequence[int]) -> int:
     """Return the side of the square patch; ``TypeError`` for an oblong one."""
-    height, width = (patch, patch) if isinstance(patch, int) else patch
+    height, width = pair(patch)
     if height != width:
         raise TypeError(f"patches of {height}x{width} pixels are not square; an adapter needs one patch side")
-    return int(height)
+    return height
 
 
 def patch_sides(embed: Any) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adaptkit.backbones._hf import HfViT, attend, hf_spec, is_native, merge_heads, perceptron
+from adaptkit.backbones._hf import HfViT, attend, merge_heads, perceptron
 from adaptkit.backbones._timm import block_list, by_head, is_bare, split_qkv
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
@@ -24,38 +24,17 @@ from adaptkit.core.view import Block, Projections, identity
 class HfBlip(HfViT):
     """Blocks ``attn(norm(x)) + x``; absolute positions, resampled bicubic without antialias."""
 
+    family = "hf-blip"
+    layers_at = "encoder.layers"
+    kernel_at = "embeddings.patch_embedding.weight"
+    layer_norms = ("layer_norm1", "layer_norm2")
+    last_norm = "post_layernorm"
+    interpolates_when_told = True
     positions = "bicubic"
-
-    def __init__(self, backbone: Any) -> None:
-        kernel = backbone.embeddings.patch_embedding.weight
-        super().__init__(backbone, hf_spec("hf-blip", backbone.config, backbone.encoder.layers, 1, kernel))
-
-    def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``backbone.embeddings``, with its own interpolation at another size."""
-        embeddings: Any = self.body.embeddings
-        return embeddings(image, interpolate_pos_encoding=not is_native(image, embeddings.image_size))
-
-    def layers(self) -> Any:
-        """``backbone.encoder.layers``."""
-        return self.body.encoder.layers
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The backbone's layers."""
         return [_block(layer) for layer in block_list(self.layers())]
-
-    def norm(self, x: Tensor) -> Tensor:
-        """``backbone.post_layernorm``."""
-        return self.body.post_layernorm(x)
-
-    def reference(self, image: Tensor) -> Tensor:
-        """``last_hidden_state``."""
-        return self._say(image, **self.interpolating(image))
-
-    def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """Patch kernel, first and last norms."""
-        layers, patch = self.body.encoder.layers, self.body.embeddings.patch_embedding.weight
-        first, last = unwrapped(layers[0]), unwrapped(layers[-1])
-        return {"patch": patch, "first": first.layer_norm1.weight, "last": last.layer_norm2.weight}
 
 
 def _block(outer: Any) -> Block:

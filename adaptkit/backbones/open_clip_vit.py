@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.backbones._mha import mha_parts
-from adaptkit.backbones._timm import REMEDY, block_list, class_name, is_bare, joined
+from adaptkit.backbones._timm import REMEDY, block_list, class_name, is_bare, joined, square_side
 from adaptkit.core.registry import register_family, view
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block, Perceptron, Source, Spec, ViT
@@ -28,14 +28,20 @@ class OpenCLIPViT(ViT):
     positions = "bicubic antialias"
 
     def __init__(self, backbone: Any) -> None:
-        height, width = backbone.patch_size
-        if height != width:
-            raise TypeError(f"patches of {height}x{width} pixels are not square; an adapter needs one patch side")
         layers, kernel = block_list(backbone.transformer.resblocks), backbone.conv1.weight
         parts = mha_parts(_plain(layers[0]).attn)  # refuses the batch second
         heads = unwrapped(parts["attn"].args[0]).num_heads
         super().__init__(
-            backbone, Spec("open-clip-vit", kernel.shape[0], len(layers), heads, height, 1, kernel.shape[1])
+            backbone,
+            Spec(
+                "open-clip-vit",
+                kernel.shape[0],
+                len(layers),
+                heads,
+                square_side(backbone.patch_size),
+                1,
+                kernel.shape[1],
+            ),
         )
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
