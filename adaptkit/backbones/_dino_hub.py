@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit.backbones._timm import REMEDY, class_name, is_bare, joined, pair, square_side
+from adaptkit.backbones._timm import REMEDY, class_name, is_bare, joined, pair, square_side, two_layers
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Perceptron, Source, Spec, ViT, identity
 
@@ -31,18 +31,8 @@ class DinoHub(ViT):
         self.chunked = isinstance(unwrapped(backbone.blocks[0]), nn.ModuleList)
         layers, kernel = _layers(backbone.blocks), backbone.patch_embed.proj.weight
         heads = unwrapped(unwrapped(layers[0]).attn).num_heads
-        super().__init__(
-            backbone,
-            Spec(
-                family,
-                kernel.shape[0],
-                len(layers),
-                heads,
-                square_side(backbone.patch_embed.patch_size),
-                1 + registers,
-                kernel.shape[1],
-            ),
-        )
+        sizes = (kernel.shape[0], len(layers), heads, square_side(backbone.patch_embed.patch_size), 1 + registers)
+        super().__init__(backbone, Spec(family, *sizes, kernel.shape[1]))
 
     @abstractmethod
     def prepared(self, image: Tensor) -> Tensor:
@@ -126,5 +116,4 @@ def _perceptron(mlp: Any) -> Perceptron | None:
     """See an Mlp layer by layer; None for a gated one, or layers that are replaced (LoRA)."""
     if not all(hasattr(mlp, name) for name in ("fc1", "act", "fc2")) or not is_bare(mlp, type(unwrapped(mlp))):
         return None
-    bare = is_bare(mlp.fc1, nn.Linear) and is_bare(mlp.fc2, nn.Linear)
-    return Perceptron(mlp.fc1, mlp.act, mlp.fc2) if bare else None
+    return two_layers(mlp.fc1, mlp.act, mlp.fc2)

@@ -10,11 +10,10 @@ from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.backbones._processor import framing, normalisation
-from adaptkit.backbones._timm import class_name, is_bare, joined, pair, square_side
+from adaptkit.backbones._timm import block_list, class_name, is_bare, joined, pair, resampled, square_side, two_layers
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block, Perceptron, Projections, Source, Spec, View, ViT, identity
 
@@ -138,6 +137,19 @@ class HfViT(HfView, ViT):
         return {"interpolate_pos_encoding": True} if told else {}
 
 
+class HfClipNames(HfViT):
+    """A ViT of transformers whose parts are called as in CLIP."""
+
+    layers_at = "encoder.layers"
+    kernel_at = "embeddings.patch_embedding.weight"
+    layer_norms = ("layer_norm1", "layer_norm2")
+    last_norm = "post_layernorm"
+
+    def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
+        """The backbone's layers."""
+        return [clip_block(layer) for layer in block_list(self.layers())]
+
+
 def hf_source(model: Any, channels: int) -> Source:
     """Read where a model that transformers loaded comes from, and what its image processor says.
 
@@ -180,14 +192,6 @@ def _resampled_table(embeddings: Any, antialias: bool, patch: int, x: Tensor, he
     if grid == (side, side):
         return table
     return torch.cat([table[:, :prefix], resampled(table[:, prefix:], grid, antialias)], dim=1)
-
-
-def resampled(table: Tensor, grid: tuple[int, int], antialias: bool = False) -> Tensor:
-    """Positions (1, n*n, D) of a square grid on another one, bicubic; transformers does without antialias."""
-    side = round(table.shape[1] ** 0.5)
-    square = table.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    square = F.interpolate(square, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
-    return square.flatten(2).transpose(1, 2)
 
 
 def vit_block(outer: Any) -> Block:
@@ -253,26 +257,27 @@ def attention_parts(outer: Any, proj: str, scale: str, **given: Any) -> dict[str
     }
 
 
-def _projections(attn: Any, proj: nn.Module) -> Projections | None:
-    """Return the weights by head; None where a layer is no plain linear one, LoRA for instance."""
+def _projections(attn: Any, proj: Any) -> Projections | None:
+    """Return the weights by head; None where something else acts, or a layer is no plain linear one (LoRA)."""
     if not is_bare(attn, type(unwrapped(attn))):
         return None
-    layers = (attn.q_proj, attn.k_proj, attn.v_proj)
+    return three_by_head((attn.q_proj, attn.k_proj, attn.v_proj), proj, attn.head_dim)
+
+
+def three_by_head(layers: tuple[Any, ...], proj: Any, dim: int) -> Projections | None:
+    """See layers for q, k and v, and ``proj``, head by head, each of ``dim``; None where one is no plain linear one."""
     if not all(is_bare(layer, nn.Linear) for layer in (*layers, proj)):
         return None
-    out: Any = proj
-    heads = layers[0].out_features // attn.head_dim
-    weights = tuple(layer.weight.view(1, -1, attn.head_dim, layer.in_features) for layer in layers)
-    biases = tuple(None if layer.bias is None else layer.bias.view(1, -1, attn.head_dim) for layer in layers)
-    return Projections(weights, biases, (identity, identity), out.weight.view(-1, heads, attn.head_dim), out.bias)
+    weights = tuple(layer.weight.view(1, -1, dim, layer.in_features) for layer in layers)
+    biases = tuple(None if layer.bias is None else layer.bias.view(1, -1, dim) for layer in layers)
+    return Projections(weights, biases, (identity, identity), proj.weight.unflatten(1, (-1, dim)), proj.bias)
 
 
 def perceptron(mlp: Any) -> Perceptron | None:
     """See an MLP of transformers layer by layer; None for one with a gate, or layers that are replaced (LoRA)."""
     if not class_name(mlp).endswith("MLP") or not all(hasattr(mlp, name) for name in ("fc1", "activation_fn", "fc2")):
         return None
-    bare = is_bare(mlp, type(unwrapped(mlp))) and is_bare(mlp.fc1, nn.Linear) and is_bare(mlp.fc2, nn.Linear)
-    return Perceptron(mlp.fc1, mlp.activation_fn, mlp.fc2) if bare else None
+    return two_layers(mlp.fc1, mlp.activation_fn, mlp.fc2) if is_bare(mlp, type(unwrapped(mlp))) else None
 
 
 def project_qkv(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:

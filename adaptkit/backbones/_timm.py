@@ -85,6 +85,14 @@ def patchify(backbone: Any, image: Tensor) -> Tensor:
     return embed.norm(embed.proj(image).flatten(2).transpose(1, 2))
 
 
+def resampled(table: Tensor, grid: tuple[int, int], antialias: bool = False, corners: bool = False) -> Tensor:
+    """Positions (1, n*n, D) of a square grid on another one, bicubic; ``corners``: with the corners aligned."""
+    side = math.isqrt(table.shape[1])
+    square = table.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    square = F.interpolate(square, size=grid, mode="bicubic", align_corners=corners, antialias=antialias)
+    return square.flatten(2).transpose(1, 2)
+
+
 def resampled_positions(backbone: Any, grid: tuple[int, int], prefix: int, antialias: bool = True) -> Tensor:
     """Return the position table (1, prefix + h*w, D) on another grid, bicubic; the table itself on its own.
 
@@ -141,8 +149,10 @@ def fused_qkv(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return split_qkv(F.linear(h, attn.qkv.weight, bias), attn.num_heads)
 
 
-def by_head(qkv: nn.Linear, proj: nn.Linear, heads: int, norms: tuple[Fn, Fn]) -> Projections:
-    """See a fused ``qkv`` and its ``proj`` head by head, without a copy."""
+def by_head(qkv: Any, proj: Any, heads: int, norms: tuple[Fn, Fn] = (identity, identity)) -> Projections | None:
+    """See a fused ``qkv`` and its ``proj`` head by head, without a copy; None where one is no plain linear layer."""
+    if not (is_bare(qkv, nn.Linear) and is_bare(proj, nn.Linear)):
+        return None
     dim, inner = qkv.in_features, proj.in_features
     weight = qkv.weight.view(3, heads, inner // heads, dim)
     bias = None if qkv.bias is None else qkv.bias.view(3, heads, inner // heads)
@@ -155,8 +165,13 @@ def perceptron(mlp: Any) -> Perceptron | None:
 
     if not (is_bare(mlp, Mlp) and type(mlp.norm) is nn.Identity):
         return None
-    bare = is_bare(mlp.fc1, nn.Linear) and is_bare(mlp.fc2, nn.Linear)
-    return Perceptron(mlp.fc1, mlp.act, mlp.fc2) if bare else None
+    return two_layers(mlp.fc1, mlp.act, mlp.fc2)
+
+
+def two_layers(first: Any, activation: Any, second: Any) -> Perceptron | None:
+    """Return an MLP of two linear layers; None where one of them is replaced (LoRA)."""
+    bare = is_bare(first, nn.Linear) and is_bare(second, nn.Linear)
+    return Perceptron(first, activation, second) if bare else None
 
 
 def layer_scale(gamma: Tensor | None) -> Fn:
@@ -186,6 +201,15 @@ def block_list(blocks: Any) -> Sequence[Any]:
             "each (`for i, block in enumerate(blocks): blocks[i] = torch.compile(block)`), or the adapted model"
         )
     return blocks
+
+
+def output_of(part: Any, backbone: Any, image: Tensor) -> Tensor:
+    """Return what a part of the backbone gives while the backbone runs on an image."""
+    kept: list[Tensor] = []
+    hook = part.register_forward_hook(lambda module, args, out: kept.append(out))
+    backbone(image)
+    hook.remove()
+    return kept[0]
 
 
 def is_checkpointing(backbone: Any) -> bool:

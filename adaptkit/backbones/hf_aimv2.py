@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptkit.backbones._hf import HfViT, attention_parts, is_native, resampled, tower
-from adaptkit.backbones._timm import block_list
+from adaptkit.backbones._hf import HfViT, attention_parts, is_native, tower
+from adaptkit.backbones._timm import block_list, resampled
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block, ViT, identity

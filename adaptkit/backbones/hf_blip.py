@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from adaptkit.backbones._hf import HfViT, attend, merge_heads, perceptron
+from adaptkit.backbones._hf import HfClipNames, attend, merge_heads, perceptron
 from adaptkit.backbones._timm import block_list, by_head, is_bare, split_qkv
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
@@ -21,14 +21,10 @@ from adaptkit.core.view import Block, Projections, identity
     "transformers.models.instructblip.modeling_instructblip.InstructBlipVisionModel",
     "transformers.models.instructblipvideo.modeling_instructblipvideo.InstructBlipVideoVisionModel",
 )
-class HfBlip(HfViT):
+class HfBlip(HfClipNames):
     """Blocks ``attn(norm(x)) + x``; absolute positions, resampled bicubic without antialias."""
 
     family = "hf-blip"
-    layers_at = "encoder.layers"
-    kernel_at = "embeddings.patch_embedding.weight"
-    layer_norms = ("layer_norm1", "layer_norm2")
-    last_norm = "post_layernorm"
     interpolates_when_told = True
     positions = "bicubic"
 
@@ -63,5 +59,5 @@ def _qkv(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _projections(attn: Any) -> Projections | None:
     """Return the weights by head; None where a layer is no plain linear one, LoRA for instance."""
-    bare = is_bare(attn, type(unwrapped(attn))) and all(is_bare(x, nn.Linear) for x in (attn.qkv, attn.projection))
-    return by_head(attn.qkv, attn.projection, attn.num_heads, (identity, identity)) if bare else None
+    bare = is_bare(attn, type(unwrapped(attn)))
+    return by_head(attn.qkv, attn.projection, attn.num_heads) if bare else None

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from adaptkit.backbones._hf import HfViT, clip_block, tower
-from adaptkit.backbones._timm import block_list
+from adaptkit.backbones._hf import HfClipNames, tower
 from adaptkit.core.registry import register_family
-from adaptkit.core.view import Block, ViT
+from adaptkit.core.view import ViT
 
 
 @register_family(
@@ -20,7 +18,7 @@ from adaptkit.core.view import Block, ViT
     "transformers.models.altclip.modeling_altclip.AltCLIPVisionModel",
     "transformers.models.clipseg.modeling_clipseg.CLIPSegVisionModel",
 )
-class HfCLIP(HfViT):
+class HfCLIP(HfClipNames):
     """Blocks ``x + attn(norm(x))`` after a first norm; absolute positions, resampled bicubic without antialias.
 
     transformers leaves ``last_hidden_state`` un-normed and norms the class token when it pools. The view norms all
@@ -28,10 +26,6 @@ class HfCLIP(HfViT):
     """
 
     family = "hf-clip"
-    layers_at = "encoder.layers"
-    kernel_at = "embeddings.patch_embedding.weight"
-    layer_norms = ("layer_norm1", "layer_norm2")
-    last_norm = "post_layernorm"
     interpolates_when_told = True
     positions = "bicubic"
     position_rules = ("bicubic", "bicubic antialias")
@@ -40,10 +34,6 @@ class HfCLIP(HfViT):
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``backbone.embeddings`` and the norm before the first block."""
         return getattr(self.body, self.first_norm)(super().embed(image, grid))
-
-    def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
-        """The backbone's layers."""
-        return [clip_block(layer) for layer in block_list(self.layers())]
 
     def reference(self, image: Tensor) -> Tensor:
         """``last_hidden_state``, normed."""

@@ -8,11 +8,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from adaptkit.backbones._hf import HfViT, dino_block, project_qkv
-from adaptkit.backbones._rotary import axial
+from adaptkit.backbones._rotary import axial, rows_at
 from adaptkit.backbones._timm import block_list
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
@@ -65,12 +64,8 @@ def _turn(rope: Any, grid: tuple[int, int], x: Tensor, places: Tensor) -> Tensor
 
 
 def _qkv_at(attn: Any, rope: tuple[Tensor, Tensor], h: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of the rows at these places: the angles of each, zero (cosine 1, sine 0) for a prefix token."""
-    cos, sin = rope
-    index = places % (len(cos) + 1)  # the row that is added is place -1
-    cos = torch.cat([cos, cos.new_ones(1, cos.shape[-1])]).index_select(0, index)
-    sin = torch.cat([sin, sin.new_zeros(1, sin.shape[-1])]).index_select(0, index)
-    return _qkv(attn, (cos, sin), h)
+    """q, k, v of the rows at these places."""
+    return _qkv(attn, rows_at(*rope, places), h)
 
 
 def _qkv(attn: Any, rope: tuple[Tensor, Tensor], h: Tensor) -> tuple[Tensor, Tensor, Tensor]:

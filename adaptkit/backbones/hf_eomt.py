@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit.backbones._hf import HfViT, dino_block, is_native, resampled
-from adaptkit.backbones._timm import block_list
+from adaptkit.backbones._hf import HfViT, dino_block, is_native
+from adaptkit.backbones._timm import block_list, resampled
 from adaptkit.backbones.hf_dinov3 import rotary_blocks
 from adaptkit.core.registry import register_family
 from adaptkit.core.view import Block

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adaptkit.backbones._hf import HfViT, attend, resampled, tower
+from adaptkit.backbones._hf import HfViT, attend, tower
 from adaptkit.backbones._maps import no_qkv, on_map, windowed
-from adaptkit.backbones._timm import block_list
+from adaptkit.backbones._timm import block_list, resampled
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block, ViT, identity

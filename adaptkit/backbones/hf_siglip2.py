@@ -8,23 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptkit.backbones._hf import HfViT, clip_block, tower
-from adaptkit.backbones._timm import block_list
+from adaptkit.backbones._hf import HfClipNames, tower
 from adaptkit.core.registry import register_family
-from adaptkit.core.view import Block, ViT
+from adaptkit.core.view import ViT
 
 
 @register_family("transformers.models.siglip2.modeling_siglip2.Siglip2VisionModel")
-class HfSiglip2(HfViT):
+class HfSiglip2(HfClipNames):
     """Blocks ``x + attn(norm(x))``; the host takes patches (B, N, p*p*C) and resamples positions to their grid.
 
     All images of a batch have one size, so every patch is a patch of the image and nothing is masked.
     """
 
     family = "hf-siglip2"
-    layers_at = "encoder.layers"
-    layer_norms = ("layer_norm1", "layer_norm2")
-    last_norm = "post_layernorm"
     positions = "bilinear antialias"
 
     def __init__(self, backbone: Any) -> None:
@@ -38,10 +34,6 @@ class HfSiglip2(HfViT):
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``backbone.embeddings`` of the patches."""
         return self.body.embeddings(*self._patches(image))
-
-    def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
-        """The backbone's layers."""
-        return [clip_block(layer) for layer in block_list(self.layers())]
 
     def sizes(self) -> Sequence[tuple[int, int]]:
         """Its config names a number of patches: of the square, and of another shape."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.backbones._mha import mha_parts
-from adaptkit.backbones._timm import REMEDY, block_list, class_name, is_bare, joined, square_side
+from adaptkit.backbones._timm import REMEDY, block_list, class_name, is_bare, joined, output_of, square_side, two_layers
 from adaptkit.core.registry import register_family, view
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block, Perceptron, Source, Spec, ViT
@@ -31,18 +31,8 @@ class OpenCLIPViT(ViT):
         layers, kernel = block_list(backbone.transformer.resblocks), backbone.conv1.weight
         parts = mha_parts(_plain(layers[0]).attn)  # refuses the batch second
         heads = unwrapped(parts["attn"].args[0]).num_heads
-        super().__init__(
-            backbone,
-            Spec(
-                "open-clip-vit",
-                kernel.shape[0],
-                len(layers),
-                heads,
-                square_side(backbone.patch_size),
-                1,
-                kernel.shape[1],
-            ),
-        )
+        sizes = (kernel.shape[0], len(layers), heads, square_side(backbone.patch_size), 1)
+        super().__init__(backbone, Spec("open-clip-vit", *sizes, kernel.shape[1]))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patches, class token, positions, ``ln_pre``."""
@@ -90,10 +80,7 @@ class OpenCLIPViT(ViT):
         if backbone.attn_pool is None:
             backbone.output_tokens = True
             return backbone(image)[1]
-        kept: list[Tensor] = []
-        backbone.transformer.register_forward_hook(lambda module, args, out: kept.append(out))
-        backbone(image)
-        return kept[0]
+        return output_of(backbone.transformer, backbone, image)
 
 
 def _positions(backbone: Any, grid: tuple[int, int]) -> Tensor:
@@ -133,8 +120,7 @@ def _block(outer: Any) -> Block:
 
 def _perceptron(mlp: Any) -> Perceptron | None:
     """See the FFN layer by layer; None where layers are replaced (LoRA)."""
-    bare = is_bare(mlp, nn.Sequential) and len(mlp) == 3 and is_bare(mlp.c_fc, nn.Linear)
-    return Perceptron(mlp.c_fc, mlp.gelu, mlp.c_proj) if bare and is_bare(mlp.c_proj, nn.Linear) else None
+    return two_layers(mlp.c_fc, mlp.gelu, mlp.c_proj) if is_bare(mlp, nn.Sequential) and len(mlp) == 3 else None
 
 
 @register_family("open_clip.timm_model.TimmModel")  # type: ignore[type-var]

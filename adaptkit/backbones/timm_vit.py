@@ -81,8 +81,7 @@ def _projections(attn: Any) -> Projections | None:
 
     if not (is_bare(attn, Attention) and isinstance(attn.norm, nn.Identity)):
         return None
-    bare = is_bare(attn.qkv, nn.Linear) and is_bare(attn.proj, nn.Linear)
-    return by_head(attn.qkv, attn.proj, attn.num_heads, (attn.q_norm, attn.k_norm)) if bare else None
+    return by_head(attn.qkv, attn.proj, attn.num_heads, (attn.q_norm, attn.k_norm))
 
 
 def _qkv(attn: nn.Module, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
