@@ -51,6 +51,15 @@ def hf(path: str, cls: str, config: str, **options: Any) -> Callable[[], nn.Modu
     return build
 
 
+def given_by(module: nn.Module, host: Any, image: Tensor) -> Tensor:
+    """What a module inside the host gives while the host runs on an image."""
+    kept: list[Tensor] = []
+    hook = module.register_forward_hook(lambda module, args, out: kept.append(out))
+    host(image)
+    hook.remove()
+    return kept[0]
+
+
 def last(**options: Any) -> Callable[[Any, Tensor], Tensor]:
     """``last_hidden_state``; these options at another size than the host's own."""
 
@@ -107,7 +116,6 @@ def _data2vec_vision(cls: str = "Data2VecVisionModel", **options: Any) -> nn.Mod
 
 
 DETECTING = {"num_detection_tokens": 3, "image_size": [SIDE, SIDE]}
-YOLOS_SIZES = ((SIDE, SIDE), (24, 40))
 
 
 def _detection_first(host: Any, image: Tensor) -> Tensor:
@@ -235,11 +243,7 @@ TOWERS["VitDetBackbone"] = Tower(
 
 def _before_neck(host: Any, image: Tensor) -> Tensor:
     """What the last layer of SAM's encoder gives."""
-    kept: list[Tensor] = []
-    hook = host.layers[-1].register_forward_hook(lambda module, args, out: kept.append(out))
-    host(image)
-    hook.remove()
-    return kept[0].flatten(1, 2)
+    return given_by(host.layers[-1], host, image).flatten(1, 2)
 
 
 SAM = {"window_size": 3, "global_attn_indexes": [1, 3], "output_channels": 8, "mlp_dim": 2 * DIM}
@@ -304,14 +308,6 @@ TOWERS["Sam2VisionModel"] = Tower(
 # ------------------------------------------------------------------------------------------------- of other libraries
 
 
-def _encoder_tokens(host: Any, image: Tensor) -> Tensor:
-    kept: list[Tensor] = []
-    hook = host.encoder.register_forward_hook(lambda module, args, out: kept.append(out))
-    host(image)
-    hook.remove()
-    return kept[0]
-
-
 def _torchvision() -> nn.Module:
     from torchvision.models import VisionTransformer
 
@@ -328,12 +324,8 @@ def _open_clip(**options: Any) -> nn.Module:
 
 def _open_clip_tokens(host: Any, image: Tensor) -> Tensor:
     """All that go through the last norm, or into the attention that pools."""
-    kept: list[Tensor] = []
-    module = host.ln_post if host.attn_pool is None and not host.final_ln_after_pool else host.transformer
-    hook = module.register_forward_hook(lambda module, args, out: kept.append(out))
-    host(image)
-    hook.remove()
-    return kept[0]
+    normed = host.attn_pool is None and not host.final_ln_after_pool
+    return given_by(host.ln_post if normed else host.transformer, host, image)
 
 
 def _trunk() -> nn.Module:
@@ -356,7 +348,11 @@ def _naflex(**options: Any) -> Callable[[], nn.Module]:
 
 if have("torchvision"):
     TOWERS["torchvision VisionTransformer"] = Tower(
-        _torchvision, _encoder_tokens, NATIVE, "torchvision", lambda host, image: host(image)
+        _torchvision,
+        lambda host, image: given_by(host.encoder, host, image),
+        NATIVE,
+        "torchvision",
+        lambda host, image: host(image),
     )
 if have("open_clip"):
     TOWERS["open_clip VisionTransformer"] = Tower(_open_clip, _open_clip_tokens, NATIVE, "open_clip")

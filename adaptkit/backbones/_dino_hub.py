@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit.backbones._timm import REMEDY, class_name, is_bare, joined, pair, square_side, two_layers
+from adaptkit.backbones._timm import REMEDY, class_name, is_bare, joined, merge_heads, pair, square_side, two_layers
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Perceptron, Source, Spec, ViT, identity
 
@@ -98,7 +98,7 @@ def dino_hub_block(outer: Any, **given: Any) -> dict[str, Any]:
         "norm2": blk.norm2,
         "mlp": blk.mlp,
         "scale2": joined(blk.ls2, drops[1]),
-        "out": partial(_out, unwrapped(blk.attn)),
+        "out": partial(merge_heads, unwrapped(blk.attn).proj),
         "perceptron": partial(_perceptron, blk.mlp),
     }
 
@@ -106,10 +106,6 @@ def dino_hub_block(outer: Any, **given: Any) -> dict[str, Any]:
 def _layers(blocks: Any) -> list[Any]:
     chunks = [list(b) if isinstance(unwrapped(b), nn.ModuleList) else [b] for b in blocks]
     return [block for chunk in chunks for block in chunk if not isinstance(block, nn.Identity)]
-
-
-def _out(attn: Any, x: Tensor) -> Tensor:
-    return attn.proj(x.transpose(1, 2).flatten(2))
 
 
 def _perceptron(mlp: Any) -> Perceptron | None:

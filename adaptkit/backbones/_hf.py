@@ -13,7 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.backbones._processor import framing, normalisation
-from adaptkit.backbones._timm import block_list, class_name, is_bare, joined, pair, resampled, square_side, two_layers
+from adaptkit.backbones._timm import (
+    block_list,
+    class_name,
+    is_bare,
+    joined,
+    merge_heads,
+    pair,
+    resampled,
+    square_side,
+    two_layers,
+)
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block, Perceptron, Projections, Source, Spec, View, ViT, identity
 
@@ -290,8 +300,3 @@ def project_qkv(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def attend(attn: Any, given: dict[str, Any], h: Tensor) -> Tensor:
     """Run an attention; transformers returns the weights beside the output."""
     return attn(h, **given)[0]
-
-
-def merge_heads(proj: nn.Module, x: Tensor) -> Tensor:
-    """(B, heads, P+N, E) -> (B, P+N, D)."""
-    return proj(x.transpose(1, 2).flatten(2))

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptkit.backbones._hf import merge_heads, three_by_head
-from adaptkit.backbones._timm import is_bare, joined, two_layers
+from adaptkit.backbones._hf import three_by_head
+from adaptkit.backbones._timm import is_bare, joined, merge_heads, two_layers
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Perceptron, Projections
 

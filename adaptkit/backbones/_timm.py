@@ -11,18 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptkit.core.registry import OWN_FAMILY
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Fn, Perceptron, Projections, Source, View, identity
 
-REMEDY = (
-    "use a backbone without it, or register a family of its own: subclass adaptkit.core.view.ViT and decorate it with "
-    "@adaptkit.register_family('package.module.Class')"
-)
+REMEDY = f"use a backbone without it, or register a family of its own: {OWN_FAMILY}"
 
 
 def class_name(module: nn.Module) -> str:
     """Return the name of a module's class; of a sharded one (FSDP2 derives a class) of what it was."""
     return next(c.__name__ for c in type(unwrapped(module)).__mro__ if not c.__name__.startswith("FSDP"))
+
+
+def is_named(module: Any, *names: str) -> bool:
+    """Whether a module's class, or one above it, has one of these names."""
+    return any(cls.__name__ in names for cls in type(module).__mro__)
 
 
 def is_bare(module: Any, cls: type[nn.Module]) -> bool:
@@ -51,10 +54,9 @@ def square_side(patch: int | Sequence[int]) -> int:
 
 def patch_sides(embed: Any) -> tuple[int, int]:
     """Return (height, width) of what one token covers, in pixels."""
-    kinds = [c.__name__ for c in type(embed).__mro__]
-    if "HybridEmbed" in kinds and "HybridEmbedWithSize" not in kinds:
+    if is_named(embed, "HybridEmbed") and not is_named(embed, "HybridEmbedWithSize"):
         return embed.feat_ratio(as_scalar=False)
-    if not {"PatchEmbed", "PatchEmbedWithSize"} & set(kinds):
+    if not is_named(embed, "PatchEmbed", "PatchEmbedWithSize"):
         raise TypeError(
             f"patch embedding {type(embed).__name__} is neither a strided convolution (PatchEmbed) nor a network "
             f"before one (HybridEmbed), which the adapters' grid and the resizing of positions rest on; {REMEDY}"
@@ -96,9 +98,8 @@ def resampled(table: Tensor, grid: tuple[int, int], antialias: bool = False, cor
 def resampled_positions(backbone: Any, grid: tuple[int, int], prefix: int, antialias: bool = True) -> Tensor:
     """Return the position table (1, prefix + h*w, D) on another grid, bicubic; the table itself on its own.
 
-    timm's own rule has antialias.
-
-    timm's rule only shortcuts on the table's own grid; an export keeps that grid's shortcut as a constant shape.
+    timm's own rule has antialias. It only shortcuts on the table's own grid; an export keeps that grid's shortcut as a
+    constant shape.
     """
     from timm.layers import resample_abs_pos_embed
 
@@ -126,9 +127,7 @@ def add_prefix_and_positions(backbone: Any, x: Tensor, grid: tuple[int, int], an
     no_embed_class = getattr(backbone, "no_embed_class", False)
     if backbone.pos_embed is not None and no_embed_class:
         x = x + resampled_positions(backbone, grid, 0, antialias)
-    if (
-        prefix
-    ):  # with none, a copy would lay the tokens out otherwise than the backbone has them, and sums round otherwise
+    if prefix:  # with none, a copy would lie otherwise in memory than the backbone's tokens, and sums round otherwise
         x = torch.cat([*prefix, x], dim=1)
     if backbone.pos_embed is not None and not no_embed_class:
         x = x + resampled_positions(backbone, grid, backbone.num_prefix_tokens, antialias)
@@ -142,11 +141,16 @@ def split_qkv(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fused_qkv(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v as EVA and BEiT project them: a bias for q and v is kept beside the linear layer, k has none."""
+    """q, k, v from one layer; EVA and BEiT keep a bias for q and v beside it, and none for k."""
     if getattr(attn, "q_bias", None) is None:
         return split_qkv(attn.qkv(h), attn.num_heads)
     bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
     return split_qkv(F.linear(h, attn.qkv.weight, bias), attn.num_heads)
+
+
+def merge_heads(proj: nn.Module, x: Tensor) -> Tensor:
+    """(B, heads, P+N, E) -> (B, P+N, D)."""
+    return proj(x.transpose(1, 2).flatten(2))
 
 
 def by_head(qkv: Any, proj: Any, heads: int, norms: tuple[Fn, Fn] = (identity, identity)) -> Projections | None:

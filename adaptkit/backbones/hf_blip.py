@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptkit.backbones._hf import HfClipNames, attend, merge_heads, perceptron
-from adaptkit.backbones._timm import block_list, by_head, is_bare, split_qkv
+from adaptkit.backbones._hf import HfClipNames, attend, perceptron
+from adaptkit.backbones._timm import block_list, by_head, fused_qkv, is_bare, merge_heads
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block, Projections, identity
@@ -45,16 +45,12 @@ def _block(outer: Any) -> Block:
         norm2=layer.layer_norm2,
         mlp=layer.mlp,
         scale2=identity,
-        qkv=partial(_qkv, attn),
+        qkv=partial(fused_qkv, attn),
         out=partial(merge_heads, attn.projection),
         scale=attn.scale,
         projections=partial(_projections, layer.self_attn),
         perceptron=partial(perceptron, layer.mlp),
     )
-
-
-def _qkv(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return split_qkv(attn.qkv(h), attn.num_heads)
 
 
 def _projections(attn: Any) -> Projections | None:

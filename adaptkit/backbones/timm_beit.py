@@ -17,6 +17,7 @@ from adaptkit.backbones._timm import (
     fused_qkv,
     joined,
     layer_scale,
+    merge_heads,
     patchify,
     perceptron,
 )
@@ -123,7 +124,7 @@ def _block(outer: Any, shared: Tensor | None, grid: tuple[int, int], index: Tens
         perceptron=partial(perceptron, blk.mlp),
         scale2=joined(layer_scale(blk.gamma_2), blk.drop_path2),
         qkv=partial(fused_qkv, attn),
-        out=partial(_out, attn),
+        out=partial(merge_heads, attn.proj),
         bias=bias,
     )
     if index is None or attn.window_size is None:
@@ -133,8 +134,4 @@ def _block(outer: Any, shared: Tensor | None, grid: tuple[int, int], index: Tens
 
 
 def _attention(attn: Any, bias: Tensor, h: Tensor) -> Tensor:
-    return _out(attn, F.scaled_dot_product_attention(*fused_qkv(attn, h), attn_mask=bias))
-
-
-def _out(attn: Any, x: Tensor) -> Tensor:
-    return attn.proj(x.transpose(1, 2).flatten(2))
+    return merge_heads(attn.proj, F.scaled_dot_product_attention(*fused_qkv(attn, h), attn_mask=bias))

@@ -17,6 +17,7 @@ from adaptkit.backbones._timm import (
     block_list,
     class_name,
     fused_qkv,
+    is_named,
     joined,
     layer_scale,
     patchify,
@@ -83,8 +84,7 @@ def _turned(rope: Any, grid: tuple[int, int], index: int, x: Tensor, places: Ten
 def eva_block(outer: Any, rope: Tensor | None) -> Block:
     """``outer``: the block as it runs, maybe compiled or wrapped; its parts are those of what is inside."""
     blk: Any = unwrapped(outer)
-    kinds = {cls.__name__ for cls in type(blk).__mro__}
-    if not kinds & {"EvaBlock", "EvaBlockPostNorm"}:
+    if not is_named(blk, "EvaBlock", "EvaBlockPostNorm"):
         raise TypeError(f"timm's {class_name(blk)} is not of the form x + attn(norm(x)), x + mlp(norm(x)); {REMEDY}")
     attn = unwrapped(blk.attn)
     parts = {
@@ -96,7 +96,7 @@ def eva_block(outer: Any, rope: Tensor | None) -> Block:
         "qkv_at": None if rope is None else partial(_qkv_at, attn, rope),
         "out": partial(_out, attn),
     }
-    if "EvaBlockPostNorm" in kinds:  # x + norm(attn(x)): the norm stands where LayerScale does
+    if is_named(blk, "EvaBlockPostNorm"):  # x + norm(attn(x)): the norm stands where LayerScale does
         scale1, scale2 = joined(blk.norm1, blk.drop_path1), joined(blk.norm2, blk.drop_path2)
         return Block(norm1=identity, scale1=scale1, norm2=identity, scale2=scale2, **parts)
     scale1 = joined(layer_scale(blk.gamma_1), blk.drop_path1)

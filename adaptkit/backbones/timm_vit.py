@@ -16,6 +16,7 @@ from adaptkit.backbones._timm import (
     by_head,
     class_name,
     is_bare,
+    is_named,
     joined,
     patchify,
     perceptron,
@@ -66,7 +67,7 @@ def timm_block(outer: Any) -> Block:
         "perceptron": partial(perceptron, blk.mlp),
     }
     scale1, scale2 = _scales(blk, "ls1", "drop_path1"), _scales(blk, "ls2", "drop_path2")
-    if any(cls.__name__ == "ResPostBlock" for cls in type(blk).__mro__):  # x + norm(attn(x)): the norm as LayerScale
+    if is_named(blk, "ResPostBlock"):  # x + norm(attn(x)): the norm as LayerScale
         return Block(run=outer, norm1=identity, scale1=blk.norm1, norm2=identity, scale2=blk.norm2, **parts)
     return Block(run=outer, norm1=blk.norm1, scale1=scale1, norm2=blk.norm2, scale2=scale2, **parts)
 

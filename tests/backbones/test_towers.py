@@ -7,8 +7,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from containers import HELD, REFUSED
-from families import DEPTH
+from containers import HELD, REFUSED, VISION
 from towers import TOWERS
 
 import adaptkit
@@ -119,7 +118,7 @@ def test_a_model_around_a_tower_says_which_attribute_to_hand_over_and_that_one_a
         adaptkit.attach(model, "sfp")
     adapted = adaptkit.attach(model.get_submodule(path), ("metaformer", OPTIONS["metaformer"])).eval()
     assert adapted(image(32, 32)).tokens.isfinite().all()
-    assert adapted.vit.spec.depth in (DEPTH, 4)
+    assert adapted.vit.spec.depth == VISION["num_hidden_layers"]
 
 
 @pytest.mark.parametrize("name", REFUSED)
