@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from containers import HELD, REFUSED, VISION
-from towers import TOWERS
+from towers import OPTIONS, TOWERS
 
 import adaptkit
 from adaptkit.cli import main
@@ -17,7 +17,6 @@ from adaptkit.model.proof import prove
 
 #: They take a second or more to build or to run: the full tier.
 SLOW = {"timm VisionTransformer (R50 hybrid)"}
-OPTIONS = {"vit-adapter": {"conv_inplane": 8}, "metaformer": {"width": 8}}
 towers = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.full] if name in SLOW else []) for name in TOWERS]
 )
@@ -167,11 +166,15 @@ def test_doctor_takes_a_class_of_transformers_and_says_what_to_do(name, said, ca
     assert "yes: " in out
 
 
-def test_doctor_says_why_a_class_is_refused(capsys):
-    assert main(["doctor", "Qwen2VLModel"]) != 0
-    assert "packed into one row of patches" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("Qwen2VLModel", "packed into one row of patches"), ("DPTForSemanticSegmentation", "no family sees")],
+)
+def test_doctor_says_why_a_class_is_refused(name, said, capsys):
+    assert main(["doctor", name]) != 0
+    assert said in capsys.readouterr().err
 
 
 def test_doctor_asks_for_a_folder_where_a_class_has_no_default_config(capsys):
-    assert main(["doctor", "DPTForSemanticSegmentation"]) != 0
-    assert "no family sees" in capsys.readouterr().err
+    assert main(["doctor", "TimmBackbone"]) != 0
+    assert "TimmBackbone cannot be built from its default config" in capsys.readouterr().err
