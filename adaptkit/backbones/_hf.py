@@ -26,6 +26,7 @@ from adaptkit.backbones._timm import (
 )
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block, Perceptron, Projections, Source, Spec, View, ViT, identity
+from adaptkit.ops.grid import map_to_tokens
 
 #: Attribute of a model whose files lie in a cache of the Hub that is not the default one: the folder.
 HUB_CACHE = "_adaptkit_hub_cache"
@@ -121,7 +122,7 @@ class HfViT(HfView, ViT):
 
     def reference(self, image: Tensor) -> Tensor:
         """``last_hidden_state``."""
-        return self._say(image, **self.interpolating(image))
+        return self._forward(image, **self.interpolating(image))
 
     def answers(self, tokens: Tensor) -> Sequence[Tensor]:
         """The logits, at the size that a backbone takes without being told of another; nothing of a base model."""
@@ -129,7 +130,7 @@ class HfViT(HfView, ViT):
         logits = self.classify(tokens) if tokens.shape[1] == self.spec.num_prefix_tokens + cells else None
         return () if logits is None else (logits,)
 
-    def _say(self, image: Tensor, **options: Any) -> Tensor:
+    def _forward(self, image: Tensor, **options: Any) -> Tensor:
         """Run the base model and return the tokens that it gives; of a Backbone class its last map."""
         self._forget_hooks()
         said = self.body(image, **options)
@@ -138,7 +139,7 @@ class HfViT(HfView, ViT):
             return tokens
         if getattr(said, "feature_maps", None):
             last = said.feature_maps[-1]  # a map (B, D, h, w), or tokens where the config reshapes none
-            return last.flatten(2).transpose(1, 2) if last.ndim == 4 else last
+            return map_to_tokens(last) if last.ndim == 4 else last
         raise TypeError(f"its forward returns {type(said).__name__}, which has no last_hidden_state")
 
     def interpolating(self, image: Tensor) -> dict[str, bool]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from adaptkit.core.registry import OWN_FAMILY
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Fn, Perceptron, Projections, Source, View, identity
+from adaptkit.ops.grid import map_to_tokens
 
 REMEDY = f"use a backbone without it, or register a family of its own: {OWN_FAMILY}"
 
@@ -83,8 +84,8 @@ def patchify(backbone: Any, image: Tensor) -> Tensor:
     if hasattr(embed, "backbone"):
         image = embed.backbone(image)
         image = image[-1] if isinstance(image, list | tuple) else image
-        return embed.proj(image).flatten(2).transpose(1, 2)
-    return embed.norm(embed.proj(image).flatten(2).transpose(1, 2))
+        return map_to_tokens(embed.proj(image))
+    return embed.norm(map_to_tokens(embed.proj(image)))
 
 
 def resampled(table: Tensor, grid: tuple[int, int], antialias: bool = False, corners: bool = False) -> Tensor:
@@ -92,7 +93,7 @@ def resampled(table: Tensor, grid: tuple[int, int], antialias: bool = False, cor
     side = math.isqrt(table.shape[1])
     square = table.unflatten(1, (side, side)).permute(0, 3, 1, 2)
     square = F.interpolate(square, size=grid, mode="bicubic", align_corners=corners, antialias=antialias)
-    return square.flatten(2).transpose(1, 2)
+    return map_to_tokens(square)
 
 
 def resampled_positions(backbone: Any, grid: tuple[int, int], prefix: int, antialias: bool = True) -> Tensor:

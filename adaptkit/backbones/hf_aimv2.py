@@ -13,6 +13,7 @@ from adaptkit.backbones._timm import block_list, resampled
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block, ViT, identity
+from adaptkit.ops.grid import map_to_tokens
 
 
 @register_family("transformers.models.aimv2.modeling_aimv2.Aimv2VisionModel")
@@ -39,7 +40,7 @@ class HfAimv2(HfViT):
         embeddings: Any = self.body.embeddings
         if self.positions == "waves" or is_native(image, self.body.config.image_size):
             return embeddings(image)
-        x = embeddings.rms_norm(embeddings.patch_embed(image).flatten(2).transpose(1, 2))
+        x = embeddings.rms_norm(map_to_tokens(embeddings.patch_embed(image)))
         return x + resampled(embeddings.position_embedding.weight[None], grid)
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:

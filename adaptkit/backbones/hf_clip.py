@@ -37,7 +37,7 @@ class HfCLIP(HfClipNames):
 
     def reference(self, image: Tensor) -> Tensor:
         """``last_hidden_state``, normed."""
-        return self.norm(self._say(image, **self.interpolating(image)))
+        return self.norm(self._forward(image, **self.interpolating(image)))
 
 
 @register_family(  # type: ignore[type-var]

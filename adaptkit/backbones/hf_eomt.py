@@ -40,7 +40,7 @@ class _Eomt(HfViT):
         backbone.config.num_queries = 0
         backbone.query = nn.Embedding.from_pretrained(image.new_empty(0, self.spec.embed_dim))
         backbone.attn_mask_probs = torch.zeros_like(backbone.attn_mask_probs)
-        return self._say(image)
+        return self._forward(image)
 
 
 @register_family("transformers.models.eomt.modeling_eomt.EomtForUniversalSegmentation")

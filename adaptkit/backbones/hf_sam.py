@@ -63,7 +63,7 @@ class HfSam(HfViT):
         """``last_hidden_state`` of a copy, its neck taken off."""
         backbone: Any = self.body
         backbone.neck = nn.Identity()
-        return self._say(image).flatten(1, 2)
+        return self._forward(image).flatten(1, 2)
 
 
 def _block(outer: Any, grid: tuple[int, int]) -> Block:

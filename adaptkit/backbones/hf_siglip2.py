@@ -44,7 +44,7 @@ class HfSiglip2(HfClipNames):
         """``last_hidden_state`` of the patches, none of them masked."""
         patches, shapes = self._patches(image)
         mask = torch.ones(patches.shape[:2], dtype=torch.long, device=image.device)
-        return self._say(patches, pixel_attention_mask=mask, spatial_shapes=shapes)
+        return self._forward(patches, pixel_attention_mask=mask, spatial_shapes=shapes)
 
     def answers(self, tokens: Tensor) -> Sequence[Tensor]:
         """Nothing: the backbone takes patches, not an image."""

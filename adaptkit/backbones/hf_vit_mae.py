@@ -45,4 +45,4 @@ class HfViTMAE(HfViT):
         embeddings.config.mask_ratio = 0.0
         cells = (image.shape[-2] // self.spec.patch_size) * (image.shape[-1] // self.spec.patch_size)
         noise = torch.arange(cells, device=image.device)[None]
-        return self._say(image, noise=noise, **self.interpolating(image))
+        return self._forward(image, noise=noise, **self.interpolating(image))

@@ -14,6 +14,7 @@ from adaptkit.backbones._timm import block_list
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block
+from adaptkit.ops.grid import map_to_tokens, tokens_to_map
 
 
 @register_family(
@@ -45,7 +46,7 @@ class HfVitDet(HfViT):
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``backbone.embeddings``, which takes any size."""
-        return self.body.embeddings(image).flatten(2).transpose(1, 2)
+        return map_to_tokens(self.body.embeddings(image))
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The backbone's layers, tokens unfolded to this grid."""
@@ -57,8 +58,8 @@ class HfVitDet(HfViT):
 
     def reference(self, image: Tensor) -> Tensor:
         """``last_hidden_state``, its map as tokens."""
-        said = self._say(image)
-        return said.flatten(2).transpose(1, 2) if said.ndim == 4 else said
+        said = self._forward(image)
+        return map_to_tokens(said) if said.ndim == 4 else said
 
 
 def _block(outer: Any, grid: tuple[int, int]) -> Block:
@@ -79,4 +80,4 @@ def _block(outer: Any, grid: tuple[int, int]) -> Block:
 
 
 def _run(layer: Any, grid: tuple[int, int], x: Tensor) -> Tensor:
-    return layer(x.transpose(1, 2).unflatten(2, grid))[0].flatten(2).transpose(1, 2)
+    return map_to_tokens(layer(tokens_to_map(x, grid))[0])

@@ -47,7 +47,7 @@ class HfYolos(HfViT):
 
     def reference(self, image: Tensor) -> Tensor:
         """``last_hidden_state``, in the view's order."""
-        return _seen(self._say(image), self.spec.num_prefix_tokens)
+        return _seen(self._forward(image), self.spec.num_prefix_tokens)
 
 
 def _seen(x: Tensor, prefix: int) -> Tensor:

@@ -15,6 +15,7 @@ from adaptkit.backbones._timm import REMEDY, block_list, class_name, is_bare, jo
 from adaptkit.core.registry import register_family, view
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block, Perceptron, Source, Spec, ViT
+from adaptkit.ops.grid import map_to_tokens
 
 
 @register_family("open_clip.transformer.VisionTransformer")
@@ -37,7 +38,7 @@ class OpenCLIPViT(ViT):
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patches, class token, positions, ``ln_pre``."""
         backbone: Any = self.backbone
-        x = backbone.conv1(image).flatten(2).transpose(1, 2)
+        x = map_to_tokens(backbone.conv1(image))
         x = torch.cat([backbone.class_embedding.view(1, 1, -1).expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         return backbone.ln_pre(backbone.patch_dropout(x + _positions(backbone, grid).to(x.dtype)))
 

@@ -14,6 +14,7 @@ from adaptkit.backbones._timm_plain import TimmPlain
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block
+from adaptkit.ops.grid import map_to_tokens
 
 
 @register_family("timm.models.vision_transformer_sam.VisionTransformerSAM")
@@ -59,7 +60,7 @@ class TimmSam(TimmPlain):
         """``backbone.forward_features`` of a copy, its neck taken off."""
         backbone: Any = self.backbone
         neck, backbone.neck = backbone.neck, nn.Identity()
-        tokens = backbone.forward_features(image).flatten(2).transpose(1, 2)
+        tokens = map_to_tokens(backbone.forward_features(image))
         backbone.neck = neck
         return tokens
 

@@ -14,6 +14,7 @@ from adaptkit.backbones._timm import block_list, is_bare, output_of, resampled, 
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block, Perceptron, Source, Spec, ViT, identity
+from adaptkit.ops.grid import map_to_tokens
 
 
 @register_family("torchvision.models.vision_transformer.VisionTransformer")
@@ -35,7 +36,7 @@ class TorchvisionViT(ViT):
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``backbone.conv_proj``, class token, positions, dropout."""
         backbone: Any = self.backbone
-        x = backbone.conv_proj(image).flatten(2).transpose(1, 2)
+        x = map_to_tokens(backbone.conv_proj(image))
         x = torch.cat([backbone.class_token.expand(len(x), -1, -1), x], dim=1)
         return backbone.encoder.dropout(x + _positions(backbone, grid))
 
