@@ -11,13 +11,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from containers import HELD, REFUSED
 from families import HOSTS
-from towers import TOWERS
+from towers import OPTIONS, TOWERS
 
 import adaptkit
 from adaptkit.core import registry
 
 START, STOP = "<!-- fits:start -->", "<!-- fits:stop -->"
-OPTIONS = {"vit-adapter": {"conv_inplane": 8}, "metaformer": {"width": 8}}
 
 
 def hierarchical():

@@ -16,8 +16,12 @@ from families import DEPTH, DIM, HEADS, randomise
 from torch import Tensor, nn
 
 SIDE, PATCH = 32, 8
+NATIVE = ((SIDE, SIDE),)
+TWO = (*NATIVE, (24, 40))
 SIZES = {"hidden_size": DIM, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "image_size": SIDE}
 SIZES |= {"patch_size": PATCH, "intermediate_size": 2 * DIM}
+#: Of adapters that would be large beside these hosts.
+OPTIONS = {"vit-adapter": {"conv_inplane": 8}, "metaformer": {"width": 8}}
 
 
 class Tower(NamedTuple):
@@ -25,7 +29,7 @@ class Tower(NamedTuple):
 
     build: Callable[[], nn.Module]
     tokens: Callable[[Any, Tensor], Tensor]
-    sizes: tuple[tuple[int, int], ...] = ((SIDE, SIDE), (24, 40))  # that the host itself takes
+    sizes: tuple[tuple[int, int], ...] = TWO  # that the host itself takes
     library: str = "transformers"
     logits: Callable[[Any, Tensor], Tensor] | None = None
 
@@ -41,14 +45,28 @@ def _of(path: str, cls: str) -> Any:
     return getattr(importlib.import_module(f"transformers.models.{path}"), cls)
 
 
-def hf(path: str, cls: str, config: str, **options: Any) -> Callable[[], nn.Module]:
-    """A function that builds a class of transformers from a tiny config."""
+def of_config(path: str, cls: str, config: str, **options: Any) -> Callable[[], nn.Module]:
+    """A function that builds a class of transformers from a config with these options."""
 
     def build() -> nn.Module:
         torch.manual_seed(0)
-        return randomise(_of(path, cls)(_of(path, config)(**{**SIZES, **options})))
+        return randomise(_of(path, cls)(_of(path, config)(**options)))
 
     return build
+
+
+def hf(path: str, cls: str, config: str, **options: Any) -> Callable[[], nn.Module]:
+    """The same, of the tiny sizes."""
+    return of_config(path, cls, config, **{**SIZES, **options})
+
+
+def given_by(module: nn.Module, host: Any, image: Tensor) -> Tensor:
+    """What a module inside the host gives while the host runs on an image."""
+    kept: list[Tensor] = []
+    hook = module.register_forward_hook(lambda module, args, out: kept.append(out))
+    host(image)
+    hook.remove()
+    return kept[0]
 
 
 def last(**options: Any) -> Callable[[Any, Tensor], Tensor]:
@@ -66,7 +84,6 @@ def _normed(host: Any, image: Tensor) -> Tensor:
 
 
 RESIZED = last(interpolate_pos_encoding=True)
-NATIVE = ((SIDE, SIDE),)
 TOWERS["MetaClip2VisionModel"] = Tower(hf("metaclip_2", "MetaClip2VisionModel", "MetaClip2VisionConfig"), _normed)
 TOWERS["ChineseCLIPVisionModel"] = Tower(
     hf("chinese_clip", "ChineseCLIPVisionModel", "ChineseCLIPVisionConfig"), _normed
@@ -107,7 +124,6 @@ def _data2vec_vision(cls: str = "Data2VecVisionModel", **options: Any) -> nn.Mod
 
 
 DETECTING = {"num_detection_tokens": 3, "image_size": [SIDE, SIDE]}
-YOLOS_SIZES = ((SIDE, SIDE), (24, 40))
 
 
 def _detection_first(host: Any, image: Tensor) -> Tensor:
@@ -197,14 +213,14 @@ _headed("deit", "DeiTForImageClassification", "DeiTConfig", "deit", RESIZED)
 _headed("deit", "DeiTForImageClassificationWithTeacher", "DeiTConfig", "deit", RESIZED)
 _headed("vit_msn", "ViTMSNForImageClassification", "ViTMSNConfig", "vit", RESIZED)
 _headed("ijepa", "IJepaForImageClassification", "IJepaConfig", "ijepa", RESIZED)
-_dinov2 = {"layerscale_value": 0.5, "mlp_ratio": 2, "sizes": ((SIDE, SIDE), (24, 40))}
+_dinov2 = {"layerscale_value": 0.5, "mlp_ratio": 2, "sizes": TWO}
 _headed("dinov2", "Dinov2ForImageClassification", "Dinov2Config", "dinov2", last(), **_dinov2)
 _headed(
     "dinov2_with_registers", "Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig",
     "dinov2_with_registers", last(), **_dinov2,
 )  # fmt: skip
 _headed("beit", "BeitForImageClassification", "BeitConfig", "beit", last(), use_relative_position_bias=True,
-        sizes=((SIDE, SIDE), (24, 40)))  # fmt: skip
+        sizes=TWO)  # fmt: skip
 TOWERS["Data2VecVisionForImageClassification"] = Tower(
     lambda: _data2vec_vision("Data2VecVisionForImageClassification", num_labels=5, use_relative_position_bias=True),
     lambda host, image: host.data2vec_vision(image).last_hidden_state,
@@ -235,11 +251,7 @@ TOWERS["VitDetBackbone"] = Tower(
 
 def _before_neck(host: Any, image: Tensor) -> Tensor:
     """What the last layer of SAM's encoder gives."""
-    kept: list[Tensor] = []
-    hook = host.layers[-1].register_forward_hook(lambda module, args, out: kept.append(out))
-    host(image)
-    hook.remove()
-    return kept[0].flatten(1, 2)
+    return given_by(host.layers[-1], host, image).flatten(1, 2)
 
 
 SAM = {"window_size": 3, "global_attn_indexes": [1, 3], "output_channels": 8, "mlp_dim": 2 * DIM}
@@ -259,22 +271,14 @@ HIERA |= {"depths": [2, 2, 3, 2], "num_heads": [1, 2, 4, 8], "num_labels": 5}
 BIG = ((64, 64), (64, 96))
 
 
-def _hiera(cls: str) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        return randomise(_of("hiera", cls)(_of("hiera", "HieraConfig")(**HIERA)))
-
-    return build
-
-
 def _hiera_tokens(host: Any, image: Tensor) -> Tensor:
     other = tuple(image.shape[-2:]) != (64, 64)
     return host(image, interpolate_pos_encoding=other).last_hidden_state
 
 
-TOWERS["HieraModel"] = Tower(_hiera("HieraModel"), _hiera_tokens, BIG)
+TOWERS["HieraModel"] = Tower(of_config("hiera", "HieraModel", "HieraConfig", **HIERA), _hiera_tokens, BIG)
 TOWERS["HieraForImageClassification"] = Tower(
-    _hiera("HieraForImageClassification"),
+    of_config("hiera", "HieraForImageClassification", "HieraConfig", **HIERA),
     lambda host, image: _hiera_tokens(host.hiera, image),
     BIG[:1],
     logits=lambda host, image: host(image).logits,
@@ -304,14 +308,6 @@ TOWERS["Sam2VisionModel"] = Tower(
 # ------------------------------------------------------------------------------------------------- of other libraries
 
 
-def _encoder_tokens(host: Any, image: Tensor) -> Tensor:
-    kept: list[Tensor] = []
-    hook = host.encoder.register_forward_hook(lambda module, args, out: kept.append(out))
-    host(image)
-    hook.remove()
-    return kept[0]
-
-
 def _torchvision() -> nn.Module:
     from torchvision.models import VisionTransformer
 
@@ -328,12 +324,8 @@ def _open_clip(**options: Any) -> nn.Module:
 
 def _open_clip_tokens(host: Any, image: Tensor) -> Tensor:
     """All that go through the last norm, or into the attention that pools."""
-    kept: list[Tensor] = []
-    module = host.ln_post if host.attn_pool is None and not host.final_ln_after_pool else host.transformer
-    hook = module.register_forward_hook(lambda module, args, out: kept.append(out))
-    host(image)
-    hook.remove()
-    return kept[0]
+    normed = host.attn_pool is None and not host.final_ln_after_pool
+    return given_by(host.ln_post if normed else host.transformer, host, image)
 
 
 def _trunk() -> nn.Module:
@@ -356,7 +348,11 @@ def _naflex(**options: Any) -> Callable[[], nn.Module]:
 
 if have("torchvision"):
     TOWERS["torchvision VisionTransformer"] = Tower(
-        _torchvision, _encoder_tokens, NATIVE, "torchvision", lambda host, image: host(image)
+        _torchvision,
+        lambda host, image: given_by(host.encoder, host, image),
+        NATIVE,
+        "torchvision",
+        lambda host, image: host(image),
     )
 if have("open_clip"):
     TOWERS["open_clip VisionTransformer"] = Tower(_open_clip, _open_clip_tokens, NATIVE, "open_clip")
@@ -371,7 +367,7 @@ if have("open_clip"):
     TOWERS["open_clip TimmModel"] = Tower(
         _trunk, lambda host, image: host.trunk.forward_features(image), ((160, 160),), "open_clip"
     )
-_features = (lambda host, image: host.forward_features(image), ((SIDE, SIDE), (24, 40)), "timm")
+_features = (lambda host, image: host.forward_features(image), TWO, "timm")
 _head = (lambda host, image: host(image),)
 TOWERS["timm NaFlexVit"] = Tower(_naflex(global_pool="map", class_token=False, embed_proj_type="linear",
                                          pos_embed="factorized"), *_features, *_head)  # fmt: skip
@@ -425,7 +421,7 @@ def _dict_tokens(host: Any, image: Tensor) -> Tensor:
     return torch.cat([said["x_norm_clstoken"][:, None], registers, said["x_norm_patchtokens"]], dim=1)
 
 
-_hub = (_dict_tokens, ((SIDE, SIDE), (24, 40)), "torch.hub")
+_hub = (_dict_tokens, TWO, "torch.hub")
 TOWERS["DINOv2 of torch.hub"] = Tower(_own("DinoV2"), *_hub)
 TOWERS["DINOv2 of torch.hub (registers, classifier)"] = Tower(
     _own("DinoV2", registers=3, classes=5), *_hub, lambda host, image: host(image)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit.backbones._timm import REMEDY, class_name, is_bare, joined
+from adaptkit.backbones._timm import REMEDY, class_name, is_bare, joined, merge_heads, pair, square_side, two_layers
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Perceptron, Source, Spec, ViT, identity
 
@@ -28,15 +28,11 @@ class DinoHub(ViT):
     """Blocks ``x + ls(attn(norm(x)))``; the backbone prepares its tokens for any size itself."""
 
     def __init__(self, backbone: Any, family: str, registers: int) -> None:
-        height, width = _pair(backbone.patch_embed.patch_size)
-        if height != width:
-            raise TypeError(f"patches of {height}x{width} pixels are not square; an adapter needs one patch side")
         self.chunked = isinstance(unwrapped(backbone.blocks[0]), nn.ModuleList)
         layers, kernel = _layers(backbone.blocks), backbone.patch_embed.proj.weight
         heads = unwrapped(unwrapped(layers[0]).attn).num_heads
-        super().__init__(
-            backbone, Spec(family, kernel.shape[0], len(layers), heads, height, 1 + registers, kernel.shape[1])
-        )
+        sizes = (kernel.shape[0], len(layers), heads, square_side(backbone.patch_embed.patch_size), 1 + registers)
+        super().__init__(backbone, Spec(family, *sizes, kernel.shape[1]))
 
     @abstractmethod
     def prepared(self, image: Tensor) -> Tensor:
@@ -76,7 +72,7 @@ class DinoHub(ViT):
     def sizes(self) -> Sequence[tuple[int, int]]:
         """The backbone's own, and another."""
         p = self.spec.patch_size
-        height, width = _pair(getattr(self.backbone.patch_embed, "img_size", 4 * p))
+        height, width = pair(getattr(self.backbone.patch_embed, "img_size", 4 * p))
         return (height // p * p, width // p * p), (3 * p, 5 * p)
 
     def reference(self, image: Tensor) -> Tensor:
@@ -102,7 +98,7 @@ def dino_hub_block(outer: Any, **given: Any) -> dict[str, Any]:
         "norm2": blk.norm2,
         "mlp": blk.mlp,
         "scale2": joined(blk.ls2, drops[1]),
-        "out": partial(_out, unwrapped(blk.attn)),
+        "out": partial(merge_heads, unwrapped(blk.attn).proj),
         "perceptron": partial(_perceptron, blk.mlp),
     }
 
@@ -112,17 +108,8 @@ def _layers(blocks: Any) -> list[Any]:
     return [block for chunk in chunks for block in chunk if not isinstance(block, nn.Identity)]
 
 
-def _pair(x: Any) -> tuple[int, int]:
-    return (x, x) if isinstance(x, int) else (int(x[0]), int(x[1]))
-
-
-def _out(attn: Any, x: Tensor) -> Tensor:
-    return attn.proj(x.transpose(1, 2).flatten(2))
-
-
 def _perceptron(mlp: Any) -> Perceptron | None:
     """See an Mlp layer by layer; None for a gated one, or layers that are replaced (LoRA)."""
     if not all(hasattr(mlp, name) for name in ("fc1", "act", "fc2")) or not is_bare(mlp, type(unwrapped(mlp))):
         return None
-    bare = is_bare(mlp.fc1, nn.Linear) and is_bare(mlp.fc2, nn.Linear)
-    return Perceptron(mlp.fc1, mlp.act, mlp.fc2) if bare else None
+    return two_layers(mlp.fc1, mlp.act, mlp.fc2)

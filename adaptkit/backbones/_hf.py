@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import copy
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from operator import attrgetter
+from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.backbones._processor import framing, normalisation
-from adaptkit.backbones._timm import class_name, is_bare, joined
+from adaptkit.backbones._timm import (
+    block_list,
+    class_name,
+    is_bare,
+    joined,
+    merge_heads,
+    pair,
+    resampled,
+    square_side,
+    two_layers,
+)
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, Perceptron, Projections, Source, Spec, ViT, identity
+from adaptkit.core.view import Block, Perceptron, Projections, Source, Spec, View, ViT, identity
+from adaptkit.ops.grid import map_to_tokens
 
 #: Attribute of a model whose files lie in a cache of the Hub that is not the default one: the folder.
 HUB_CACHE = "_adaptkit_hub_cache"
 
+Seen = TypeVar("Seen", bound="HfView")
 
-class HfViT(ViT):
+
+class HfView(View):
     """A transformers base model, alone or in the class that adds a classifier; its config knows its Hub id.
 
     A family reads the base model as ``body``. A pooler is no classifier.
@@ -31,18 +43,60 @@ class HfViT(ViT):
     inside: str = ""  #: attribute of the backbone that holds the base model; "": it is one
     head: Callable[[Any, Tensor], Tensor] | None = None  #: backbone, its tokens (B, P+N, D) -> logits (B, classes)
 
-    def __init__(self, backbone: Any, spec: Spec) -> None:
-        super().__init__(backbone, spec)
-        self.origin = hf_source(backbone, spec.channels)
-
     @property
     def body(self) -> Any:
         """The base model."""
         return getattr(self.backbone, self.inside) if self.inside else self.backbone
 
-    @abstractmethod
+    def source(self) -> Source:
+        """From the config, and the normalisation from the image processor beside the weights, read once."""
+        return self.origin or Source()
+
+    def _forget_hooks(self) -> None:
+        """Let a copy, which comes without hooks, make those anew that record hidden states."""
+        if not any(module._forward_hooks for module in self.backbone.modules()):
+            for module in self.backbone.modules():
+                vars(module).pop("_output_capturing_hooks_installed", None)
+
+
+class HfViT(HfView, ViT):
+    """A plain ViT of transformers. A family says by what attributes its base model holds its parts."""
+
+    family: str  #: for ``Spec.family``
+    layers_at: str = "encoder.layer"  #: path of the list of layers in the base model
+    kernel_at: str = "embeddings.patch_embeddings.projection.weight"  #: path of the kernel (D, C, p, p)
+    layer_norms: tuple[str, str] = ("layernorm_before", "layernorm_after")  #: names in a layer
+    last_norm: str = "layernorm"  #: name in the base model
+    interpolates_when_told: bool = False  #: whether another size than its own takes ``interpolate_pos_encoding=True``
+
+    def __init__(self, backbone: Any, prefix: int = 1) -> None:
+        self.backbone = backbone  # `layers` and `kernel` read it
+        config, kernel = backbone.config, self.kernel()
+        sizes = (config.hidden_size, len(self.layers()), config.num_attention_heads, square_side(config.patch_size))
+        super().__init__(backbone, Spec(self.family, *sizes, prefix, kernel.shape[1]))
+        self.origin = hf_source(backbone, self.spec.channels)
+
     def layers(self) -> Any:
         """Return the backbone's list of layers."""
+        return attrgetter(self.layers_at)(self.body)
+
+    def kernel(self) -> Tensor:
+        """Return the kernel (D, C, p, p) that reads the image."""
+        return attrgetter(self.kernel_at)(self.body)
+
+    def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+        """``backbone.embeddings``, with its own interpolation at another size."""
+        return self.embeddings()(image, **self.interpolating(image))
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The backbone's last norm; the identity of one that norms after pooling."""
+        return getattr(self.body, self.last_norm)(x)
+
+    def fingerprint_tensors(self) -> dict[str, Tensor]:
+        """Patch kernel, first and last norms."""
+        layers, (first, last) = self.layers(), self.layer_norms
+        norms = getattr(unwrapped(layers[0]), first), getattr(unwrapped(layers[-1]), last)
+        return {"patch": self.kernel(), "first": norms[0].weight, "last": norms[1].weight}
 
     def is_checkpointing(self) -> bool:
         """As ``gradient_checkpointing_enable`` left it, layer by layer; the layers heed it in training mode alone."""
@@ -62,42 +116,49 @@ class HfViT(ViT):
         """As the class with a classifier does it; None for a base model."""
         return None if self.head is None else self.head(self.backbone, x)
 
-    def source(self) -> Source:
-        """From the config, and the normalisation from the image processor beside the weights, read once."""
-        return self.origin or Source()
-
     def sizes(self) -> Sequence[tuple[int, int]]:
         """The backbone's own, and another."""
-        return _pair(self.body.config.image_size), (3 * self.spec.patch_size, 5 * self.spec.patch_size)
+        return pair(self.body.config.image_size), (3 * self.spec.patch_size, 5 * self.spec.patch_size)
 
     def reference(self, image: Tensor) -> Tensor:
         """``last_hidden_state``."""
-        return self._say(image)
+        return self._forward(image, **self.interpolating(image))
 
     def answers(self, tokens: Tensor) -> Sequence[Tensor]:
         """The logits, at the size that a backbone takes without being told of another; nothing of a base model."""
-        cells = math.prod(side // self.spec.patch_size for side in _pair(self.body.config.image_size))
+        cells = math.prod(side // self.spec.patch_size for side in pair(self.body.config.image_size))
         logits = self.classify(tokens) if tokens.shape[1] == self.spec.num_prefix_tokens + cells else None
         return () if logits is None else (logits,)
 
-    def _say(self, image: Tensor, **options: Any) -> Tensor:
+    def _forward(self, image: Tensor, **options: Any) -> Tensor:
         """Run the base model and return the tokens that it gives; of a Backbone class its last map."""
-        if not any(module._forward_hooks for module in self.backbone.modules()):
-            # A copy comes without hooks: those that record hidden states are made anew.
-            for module in self.backbone.modules():
-                vars(module).pop("_output_capturing_hooks_installed", None)
+        self._forget_hooks()
         said = self.body(image, **options)
         tokens = getattr(said, "last_hidden_state", None)
         if tokens is not None:
             return tokens
         if getattr(said, "feature_maps", None):
             last = said.feature_maps[-1]  # a map (B, D, h, w), or tokens where the config reshapes none
-            return last.flatten(2).transpose(1, 2) if last.ndim == 4 else last
+            return map_to_tokens(last) if last.ndim == 4 else last
         raise TypeError(f"its forward returns {type(said).__name__}, which has no last_hidden_state")
 
     def interpolating(self, image: Tensor) -> dict[str, bool]:
         """Return the option by which a backbone is told that its positions must be resampled."""
-        return {} if is_native(image, self.body.config.image_size) else {"interpolate_pos_encoding": True}
+        told = self.interpolates_when_told and not is_native(image, self.body.config.image_size)
+        return {"interpolate_pos_encoding": True} if told else {}
+
+
+class HfClipNames(HfViT):
+    """A ViT of transformers whose parts are called as in CLIP."""
+
+    layers_at = "encoder.layers"
+    kernel_at = "embeddings.patch_embedding.weight"
+    layer_norms = ("layer_norm1", "layer_norm2")
+    last_norm = "post_layernorm"
+
+    def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
+        """The backbone's layers."""
+        return [clip_block(layer) for layer in block_list(self.layers())]
 
 
 def hf_source(model: Any, channels: int) -> Source:
@@ -114,37 +175,23 @@ def hf_source(model: Any, channels: int) -> Source:
     return Source(id=name, revision=commit, mean=mean, std=std, **said)
 
 
-def headed(seen: HfViT, model: Any, inside: str, head: Callable[[Any, Tensor], Tensor]) -> HfViT:
+def headed(seen: Seen, model: Any, inside: str, head: Callable[[Any, Tensor], Tensor]) -> Seen:
     """Return the view of the base model in ``model.<inside>`` as that of ``model``, which classifies by ``head``."""
     seen.backbone, seen.inside, seen.head = model, inside, head
     seen.origin = hf_source(model, seen.spec.channels)._replace(classes=model.config.num_labels)
     return seen
 
 
-def tower(seen: HfViT, model: Any) -> HfViT:
+def tower(seen: Seen, model: Any) -> Seen:
     """Return the view of a part of ``model``, with what the whole knows of its origin where the part knows nothing."""
     if not seen.source().id:
         seen.origin = hf_source(model, seen.spec.channels)
     return seen
 
 
-def hf_spec(family: str, config: Any, layers: nn.ModuleList, prefix: int, kernel: Tensor) -> Spec:
-    """Read a Spec from a transformers config, and the channels of the image from the kernel (D, C, p, p) on it."""
-    sizes = (config.hidden_size, len(layers), config.num_attention_heads, patch_side(config), prefix)
-    return Spec(family, *sizes, kernel.shape[1])
-
-
-def patch_side(config: Any) -> int:
-    """Return the side of the square patch; ``TypeError`` for oblong patches."""
-    height, width = _pair(config.patch_size)
-    if height != width:
-        raise TypeError(f"patches of {height}x{width} pixels are not square; an adapter needs one patch side")
-    return height
-
-
 def is_native(image: Tensor, size: Any) -> bool:
     """Whether the image (B, C, H, W) has the size of the position table: an int, or (H, W)."""
-    return tuple(image.shape[-2:]) == _pair(size)
+    return tuple(image.shape[-2:]) == pair(size)
 
 
 def _resampled_table(embeddings: Any, antialias: bool, patch: int, x: Tensor, height: int, width: int) -> Tensor:
@@ -156,18 +203,6 @@ def _resampled_table(embeddings: Any, antialias: bool, patch: int, x: Tensor, he
     if grid == (side, side):
         return table
     return torch.cat([table[:, :prefix], resampled(table[:, prefix:], grid, antialias)], dim=1)
-
-
-def resampled(table: Tensor, grid: tuple[int, int], antialias: bool = False) -> Tensor:
-    """Positions (1, n*n, D) of a square grid on another one, bicubic; transformers does without antialias."""
-    side = round(table.shape[1] ** 0.5)
-    square = table.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    square = F.interpolate(square, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
-    return square.flatten(2).transpose(1, 2)
-
-
-def _pair(x: Any) -> tuple[int, int]:
-    return (x, x) if isinstance(x, int) else tuple(x)
 
 
 def vit_block(outer: Any) -> Block:
@@ -233,26 +268,27 @@ def attention_parts(outer: Any, proj: str, scale: str, **given: Any) -> dict[str
     }
 
 
-def _projections(attn: Any, proj: nn.Module) -> Projections | None:
-    """Return the weights by head; None where a layer is no plain linear one, LoRA for instance."""
+def _projections(attn: Any, proj: Any) -> Projections | None:
+    """Return the weights by head; None where something else acts, or a layer is no plain linear one (LoRA)."""
     if not is_bare(attn, type(unwrapped(attn))):
         return None
-    layers = (attn.q_proj, attn.k_proj, attn.v_proj)
+    return three_by_head((attn.q_proj, attn.k_proj, attn.v_proj), proj, attn.head_dim)
+
+
+def three_by_head(layers: tuple[Any, ...], proj: Any, dim: int) -> Projections | None:
+    """See layers for q, k and v, and ``proj``, head by head, each of ``dim``; None where one is no plain linear one."""
     if not all(is_bare(layer, nn.Linear) for layer in (*layers, proj)):
         return None
-    out: Any = proj
-    heads = layers[0].out_features // attn.head_dim
-    weights = tuple(layer.weight.view(1, -1, attn.head_dim, layer.in_features) for layer in layers)
-    biases = tuple(None if layer.bias is None else layer.bias.view(1, -1, attn.head_dim) for layer in layers)
-    return Projections(weights, biases, (identity, identity), out.weight.view(-1, heads, attn.head_dim), out.bias)
+    weights = tuple(layer.weight.view(1, -1, dim, layer.in_features) for layer in layers)
+    biases = tuple(None if layer.bias is None else layer.bias.view(1, -1, dim) for layer in layers)
+    return Projections(weights, biases, (identity, identity), proj.weight.unflatten(1, (-1, dim)), proj.bias)
 
 
 def perceptron(mlp: Any) -> Perceptron | None:
     """See an MLP of transformers layer by layer; None for one with a gate, or layers that are replaced (LoRA)."""
     if not class_name(mlp).endswith("MLP") or not all(hasattr(mlp, name) for name in ("fc1", "activation_fn", "fc2")):
         return None
-    bare = is_bare(mlp, type(unwrapped(mlp))) and is_bare(mlp.fc1, nn.Linear) and is_bare(mlp.fc2, nn.Linear)
-    return Perceptron(mlp.fc1, mlp.activation_fn, mlp.fc2) if bare else None
+    return two_layers(mlp.fc1, mlp.activation_fn, mlp.fc2) if is_bare(mlp, type(unwrapped(mlp))) else None
 
 
 def project_qkv(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -265,8 +301,3 @@ def project_qkv(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def attend(attn: Any, given: dict[str, Any], h: Tensor) -> Tensor:
     """Run an attention; transformers returns the weights beside the output."""
     return attn(h, **given)[0]
-
-
-def merge_heads(proj: nn.Module, x: Tensor) -> Tensor:
-    """(B, heads, P+N, E) -> (B, P+N, D)."""
-    return proj(x.transpose(1, 2).flatten(2))

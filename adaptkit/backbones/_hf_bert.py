@@ -7,12 +7,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from adaptkit.backbones._hf import merge_heads
-from adaptkit.backbones._timm import is_bare, joined
+from adaptkit.backbones._hf import three_by_head
+from adaptkit.backbones._timm import is_bare, joined, merge_heads, two_layers
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Perceptron, Projections, identity
+from adaptkit.core.view import Perceptron, Projections
 
 __all__ = ["attention_parts", "ffn"]
 
@@ -42,18 +42,12 @@ def _qkv(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _projections(outer: Any, proj: Any) -> Projections | None:
     """Return the weights by head; None where a layer is no plain linear one, LoRA for instance."""
     attn: Any = unwrapped(outer)
-    layers = (attn.query, attn.key, attn.value)
-    if not is_bare(outer, type(attn)) or not all(is_bare(layer, nn.Linear) for layer in (*layers, proj)):
+    if not is_bare(outer, type(attn)):
         return None
-    heads = attn.num_attention_heads
-    weights = tuple(layer.weight.view(1, heads, -1, layer.in_features) for layer in layers)
-    biases = tuple(None if layer.bias is None else layer.bias.view(1, heads, -1) for layer in layers)
-    out = proj.weight.view(proj.out_features, heads, -1)
-    return Projections(weights, biases, (identity, identity), out, proj.bias)
+    return three_by_head((attn.query, attn.key, attn.value), proj, attn.attention_head_size)
 
 
 def _perceptron(layer: Any) -> Perceptron | None:
     inner, output = layer.intermediate, layer.output
     whole = is_bare(inner, type(unwrapped(inner))) and is_bare(output, type(unwrapped(output)))
-    bare = whole and is_bare(inner.dense, nn.Linear) and is_bare(output.dense, nn.Linear)
-    return Perceptron(inner.dense, inner.intermediate_act_fn, output.dense) if bare else None
+    return two_layers(inner.dense, inner.intermediate_act_fn, output.dense) if whole else None

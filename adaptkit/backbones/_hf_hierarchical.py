@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from adaptkit.backbones._hf import hf_source
+from adaptkit.backbones._hf import HfView, hf_source
+from adaptkit.backbones._timm import pair
 from adaptkit.core.hierarchical import HierarchicalSpec, HierarchicalViT
-from adaptkit.core.view import Source
 
 __all__ = ["HfHierarchical", "depths_but_entries"]
 
 
-class HfHierarchical(HierarchicalViT):
-    """A transformers base model of several stages, alone or in the class that adds a classifier."""
-
-    inside: str = ""  #: attribute of the backbone that holds the base model; "": it is one
-    head: Callable[[Any, Tensor], Tensor] | None = None  #: backbone, its last tokens (B, N, D) -> logits (B, classes)
+class HfHierarchical(HfView, HierarchicalViT):
+    """A transformers base model of several stages."""
 
     def __init__(self, backbone: Any, spec: HierarchicalSpec) -> None:
         super().__init__(backbone, spec)
         self.origin = hf_source(backbone, spec.channels)
 
-    @property
-    def body(self) -> Any:
-        """The base model."""
-        return getattr(self.backbone, self.inside) if self.inside else self.backbone
-
     def classify(self, x: Tensor, grid: tuple[int, int]) -> Tensor | None:
         """As the class with a classifier does it; None for a base model."""
         return None if self.head is None else self.head(self.backbone, x)
 
-    def source(self) -> Source:
-        """From the config, and the normalisation from the image processor beside the weights, read once."""
-        return self.origin or Source()
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """The backbone's own."""
+        return [pair(self.body.config.image_size)]
+
+    def answers(self, tokens: Tensor) -> Sequence[Tensor]:
+        """The logits, where there is a classifier."""
+        logits = self.classify(tokens, (0, 0))
+        return () if logits is None else (logits,)
 
 
 def depths_but_entries(blocks: tuple[int, ...], pooled: tuple[bool, ...], name: str) -> tuple[int, ...]:

@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from adaptkit.backbones._hf import merge_heads
-from adaptkit.backbones._timm import is_bare, split_qkv
+from adaptkit.backbones._timm import is_bare, merge_heads, split_qkv
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Projections, identity
 

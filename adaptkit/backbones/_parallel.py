@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptkit.backbones._timm import is_named
 from adaptkit.core.view import Block, identity
 
 __all__ = ["attentions", "first_norm", "is_parallel", "parallel_block"]
@@ -32,22 +33,22 @@ _SCALING = ("ParallelScalingBlock", "DiffParallelScalingBlock")
 
 def is_parallel(blk: Any) -> bool:
     """Whether a block is one of these."""
-    return _is(blk, _THINGS) or _is(blk, *_SCALING)
+    return is_named(blk, _THINGS, *_SCALING)
 
 
 def attentions(blk: Any) -> list[Any]:
     """Return what knows the ``num_heads`` of a parallel block."""
-    return [part.attn for part in blk.attns] if _is(blk, _THINGS) else [blk]
+    return [part.attn for part in blk.attns] if is_named(blk, _THINGS) else [blk]
 
 
 def first_norm(blk: Any) -> Any:
     """Return the norm before the (first) attention."""
-    return blk.attns[0].norm if _is(blk, _THINGS) else blk.in_norm
+    return blk.attns[0].norm if is_named(blk, _THINGS) else blk.in_norm
 
 
 def parallel_block(outer: Any, blk: Any) -> Block:
     """``outer``: the block as it runs; ``blk``: what is inside."""
-    things = _is(blk, _THINGS)
+    things = is_named(blk, _THINGS)
     return Block(
         run=outer,
         norm1=identity,
@@ -59,10 +60,6 @@ def parallel_block(outer: Any, blk: Any) -> Block:
         qkv=_no_qkv,
         out=_no_qkv,
     )
-
-
-def _is(blk: Any, *names: str) -> bool:
-    return any(cls.__name__ in names for cls in type(blk).__mro__)
 
 
 def _sum(parts: Any, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Rotary", "rotary_of_timm"]
+__all__ = ["Rotary", "axial", "rotary_of_timm", "rows_at"]
 
 
 class Rotary(NamedTuple):
@@ -35,6 +35,13 @@ class Rotary(NamedTuple):
         turned = (a * cos - b * sin, b * cos + a * sin)
         turned = torch.cat(turned, dim=-1) if self.half else torch.stack(turned, dim=-1).flatten(-2)
         return turned.to(x.dtype)
+
+
+def rows_at(cos: Tensor, sin: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (h*w, E) of the patches at ``places`` (n,) -> those (n, E); 1 and 0 for a prefix token, -1."""
+    index = places % (len(cos) + 1)  # the row that is added is place -1
+    cos = torch.cat([cos, cos.new_ones(1, cos.shape[-1])]).index_select(0, index)
+    return cos, torch.cat([sin, sin.new_zeros(1, sin.shape[-1])]).index_select(0, index)
 
 
 def axial(

@@ -11,19 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.backbones import _parallel as parallel
+from adaptkit.core.registry import OWN_FAMILY
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Fn, Perceptron, Projections, Source, View, identity
+from adaptkit.ops.grid import map_to_tokens
 
-REMEDY = (
-    "use a backbone without it, or register a family of its own: subclass adaptkit.core.view.ViT and decorate it with "
-    "@adaptkit.register_family('package.module.Class')"
-)
+REMEDY = f"use a backbone without it, or register a family of its own: {OWN_FAMILY}"
 
 
 def class_name(module: nn.Module) -> str:
     """Return the name of a module's class; of a sharded one (FSDP2 derives a class) of what it was."""
     return next(c.__name__ for c in type(unwrapped(module)).__mro__ if not c.__name__.startswith("FSDP"))
+
+
+def is_named(module: Any, *names: str) -> bool:
+    """Whether a module's class, or one above it, has one of these names."""
+    return any(cls.__name__ in names for cls in type(module).__mro__)
 
 
 def is_bare(module: Any, cls: type[nn.Module]) -> bool:
@@ -36,21 +39,25 @@ def is_bare(module: Any, cls: type[nn.Module]) -> bool:
     return type(module) is cls and plain and not any(acts)
 
 
-def patch_side(backbone: Any) -> int:
-    """Return the side of the square patch; ``TypeError`` for another patch embedding or oblong patches."""
-    embed = backbone.patch_embed
-    height, width = patch_sides(embed)
+def pair(sides: int | Sequence[int]) -> tuple[int, int]:
+    """Return (height, width) of a square's side, or of both."""
+    height, width = (sides, sides) if isinstance(sides, int) else sides
+    return int(height), int(width)
+
+
+def square_side(patch: int | Sequence[int]) -> int:
+    """Return the side of the square patch; ``TypeError`` for an oblong one."""
+    height, width = pair(patch)
     if height != width:
         raise TypeError(f"patches of {height}x{width} pixels are not square; an adapter needs one patch side")
-    return int(height)
+    return height
 
 
 def patch_sides(embed: Any) -> tuple[int, int]:
     """Return (height, width) of what one token covers, in pixels."""
-    kinds = [c.__name__ for c in type(embed).__mro__]
-    if "HybridEmbed" in kinds and "HybridEmbedWithSize" not in kinds:
+    if is_named(embed, "HybridEmbed") and not is_named(embed, "HybridEmbedWithSize"):
         return embed.feat_ratio(as_scalar=False)
-    if not {"PatchEmbed", "PatchEmbedWithSize"} & set(kinds):
+    if not is_named(embed, "PatchEmbed", "PatchEmbedWithSize"):
         raise TypeError(
             f"patch embedding {type(embed).__name__} is neither a strided convolution (PatchEmbed) nor a network "
             f"before one (HybridEmbed), which the adapters' grid and the resizing of positions rest on; {REMEDY}"
@@ -77,16 +84,23 @@ def patchify(backbone: Any, image: Tensor) -> Tensor:
     if hasattr(embed, "backbone"):
         image = embed.backbone(image)
         image = image[-1] if isinstance(image, list | tuple) else image
-        return embed.proj(image).flatten(2).transpose(1, 2)
-    return embed.norm(embed.proj(image).flatten(2).transpose(1, 2))
+        return map_to_tokens(embed.proj(image))
+    return embed.norm(map_to_tokens(embed.proj(image)))
+
+
+def resampled(table: Tensor, grid: tuple[int, int], antialias: bool = False, corners: bool = False) -> Tensor:
+    """Positions (1, n*n, D) of a square grid on another one, bicubic; ``corners``: with the corners aligned."""
+    side = math.isqrt(table.shape[1])
+    square = table.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    square = F.interpolate(square, size=grid, mode="bicubic", align_corners=corners, antialias=antialias)
+    return map_to_tokens(square)
 
 
 def resampled_positions(backbone: Any, grid: tuple[int, int], prefix: int, antialias: bool = True) -> Tensor:
     """Return the position table (1, prefix + h*w, D) on another grid, bicubic; the table itself on its own.
 
-    timm's own rule has antialias.
-
-    timm's rule only shortcuts on the table's own grid; an export keeps that grid's shortcut as a constant shape.
+    timm's own rule has antialias. It only shortcuts on the table's own grid; an export keeps that grid's shortcut as a
+    constant shape.
     """
     from timm.layers import resample_abs_pos_embed
 
@@ -114,9 +128,7 @@ def add_prefix_and_positions(backbone: Any, x: Tensor, grid: tuple[int, int], an
     no_embed_class = getattr(backbone, "no_embed_class", False)
     if backbone.pos_embed is not None and no_embed_class:
         x = x + resampled_positions(backbone, grid, 0, antialias)
-    if (
-        prefix
-    ):  # with none, a copy would lay the tokens out otherwise than the backbone has them, and sums round otherwise
+    if prefix:  # with none, a copy would lie otherwise in memory than the backbone's tokens, and sums round otherwise
         x = torch.cat([*prefix, x], dim=1)
     if backbone.pos_embed is not None and not no_embed_class:
         x = x + resampled_positions(backbone, grid, backbone.num_prefix_tokens, antialias)
@@ -130,15 +142,22 @@ def split_qkv(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fused_qkv(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v as EVA and BEiT project them: a bias for q and v is kept beside the linear layer, k has none."""
+    """q, k, v from one layer; EVA and BEiT keep a bias for q and v beside it, and none for k."""
     if getattr(attn, "q_bias", None) is None:
         return split_qkv(attn.qkv(h), attn.num_heads)
     bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
     return split_qkv(F.linear(h, attn.qkv.weight, bias), attn.num_heads)
 
 
-def by_head(qkv: nn.Linear, proj: nn.Linear, heads: int, norms: tuple[Fn, Fn]) -> Projections:
-    """See a fused ``qkv`` and its ``proj`` head by head, without a copy."""
+def merge_heads(proj: nn.Module, x: Tensor) -> Tensor:
+    """(B, heads, P+N, E) -> (B, P+N, D)."""
+    return proj(x.transpose(1, 2).flatten(2))
+
+
+def by_head(qkv: Any, proj: Any, heads: int, norms: tuple[Fn, Fn] = (identity, identity)) -> Projections | None:
+    """See a fused ``qkv`` and its ``proj`` head by head, without a copy; None where one is no plain linear layer."""
+    if not (is_bare(qkv, nn.Linear) and is_bare(proj, nn.Linear)):
+        return None
     dim, inner = qkv.in_features, proj.in_features
     weight = qkv.weight.view(3, heads, inner // heads, dim)
     bias = None if qkv.bias is None else qkv.bias.view(3, heads, inner // heads)
@@ -151,8 +170,13 @@ def perceptron(mlp: Any) -> Perceptron | None:
 
     if not (is_bare(mlp, Mlp) and type(mlp.norm) is nn.Identity):
         return None
-    bare = is_bare(mlp.fc1, nn.Linear) and is_bare(mlp.fc2, nn.Linear)
-    return Perceptron(mlp.fc1, mlp.act, mlp.fc2) if bare else None
+    return two_layers(mlp.fc1, mlp.act, mlp.fc2)
+
+
+def two_layers(first: Any, activation: Any, second: Any) -> Perceptron | None:
+    """Return an MLP of two linear layers; None where one of them is replaced (LoRA)."""
+    bare = is_bare(first, nn.Linear) and is_bare(second, nn.Linear)
+    return Perceptron(first, activation, second) if bare else None
 
 
 def layer_scale(gamma: Tensor | None) -> Fn:
@@ -184,38 +208,13 @@ def block_list(blocks: Any) -> Sequence[Any]:
     return blocks
 
 
-def head_count(backbone: Any) -> int:
-    """Return the heads of each block; ``TypeError`` where blocks have no attention, or different counts."""
-    attentions: list[Any] = []
-    for block in map(unwrapped, block_list(backbone.blocks)):
-        attentions += parallel.attentions(block) if parallel.is_parallel(block) else [getattr(block, "attn", None)]
-    if not attentions or any(attn is None for attn in attentions):
-        kinds = ", ".join(sorted({class_name(block) for block in backbone.blocks})) or "no block"
-        raise TypeError(f"{kinds} is not of the form x + attn(norm(x)), x + mlp(norm(x)); {REMEDY}")
-    counts = {unwrapped(attn).num_heads for attn in attentions}
-    if len(counts) != 1:
-        raise TypeError(f"blocks with different head counts {sorted(counts)} have no single Spec.num_heads; {REMEDY}")
-    return counts.pop()
-
-
-def timm_sizes(backbone: Any) -> Sequence[tuple[int, int]]:
-    """Return the size that the backbone was built for, and another where it takes any."""
-    embed: Any = backbone.patch_embed
-    size, (height, width) = embed.img_size, patch_sides(embed)
-    if getattr(embed, "strict_img_size", True):
-        return [] if size is None else [(size[0], size[1])]
-    native = [] if size is None else [(size[0] // height * height, size[1] // width * width)]
-    return [*native, (3 * height, 5 * width)]
-
-
-def timm_answers(backbone: Any, tokens: Tensor) -> Sequence[Tensor]:
-    """Return what may come out of a backbone: logits or pooled features, or the tokens."""
-    return backbone.forward_head(tokens), tokens
-
-
-def classifier_logits(backbone: Any, x: Tensor) -> Tensor | None:
-    """Normed tokens -> logits, or None for a backbone built with ``num_classes=0``."""
-    return backbone.forward_head(x) if backbone.num_classes > 0 else None
+def output_of(part: Any, backbone: Any, image: Tensor) -> Tensor:
+    """Return what a part of the backbone gives while the backbone runs on an image."""
+    kept: list[Tensor] = []
+    hook = part.register_forward_hook(lambda module, args, out: kept.append(out))
+    backbone(image)
+    hook.remove()
+    return kept[0]
 
 
 def is_checkpointing(backbone: Any) -> bool:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from adaptkit.backbones._dino_hub import COMMON, DinoHub, dino_hub_block
-from adaptkit.backbones._timm import by_head, is_bare, split_qkv
+from adaptkit.backbones._timm import by_head, fused_qkv, is_bare
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, Projections, identity
+from adaptkit.core.view import Block, Projections
 
 
 @register_family("dinov2.models.vision_transformer.DinoVisionTransformer", having=(*COMMON, "pos_embed"))
@@ -40,14 +40,9 @@ def _block(outer: Any) -> Block:
     """``outer``: the block as it runs, maybe compiled or wrapped; its parts are those of what is inside."""
     parts = dino_hub_block(outer)
     attn: Any = unwrapped(unwrapped(outer).attn)
-    return Block(qkv=partial(_qkv, attn), projections=partial(_projections, unwrapped(outer).attn), **parts)
-
-
-def _qkv(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return split_qkv(attn.qkv(h), attn.num_heads)
+    return Block(qkv=partial(fused_qkv, attn), projections=partial(_projections, unwrapped(outer).attn), **parts)
 
 
 def _projections(attn: Any) -> Projections | None:
     """Return the weights by head; None where a layer is no plain linear one, LoRA for instance."""
-    bare = is_bare(attn, type(unwrapped(attn))) and is_bare(attn.qkv, nn.Linear) and is_bare(attn.proj, nn.Linear)
-    return by_head(attn.qkv, attn.proj, attn.num_heads, (identity, identity)) if bare else None
+    return by_head(attn.qkv, attn.proj, attn.num_heads) if is_bare(attn, type(unwrapped(attn))) else None

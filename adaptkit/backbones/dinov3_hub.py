@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.backbones._dino_hub import COMMON, DinoHub, dino_hub_block
+from adaptkit.backbones._rotary import rows_at
 from adaptkit.backbones._timm import split_qkv
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
@@ -59,11 +60,8 @@ def _qkv(attn: Any, rope: Angles, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _qkv_at(attn: Any, rope: Angles, h: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of the rows at these places: the angles of each, zero (sine 0, cosine 1) for a prefix token."""
-    sin, cos = rope
-    index = places % (len(sin) + 1)  # the row that is added is place -1
-    sin = torch.cat([sin, sin.new_zeros(1, sin.shape[-1])]).index_select(0, index)
-    cos = torch.cat([cos, cos.new_ones(1, cos.shape[-1])]).index_select(0, index)
+    """q, k, v of the rows at these places."""
+    cos, sin = rows_at(rope[1], rope[0], places)
     return _qkv(attn, (sin, cos), h)
 
 

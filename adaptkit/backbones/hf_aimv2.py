@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptkit.backbones._hf import HfViT, attention_parts, hf_spec, is_native, resampled, tower
-from adaptkit.backbones._timm import block_list
+from adaptkit.backbones._hf import HfViT, attention_parts, is_native, tower
+from adaptkit.backbones._timm import block_list, resampled
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block, ViT, identity
+from adaptkit.ops.grid import map_to_tokens
 
 
 @register_family("transformers.models.aimv2.modeling_aimv2.Aimv2VisionModel")
@@ -22,11 +23,15 @@ class HfAimv2(HfViT):
     With a table the host takes no other size; the view then resamples it as transformers does for CLIP.
     """
 
+    family = "hf-aimv2"
+    layers_at = "encoder.layers"
+    kernel_at = "embeddings.patch_embed.weight"
+    layer_norms = ("rms_norm1", "rms_norm2")
+    last_norm = "rms_norm"
     positions = "bicubic"
 
     def __init__(self, backbone: Any) -> None:
-        kernel = backbone.embeddings.patch_embed.weight
-        super().__init__(backbone, hf_spec("hf-aimv2", backbone.config, backbone.encoder.layers, 0, kernel))
+        super().__init__(backbone, prefix=0)
         if backbone.config.is_native:
             self.positions = "waves"
 
@@ -35,32 +40,18 @@ class HfAimv2(HfViT):
         embeddings: Any = self.body.embeddings
         if self.positions == "waves" or is_native(image, self.body.config.image_size):
             return embeddings(image)
-        x = embeddings.rms_norm(embeddings.patch_embed(image).flatten(2).transpose(1, 2))
+        x = embeddings.rms_norm(map_to_tokens(embeddings.patch_embed(image)))
         return x + resampled(embeddings.position_embedding.weight[None], grid)
-
-    def layers(self) -> Any:
-        """``backbone.encoder.layers``."""
-        return self.body.encoder.layers
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The backbone's layers."""
         return [_block(layer) for layer in block_list(self.layers())]
-
-    def norm(self, x: Tensor) -> Tensor:
-        """``backbone.rms_norm``."""
-        return self.body.rms_norm(x)
 
     def sizes(self) -> Sequence[tuple[int, int]]:
         """The backbone's own, and another where it takes any."""
         side = self.body.config.image_size // self.spec.patch_size * self.spec.patch_size
         other = [(3 * self.spec.patch_size, 5 * self.spec.patch_size)]
         return [(side, side), *(other if self.positions == "waves" else [])]
-
-    def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """Patch kernel, first and last norms."""
-        layers, patch = self.body.encoder.layers, self.body.embeddings.patch_embed.weight
-        first, last = unwrapped(layers[0]), unwrapped(layers[-1])
-        return {"patch": patch, "first": first.rms_norm1.weight, "last": last.rms_norm2.weight}
 
 
 def _block(outer: Any) -> Block:

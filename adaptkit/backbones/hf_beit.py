@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptkit.backbones._hf import HfViT, attention_parts, hf_spec, perceptron
+from adaptkit.backbones._hf import HfViT, attention_parts, perceptron
 from adaptkit.backbones._timm import block_list, joined, layer_scale
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
@@ -19,40 +19,16 @@ from adaptkit.core.view import Block
 class HfBeit(HfViT):
     """Blocks ``x + lambda * attn(norm(x))`` with a bias on the logits by where two patches lie to each other."""
 
+    family = "hf-beit"
+    layers_at = "layers"
     positions = "relative bias, bilinear; absolute ones bicubic"
     prefix_optional = False  # the bias has a row for the class token
-
-    def __init__(self, backbone: Any) -> None:
-        kernel = backbone.embeddings.patch_embeddings.projection.weight
-        super().__init__(backbone, hf_spec("hf-beit", backbone.config, backbone.layers, 1, kernel))
-
-    def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``backbone.embeddings``, which takes any size."""
-        return self.body.embeddings(image)
-
-    def layers(self) -> Any:
-        """``backbone.layers``."""
-        return self.body.layers
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The backbone's layers, given the shared bias and the size of the image."""
         backbone: Any = self.body
         shared = None if backbone.shared_position_bias is None else backbone.shared_position_bias(grid)
         return [_block(layer, shared, grid, tuple(image.shape[-2:])) for layer in block_list(self.layers())]
-
-    def norm(self, x: Tensor) -> Tensor:
-        """``backbone.layernorm``; the identity where the backbone norms after pooling."""
-        return self.body.layernorm(x)
-
-    def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """Patch kernel, first and last norms."""
-        backbone: Any = self.body
-        patch = backbone.embeddings.patch_embeddings.projection.weight
-        return {
-            "patch": patch,
-            "first": unwrapped(backbone.layers[0]).layernorm_before.weight,
-            "last": unwrapped(backbone.layers[-1]).layernorm_after.weight,
-        }
 
 
 def _block(outer: Any, shared: Tensor | None, grid: tuple[int, int], resolution: tuple[int, ...]) -> Block:

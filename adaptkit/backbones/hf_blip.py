@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from adaptkit.backbones._hf import HfViT, attend, hf_spec, is_native, merge_heads, perceptron
-from adaptkit.backbones._timm import block_list, by_head, is_bare, split_qkv
+from adaptkit.backbones._hf import HfClipNames, attend, perceptron
+from adaptkit.backbones._timm import block_list, by_head, fused_qkv, is_bare, merge_heads
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block, Projections, identity
@@ -21,41 +21,16 @@ from adaptkit.core.view import Block, Projections, identity
     "transformers.models.instructblip.modeling_instructblip.InstructBlipVisionModel",
     "transformers.models.instructblipvideo.modeling_instructblipvideo.InstructBlipVideoVisionModel",
 )
-class HfBlip(HfViT):
+class HfBlip(HfClipNames):
     """Blocks ``attn(norm(x)) + x``; absolute positions, resampled bicubic without antialias."""
 
+    family = "hf-blip"
+    interpolates_when_told = True
     positions = "bicubic"
-
-    def __init__(self, backbone: Any) -> None:
-        kernel = backbone.embeddings.patch_embedding.weight
-        super().__init__(backbone, hf_spec("hf-blip", backbone.config, backbone.encoder.layers, 1, kernel))
-
-    def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``backbone.embeddings``, with its own interpolation at another size."""
-        embeddings: Any = self.body.embeddings
-        return embeddings(image, interpolate_pos_encoding=not is_native(image, embeddings.image_size))
-
-    def layers(self) -> Any:
-        """``backbone.encoder.layers``."""
-        return self.body.encoder.layers
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The backbone's layers."""
         return [_block(layer) for layer in block_list(self.layers())]
-
-    def norm(self, x: Tensor) -> Tensor:
-        """``backbone.post_layernorm``."""
-        return self.body.post_layernorm(x)
-
-    def reference(self, image: Tensor) -> Tensor:
-        """``last_hidden_state``."""
-        return self._say(image, **self.interpolating(image))
-
-    def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """Patch kernel, first and last norms."""
-        layers, patch = self.body.encoder.layers, self.body.embeddings.patch_embedding.weight
-        first, last = unwrapped(layers[0]), unwrapped(layers[-1])
-        return {"patch": patch, "first": first.layer_norm1.weight, "last": last.layer_norm2.weight}
 
 
 def _block(outer: Any) -> Block:
@@ -70,7 +45,7 @@ def _block(outer: Any) -> Block:
         norm2=layer.layer_norm2,
         mlp=layer.mlp,
         scale2=identity,
-        qkv=partial(_qkv, attn),
+        qkv=partial(fused_qkv, attn),
         out=partial(merge_heads, attn.projection),
         scale=attn.scale,
         projections=partial(_projections, layer.self_attn),
@@ -78,11 +53,7 @@ def _block(outer: Any) -> Block:
     )
 
 
-def _qkv(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return split_qkv(attn.qkv(h), attn.num_heads)
-
-
 def _projections(attn: Any) -> Projections | None:
     """Return the weights by head; None where a layer is no plain linear one, LoRA for instance."""
-    bare = is_bare(attn, type(unwrapped(attn))) and all(is_bare(x, nn.Linear) for x in (attn.qkv, attn.projection))
-    return by_head(attn.qkv, attn.projection, attn.num_heads, (identity, identity)) if bare else None
+    bare = is_bare(attn, type(unwrapped(attn)))
+    return by_head(attn.qkv, attn.projection, attn.num_heads) if bare else None

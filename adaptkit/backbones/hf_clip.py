@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from adaptkit.backbones._hf import HfViT, clip_block, hf_spec, is_native, tower
-from adaptkit.backbones._timm import block_list
+from adaptkit.backbones._hf import HfClipNames, tower
 from adaptkit.core.registry import register_family
-from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, ViT
+from adaptkit.core.view import ViT
 
 
 @register_family(
@@ -21,53 +18,26 @@ from adaptkit.core.view import Block, ViT
     "transformers.models.altclip.modeling_altclip.AltCLIPVisionModel",
     "transformers.models.clipseg.modeling_clipseg.CLIPSegVisionModel",
 )
-class HfCLIP(HfViT):
+class HfCLIP(HfClipNames):
     """Blocks ``x + attn(norm(x))`` after a first norm; absolute positions, resampled bicubic without antialias.
 
     transformers leaves ``last_hidden_state`` un-normed and norms the class token when it pools. The view norms all
     tokens, as timm's copy of the same weights does, so that an adapter finds the same tokens in both.
     """
 
+    family = "hf-clip"
+    interpolates_when_told = True
     positions = "bicubic"
     position_rules = ("bicubic", "bicubic antialias")
     first_norm = "pre_layrnorm"  #: transformers' spelling
 
-    def __init__(self, backbone: Any) -> None:
-        kernel = backbone.embeddings.patch_embedding.weight
-        super().__init__(backbone, hf_spec("hf-clip", backbone.config, backbone.encoder.layers, 1, kernel))
-
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``backbone.embeddings`` and the norm before the first block."""
-        backbone: Any = self.body
-        interpolate = not is_native(image, backbone.config.image_size)
-        return getattr(backbone, self.first_norm)(self.embeddings()(image, interpolate_pos_encoding=interpolate))
-
-    def layers(self) -> Any:
-        """``backbone.encoder.layers``."""
-        return self.body.encoder.layers
-
-    def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
-        """The backbone's layers."""
-        return [clip_block(layer) for layer in block_list(self.layers())]
-
-    def norm(self, x: Tensor) -> Tensor:
-        """``backbone.post_layernorm``, over all tokens."""
-        return self.body.post_layernorm(x)
+        return getattr(self.body, self.first_norm)(super().embed(image, grid))
 
     def reference(self, image: Tensor) -> Tensor:
         """``last_hidden_state``, normed."""
-        return self.norm(self._say(image, **self.interpolating(image)))
-
-    def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """Patch kernel, first and last norms."""
-        backbone: Any = self.body
-        layers = backbone.encoder.layers
-        patch = backbone.embeddings.patch_embedding.weight
-        return {
-            "patch": patch,
-            "first": unwrapped(layers[0]).layer_norm1.weight,
-            "last": unwrapped(layers[-1]).layer_norm2.weight,
-        }
+        return self.norm(self._forward(image, **self.interpolating(image)))
 
 
 @register_family(  # type: ignore[type-var]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptkit.backbones._hf import HfViT, hf_spec
+from adaptkit.backbones._hf import HfViT, attend
 from adaptkit.backbones._hf_bert import attention_parts, ffn
 from adaptkit.backbones._timm import block_list, joined, layer_scale
 from adaptkit.core.registry import register_family
@@ -20,37 +20,20 @@ from adaptkit.core.view import Block
 class HfData2VecVision(HfViT):
     """Blocks ``x + lambda * attn(norm(x))`` with a bias on the logits by where two patches lie to each other."""
 
+    family = "hf-data2vec"
     positions = "relative bias, bilinear; absolute ones bicubic"
     tupled = True
     prefix_optional = False  # the bias has a row for the class token
 
-    def __init__(self, backbone: Any) -> None:
-        kernel = backbone.embeddings.patch_embeddings.projection.weight
-        super().__init__(backbone, hf_spec("hf-data2vec", backbone.config, backbone.encoder.layer, 1, kernel))
-
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``backbone.embeddings``, which takes any size."""
         return self.body.embeddings(image)[0]
-
-    def layers(self) -> Any:
-        """``backbone.encoder.layer``."""
-        return self.body.encoder.layer
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The backbone's layers, given the shared bias and the size of the image."""
         encoder: Any = self.body.encoder
         shared = encoder.relative_position_bias(grid) if encoder.has_relative_position_bias else None
         return [_block(layer, shared, grid, tuple(image.shape[-2:])) for layer in block_list(self.layers())]
-
-    def norm(self, x: Tensor) -> Tensor:
-        """``backbone.layernorm``; the identity where the backbone norms after pooling."""
-        return self.body.layernorm(x)
-
-    def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """Patch kernel, first and last norms."""
-        layers, patch = self.body.encoder.layer, self.body.embeddings.patch_embeddings.projection.weight
-        first, last = unwrapped(layers[0]), unwrapped(layers[-1])
-        return {"patch": patch, "first": first.layernorm_before.weight, "last": last.layernorm_after.weight}
 
 
 def _block(outer: Any, shared: Tensor | None, grid: tuple[int, int], resolution: tuple[int, ...]) -> Block:
@@ -64,9 +47,9 @@ def _block(outer: Any, shared: Tensor | None, grid: tuple[int, int], resolution:
     given = {"relative_position_bias": shared, "resolution": resolution}
     mlp, perceptron = ffn(layer)
     return Block(
-        run=partial(_first, outer, given),
+        run=partial(attend, outer, given),
         norm1=layer.layernorm_before,
-        attn=partial(_first, layer.attention, given),
+        attn=partial(attend, layer.attention, given),
         scale1=joined(layer_scale(layer.lambda_1), layer.drop_path),
         norm2=layer.layernorm_after,
         mlp=mlp,
@@ -75,7 +58,3 @@ def _block(outer: Any, shared: Tensor | None, grid: tuple[int, int], resolution:
         bias=bias,
         **attention_parts(layer.attention),
     )
-
-
-def _first(module: Any, given: dict[str, Any], x: Tensor) -> Tensor:
-    return module(x, **given)[0]

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptkit.backbones._hf import HfViT, dino_block, hf_spec
+from adaptkit.backbones._hf import HfViT, dino_block
 from adaptkit.backbones._timm import block_list
 from adaptkit.core.registry import register_family
-from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block
 
 
@@ -21,37 +20,18 @@ from adaptkit.core.view import Block
 class HfDinov2(HfViT):
     """Blocks ``x + ls(attn(norm(x)))``; absolute positions, resampled bicubic without antialias."""
 
+    family = "hf-dinov2"
+    layer_norms = ("norm1", "norm2")
     positions = "bicubic"
     position_rules = ("bicubic", "bicubic antialias")
 
     def __init__(self, backbone: Any) -> None:
         registers = getattr(backbone.embeddings, "register_tokens", None)
-        prefix = 1 if registers is None else 1 + registers.shape[1]
-        kernel = backbone.embeddings.patch_embeddings.projection.weight
-        super().__init__(backbone, hf_spec("hf-dinov2", backbone.config, backbone.encoder.layer, prefix, kernel))
-
-    def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``backbone.embeddings``, which takes any size."""
-        return self.embeddings()(image)
-
-    def layers(self) -> Any:
-        """``backbone.encoder.layer``."""
-        return self.body.encoder.layer
+        super().__init__(backbone, 1 if registers is None else 1 + registers.shape[1])
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The backbone's layers."""
         return [dino_block(layer) for layer in block_list(self.layers())]
-
-    def norm(self, x: Tensor) -> Tensor:
-        """``backbone.layernorm``."""
-        return self.body.layernorm(x)
-
-    def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """Patch kernel, first and last norms."""
-        backbone: Any = self.body
-        layers = backbone.encoder.layer
-        patch = backbone.embeddings.patch_embeddings.projection.weight
-        return {"patch": patch, "first": unwrapped(layers[0]).norm1.weight, "last": unwrapped(layers[-1]).norm2.weight}
 
 
 @register_family(

@@ -8,11 +8,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from adaptkit.backbones._hf import HfViT, dino_block, hf_spec, project_qkv
-from adaptkit.backbones._rotary import axial
+from adaptkit.backbones._hf import HfViT, dino_block, project_qkv
+from adaptkit.backbones._rotary import axial, rows_at
 from adaptkit.backbones._timm import block_list
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
@@ -26,35 +25,19 @@ from adaptkit.core.view import Block, no_projections
 class HfDINOv3(HfViT):
     """Blocks ``x + ls(attn(norm(x), rope))``; patch centres are given as -1..1 on any grid."""
 
+    family = "hf-dinov3"
+    layers_at = "model.layer"
+    kernel_at = "embeddings.patch_embeddings.weight"
+    layer_norms = ("norm1", "norm2")
+    last_norm = "norm"
     positions = "rope"
 
     def __init__(self, backbone: Any) -> None:
-        prefix = 1 + backbone.embeddings.register_tokens.shape[1]
-        kernel = backbone.embeddings.patch_embeddings.weight
-        super().__init__(backbone, hf_spec("hf-dinov3", backbone.config, backbone.model.layer, prefix, kernel))
-
-    def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``backbone.embeddings``, which has no positions."""
-        return self.body.embeddings(image)
-
-    def layers(self) -> Any:
-        """``backbone.model.layer``."""
-        return self.body.model.layer
+        super().__init__(backbone, 1 + backbone.embeddings.register_tokens.shape[1])
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The backbone's layers, given the rotary angles of this grid."""
         return rotary_blocks(self.layers(), self.body.rope_embeddings, image, grid)
-
-    def norm(self, x: Tensor) -> Tensor:
-        """``backbone.norm``."""
-        return self.body.norm(x)
-
-    def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """Patch kernel, first and last norms."""
-        backbone: Any = self.body
-        layers = backbone.model.layer
-        patch = backbone.embeddings.patch_embeddings.weight
-        return {"patch": patch, "first": unwrapped(layers[0]).norm1.weight, "last": unwrapped(layers[-1]).norm2.weight}
 
 
 def rotary_blocks(layers: Any, positions: Any, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
@@ -81,12 +64,8 @@ def _turn(rope: Any, grid: tuple[int, int], x: Tensor, places: Tensor) -> Tensor
 
 
 def _qkv_at(attn: Any, rope: tuple[Tensor, Tensor], h: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of the rows at these places: the angles of each, zero (cosine 1, sine 0) for a prefix token."""
-    cos, sin = rope
-    index = places % (len(cos) + 1)  # the row that is added is place -1
-    cos = torch.cat([cos, cos.new_ones(1, cos.shape[-1])]).index_select(0, index)
-    sin = torch.cat([sin, sin.new_zeros(1, sin.shape[-1])]).index_select(0, index)
-    return _qkv(attn, (cos, sin), h)
+    """q, k, v of the rows at these places."""
+    return _qkv(attn, rows_at(*rope, places), h)
 
 
 def _qkv(attn: Any, rope: tuple[Tensor, Tensor], h: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit.backbones._hf import HfViT, dino_block, hf_spec, is_native, resampled
-from adaptkit.backbones._timm import block_list
+from adaptkit.backbones._hf import HfViT, dino_block, is_native
+from adaptkit.backbones._timm import block_list, resampled
 from adaptkit.backbones.hf_dinov3 import rotary_blocks
 from adaptkit.core.registry import register_family
-from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block
 
 
@@ -24,13 +23,11 @@ class _Eomt(HfViT):
     without them, as the backbone they were added to, and an adapter's head stands where they stood.
     """
 
-    def layers(self) -> Any:
-        """``backbone.layers``."""
-        return self.body.layers
+    layers_at = "layers"
+    layer_norms = ("norm1", "norm2")
 
-    def norm(self, x: Tensor) -> Tensor:
-        """``backbone.layernorm``."""
-        return self.body.layernorm(x)
+    def __init__(self, backbone: Any) -> None:
+        super().__init__(backbone, backbone.embeddings.num_prefix_tokens)
 
     def sizes(self) -> Sequence[tuple[int, int]]:
         """The backbone's own alone: it makes masks of that size."""
@@ -43,24 +40,15 @@ class _Eomt(HfViT):
         backbone.config.num_queries = 0
         backbone.query = nn.Embedding.from_pretrained(image.new_empty(0, self.spec.embed_dim))
         backbone.attn_mask_probs = torch.zeros_like(backbone.attn_mask_probs)
-        return self._say(image)
-
-    def _fingerprint(self, patch: Tensor) -> dict[str, Tensor]:
-        layers = self.body.layers
-        return {"patch": patch, "first": unwrapped(layers[0]).norm1.weight, "last": unwrapped(layers[-1]).norm2.weight}
+        return self._forward(image)
 
 
 @register_family("transformers.models.eomt.modeling_eomt.EomtForUniversalSegmentation")
 class HfEomt(_Eomt):
     """With a table of positions, which the host takes as it is; at another size bicubic without antialias."""
 
+    family = "hf-eomt"
     positions = "bicubic"
-
-    def __init__(self, backbone: Any) -> None:
-        embeddings = backbone.embeddings
-        kernel = embeddings.patch_embeddings.projection.weight
-        prefix = embeddings.num_prefix_tokens
-        super().__init__(backbone, hf_spec("hf-eomt", backbone.config, backbone.layers, prefix, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``backbone.embeddings``; at another size its parts, with the resampled table."""
@@ -75,21 +63,14 @@ class HfEomt(_Eomt):
         """The backbone's layers."""
         return [dino_block(layer, "out_proj", "scale") for layer in block_list(self.layers())]
 
-    def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """Patch kernel, first and last norms."""
-        return self._fingerprint(self.body.embeddings.patch_embeddings.projection.weight)
-
 
 @register_family("transformers.models.eomt_dinov3.modeling_eomt_dinov3.EomtDinov3ForUniversalSegmentation")
 class HfEomtDINOv3(_Eomt):
     """With rotary positions, patch centres given as -1..1 on any grid."""
 
+    family = "hf-eomt-dinov3"
+    kernel_at = "embeddings.patch_embeddings.weight"
     positions = "rope"
-
-    def __init__(self, backbone: Any) -> None:
-        kernel = backbone.embeddings.patch_embeddings.weight
-        prefix = backbone.embeddings.num_prefix_tokens
-        super().__init__(backbone, hf_spec("hf-eomt-dinov3", backbone.config, backbone.layers, prefix, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``backbone.embeddings``, which has no positions."""
@@ -98,7 +79,3 @@ class HfEomtDINOv3(_Eomt):
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The backbone's layers, given the rotary angles of this grid."""
         return rotary_blocks(self.layers(), self.body.rope_embeddings, image, grid)
-
-    def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """Patch kernel, first and last norms."""
-        return self._fingerprint(self.body.embeddings.patch_embeddings.weight)

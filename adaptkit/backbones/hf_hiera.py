@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptkit.backbones._hf import headed
 from adaptkit.backbones._hf_hierarchical import HfHierarchical, depths_but_entries
 from adaptkit.backbones._maps import no_qkv
 from adaptkit.core.hierarchical import HierarchicalSpec
@@ -74,19 +75,9 @@ class HfHiera(HfHierarchical):
         """The identity: the backbone norms after pooling."""
         return x
 
-    def sizes(self) -> Sequence[tuple[int, int]]:
-        """The backbone's own."""
-        height, width = self.body.config.image_size
-        return [(height, width)]
-
     def reference(self, image: Tensor) -> Tensor:
         """``last_hidden_state``; in the last stage its order is row by row."""
         return self.body(image).last_hidden_state
-
-    def answers(self, tokens: Tensor) -> Sequence[Tensor]:
-        """The logits, where there is a classifier."""
-        logits = self.classify(tokens, (0, 0))
-        return () if logits is None else (logits,)
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """Patch kernel, first and last norms."""
@@ -139,10 +130,7 @@ def _ordered(module: Any, order: Tensor, back: Tensor, x: Tensor) -> Tensor:
 @register_family("transformers.models.hiera.modeling_hiera.HieraForImageClassification")  # type: ignore[type-var]
 def hiera_classifier(model: Any) -> HfHiera:
     """See the base model inside, and keep the classifier."""
-    seen = HfHiera(model.hiera)
-    seen.origin = seen.source()._replace(classes=model.config.num_labels)
-    seen.backbone, seen.inside, seen.head = model, "hiera", _classify
-    return seen
+    return headed(HfHiera(model.hiera), model, "hiera", _classify)
 
 
 def _classify(model: Any, x: Tensor) -> Tensor:

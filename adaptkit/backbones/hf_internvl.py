@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adaptkit.backbones._hf import HfViT, attention_parts, hf_spec, perceptron
+from adaptkit.backbones._hf import HfViT, attention_parts, perceptron
 from adaptkit.backbones._timm import block_list, joined, layer_scale
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
@@ -19,33 +19,12 @@ from adaptkit.core.view import Block, no_projections
 class HfInternVL(HfViT):
     """Blocks ``lambda * attn(norm(x)) + x``; absolute positions, resampled bicubic without antialias."""
 
+    family = "hf-internvl"
     positions = "bicubic"
-
-    def __init__(self, backbone: Any) -> None:
-        kernel = backbone.embeddings.patch_embeddings.projection.weight
-        super().__init__(backbone, hf_spec("hf-internvl", backbone.config, backbone.encoder.layer, 1, kernel))
-
-    def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``backbone.embeddings``, which takes any size."""
-        return self.body.embeddings(image)
-
-    def layers(self) -> Any:
-        """``backbone.encoder.layer``."""
-        return self.body.encoder.layer
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The backbone's layers."""
         return [_block(layer) for layer in block_list(self.layers())]
-
-    def norm(self, x: Tensor) -> Tensor:
-        """``backbone.layernorm``; the identity where the backbone norms after pooling."""
-        return self.body.layernorm(x)
-
-    def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """Patch kernel, first and last norms."""
-        layers, patch = self.body.encoder.layer, self.body.embeddings.patch_embeddings.projection.weight
-        first, last = unwrapped(layers[0]), unwrapped(layers[-1])
-        return {"patch": patch, "first": first.layernorm_before.weight, "last": last.layernorm_after.weight}
 
 
 def _block(outer: Any) -> Block:

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adaptkit.backbones._hf import HfViT, hf_spec, resampled, tower
+from adaptkit.backbones._hf import HfViT, attend, tower
 from adaptkit.backbones._maps import no_qkv, on_map, windowed
-from adaptkit.backbones._timm import block_list
+from adaptkit.backbones._timm import block_list, resampled
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block, ViT, identity
@@ -25,12 +25,15 @@ class HfSam(HfViT):
     elsewhere. Attention does not come apart: its windows are padded and its positions depend on the query.
     """
 
+    family = "hf-sam"
+    layers_at = "layers"
+    kernel_at = "patch_embed.projection.weight"
+    layer_norms = ("layer_norm1", "layer_norm2")
     positions = "bicubic, relative ones linear"
     splits = False
 
     def __init__(self, backbone: Any) -> None:
-        kernel = backbone.patch_embed.projection.weight
-        super().__init__(backbone, hf_spec("hf-sam", backbone.config, backbone.layers, 0, kernel))
+        super().__init__(backbone, prefix=0)
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patches and positions."""
@@ -42,10 +45,6 @@ class HfSam(HfViT):
                 table if tuple(table.shape[1:3]) == grid else resampled(table.flatten(1, 2), grid).unflatten(1, grid)
             )
         return x.flatten(1, 2)
-
-    def layers(self) -> Any:
-        """``backbone.layers``."""
-        return self.body.layers
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The backbone's layers, tokens unfolded to this grid."""
@@ -64,19 +63,13 @@ class HfSam(HfViT):
         """``last_hidden_state`` of a copy, its neck taken off."""
         backbone: Any = self.body
         backbone.neck = nn.Identity()
-        return self._say(image).flatten(1, 2)
-
-    def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """Patch kernel, first and last norms."""
-        layers, patch = self.body.layers, self.body.patch_embed.projection.weight
-        first, last = unwrapped(layers[0]), unwrapped(layers[-1])
-        return {"patch": patch, "first": first.layer_norm1.weight, "last": last.layer_norm2.weight}
+        return self._forward(image).flatten(1, 2)
 
 
 def _block(outer: Any, grid: tuple[int, int]) -> Block:
     """``outer``: the layer as it runs, maybe compiled or wrapped; its parts are those of what is inside."""
     layer: Any = unwrapped(outer)
-    attn = partial(windowed, partial(_first, layer.attn), layer.window_size)
+    attn = partial(windowed, partial(attend, layer.attn, {}), layer.window_size)
     return Block(
         run=partial(on_map, outer, grid),
         norm1=layer.layer_norm1,
@@ -88,10 +81,6 @@ def _block(outer: Any, grid: tuple[int, int]) -> Block:
         qkv=no_qkv,
         out=no_qkv,
     )
-
-
-def _first(module: Any, x: Tensor) -> Tensor:
-    return module(x)[0]
 
 
 @register_family(  # type: ignore[type-var]

@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptkit.backbones._hf import hf_source
+from adaptkit.backbones._hf import tower
 from adaptkit.backbones._hf_hierarchical import HfHierarchical, depths_but_entries
 from adaptkit.backbones._maps import no_qkv, on_map, windowed
 from adaptkit.core.hierarchical import HierarchicalSpec
@@ -74,15 +74,9 @@ class HfSam2(HfHierarchical):
         """The identity."""
         return x
 
-    def sizes(self) -> Sequence[tuple[int, int]]:
-        """The backbone's own."""
-        height, width = self.body.config.image_size
-        return [(height, width)]
-
     def reference(self, image: Tensor) -> Tensor:
         """``last_hidden_state``, its map as tokens."""
-        for module in self.body.modules():
-            vars(module).pop("_output_capturing_hooks_installed", None)
+        self._forget_hooks()
         return self.body(image).last_hidden_state.flatten(1, 2)
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
@@ -115,7 +109,4 @@ def sam2_vision_model(model: Any) -> View:
         raise TypeError(
             f"its backbone is a {type(model.backbone).__name__}: hand over `model.backbone`, if that is seen"
         )
-    seen = HfSam2(model.backbone)
-    if not seen.source().id:
-        seen.origin = hf_source(model, seen.spec.channels)
-    return seen
+    return tower(HfSam2(model.backbone), model)

@@ -8,41 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptkit.backbones._hf import HfViT, clip_block, hf_spec, tower
-from adaptkit.backbones._timm import block_list
+from adaptkit.backbones._hf import HfClipNames, tower
 from adaptkit.core.registry import register_family
-from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, ViT
+from adaptkit.core.view import ViT
 
 
 @register_family("transformers.models.siglip2.modeling_siglip2.Siglip2VisionModel")
-class HfSiglip2(HfViT):
+class HfSiglip2(HfClipNames):
     """Blocks ``x + attn(norm(x))``; the host takes patches (B, N, p*p*C) and resamples positions to their grid.
 
     All images of a batch have one size, so every patch is a patch of the image and nothing is masked.
     """
 
+    family = "hf-siglip2"
     positions = "bilinear antialias"
 
     def __init__(self, backbone: Any) -> None:
-        kernel = _kernel(backbone)
-        super().__init__(backbone, hf_spec("hf-siglip2", backbone.config, backbone.encoder.layers, 0, kernel))
+        super().__init__(backbone, prefix=0)
+
+    def kernel(self) -> Tensor:
+        """The linear layer on patches as a kernel (D, C, p, p)."""
+        p = self.body.config.patch_size
+        return self.body.embeddings.patch_embedding.weight.unflatten(1, (p, p, -1)).permute(0, 3, 1, 2)
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``backbone.embeddings`` of the patches."""
         return self.body.embeddings(*self._patches(image))
-
-    def layers(self) -> Any:
-        """``backbone.encoder.layers``."""
-        return self.body.encoder.layers
-
-    def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
-        """The backbone's layers."""
-        return [clip_block(layer) for layer in block_list(self.layers())]
-
-    def norm(self, x: Tensor) -> Tensor:
-        """``backbone.post_layernorm``."""
-        return self.body.post_layernorm(x)
 
     def sizes(self) -> Sequence[tuple[int, int]]:
         """Its config names a number of patches: of the square, and of another shape."""
@@ -53,17 +44,11 @@ class HfSiglip2(HfViT):
         """``last_hidden_state`` of the patches, none of them masked."""
         patches, shapes = self._patches(image)
         mask = torch.ones(patches.shape[:2], dtype=torch.long, device=image.device)
-        return self._say(patches, pixel_attention_mask=mask, spatial_shapes=shapes)
+        return self._forward(patches, pixel_attention_mask=mask, spatial_shapes=shapes)
 
     def answers(self, tokens: Tensor) -> Sequence[Tensor]:
         """Nothing: the backbone takes patches, not an image."""
         return ()
-
-    def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """Patch kernel, first and last norms."""
-        layers = self.body.encoder.layers
-        first, last = unwrapped(layers[0]), unwrapped(layers[-1])
-        return {"patch": _kernel(self.body), "first": first.layer_norm1.weight, "last": last.layer_norm2.weight}
 
     def _patches(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, h*p, w*p) -> (B, h*w, p*p*C) as the image processor lays them out, and (h, w) of each (B, 2)."""
@@ -72,12 +57,6 @@ class HfSiglip2(HfViT):
         patches = cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
         shape = (image.shape[2] // p, image.shape[3] // p)
         return patches, torch.tensor(shape, device=image.device).expand(len(image), 2)
-
-
-def _kernel(backbone: Any) -> Tensor:
-    """Return the linear layer on patches as a kernel (D, C, p, p)."""
-    p = backbone.config.patch_size
-    return backbone.embeddings.patch_embedding.weight.unflatten(1, (p, p, -1)).permute(0, 3, 1, 2)
 
 
 @register_family("transformers.models.siglip2.modeling_siglip2.Siglip2Model")  # type: ignore[type-var]

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptkit.backbones._hf import HfViT, hf_spec, is_native, vit_block
+from adaptkit.backbones._hf import HfViT, is_native, vit_block
 from adaptkit.backbones._timm import block_list
 from adaptkit.core.registry import register_family
-from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block
 
 
@@ -20,11 +19,10 @@ from adaptkit.core.view import Block
 class HfViTMAE(HfViT):
     """Blocks ``x + attn(norm(x))``; the backbone drops 75 % of the patches and shuffles the rest, the view none."""
 
+    family = "hf-vit-mae"
+    layers_at = "layers"
+    interpolates_when_told = True
     positions = "bicubic"
-
-    def __init__(self, backbone: Any) -> None:
-        kernel = backbone.embeddings.patch_embeddings.projection.weight
-        super().__init__(backbone, hf_spec("hf-vit-mae", backbone.config, backbone.layers, 1, kernel))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """The sum that ``backbone.embeddings`` forms before it masks."""
@@ -36,17 +34,9 @@ class HfViTMAE(HfViT):
         cls = embeddings.cls_token + positions[:, :1]
         return torch.cat([cls.expand(x.shape[0], -1, -1), x + positions[:, 1:]], dim=1)
 
-    def layers(self) -> Any:
-        """``backbone.layers``."""
-        return self.body.layers
-
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The backbone's layers."""
         return [vit_block(layer) for layer in block_list(self.layers())]
-
-    def norm(self, x: Tensor) -> Tensor:
-        """``backbone.layernorm``."""
-        return self.body.layernorm(x)
 
     def reference(self, image: Tensor) -> Tensor:
         """``last_hidden_state`` of a copy that masks nothing and shuffles nothing."""
@@ -55,14 +45,4 @@ class HfViTMAE(HfViT):
         embeddings.config.mask_ratio = 0.0
         cells = (image.shape[-2] // self.spec.patch_size) * (image.shape[-1] // self.spec.patch_size)
         noise = torch.arange(cells, device=image.device)[None]
-        return self._say(image, noise=noise, **self.interpolating(image))
-
-    def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """Patch kernel, first and last norms."""
-        backbone: Any = self.body
-        patch = backbone.embeddings.patch_embeddings.projection.weight
-        return {
-            "patch": patch,
-            "first": unwrapped(backbone.layers[0]).layernorm_before.weight,
-            "last": unwrapped(backbone.layers[-1]).layernorm_after.weight,
-        }
+        return self._forward(image, noise=noise, **self.interpolating(image))

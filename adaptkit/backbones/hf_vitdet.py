@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptkit.backbones._hf import HfViT, hf_spec
+from adaptkit.backbones._hf import HfViT, attend
 from adaptkit.backbones._maps import no_qkv, on_map, windowed
 from adaptkit.backbones._timm import block_list
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block
+from adaptkit.ops.grid import map_to_tokens, tokens_to_map
 
 
 @register_family(
@@ -27,28 +28,25 @@ class HfVitDet(HfViT):
     the equation. Attention does not come apart: its windows are padded and its positions depend on the query.
     """
 
+    family = "hf-vitdet"
+    kernel_at = "embeddings.projection.weight"
+    layer_norms = ("norm1", "norm2")
     positions = "bicubic, relative ones linear"
     splits = False
     tupled = True
 
     def __init__(self, backbone: Any) -> None:
-        layers = backbone.encoder.layer
-        if any(unwrapped(layer).use_residual_block for layer in layers):
+        if any(unwrapped(layer).use_residual_block for layer in backbone.encoder.layer):
             raise TypeError(
                 f"this {type(backbone).__name__} has convolutions after blocks "
                 f"{list(backbone.config.residual_block_indices)}, so that they are not of the form x + attn(norm(x)), "
                 "x + mlp(norm(x)); use one with residual_block_indices=[]"
             )
-        kernel = backbone.embeddings.projection.weight
-        super().__init__(backbone, hf_spec("hf-vitdet", backbone.config, layers, 0, kernel))
+        super().__init__(backbone, prefix=0)
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``backbone.embeddings``, which takes any size."""
-        return self.body.embeddings(image).flatten(2).transpose(1, 2)
-
-    def layers(self) -> Any:
-        """``backbone.encoder.layer``."""
-        return self.body.encoder.layer
+        return map_to_tokens(self.body.embeddings(image))
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The backbone's layers, tokens unfolded to this grid."""
@@ -60,19 +58,14 @@ class HfVitDet(HfViT):
 
     def reference(self, image: Tensor) -> Tensor:
         """``last_hidden_state``, its map as tokens."""
-        said = self._say(image)
-        return said.flatten(2).transpose(1, 2) if said.ndim == 4 else said
-
-    def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """Patch kernel, first and last norms."""
-        layers, patch = self.body.encoder.layer, self.body.embeddings.projection.weight
-        return {"patch": patch, "first": unwrapped(layers[0]).norm1.weight, "last": unwrapped(layers[-1]).norm2.weight}
+        said = self._forward(image)
+        return map_to_tokens(said) if said.ndim == 4 else said
 
 
 def _block(outer: Any, grid: tuple[int, int]) -> Block:
     """``outer``: the layer as it runs, maybe compiled or wrapped; its parts are those of what is inside."""
     layer: Any = unwrapped(outer)
-    attn = partial(windowed, partial(_first, layer.attention), layer.window_size)
+    attn = partial(windowed, partial(attend, layer.attention, {}), layer.window_size)
     return Block(
         run=partial(_run, outer, grid),
         norm1=layer.norm1,
@@ -86,9 +79,5 @@ def _block(outer: Any, grid: tuple[int, int]) -> Block:
     )
 
 
-def _first(module: Any, x: Tensor) -> Tensor:
-    return module(x)[0]
-
-
 def _run(layer: Any, grid: tuple[int, int], x: Tensor) -> Tensor:
-    return layer(x.transpose(1, 2).unflatten(2, grid))[0].flatten(2).transpose(1, 2)
+    return map_to_tokens(layer(tokens_to_map(x, grid))[0])

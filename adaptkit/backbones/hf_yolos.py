@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptkit.backbones._hf import HfViT, hf_spec
+from adaptkit.backbones._hf import HfViT
 from adaptkit.backbones._hf_bert import attention_parts, ffn
 from adaptkit.backbones._timm import block_list
 from adaptkit.core.registry import register_family
@@ -25,21 +25,16 @@ class HfYolos(HfViT):
     runs in the host's order, so that sums are taken as there.
     """
 
+    family = "hf-yolos"
     positions = "bicubic"
     prefix_optional = False  # there are positions for the detection tokens too
 
     def __init__(self, backbone: Any) -> None:
-        prefix = 1 + backbone.config.num_detection_tokens
-        kernel = backbone.embeddings.patch_embeddings.projection.weight
-        super().__init__(backbone, hf_spec("hf-yolos", backbone.config, backbone.encoder.layer, prefix, kernel))
+        super().__init__(backbone, 1 + backbone.config.num_detection_tokens)
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``backbone.embeddings``, which takes any size."""
         return _seen(self.body.embeddings(image), self.spec.num_prefix_tokens)
-
-    def layers(self) -> Any:
-        """``backbone.encoder.layer``."""
-        return self.body.encoder.layer
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """The backbone's layers, each with the positions that are added after it."""
@@ -50,19 +45,9 @@ class HfYolos(HfViT):
             after = [*encoder.interpolation(tuple(image.shape[-2:])), None]
         return [_block(layer, self.spec.num_prefix_tokens, added) for layer, added in zip(layers, after)]
 
-    def norm(self, x: Tensor) -> Tensor:
-        """``backbone.layernorm``."""
-        return self.body.layernorm(x)
-
     def reference(self, image: Tensor) -> Tensor:
         """``last_hidden_state``, in the view's order."""
-        return _seen(self._say(image), self.spec.num_prefix_tokens)
-
-    def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """Patch kernel, first and last norms."""
-        layers, patch = self.body.encoder.layer, self.body.embeddings.patch_embeddings.projection.weight
-        first, last = unwrapped(layers[0]), unwrapped(layers[-1])
-        return {"patch": patch, "first": first.layernorm_before.weight, "last": last.layernorm_after.weight}
+        return _seen(self._forward(image), self.spec.num_prefix_tokens)
 
 
 def _seen(x: Tensor, prefix: int) -> Tensor:

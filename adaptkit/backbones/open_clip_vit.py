@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.backbones._mha import mha_parts
-from adaptkit.backbones._timm import REMEDY, block_list, class_name, is_bare, joined
+from adaptkit.backbones._timm import REMEDY, block_list, class_name, is_bare, joined, output_of, square_side, two_layers
 from adaptkit.core.registry import register_family, view
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block, Perceptron, Source, Spec, ViT
+from adaptkit.ops.grid import map_to_tokens
 
 
 @register_family("open_clip.transformer.VisionTransformer")
@@ -28,20 +29,16 @@ class OpenCLIPViT(ViT):
     positions = "bicubic antialias"
 
     def __init__(self, backbone: Any) -> None:
-        height, width = backbone.patch_size
-        if height != width:
-            raise TypeError(f"patches of {height}x{width} pixels are not square; an adapter needs one patch side")
         layers, kernel = block_list(backbone.transformer.resblocks), backbone.conv1.weight
         parts = mha_parts(_plain(layers[0]).attn)  # refuses the batch second
         heads = unwrapped(parts["attn"].args[0]).num_heads
-        super().__init__(
-            backbone, Spec("open-clip-vit", kernel.shape[0], len(layers), heads, height, 1, kernel.shape[1])
-        )
+        sizes = (kernel.shape[0], len(layers), heads, square_side(backbone.patch_size), 1)
+        super().__init__(backbone, Spec("open-clip-vit", *sizes, kernel.shape[1]))
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patches, class token, positions, ``ln_pre``."""
         backbone: Any = self.backbone
-        x = backbone.conv1(image).flatten(2).transpose(1, 2)
+        x = map_to_tokens(backbone.conv1(image))
         x = torch.cat([backbone.class_embedding.view(1, 1, -1).expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         return backbone.ln_pre(backbone.patch_dropout(x + _positions(backbone, grid).to(x.dtype)))
 
@@ -84,10 +81,7 @@ class OpenCLIPViT(ViT):
         if backbone.attn_pool is None:
             backbone.output_tokens = True
             return backbone(image)[1]
-        kept: list[Tensor] = []
-        backbone.transformer.register_forward_hook(lambda module, args, out: kept.append(out))
-        backbone(image)
-        return kept[0]
+        return output_of(backbone.transformer, backbone, image)
 
 
 def _positions(backbone: Any, grid: tuple[int, int]) -> Tensor:
@@ -127,8 +121,7 @@ def _block(outer: Any) -> Block:
 
 def _perceptron(mlp: Any) -> Perceptron | None:
     """See the FFN layer by layer; None where layers are replaced (LoRA)."""
-    bare = is_bare(mlp, nn.Sequential) and len(mlp) == 3 and is_bare(mlp.c_fc, nn.Linear)
-    return Perceptron(mlp.c_fc, mlp.gelu, mlp.c_proj) if bare and is_bare(mlp.c_proj, nn.Linear) else None
+    return two_layers(mlp.c_fc, mlp.gelu, mlp.c_proj) if is_bare(mlp, nn.Sequential) and len(mlp) == 3 else None
 
 
 @register_family("open_clip.timm_model.TimmModel")  # type: ignore[type-var]

@@ -14,27 +14,21 @@ from torch import Tensor, nn
 from adaptkit.backbones._timm import (
     add_prefix_and_positions,
     block_list,
-    channels,
-    classifier_logits,
     fused_qkv,
-    head_count,
-    is_checkpointing,
     joined,
     layer_scale,
-    patch_side,
+    merge_heads,
     patchify,
     perceptron,
-    timm_answers,
-    timm_sizes,
-    timm_source,
 )
+from adaptkit.backbones._timm_plain import TimmPlain
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, Source, Spec, ViT, identity
+from adaptkit.core.view import Block, identity
 
 
 @register_family("timm.models.beit.Beit")
-class TimmBeit(ViT):
+class TimmBeit(TimmPlain):
     """Blocks ``x + gamma * attn(norm(x))`` with a bias on the logits by where two patches lie to each other.
 
     timm fixes the grid when the model is built. At another one the view resizes the bias tables as
@@ -42,20 +36,10 @@ class TimmBeit(ViT):
     at one other size, call ``set_input_size`` on the model before it is attached.
     """
 
+    family = "timm-beit"
     positions = "relative bias, resized as timm's set_window_size; absolute ones bicubic antialias"
     prefix_optional = False  # the bias has a row for the class token
     rebuilds = True
-
-    def __init__(self, backbone: Any) -> None:
-        sizes = (
-            backbone.embed_dim,
-            len(backbone.blocks),
-            head_count(backbone),
-            patch_side(backbone),
-            backbone.num_prefix_tokens,
-        )
-        spec = Spec("timm-beit", *sizes, channels(backbone))
-        super().__init__(backbone, spec)
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patches, class token, absolute positions where there are any."""
@@ -68,42 +52,12 @@ class TimmBeit(ViT):
         shared = None if backbone.rel_pos_bias is None else _bias(backbone.rel_pos_bias, grid, index)
         return [_block(blk, shared, grid, index) for blk in block_list(backbone.blocks)]
 
-    def norm(self, x: Tensor) -> Tensor:
-        """``backbone.norm``; the identity where timm norms after pooling (``fc_norm``)."""
-        return self.backbone.norm(x)
-
-    def classify(self, x: Tensor) -> Tensor | None:
-        """``backbone.forward_head`` where it has classes."""
-        return classifier_logits(self.backbone, x)
-
-    def is_checkpointing(self) -> bool:
-        """As ``set_grad_checkpointing`` left it."""
-        return is_checkpointing(self.backbone)
-
-    def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """Patch kernel, first and last norms."""
-        backbone: Any = self.backbone
-        first, last = unwrapped(backbone.blocks[0]), unwrapped(backbone.blocks[-1])
-        return {"patch": backbone.patch_embed.proj.weight, "first": first.norm1.weight, "last": last.norm2.weight}
-
-    def source(self) -> Source:
-        """From ``pretrained_cfg``."""
-        return timm_source(self)
-
-    def sizes(self) -> Sequence[tuple[int, int]]:
-        """The backbone's own, and another where it takes any."""
-        return timm_sizes(self.backbone)
-
     def reference(self, image: Tensor) -> Tensor:
         """``backbone.forward_features`` of a copy, whose stand-ins for blocks look nothing up in the large tables."""
         backbone: Any = self.backbone
         for blk in backbone.blocks:
             blk.attn.window_size = None
         return backbone.forward_features(image)
-
-    def answers(self, tokens: Tensor) -> Sequence[Tensor]:
-        """``backbone.forward_head`` of them, or the tokens."""
-        return timm_answers(self.backbone, tokens)
 
     def accept(self, grid: tuple[int, int]) -> None:
         """Give the bias tables of a copy the shape of this grid; their values do not matter there."""
@@ -170,7 +124,7 @@ def _block(outer: Any, shared: Tensor | None, grid: tuple[int, int], index: Tens
         perceptron=partial(perceptron, blk.mlp),
         scale2=joined(layer_scale(blk.gamma_2), blk.drop_path2),
         qkv=partial(fused_qkv, attn),
-        out=partial(_out, attn),
+        out=partial(merge_heads, attn.proj),
         bias=bias,
     )
     if index is None or attn.window_size is None:
@@ -180,8 +134,4 @@ def _block(outer: Any, shared: Tensor | None, grid: tuple[int, int], index: Tens
 
 
 def _attention(attn: Any, bias: Tensor, h: Tensor) -> Tensor:
-    return _out(attn, F.scaled_dot_product_attention(*fused_qkv(attn, h), attn_mask=bias))
-
-
-def _out(attn: Any, x: Tensor) -> Tensor:
-    return attn.proj(x.transpose(1, 2).flatten(2))
+    return merge_heads(attn.proj, F.scaled_dot_product_attention(*fused_qkv(attn, h), attn_mask=bias))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,48 +15,34 @@ from adaptkit.backbones._timm import (
     REMEDY,
     add_prefix_and_positions,
     block_list,
-    channels,
     class_name,
-    classifier_logits,
     fused_qkv,
-    head_count,
-    is_checkpointing,
+    is_named,
     joined,
     layer_scale,
-    patch_side,
     patchify,
     perceptron,
-    timm_answers,
-    timm_sizes,
-    timm_source,
 )
+from adaptkit.backbones._timm_plain import TimmPlain
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, Source, Spec, ViT, identity
+from adaptkit.core.view import Block, identity
 
 
 @register_family("timm.models.eva.Eva")
-class TimmEva(ViT):
+class TimmEva(TimmPlain):
     """Blocks ``x + gamma * attn(norm(x), rope)``; the rotary angles are computed for the grid at hand."""
 
+    family = "timm-eva"
     positions = "rope, absolute ones bicubic antialias"
     prefix_optional = False  # timm leaves the first P tokens unrotated, whatever they are
 
     def __init__(self, backbone: Any) -> None:
-        sizes = (
-            backbone.embed_dim,
-            len(backbone.blocks),
-            head_count(backbone),
-            patch_side(backbone),
-            backbone.num_prefix_tokens,
-        )
-        spec = Spec("timm-eva", *sizes, channels(backbone))
-        super().__init__(backbone, spec)
+        super().__init__(backbone)
         if backbone.pos_embed is None:
             self.positions = "none" if backbone.rope is None else "rope"
         elif backbone.rope is None:
             self.positions = "bicubic antialias"
-        self.splits = all(getattr(unwrapped(unwrapped(blk).attn), "gate", None) is None for blk in backbone.blocks)
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patches, prefix, absolute positions where there are any, ``norm_pre``."""
@@ -66,46 +52,10 @@ class TimmEva(ViT):
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """timm's own blocks, each given the rotary angles of this grid."""
         backbone: Any = self.backbone
-        rope = rope_of(backbone, grid)
-        per_block = rope if rope is not None and backbone.rope_mixed else [rope] * len(backbone.blocks)
-        blocks = [eva_block(blk, angles) for blk, angles in zip(block_list(backbone.blocks), per_block)]
-        if rope is None:
-            return blocks
-        return [replace(b, rotate=partial(turned, backbone.rope, grid, i)) for i, b in enumerate(blocks)]
-
-    def norm(self, x: Tensor) -> Tensor:
-        """``backbone.norm``; the identity where timm norms after pooling (``fc_norm``)."""
-        return self.backbone.norm(x)
-
-    def classify(self, x: Tensor) -> Tensor | None:
-        """``backbone.forward_head`` where it has classes."""
-        return classifier_logits(self.backbone, x)
-
-    def is_checkpointing(self) -> bool:
-        """As ``set_grad_checkpointing`` left it."""
-        return is_checkpointing(self.backbone)
-
-    def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """Patch kernel, first and last norms."""
-        backbone: Any = self.backbone
-        first, last = unwrapped(backbone.blocks[0]), unwrapped(backbone.blocks[-1])
-        return {"patch": backbone.patch_embed.proj.weight, "first": first.norm1.weight, "last": last.norm2.weight}
-
-    def source(self) -> Source:
-        """From ``pretrained_cfg``."""
-        return timm_source(self)
-
-    def sizes(self) -> Sequence[tuple[int, int]]:
-        """The backbone's own, and another where it takes any."""
-        return timm_sizes(self.backbone)
-
-    def reference(self, image: Tensor) -> Tensor:
-        """``backbone.forward_features``."""
-        return self.backbone.forward_features(image)
-
-    def answers(self, tokens: Tensor) -> Sequence[Tensor]:
-        """``backbone.forward_head`` of them, or the tokens."""
-        return timm_answers(self.backbone, tokens)
+        layers, angles = block_list(backbone.blocks), rope_of(backbone, grid)
+        if angles is None:
+            return [eva_block(blk, None) for blk in layers]
+        return rotary_eva_blocks(layers, backbone.rope, angles if backbone.rope_mixed else [angles] * len(layers), grid)
 
 
 def rope_of(backbone: Any, grid: tuple[int, int]) -> Tensor | None:
@@ -120,7 +70,13 @@ def rope_of(backbone: Any, grid: tuple[int, int]) -> Tensor | None:
     return rope.get_embed(shape=list(grid))
 
 
-def turned(rope: Any, grid: tuple[int, int], index: int, x: Tensor, places: Tensor) -> Tensor:
+def rotary_eva_blocks(layers: Sequence[Any], rope: Any, angles: Iterable[Tensor], grid: tuple[int, int]) -> list[Block]:
+    """Blocks of EVA, each with its own of the ``angles`` that ``rope`` makes for this grid."""
+    pairs = enumerate(zip(layers, angles))
+    return [replace(eva_block(blk, turn), rotate=partial(_turned, rope, grid, i)) for i, (blk, turn) in pairs]
+
+
+def _turned(rope: Any, grid: tuple[int, int], index: int, x: Tensor, places: Tensor) -> Tensor:
     """Turn rows made without a place to continuous ones; the angles are computed only where this is called."""
     return rotary_of_timm(rope, grid, index).turn(x, places)
 
@@ -128,8 +84,7 @@ def turned(rope: Any, grid: tuple[int, int], index: int, x: Tensor, places: Tens
 def eva_block(outer: Any, rope: Tensor | None) -> Block:
     """``outer``: the block as it runs, maybe compiled or wrapped; its parts are those of what is inside."""
     blk: Any = unwrapped(outer)
-    kinds = {cls.__name__ for cls in type(blk).__mro__}
-    if not kinds & {"EvaBlock", "EvaBlockPostNorm"}:
+    if not is_named(blk, "EvaBlock", "EvaBlockPostNorm"):
         raise TypeError(f"timm's {class_name(blk)} is not of the form x + attn(norm(x)), x + mlp(norm(x)); {REMEDY}")
     attn = unwrapped(blk.attn)
     parts = {
@@ -141,7 +96,7 @@ def eva_block(outer: Any, rope: Tensor | None) -> Block:
         "qkv_at": None if rope is None else partial(_qkv_at, attn, rope),
         "out": partial(_out, attn),
     }
-    if "EvaBlockPostNorm" in kinds:  # x + norm(attn(x)): the norm stands where LayerScale does
+    if is_named(blk, "EvaBlockPostNorm"):  # x + norm(attn(x)): the norm stands where LayerScale does
         scale1, scale2 = joined(blk.norm1, blk.drop_path1), joined(blk.norm2, blk.drop_path2)
         return Block(norm1=identity, scale1=scale1, norm2=identity, scale2=scale2, **parts)
     scale1 = joined(layer_scale(blk.gamma_1), blk.drop_path1)

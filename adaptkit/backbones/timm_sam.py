@@ -8,24 +8,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adaptkit.backbones._timm import (
-    block_list,
-    channels,
-    head_count,
-    is_checkpointing,
-    joined,
-    patch_side,
-    patchify,
-    timm_sizes,
-    timm_source,
-)
+from adaptkit.backbones._maps import no_qkv, on_map, windowed
+from adaptkit.backbones._timm import block_list, joined, patchify
+from adaptkit.backbones._timm_plain import TimmPlain
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, Source, Spec, ViT
+from adaptkit.core.view import Block
+from adaptkit.ops.grid import map_to_tokens
 
 
 @register_family("timm.models.vision_transformer_sam.VisionTransformerSAM")
-class TimmSam(ViT):
+class TimmSam(TimmPlain):
     """Blocks on a map (B, h, w, D), given and taken as tokens. No class token and no final norm.
 
     The neck, a small convolutional head to 256 channels, is left to the backbone: tokens are what the last block gives.
@@ -33,15 +26,9 @@ class TimmSam(ViT):
     patch, and the relative positions are multiplied with the query. Those parts raise a ``TypeError``.
     """
 
+    family = "timm-sam"
     positions = "bicubic antialias, relative ones linear"
     splits = False
-
-    def __init__(self, backbone: Any) -> None:
-        heads = head_count(backbone)
-        spec = Spec(
-            "timm-sam", backbone.embed_dim, len(backbone.blocks), heads, patch_side(backbone), 0, channels(backbone)
-        )
-        super().__init__(backbone, spec)
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patches, positions, ``norm_pre``."""
@@ -65,29 +52,15 @@ class TimmSam(ViT):
         """None: the backbone classifies what leaves its neck."""
         return None
 
-    def is_checkpointing(self) -> bool:
-        """As ``set_grad_checkpointing`` left it."""
-        return is_checkpointing(self.backbone)
-
-    def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """Patch kernel, first and last norms."""
-        backbone: Any = self.backbone
-        first, last = unwrapped(backbone.blocks[0]), unwrapped(backbone.blocks[-1])
-        return {"patch": backbone.patch_embed.proj.weight, "first": first.norm1.weight, "last": last.norm2.weight}
-
-    def source(self) -> Source:
-        """From ``pretrained_cfg``."""
-        return timm_source(self)
-
-    def sizes(self) -> Sequence[tuple[int, int]]:
-        """The backbone's own, and another."""
-        return timm_sizes(self.backbone)
+    def answers(self, tokens: Tensor) -> Sequence[Tensor]:
+        """Nothing: the backbone pools what leaves its neck."""
+        return ()
 
     def reference(self, image: Tensor) -> Tensor:
         """``backbone.forward_features`` of a copy, its neck taken off."""
         backbone: Any = self.backbone
         neck, backbone.neck = backbone.neck, nn.Identity()
-        tokens = backbone.forward_features(image).flatten(2).transpose(1, 2)
+        tokens = map_to_tokens(backbone.forward_features(image))
         backbone.neck = neck
         return tokens
 
@@ -96,35 +69,13 @@ def _block(outer: Any, grid: tuple[int, int]) -> Block:
     """``outer``: the block as it runs, maybe compiled or wrapped; its parts are those of what is inside."""
     blk: Any = unwrapped(outer)
     return Block(
-        run=partial(_on_map, outer, grid),
+        run=partial(on_map, outer, grid),
         norm1=blk.norm1,
-        attn=partial(_on_map, partial(_windowed, blk), grid),
+        attn=partial(on_map, partial(windowed, blk.attn, blk.window_size), grid),
         scale1=joined(blk.ls1, blk.drop_path1),
         norm2=blk.norm2,
         mlp=blk.mlp,
         scale2=joined(blk.ls2, blk.drop_path2),
-        qkv=_refuse,
-        out=_refuse,
-    )
-
-
-def _on_map(f: Any, grid: tuple[int, int], x: Tensor) -> Tensor:
-    return f(x.unflatten(1, grid)).flatten(1, 2)
-
-
-def _windowed(blk: Any, x: Tensor) -> Tensor:
-    """(B, h, w, D) -> the same, attention inside windows where the block has them."""
-    from timm.models.vision_transformer_sam import window_partition, window_unpartition
-
-    side = blk.window_size
-    if side == 0:
-        return blk.attn(x)
-    windows, padded = window_partition(x, side)
-    return window_unpartition(blk.attn(windows), side, x.shape[1:3], padded)
-
-
-def _refuse(x: Tensor) -> Any:
-    raise TypeError(
-        "SAM attends inside padded windows, with positions that depend on the query: it has no global q, k, v and "
-        "bias; use an adapter that leaves the inside of the attention alone"
+        qkv=no_qkv,
+        out=no_qkv,
     )

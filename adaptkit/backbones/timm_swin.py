@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adaptkit.backbones._maps import on_map
 from adaptkit.backbones._timm import block_list, channels, is_checkpointing, split_qkv, timm_source
 from adaptkit.core.hierarchical import HierarchicalSpec, HierarchicalViT
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, Fn, Source
+from adaptkit.core.view import Block, Source
 
 
 @register_family("timm.models.swin_transformer.SwinTransformer")
@@ -96,9 +97,9 @@ def _block(outer: Any, grid: tuple[int, int]) -> Block:
     blk: Any = unwrapped(outer)
     native = blk.dynamic_mask or grid == tuple(blk.input_resolution)
     block = Block(
-        run=partial(_on_map, outer, grid),
+        run=partial(on_map, outer, grid),
         norm1=blk.norm1,
-        attn=partial(_on_map, partial(_attn, blk), grid),
+        attn=partial(on_map, partial(_attn, blk), grid),
         scale1=blk.drop_path1,
         norm2=blk.norm2,
         mlp=blk.mlp,
@@ -109,10 +110,6 @@ def _block(outer: Any, grid: tuple[int, int]) -> Block:
     )
     # The backbone's own forward would take the mask of its own grid.
     return block if native else Block(**{**vars(block), "run": block.equation})
-
-
-def _on_map(f: Fn, grid: tuple[int, int], x: Tensor) -> Tensor:
-    return f(x.unflatten(1, grid)).flatten(1, 2)
 
 
 def _attn(blk: Any, x: Tensor) -> Tensor:

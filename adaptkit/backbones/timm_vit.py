@@ -8,54 +8,36 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adaptkit.backbones._parallel import first_norm, is_parallel, parallel_block
+from adaptkit.backbones._parallel import is_parallel, parallel_block
 from adaptkit.backbones._timm import (
     REMEDY,
     add_prefix_and_positions,
     block_list,
     by_head,
-    channels,
     class_name,
-    classifier_logits,
-    head_count,
     is_bare,
-    is_checkpointing,
+    is_named,
     joined,
-    patch_kernel,
-    patch_side,
     patchify,
     perceptron,
     split_qkv,
-    timm_answers,
-    timm_sizes,
-    timm_source,
 )
+from adaptkit.backbones._timm_plain import TimmPlain
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, Fn, Projections, Source, Spec, ViT, identity
+from adaptkit.core.view import Block, Fn, Projections, identity
 
 
 @register_family(
     "timm.models.vision_transformer.VisionTransformer",
     "timm.models.deit.VisionTransformerDistilled",
 )
-class TimmViT(ViT):
+class TimmViT(TimmPlain):
     """Blocks ``x + ls(attn(norm(x)))``; absolute positions, resampled bicubic with antialias as timm does."""
 
+    family = "timm-vit"
     positions = "bicubic antialias"
     position_rules = ("bicubic antialias", "bicubic")
-
-    def __init__(self, backbone: Any) -> None:
-        sizes = (
-            backbone.embed_dim,
-            len(backbone.blocks),
-            head_count(backbone),
-            patch_side(backbone),
-            backbone.num_prefix_tokens,
-        )
-        spec = Spec("timm-vit", *sizes, channels(backbone))
-        super().__init__(backbone, spec)
-        self.splits = all(_splits(unwrapped(blk)) for blk in backbone.blocks)
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patches, prefix, positions, CLIP's ``norm_pre``."""
@@ -66,42 +48,6 @@ class TimmViT(ViT):
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:
         """timm's own blocks."""
         return [timm_block(blk) for blk in block_list(self.backbone.blocks)]
-
-    def norm(self, x: Tensor) -> Tensor:
-        """``backbone.norm``; the identity where timm norms after pooling (``fc_norm``)."""
-        return self.backbone.norm(x)
-
-    def classify(self, x: Tensor) -> Tensor | None:
-        """``backbone.forward_head`` where it has classes."""
-        return classifier_logits(self.backbone, x)
-
-    def is_checkpointing(self) -> bool:
-        """As ``set_grad_checkpointing`` left it."""
-        return is_checkpointing(self.backbone)
-
-    def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """Patch kernel, first and last norms."""
-        backbone: Any = self.backbone
-        first, last = unwrapped(backbone.blocks[0]), unwrapped(backbone.blocks[-1])
-        if is_parallel(first):
-            return {"patch": patch_kernel(backbone), "first": first_norm(first).weight, "last": first_norm(last).weight}
-        return {"patch": patch_kernel(backbone), "first": first.norm1.weight, "last": last.norm2.weight}
-
-    def source(self) -> Source:
-        """From ``pretrained_cfg``."""
-        return timm_source(self)
-
-    def sizes(self) -> Sequence[tuple[int, int]]:
-        """The backbone's own, and another where it takes any."""
-        return timm_sizes(self.backbone)
-
-    def reference(self, image: Tensor) -> Tensor:
-        """``backbone.forward_features``."""
-        return self.backbone.forward_features(image)
-
-    def answers(self, tokens: Tensor) -> Sequence[Tensor]:
-        """``backbone.forward_head`` of them, or the tokens."""
-        return timm_answers(self.backbone, tokens)
 
 
 def timm_block(outer: Any) -> Block:
@@ -121,13 +67,9 @@ def timm_block(outer: Any) -> Block:
         "perceptron": partial(perceptron, blk.mlp),
     }
     scale1, scale2 = _scales(blk, "ls1", "drop_path1"), _scales(blk, "ls2", "drop_path2")
-    if any(cls.__name__ == "ResPostBlock" for cls in type(blk).__mro__):  # x + norm(attn(x)): the norm as LayerScale
+    if is_named(blk, "ResPostBlock"):  # x + norm(attn(x)): the norm as LayerScale
         return Block(run=outer, norm1=identity, scale1=blk.norm1, norm2=identity, scale2=blk.norm2, **parts)
     return Block(run=outer, norm1=blk.norm1, scale1=scale1, norm2=blk.norm2, scale2=scale2, **parts)
-
-
-def _splits(blk: Any) -> bool:
-    return not is_parallel(blk) and getattr(unwrapped(blk.attn), "gate", None) is None
 
 
 def _scales(blk: Any, *names: str) -> Fn:
@@ -140,8 +82,7 @@ def _projections(attn: Any) -> Projections | None:
 
     if not (is_bare(attn, Attention) and isinstance(attn.norm, nn.Identity)):
         return None
-    bare = is_bare(attn.qkv, nn.Linear) and is_bare(attn.proj, nn.Linear)
-    return by_head(attn.qkv, attn.proj, attn.num_heads, (attn.q_norm, attn.k_norm)) if bare else None
+    return by_head(attn.qkv, attn.proj, attn.num_heads, (attn.q_norm, attn.k_norm))
 
 
 def _qkv(attn: nn.Module, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:

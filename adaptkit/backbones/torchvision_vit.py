@@ -7,14 +7,14 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.backbones._mha import mha_parts
-from adaptkit.backbones._timm import block_list, is_bare
+from adaptkit.backbones._timm import block_list, is_bare, output_of, resampled, two_layers
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block, Perceptron, Source, Spec, ViT, identity
+from adaptkit.ops.grid import map_to_tokens
 
 
 @register_family("torchvision.models.vision_transformer.VisionTransformer")
@@ -36,7 +36,7 @@ class TorchvisionViT(ViT):
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """``backbone.conv_proj``, class token, positions, dropout."""
         backbone: Any = self.backbone
-        x = backbone.conv_proj(image).flatten(2).transpose(1, 2)
+        x = map_to_tokens(backbone.conv_proj(image))
         x = torch.cat([backbone.class_token.expand(len(x), -1, -1), x], dim=1)
         return backbone.encoder.dropout(x + _positions(backbone, grid))
 
@@ -68,11 +68,7 @@ class TorchvisionViT(ViT):
 
     def reference(self, image: Tensor) -> Tensor:
         """What a copy's ``heads`` are given, with the encoder that says all its tokens: its last norm's output."""
-        kept: list[Tensor] = []
-        hook = self.backbone.encoder.register_forward_hook(lambda module, args, out: kept.append(out))
-        self.backbone(image)
-        hook.remove()
-        return kept[0]
+        return output_of(self.backbone.encoder, self.backbone, image)
 
     def answers(self, tokens: Tensor) -> Sequence[Tensor]:
         """``backbone.heads`` of the class token."""
@@ -94,9 +90,7 @@ def _positions(backbone: Any, grid: tuple[int, int]) -> Tensor:
     table, side = backbone.encoder.pos_embedding, backbone.image_size // backbone.patch_size
     if grid == (side, side):
         return table
-    square = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    patches = F.interpolate(square, size=grid, mode="bicubic", align_corners=True).flatten(2).transpose(1, 2)
-    return torch.cat([table[:, :1], patches], dim=1)
+    return torch.cat([table[:, :1], resampled(table[:, 1:], grid, corners=True)], dim=1)
 
 
 def _block(outer: Any) -> Block:
@@ -117,5 +111,4 @@ def _block(outer: Any) -> Block:
 def _perceptron(mlp: Any) -> Perceptron | None:
     """See the FFN layer by layer; None where layers are replaced (LoRA)."""
     linear = [m for m in mlp if isinstance(m, nn.Linear)]
-    bare = is_bare(mlp, type(unwrapped(mlp))) and len(linear) == 2 and all(is_bare(m, nn.Linear) for m in linear)
-    return Perceptron(linear[0], mlp[1], linear[1]) if bare else None
+    return two_layers(linear[0], mlp[1], linear[1]) if is_bare(mlp, type(unwrapped(mlp))) and len(linear) == 2 else None

@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from adaptkit.core import registry
+    from adaptkit.core.towers import class_path
     from adaptkit.core.view import Spec
     from adaptkit.hub.file import say_spec
     from adaptkit.ops.grid import cells
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
         towers, _ = registry.inside(model)
         if not towers:
             raise
-        given = [("given", f"{type(model).__module__}.{type(model).__qualname__}"), ("attach it", f"no: {error}")]
+        given = [("given", class_path(type(model))), ("attach it", f"no: {error}")]
         given += [("hand over", str(tower)) for tower in towers]
         model = towers[0].module
         vit = registry.view(model)
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         structure = ("width, depth, heads", f"{spec.embed_dim}, {spec.depth}, {spec.num_heads}")
     rows = [
         *given,
-        ("class", f"{type(vit.backbone).__module__}.{type(vit.backbone).__qualname__}"),
+        ("class", class_path(type(vit.backbone))),
         ("family", spec.family),
         ("source", source.id or "unnamed"),
         structure,
@@ -84,9 +85,7 @@ def _built(name: str, pretrained: bool) -> Any:
     try:
         with torch.device("meta"):
             return cls(cls.config_class())
-    except (
-        Exception
-    ) as error:  # of many kinds: a config without defaults, a model that asks for values while it is built
+    except Exception as error:  # of many kinds: no default config, values that are asked for while it is built
         raise ValueError(
             f"{name} cannot be built from its default config ({str(error).splitlines()[0]}): give the folder "
             "or the Hub id of one"

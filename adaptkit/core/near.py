@@ -26,10 +26,10 @@ def nearest(name: object, known: Iterable[object]) -> str | None:
     return by_key[found[0]] if found else None
 
 
-def hint(name: object, known: Iterable[object], prefix: str = "") -> str:
+def hint(name: object, known: Iterable[object]) -> str:
     """Return `` (did you mean 'vit-adapter'?)`` to be put behind a wrong name, or nothing where no name is near."""
     found = nearest(name, known)
-    return "" if found is None or found == name else f" (did you mean {prefix + found!r}?)"
+    return "" if found is None or found == name else f" (did you mean {found!r}?)"
 
 
 def beside(path: str | os.PathLike[str]) -> str:

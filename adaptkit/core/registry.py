@@ -30,6 +30,7 @@ from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import View
 
 __all__ = [
+    "OWN_FAMILY",
     "Entry",
     "ForeignLayout",
     "adapters",
@@ -47,6 +48,9 @@ __all__ = [
 ]
 
 T = TypeVar("T", bound=type)
+
+#: What errors say of a class that no family sees.
+OWN_FAMILY = "subclass adaptkit.core.view.ViT and decorate it with @adaptkit.register_family('package.module.Class')"
 
 
 class Entry(NamedTuple):
@@ -208,8 +212,7 @@ def view(model: nn.Module) -> Any:
         except AttributeError as error:
             raise TypeError(
                 f"this {type(model).__name__} is not built as {_as_built(model)}: {error}. Hand "
-                "over one whose parts are that class's own, or register a family for it: subclass "
-                "adaptkit.core.view.ViT and decorate it with @adaptkit.register_family('package.module.Class')"
+                f"over one whose parts are that class's own, or register a family for it: {OWN_FAMILY}"
             ) from error
     known = families()
     said = said_of(model, *inside(model), first_of(model, _REFUSALS))
@@ -218,8 +221,7 @@ def view(model: nn.Module) -> Any:
     names = ", ".join(sorted({path.rpartition(".")[2] for path in known}))
     raise TypeError(
         f"no family sees {class_path(type(model))}; known backbones: {names}. Another class "
-        "needs a family: subclass adaptkit.core.view.ViT and decorate it with "
-        "@adaptkit.register_family('package.module.Class')"
+        f"needs a family: {OWN_FAMILY}"
     )
 
 

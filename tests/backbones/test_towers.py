@@ -7,9 +7,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from containers import HELD, REFUSED
-from families import DEPTH
-from towers import TOWERS
+from containers import HELD, REFUSED, VISION
+from towers import OPTIONS, TOWERS
 
 import adaptkit
 from adaptkit.cli import main
@@ -18,7 +17,6 @@ from adaptkit.model.proof import prove
 
 #: They take a second or more to build or to run: the full tier.
 SLOW = {"timm VisionTransformer (R50 hybrid)"}
-OPTIONS = {"vit-adapter": {"conv_inplane": 8}, "metaformer": {"width": 8}}
 towers = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.full] if name in SLOW else []) for name in TOWERS]
 )
@@ -119,7 +117,7 @@ def test_a_model_around_a_tower_says_which_attribute_to_hand_over_and_that_one_a
         adaptkit.attach(model, "sfp")
     adapted = adaptkit.attach(model.get_submodule(path), ("metaformer", OPTIONS["metaformer"])).eval()
     assert adapted(image(32, 32)).tokens.isfinite().all()
-    assert adapted.vit.spec.depth in (DEPTH, 4)
+    assert adapted.vit.spec.depth == VISION["num_hidden_layers"]
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -168,11 +166,15 @@ def test_doctor_takes_a_class_of_transformers_and_says_what_to_do(name, said, ca
     assert "yes: " in out
 
 
-def test_doctor_says_why_a_class_is_refused(capsys):
-    assert main(["doctor", "Qwen2VLModel"]) != 0
-    assert "packed into one row of patches" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("Qwen2VLModel", "packed into one row of patches"), ("DPTForSemanticSegmentation", "no family sees")],
+)
+def test_doctor_says_why_a_class_is_refused(name, said, capsys):
+    assert main(["doctor", name]) != 0
+    assert said in capsys.readouterr().err
 
 
 def test_doctor_asks_for_a_folder_where_a_class_has_no_default_config(capsys):
-    assert main(["doctor", "DPTForSemanticSegmentation"]) != 0
-    assert "no family sees" in capsys.readouterr().err
+    assert main(["doctor", "TimmBackbone"]) != 0
+    assert "TimmBackbone cannot be built from its default config" in capsys.readouterr().err
