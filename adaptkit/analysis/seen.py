@@ -6,8 +6,6 @@ would hide what is between them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -18,6 +16,7 @@ from adaptkit.adapters.dat import DATKV, DATBlock
 from adaptkit.adapters.vit_adapter import Injector
 from adaptkit.adapters.vit_adapter.config import STRIDES
 from adaptkit.core.hierarchical import HierarchicalSpec
+from adaptkit.core.tree import evaluating
 from adaptkit.core.view import Block, Fn
 from adaptkit.mixers.base import Layout
 from adaptkit.mixers.dat import Convention, DeformableAttention, reference_points, to_cells
@@ -26,7 +25,7 @@ from adaptkit.mixers.msda import MSDeformAttn
 from adaptkit.model.adapted import AdaptedModel
 from adaptkit.seam import reference
 
-__all__ = ["Seen", "evaluating", "look", "moved"]
+__all__ = ["Seen", "cell_of", "look", "moved"]
 
 READERS = (DeformableAttention, DeformableCrossAttention, MSDeformAttn)
 Grid = tuple[int, int]
@@ -54,16 +53,10 @@ def look(model: nn.Module, image: Tensor) -> dict[str, Seen]:
     return seen
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, every module is in eval mode; afterwards each is as it was."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+def cell_of(query: tuple[float, float], seen: Seen) -> int:
+    """Return the index of the cell that holds a pixel (y, x), the nearest one for a pixel outside of the grid."""
+    y, x = (min(max(int(v // seen.stride), 0), n - 1) for v, n in zip(query, seen.grid))
+    return y * seen.grid[1] + x
 
 
 # ---- attention that is a module: DAT's, msda and dat as mixers, injectors and extractors

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from adaptkit import _cpu  # noqa: F401  fast paths are registered by importing them
 from adaptkit.adapters.base import BlockAdapter, ExistingLayers, Trace, wrapped
 from adaptkit.core import registry
+from adaptkit.core.tree import evaluating
 from adaptkit.core.view import Features, View
 from adaptkit.features.cached import CachedFeatures
 from adaptkit.features.replay import CachedView, Replay, replay
@@ -353,13 +354,8 @@ class AdaptedModel(Predicts, ShownModel, Facts, NamedSets):
         Returns the largest such difference over all outputs. Raises ``RuntimeError`` where it exceeds the tolerance,
         and ``TypeError`` where no adapter runs in more than one way.
         """
-        modes = [(m, m.training) for m in self.modules()]
-        self.eval()
-        try:
+        with evaluating(self):
             pairs = {what: two for a in self._acting for what, two in a.ways(self, self.vit, image).items()}
-        finally:
-            for module, mode in modes:
-                module.training = mode
         if not pairs:
             raise TypeError(
                 f"{', '.join(self._acting.adapters) or 'no adapter'}: nothing to verify, it runs in one way; 'adavit' "

@@ -1,6 +1,8 @@
 """The papers' figures: identities that their numbers keep, on hosts of every kind, and files that can be opened."""
 
+import importlib
 import math
+import pkgutil
 import sys
 from pathlib import Path
 
@@ -31,11 +33,11 @@ from adaptkit.analysis import (
 )
 from adaptkit.analysis.attention import attentions, centres
 from adaptkit.analysis.distance import distances, even_distance
-from adaptkit.analysis.feature_pca import otsu
 from adaptkit.analysis.patches import PositionSimilarity
+from adaptkit.analysis.pca import otsu
 from adaptkit.analysis.principal import principal
 from adaptkit.analysis.seen import Seen
-from adaptkit.analysis.spectrum import _curve, _log_amplitude, diagonal
+from adaptkit.analysis.spectra import _curve, _log_amplitude, diagonal
 
 ODD = torch.randn(2, 3, 37, 53, generator=torch.Generator().manual_seed(0))
 
@@ -46,6 +48,12 @@ def build(name):
 
 def seen(weights, grid, stride):
     return Seen(centres(grid, stride)[None, None, None], weights, grid, stride)
+
+
+def test_no_figure_hides_the_module_of_its_name():
+    for found in pkgutil.iter_modules(adaptkit.analysis.__path__):
+        module = importlib.import_module(f"adaptkit.analysis.{found.name}")
+        assert getattr(adaptkit.analysis, found.name) is module
 
 
 # ---- distance
