@@ -31,9 +31,10 @@ from adaptkit.model.owner import Owner, check_free
 from adaptkit.model.parts import AdapterSet, view_of
 from adaptkit.model.proof import prove
 from adaptkit.model.queries import described_by
-from adaptkit.model.sets import NamedSets, build_set, checked_name, ordinarily
+from adaptkit.model.sets import build_set, checked_name, ordinarily
 from adaptkit.model.shown import ShownModel
 from adaptkit.model.trainable import check_trained, tensors_in
+from adaptkit.model.verbs import Verbs
 from adaptkit.predict.predicts import Predicts
 from adaptkit.predict.tasks import TASKS, Described
 
@@ -101,14 +102,19 @@ def attach(
         prove(vit)
         if positions is not None:
             vit.follow(positions)
-        found = (entry.module.existing(vit.backbone) for entry in registry.adapters().values())  # type: ignore[attr-defined]
-        existing: ExistingLayers | None = next((layers for layers in found if layers is not None), None)
+        existing = _existing(vit.backbone)
         own = () if existing is None else (existing.config,)
         built, loaded = build_set((*own, *adapters), head, vit, strict, train_backbone)
         if existing is not None:
             existing.share(built.adapters[existing.adapter])
         check_trained(vit, built, run)
         return AdaptedModel(model, vit, built, name, Owner(existing)).train(not loaded)
+
+
+def _existing(backbone: nn.Module) -> ExistingLayers | None:
+    """The adapter that a backbone came with, if any: the LoRA of a ``PeftModel``."""
+    found = (entry.module.existing(backbone) for entry in registry.adapters().values())  # type: ignore[attr-defined]
+    return next((layers for layers in found if layers is not None), None)
 
 
 def list_adapters() -> list[str]:
@@ -177,7 +183,7 @@ def describe(
     return Described(answers, said, lambda image: run_it(image).logits)
 
 
-class AdaptedModel(Predicts, ShownModel, Facts, NamedSets):
+class AdaptedModel(Predicts, ShownModel, Facts, Verbs):
     """A frozen backbone with adapters, as :func:`attach` builds it; ``model(image)`` returns ``Features``.
 
     The backbone is never trained: no parameter of it requires a gradient and it stays in eval mode whatever
