@@ -146,7 +146,7 @@ def __getattr__(name: str) -> Any:
 
 def _opened(module: Any) -> Any:
     """Let a package import its own modules when they are asked for: ``adaptkit.ops.pool``."""
-    if hasattr(module, "__path__") and "__getattr__" not in vars(module):
+    if "__path__" in vars(module) and "__getattr__" not in vars(module):  # a path makes a module a package
 
         def inside(name: str) -> Any:
             if name in [found.name for found in pkgutil.iter_modules(module.__path__)]:

@@ -94,9 +94,7 @@ def read(stored: Any, name: str = "", pixels: bool = True, channels: int = CHANN
         wide, turn = _is_wide(image), _orientation(image)  # in this order: to ask for EXIF may load the pixels
         if pixels:
             image.load()
-        if pixels and turn != _orientation(
-            image
-        ):  # Pillow turns a TIFF by itself: turn it back, so that all formats are alike
+        if pixels and turn != _orientation(image):  # Pillow turns a TIFF by itself: as all formats, it is turned back
             image = image.transpose(_BACK[turn])
     except Exception as error:  # each decoder has errors of its own, and a torn file meets them all
         unknown = isinstance(error, UnidentifiedImageError)

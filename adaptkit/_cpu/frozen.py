@@ -70,11 +70,9 @@ def _is_frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 
 def _frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(..., in) -> (..., out). The rows are laid out first: what a Function returns as a view bears no ``+=``."""
-    return (
-        _FrozenLinear.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
-        if x.ndim > 2
-        else (_FrozenLinear.apply(x, weight, bias))
-    )
+    if x.ndim <= 2:
+        return _FrozenLinear.apply(x, weight, bias)
+    return _FrozenLinear.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
 
 
 class _FrozenLinear(torch.autograd.Function):

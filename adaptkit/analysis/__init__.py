@@ -5,17 +5,17 @@ A figure is a result with numbers in it, ``.figure()`` and ``.save("name.pdf")``
 """
 
 from adaptkit.analysis import accounting
-from adaptkit.analysis.attention_maps import attention_maps
 from adaptkit.analysis.cam import grad_cam
 from adaptkit.analysis.distance import attention_distance
-from adaptkit.analysis.feature_pca import feature_pca
 from adaptkit.analysis.kept import kept_patches, usage_by_depth
+from adaptkit.analysis.keys import offset_lengths, query_keys
+from adaptkit.analysis.maps import attention_maps
 from adaptkit.analysis.patches import position_similarity, rgb_filters
+from adaptkit.analysis.pca import feature_pca
 from adaptkit.analysis.points import attended_keys, deformed_points, sampling_points
 from adaptkit.analysis.pyramids import GammaByStep, feature_maps, gamma_by_depth
-from adaptkit.analysis.query_keys import offset_lengths, query_keys
-from adaptkit.analysis.rollout import rollout
-from adaptkit.analysis.spectrum import spectrum
+from adaptkit.analysis.rollouts import rollout
+from adaptkit.analysis.spectra import spectrum
 
 __all__ = [
     "GammaByStep",

@@ -12,8 +12,7 @@ softmax and activations are not counted, as everywhere in the literature.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaptkit.adapters.adavit import AdaViT
+from adaptkit.core.tree import evaluating
 from adaptkit.core.view import Block, Features
 from adaptkit.model.adapted import AdaptedModel
 
@@ -71,7 +71,7 @@ def costs(model: AdaptedModel, size: tuple[int, int]) -> Costs:
     Raises ``TypeError`` where the model has no AdaViT gates.
     """
     adapter = AdaViT.of(model)
-    with torch.no_grad(), _evaluating(model), adapter.opened():
+    with torch.no_grad(), evaluating(model), adapter.opened():
         parameter = next(model.backbone.parameters())
         image = torch.zeros(1, model.spec.channels, *size, device=parameter.device, dtype=parameter.dtype)
         grid = model.vit.grid(image)
@@ -148,13 +148,3 @@ def _block(adapter: AdaViT, index: int, block: Block, x: Tensor, grid: tuple[int
         pair=2.0 * q.shape[1] * q.shape[3],
         gates=gates,
     )
-
-
-@contextmanager
-def _evaluating(model: AdaptedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.analysis.attention_maps import _refuse
-from adaptkit.analysis.seen import evaluating
 from adaptkit.analysis.style import Drawn, panels, pictured, show
-from adaptkit.analysis.watch import Host, batch, chosen, map_strides, run_watched, source_of, stages
+from adaptkit.analysis.watch import Host, chosen, map_strides, run_watched, single, source_of, stages
+from adaptkit.core.tree import evaluating
 from adaptkit.core.view import Block, Features
 from adaptkit.ops.grid import map_to_tokens
 from adaptkit.seam import reference
@@ -77,19 +76,16 @@ def grad_cam(
 
     Raises ``TypeError`` for a model without logits, and ``ValueError`` where the place has no say in the score.
     """
-    (one,) = given if len(given := batch(image)) == 1 else _refuse(given)
+    one = single(image)
     host = Host.of(model)
-    depth, strides = host.vit.spec.depth, stages(host.vit.spec)
-    asked = [at] if at is not None else [None, *range(depth - 1, -1, -1)]
+    asked = [at] if at is not None else [None, *reversed(range(host.vit.spec.depth))]
     for place in asked:
         found = _try(model, host, one, target, pixels, place)
         if found is not None:
-            a, slope, score, name, said = found
+            a, slope, score, leaf, said = found
             cam = (slope.mean((0, 1)) * a).sum(-1).relu().detach().float().cpu()
-            block = int(name.split()[1]) if name.startswith("block") else 0
-            stride = int(name.split()[1]) if name.startswith("map") else strides[block]
             (picture,) = pictured([one[0]], source_of(model, one.shape[1]))
-            return GradCAM(cam, score, name, stride, picture, said)
+            return GradCAM(cam, score, leaf.name, leaf.stride, picture, said)
     where = "no block" if at is None else f"at={at!r}"
     raise ValueError(
         f"{where} has a say in this score: the logits do not depend on the patches there. A class token reads the "
@@ -97,40 +93,48 @@ def grad_cam(
     )
 
 
+class _Leaf(NamedTuple):
+    a: Tensor  # A, (1, P+N, D) of a block or (1, D, h, w) of a map
+    name: str  # "block 10" or "map 16"
+    grid: tuple[int, int]
+    stride: int  # side of a cell in pixels
+
+
 def _try(
     model: nn.Module, host: Host, image: Tensor, target: Any, pixels: Any, at: int | str | None
-) -> tuple[Tensor, Tensor, float, str, str] | None:
+) -> tuple[Tensor, Tensor, float, _Leaf, str] | None:
     """Return A (h, w, D), dy/dA, y, the place and the target; None where y does not depend on A."""
-    leaf: list[tuple[Tensor, str, tuple[int, int]]] = []
+    made: list[_Leaf] = []
     index = chosen([at], host.vit.spec.depth)[0] if isinstance(at, int) else -1
 
     def visit(block: Block, i: int, x: Tensor, y: Tensor) -> Tensor | None:
         if i != index:
             return None
         y = y.detach().requires_grad_()
-        leaf[:] = [(y, f"block {i}", block.grid or (0, 0))]
+        made[:] = [_Leaf(y, f"block {i}", block.grid or (0, 0), stages(host.vit.spec)[i])]
         return y
 
     with torch.enable_grad(), evaluating(model), reference():
         features = run_watched(model, image, visit)
         if not isinstance(at, int):
-            features = _map_as_leaf(features, map_strides(model, features), at, leaf)
-            if not leaf:
+            features = _map_as_leaf(features, map_strides(model, features), at, made)
+            if not made:
                 return None
         logits = host.logits(features)
         score, said = _score(logits, target, pixels, image.shape[-2:])
-        a, name, grid = leaf[0]
+        (leaf,) = made
         if not score.requires_grad:
             return None
-        (slope,) = torch.autograd.grad(score, a, allow_unused=True)
+        (slope,) = torch.autograd.grad(score, leaf.a, allow_unused=True)
     if slope is None:
         return None
-    tokens = (a, slope) if a.ndim == 3 else (map_to_tokens(a), map_to_tokens(slope))
+    grid = leaf.grid
+    tokens = (x if x.ndim == 3 else map_to_tokens(x) for x in (leaf.a, slope))
     a, slope = (t[0, t.shape[1] - grid[0] * grid[1] :].unflatten(0, grid) for t in tokens)
-    return (a, slope, float(score.detach()), name, said) if bool(slope.any()) else None
+    return (a, slope, float(score.detach()), leaf, said) if bool(slope.any()) else None
 
 
-def _map_as_leaf(features: Features, strides: Sequence[int], at: str | None, leaf: list[Any]) -> Features:
+def _map_as_leaf(features: Features, strides: Sequence[int], at: str | None, made: list[_Leaf]) -> Features:
     """Make a map of the pyramid a leaf: the one at ``"map <stride>"``, or the coarsest."""
     maps = {stride: i for i, stride in enumerate(strides)} if features.maps else {}
     if at is not None and (not at.startswith("map ") or not at[4:].isdecimal() or int(at[4:]) not in maps):
@@ -140,7 +144,7 @@ def _map_as_leaf(features: Features, strides: Sequence[int], at: str | None, lea
         return features
     stride = max(maps) if at is None else int(at[4:])
     own = features.maps[maps[stride]].detach().requires_grad_()
-    leaf[:] = [(own, f"map {stride}", (own.shape[-2], own.shape[-1]))]
+    made[:] = [_Leaf(own, f"map {stride}", (own.shape[-2], own.shape[-1]), stride)]
     return features._replace(maps=tuple(own if i == maps[stride] else m for i, m in enumerate(features.maps)))
 
 

@@ -1,4 +1,8 @@
-"""What the pictures share: an image as it was before normalisation, and tiles on a sheet."""
+"""What the pictures share: an image as it was before normalisation, and tiles on a sheet.
+
+Kept patches and moved points are pictures, drawn pixel by pixel with Pillow, which is always there: recipes write them
+on machines without matplotlib, which the figures of :mod:`adaptkit.analysis.style` need.
+"""
 
 from __future__ import annotations
 

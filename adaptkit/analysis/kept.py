@@ -12,6 +12,8 @@ from torch import Tensor
 
 from adaptkit.adapters.adavit import AdaViT
 from adaptkit.analysis.draw import sheet, to_picture
+from adaptkit.analysis.watch import single
+from adaptkit.core.tree import evaluating
 from adaptkit.losses import KINDS
 from adaptkit.model.adapted import AdaptedModel
 
@@ -41,13 +43,9 @@ def kept_patches(model: AdaptedModel, image: Tensor, path: str | os.PathLike[str
     from PIL import Image
 
     gates = AdaViT.of(model)
-    if image.ndim == 3:
-        image = image[None]
-    if image.shape[0] != 1:
-        raise ValueError(f"image has shape {tuple(image.shape)}: a batch of {len(image)}; give one image")
-    training = model.training
-    features = model.eval()(image)
-    model.train(training)
+    image = single(image)
+    with evaluating(model):
+        features = model(image)
     height, width = features.size
     zoom = max(1, -(-SIDE // width))
     shown = to_picture(image[0], model.vit.source()).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)

@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from adaptkit.analysis.attention_maps import attention_maps
 from adaptkit.analysis.cam import grad_cam
 from adaptkit.analysis.distance import attention_distance
-from adaptkit.analysis.feature_pca import feature_pca
 from adaptkit.analysis.kept import kept_patches
+from adaptkit.analysis.keys import query_keys
+from adaptkit.analysis.maps import attention_maps
 from adaptkit.analysis.patches import position_similarity, rgb_filters
+from adaptkit.analysis.pca import feature_pca
 from adaptkit.analysis.points import deformed_points
 from adaptkit.analysis.pyramids import feature_maps, gamma_by_depth
-from adaptkit.analysis.query_keys import query_keys
-from adaptkit.analysis.rollout import rollout
-from adaptkit.analysis.spectrum import spectrum
+from adaptkit.analysis.rollouts import rollout
+from adaptkit.analysis.spectra import spectrum
 from adaptkit.analysis.style import Drawn, styled
 from adaptkit.analysis.watch import Host
 from adaptkit.model.adapted import AdaptedModel

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.analysis.principal import principal
-from adaptkit.analysis.seen import evaluating
 from adaptkit.analysis.style import MAP, Drawn, colour_bar, panels
 from adaptkit.analysis.watch import Host
+from adaptkit.core.tree import evaluating
 from adaptkit.core.view import ViT
 from adaptkit.ops.grid import cells, map_to_tokens
 from adaptkit.seam import reference

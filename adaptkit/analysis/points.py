@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from adaptkit.analysis.attention import centres
 from adaptkit.analysis.draw import sheet, to_picture
-from adaptkit.analysis.seen import Seen, look
+from adaptkit.analysis.seen import Seen, cell_of, look
+from adaptkit.analysis.watch import single, source_of
 from adaptkit.core.view import Source
-from adaptkit.model.adapted import AdaptedModel
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -63,12 +64,11 @@ def sampling_points(model: nn.Module, image: Tensor) -> dict[str, SamplingPoints
     Raises ``TypeError`` for a model without deformable attention, ``ValueError`` for a batch.
     """
     found = {}
-    for name, seen in _seen(model, _one(image)).items():
+    for name, seen in _seen(model, single(image)).items():
         queries, heads = seen.weights.shape[:2]
         points = seen.points.repeat_interleave(heads // seen.points.shape[1], dim=1).expand(queries, -1, -1, -1, -1)
-        rows, columns = ((torch.arange(n, device=points.device) + 0.5) * seen.stride for n in seen.grid)
-        centres = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)
-        found[name] = SamplingPoints(points, seen.weights, centres, seen.grid)
+        at = centres(seen.grid, seen.stride, points.device)
+        found[name] = SamplingPoints(points, seen.weights, at, seen.grid)
     return found
 
 
@@ -130,14 +130,6 @@ def attended_keys(
 # ---- looking
 
 
-def _one(image: Tensor) -> Tensor:
-    """(C, H, W) or (1, C, H, W) -> (1, C, H, W); ``ValueError`` for a batch."""
-    image = image[None] if image.ndim == 3 else image
-    if image.shape[0] != 1:
-        raise ValueError(f"image has shape {tuple(image.shape)}: a batch of {len(image)}; give one image")
-    return image
-
-
 def _seen(model: nn.Module, image: Tensor) -> dict[str, Seen]:
     seen = look(model, image)
     if not seen:
@@ -152,20 +144,12 @@ def _look(model: nn.Module, image: Tensor, source: Source | None) -> tuple[dict[
     """Run the model once; return what its deformable attentions did, the image as a picture, and its magnification."""
     from PIL import Image
 
-    image = _one(image)
+    image = single(image)
     seen = _seen(model, image)
     height, width = image.shape[-2:]
     zoom = max(1, -(-SIDE // width))
-    picture = to_picture(image[0], source or _source(model, image.shape[1]))
+    picture = to_picture(image[0], source or source_of(model, image.shape[1]))
     return seen, picture.resize((width * zoom, height * zoom), Image.Resampling.BICUBIC), zoom
-
-
-def _source(model: nn.Module, channels: int) -> Source:
-    if isinstance(model, AdaptedModel):
-        return model.vit.source()
-    from adaptkit.backbones._timm import cfg_source
-
-    return cfg_source(getattr(model, "pretrained_cfg", None), 0, channels)
 
 
 def _all_points(seen: Seen) -> Tensor:
@@ -179,18 +163,12 @@ def _scored(seen: Seen, query: tuple[float, float] | None) -> tuple[Tensor, Tens
     weights = seen.weights.unflatten(1, (groups, -1)).sum(2)  # (Q, g, L, K)
     points = seen.points
     if query is not None:
-        one = _cell(query, seen)
+        one = cell_of(query, seen)
         weights = weights[one : one + 1]
         points = points if shared else points[one : one + 1]
     elif shared:
         weights = weights.sum(0, keepdim=True)
     return points.transpose(0, 1).flatten(1, 3), weights.transpose(0, 1).flatten(1)
-
-
-def _cell(query: tuple[float, float], seen: Seen) -> int:
-    """Return the index of the cell that holds a pixel (y, x)."""
-    y, x = (min(max(int(v // seen.stride), 0), n - 1) for v, n in zip(query, seen.grid))
-    return y * seen.grid[1] + x
 
 
 # ---- drawing

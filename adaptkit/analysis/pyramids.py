@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from adaptkit.adapters.dat import DATBlock
 from adaptkit.adapters.vit_adapter import Injector, ViTAdapter
-from adaptkit.analysis.feature_pca import features_of
+from adaptkit.analysis.pca import features_of
 from adaptkit.analysis.principal import principal
-from adaptkit.analysis.spectrum import maps_of
+from adaptkit.analysis.spectra import maps_of
 from adaptkit.analysis.style import COLOURS, WIDTH, Drawn, pictured, show
-from adaptkit.analysis.watch import batch, source_of
+from adaptkit.analysis.watch import single, source_of
 from adaptkit.model.adapted import AdaptedModel
 
 __all__ = ["FeatureMaps", "GammaByStep", "Gammas", "feature_maps", "gamma_by_depth"]
@@ -62,7 +62,7 @@ def feature_maps(models: nn.Module | Mapping[str, nn.Module], image: Tensor) -> 
     percentile: what can be compared is where there is detail, not which colour it has.
     """
     named = dict(models) if isinstance(models, Mapping) else {"model": models}
-    (one,) = batch(image)
+    one = single(image)
     colours: dict[str, dict[int, Tensor]] = {}
     explained: dict[str, dict[int, Tensor]] = {}
     for name, model in named.items():

@@ -6,19 +6,18 @@ would hide what is between them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from adaptkit.adapters.base import BlockAdapter, SideAdapter, Trace, WrappedViT
 from adaptkit.adapters.dat import DATKV, DATBlock
 from adaptkit.adapters.vit_adapter import Injector
 from adaptkit.adapters.vit_adapter.config import STRIDES
+from adaptkit.analysis.watch import Host, run_watched, stages
 from adaptkit.core.hierarchical import HierarchicalSpec
-from adaptkit.core.view import Block, Fn
+from adaptkit.core.tree import evaluating
+from adaptkit.core.view import Block
 from adaptkit.mixers.base import Layout
 from adaptkit.mixers.dat import Convention, DeformableAttention, reference_points, to_cells
 from adaptkit.mixers.deformed import DeformableCrossAttention
@@ -26,7 +25,7 @@ from adaptkit.mixers.msda import MSDeformAttn
 from adaptkit.model.adapted import AdaptedModel
 from adaptkit.seam import reference
 
-__all__ = ["Seen", "evaluating", "look", "moved"]
+__all__ = ["Seen", "cell_of", "look", "moved"]
 
 READERS = (DeformableAttention, DeformableCrossAttention, MSDeformAttn)
 Grid = tuple[int, int]
@@ -54,16 +53,10 @@ def look(model: nn.Module, image: Tensor) -> dict[str, Seen]:
     return seen
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, every module is in eval mode; afterwards each is as it was."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+def cell_of(query: tuple[float, float], seen: Seen) -> int:
+    """Return the index of the cell that holds a pixel (y, x), the nearest one for a pixel outside of the grid."""
+    y, x = (min(max(int(v // seen.stride), 0), n - 1) for v, n in zip(query, seen.grid))
+    return y * seen.grid[1] + x
 
 
 # ---- attention that is a module: DAT's, msda and dat as mixers, injectors and extractors
@@ -147,7 +140,7 @@ def _stride(model: nn.Module, name: str, rows: int, image: Tensor) -> int:
         spec, parts = model.spec, name.split(".")
         if isinstance(spec, HierarchicalSpec) and "blocks" in parts:
             block = int(parts[parts.index("blocks") + 1])
-            return [s for s, depth in zip(spec.strides, spec.depths) for _ in range(depth)][block]
+            return stages(spec)[block]
         return spec.patch_size
     if isinstance(model, DAT):
         return model.feature_info[int(name.split(".")[1])]["reduction"]
@@ -155,26 +148,6 @@ def _stride(model: nn.Module, name: str, rows: int, image: Tensor) -> int:
 
 
 # ---- attention of the frozen blocks, as DAT-KV moves its keys
-
-
-class _Watch(BlockAdapter):
-    """DAT-KV as it is, noting what every block attends to."""
-
-    inside = True
-
-    def __init__(self, dat: DATKV, seen: dict[str, Seen]) -> None:
-        super().__init__(dat.spec, dat.config)
-        self.dat, self.seen = dat, seen
-
-    def wrap(self, block: Block, index: int, trace: Trace) -> Fn:
-        """(B, P+N, D) -> (B, P+N, D)."""
-        run = self.dat.wrap(block, index, trace)
-        return partial(self._run, run, block, index) if index in self.dat.config.blocks else run
-
-    def _run(self, run: Fn, block: Block, index: int, x: Tensor) -> Tensor:
-        deformed = cast(DATBlock, self.dat.blocks[str(index)])
-        self.seen[f"block {index}"] = moved(deformed, block, x, self.spec.patch_size)
-        return run(x)
 
 
 def moved(deformed: DATBlock, block: Block, x: Tensor, patch: int) -> Seen:
@@ -190,19 +163,18 @@ def moved(deformed: DATBlock, block: Block, x: Tensor, patch: int) -> Seen:
 
 
 def _by_adapter(model: AdaptedModel, image: Tensor) -> dict[str, Seen]:
-    """Run the model as it runs, its DAT-KV watched."""
+    """Look at every block in which DAT-KV moves the keys; nothing where it does not act."""
     seen: dict[str, Seen] = {}
-    blocks = [a for a in model.adapters.values() if isinstance(a, BlockAdapter)]
-    if not any(isinstance(a, DATKV) for a in blocks):
+    dat = next((a for a in Host.of(model).acting if isinstance(a, DATKV)), None)
+    if dat is None:
         return seen
-    watched = [_Watch(a, seen) if isinstance(a, DATKV) else a for a in blocks]
-    trace: Trace = {}
-    vit = WrappedViT(model.vit, watched, trace)
-    sides = [a for a in model.adapters.values() if isinstance(a, SideAdapter)]
-    if sides:
-        sides[0](vit, image, trace)
-    else:
-        vit.features(image)
+
+    def visit(block: Block, index: int, x: Tensor, y: Tensor) -> None:
+        if index in dat.config.blocks:
+            deformed = cast(DATBlock, dat.blocks[str(index)])
+            seen[f"block {index}"] = moved(deformed, block, x, model.spec.patch_size)
+
+    run_watched(model, image, visit)
     return seen
 
 

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from adaptkit.adapters.base import Adapter, BlockAdapter, SideAdapter, Trace
-from adaptkit.analysis.seen import evaluating
 from adaptkit.core import registry
 from adaptkit.core.hierarchical import HierarchicalSpec
+from adaptkit.core.tree import evaluating
 from adaptkit.core.view import Block, Features, Fn, Source, View
 from adaptkit.model.adapted import AdaptedModel, run
 from adaptkit.seam import reference
 
-__all__ = ["Host", "batch", "chosen", "map_strides", "run_watched", "source_of", "stages"]
+__all__ = ["Host", "batch", "chosen", "map_strides", "run_watched", "single", "source_of", "stages"]
 
 #: What is called for each block: the block, its index, its input and its output (B, P+N, D). What it returns, if not
 #: None, goes on in place of the output.
@@ -105,6 +105,14 @@ def batch(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
     if not found:
         raise ValueError("no image was given")
     return found
+
+
+def single(image: Tensor | Sequence[Tensor]) -> Tensor:
+    """One image, (C, H, W) or (1, C, H, W) -> (1, C, H, W). Raises ``ValueError`` for several."""
+    given = batch(image)
+    if len(given) > 1:
+        raise ValueError(f"the image is a batch of {len(given)}; give one image, (C, H, W)")
+    return given[0]
 
 
 def chosen(blocks: int | Sequence[int] | None, depth: int) -> tuple[int, ...]:

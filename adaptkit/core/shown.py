@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import textwrap
+from abc import ABC, abstractmethod
 from typing import Any
 
 from adaptkit.core.printable import printable
@@ -19,11 +20,12 @@ WIDTH = 110  #: characters of a line of text
 MOST = 400  #: characters of one cell
 
 
-class Shown:
+class Shown(ABC):
     """Mixin: ``repr`` is :func:`as_text` and a notebook shows :func:`as_html`, both of ``_shown()``."""
 
+    @abstractmethod
     def _shown(self) -> tuple[str, Rows]:
-        raise NotImplementedError
+        """Title and rows."""
 
     def __repr__(self) -> str:
         return as_text(*self._shown())

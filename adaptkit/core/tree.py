@@ -9,18 +9,45 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
-__all__ = ["at_rest", "blocks_of", "locate", "named_modules", "nested", "plain_name", "skeleton", "unwrapped"]
+__all__ = [
+    "at_rest",
+    "blocks_of",
+    "evaluating",
+    "locate",
+    "named_modules",
+    "nested",
+    "plain_name",
+    "skeleton",
+    "unwrapped",
+]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")  # of timm and transformers
 #: Under which name a wrapper holds its module: torch.compile, checkpoint_wrapper, FSDP 1.
 HELD = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, every module is in eval mode; afterwards each is as it was.
+
+    A model that is in it already is not touched, so that several threads may run it at once.
+    """
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

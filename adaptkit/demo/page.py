@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from adaptkit.demo.picture import COLOURS
+from adaptkit.demo.picture import COLOURS, rgb
 from adaptkit.demo.scoring import Result, Row, percent
 from adaptkit.report import Extra, Run
 from adaptkit.report import page as report
@@ -55,7 +55,7 @@ def _run(row: Row, result: Result) -> Run:
         "confusion": [list(counts) for counts in row.confusion],
         "pixels": [sum(counts) for counts in row.confusion],
         "classes": list(result.classes),
-        "palette": [[int(COLOURS[name][i : i + 2], 16) for i in (1, 3, 5)] for name in result.classes],
+        "palette": [list(rgb(COLOURS[name])) for name in result.classes],
     }
     costs = {
         "adapter": row.name,

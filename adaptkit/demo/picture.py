@@ -19,7 +19,7 @@ from adaptkit.demo.scoring import Result, percent
 if TYPE_CHECKING:
     from PIL import ImageDraw
 
-__all__ = ["COLOURS", "overlay", "picture"]
+__all__ = ["COLOURS", "overlay", "picture", "rgb"]
 
 COLOURS = {
     "smooth": "#88CCEE",
@@ -67,7 +67,7 @@ def overlay(image: np.ndarray, ids: np.ndarray, zoom: int = 1) -> np.ndarray:
     The image turns grey, so that every colour is that of a class; a dark line runs between two regions.
     """
     ids, image = (a.repeat(zoom, 0).repeat(zoom, 1) for a in (ids, image))
-    palette = np.array([_rgb(COLOURS[name]) for name in CLASSES], np.float32)
+    palette = np.array([rgb(COLOURS[name]) for name in CLASSES], np.float32)
     cover = np.array([COVER_THIN if name in THIN else COVER for name in CLASSES], np.float32)
     grey = image.astype(np.float32).mean(-1, keepdims=True)
     blended = grey + cover[ids][..., None] * (palette[ids] - grey)
@@ -97,5 +97,6 @@ def _legend(draw: ImageDraw.ImageDraw, left: int, top: int, width: int) -> None:
         draw.text((x + 30, top), name, fill=INK, font_size=SMALL)
 
 
-def _rgb(colour: str) -> tuple[int, int, int]:
+def rgb(colour: str) -> tuple[int, int, int]:
+    """``"#88CCEE"`` -> red, green and blue in 0..255."""
     return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)

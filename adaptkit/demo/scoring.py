@@ -46,7 +46,7 @@ class Result(NamedTuple):
 
     def to_json(self) -> str:
         """Return it as JSON; an IoU that is not defined is null."""
-        said: dict[str, Any] = {**self._asdict(), "rows": None}
+        said: dict[str, Any] = self._asdict()
         del said["rows"], said["seconds"]
         said["backbone_seconds"] = round(self.seconds, 2)
         said["ways"] = [

@@ -125,11 +125,7 @@ def push(
                 "change its visibility on the Hub, or push to another name. Nothing was uploaded"
             )
         header = json.loads((folder / CONFIG).read_text())
-        card = model_card(header, repo_id)
-        if CARD in {f.rfilename for f in info.siblings or []}:
-            old = api.hf_hub_download(repo_id, CARD, revision=info.sha, cache_dir=temporary)
-            card = renewed(card, Path(old).read_text(encoding="utf-8"), repo_id, header["metadata"])
-        (folder / CARD).write_text(card, encoding="utf-8")
+        (folder / CARD).write_text(_card(api, repo_id, info, header, temporary), encoding="utf-8")
         names = " + ".join(a["name"] for a in header["adapters"]) or "head"
         said = commit_message or f"Upload {names} with adaptkit"
         # parent_commit: the card was merged with this one and no other.
@@ -137,6 +133,15 @@ def push(
             repo_id=repo_id, folder_path=folder, revision=revision, commit_message=said, parent_commit=info.sha
         )
         return Commit(done.commit_url, done.oid)
+
+
+def _card(api: Any, repo_id: str, info: Any, header: dict[str, Any], cache_dir: str) -> str:
+    """Return the card for a repository as it stands: with the words of the card that is there."""
+    card = model_card(header, repo_id)
+    if CARD not in {file.rfilename for file in info.siblings or []}:
+        return card
+    old = api.hf_hub_download(repo_id, CARD, revision=info.sha, cache_dir=cache_dir)
+    return renewed(card, Path(old).read_text(encoding="utf-8"), repo_id, header["metadata"])
 
 
 def _fetch(repo_id: str, revision: str | None, subfolder: str, local_files_only: bool, options: dict[str, Any]) -> Path:

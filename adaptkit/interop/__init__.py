@@ -8,21 +8,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from adaptkit.core.near import hint
-from adaptkit.interop.adavit import adavit
-from adaptkit.interop.dat import dat
+from adaptkit.interop import adavit, dat, pmt, vit_adapter, vit_split
 from adaptkit.interop.peft import to_peft
-from adaptkit.interop.pmt import pmt
-from adaptkit.interop.vit_adapter import vit_adapter
-from adaptkit.interop.vit_split import vit_split
 
 __all__ = ["from_official", "to_peft"]
 
 _METHODS: dict[str, Callable[..., nn.Module]] = {
-    "adavit": adavit,
-    "dat": dat,
-    "pmt": pmt,
-    "vit-adapter": vit_adapter,
-    "vit-split": vit_split,
+    "adavit": adavit.adavit,
+    "dat": dat.dat,
+    "pmt": pmt.pmt,
+    "vit-adapter": vit_adapter.vit_adapter,
+    "vit-split": vit_split.vit_split,
 }
 
 

@@ -12,6 +12,7 @@ from adaptkit.core import registry
 from adaptkit.core.registry import view
 from adaptkit.core.view import Spec, ViT
 from adaptkit.heads.plain_mask import PlainMaskHeadConfig, even_layers
+from adaptkit.heads.plain_mask.config import LEVELS
 from adaptkit.model.adapted import AdaptedModel, attach
 from adaptkit.model.parts import check_tensors
 
@@ -24,7 +25,6 @@ _OF_BACKBONE = {
     "dim": "embed_dim", "embed_dim": "embed_dim", "patch": "patch_size", "patch_size": "patch_size",
     "num_prefix_tokens": "num_prefix_tokens", "depth": "depth",
 }  # fmt: skip
-LEVELS = 4  #: of every published decoder
 
 
 def pmt(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from adaptkit import _cpu  # noqa: F401  fast paths are registered by importing them
 from adaptkit.adapters.base import BlockAdapter, ExistingLayers, Trace, wrapped
 from adaptkit.core import registry
+from adaptkit.core.tree import evaluating
 from adaptkit.core.view import Features, View
 from adaptkit.features.cached import CachedFeatures
 from adaptkit.features.replay import CachedView, Replay, replay
@@ -30,9 +31,10 @@ from adaptkit.model.owner import Owner, check_free
 from adaptkit.model.parts import AdapterSet, view_of
 from adaptkit.model.proof import prove
 from adaptkit.model.queries import described_by
-from adaptkit.model.sets import NamedSets, build_set, checked_name, ordinarily
+from adaptkit.model.sets import build_set, checked_name, ordinarily
 from adaptkit.model.shown import ShownModel
 from adaptkit.model.trainable import check_trained, tensors_in
+from adaptkit.model.verbs import Verbs
 from adaptkit.predict.predicts import Predicts
 from adaptkit.predict.tasks import TASKS, Described
 
@@ -100,14 +102,19 @@ def attach(
         prove(vit)
         if positions is not None:
             vit.follow(positions)
-        found = (entry.module.existing(vit.backbone) for entry in registry.adapters().values())  # type: ignore[attr-defined]
-        existing: ExistingLayers | None = next((layers for layers in found if layers is not None), None)
+        existing = _existing(vit.backbone)
         own = () if existing is None else (existing.config,)
         built, loaded = build_set((*own, *adapters), head, vit, strict, train_backbone)
         if existing is not None:
             existing.share(built.adapters[existing.adapter])
         check_trained(vit, built, run)
         return AdaptedModel(model, vit, built, name, Owner(existing)).train(not loaded)
+
+
+def _existing(backbone: nn.Module) -> ExistingLayers | None:
+    """The adapter that a backbone came with, if any: the LoRA of a ``PeftModel``."""
+    found = (entry.module.existing(backbone) for entry in registry.adapters().values())  # type: ignore[attr-defined]
+    return next((layers for layers in found if layers is not None), None)
 
 
 def list_adapters() -> list[str]:
@@ -176,7 +183,7 @@ def describe(
     return Described(answers, said, lambda image: run_it(image).logits)
 
 
-class AdaptedModel(Predicts, ShownModel, Facts, NamedSets):
+class AdaptedModel(Predicts, ShownModel, Facts, Verbs):
     """A frozen backbone with adapters, as :func:`attach` builds it; ``model(image)`` returns ``Features``.
 
     The backbone is never trained: no parameter of it requires a gradient and it stays in eval mode whatever
@@ -353,13 +360,8 @@ class AdaptedModel(Predicts, ShownModel, Facts, NamedSets):
         Returns the largest such difference over all outputs. Raises ``RuntimeError`` where it exceeds the tolerance,
         and ``TypeError`` where no adapter runs in more than one way.
         """
-        modes = [(m, m.training) for m in self.modules()]
-        self.eval()
-        try:
+        with evaluating(self):
             pairs = {what: two for a in self._acting for what, two in a.ways(self, self.vit, image).items()}
-        finally:
-            for module, mode in modes:
-                module.training = mode
         if not pairs:
             raise TypeError(
                 f"{', '.join(self._acting.adapters) or 'no adapter'}: nothing to verify, it runs in one way; 'adavit' "

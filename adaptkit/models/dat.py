@@ -62,6 +62,19 @@ class MLP(nn.Module):
         return self.chunk(x.movedim(1, -1)).movedim(-1, 1)
 
 
+def attention(
+    letter: str, dim: int, heads: int, window: int, groups: int, grid: tuple[int, int], kernel: int, stride: int,
+    factor: float, use_pe: bool,
+) -> nn.Module:  # fmt: skip
+    """Return the attention of a block by its letter; ``ValueError`` for one that DAT does not have."""
+    if letter in ("L", "S"):
+        return ShiftedWindowAttention(dim, heads, window, math.ceil(window / 2) if letter == "S" else 0, grid)
+    if letter == "D":
+        bias: Literal["table"] | None = "table" if use_pe else None
+        return DeformableAttention(dim, heads, groups, grid, kernel, stride, factor, bias)
+    raise ValueError(f"block {letter!r} is none of DAT's L, S and D; N, P, Q, X and E belong to DAT++")
+
+
 class Stage(nn.Module):
     """The blocks of one resolution. ``layer_norms`` holds two per block: before ``attns`` and before ``mlps``."""
 
@@ -143,20 +156,11 @@ class DAT(nn.Module):
         for i, spec in enumerate(stage_spec):
             stride = patch_size * 2**i
             grid = (cells(size[0], stride), cells(size[1], stride))
-
-            def attention(letter: str, i: int = i, grid: tuple[int, int] = grid) -> nn.Module:
-                dim, window = dims[i], window_sizes[i]
-                if letter in ("L", "S"):
-                    return ShiftedWindowAttention(
-                        dim, heads[i], window, math.ceil(window / 2) if letter == "S" else 0, grid
-                    )
-                if letter == "D":
-                    bias: Literal["table"] | None = "table" if use_pes[i] else None
-                    factor = offset_range_factor[i]
-                    return DeformableAttention(dim, heads[i], groups[i], grid, KERNELS[i], strides[i], factor, bias)
-                raise ValueError(f"block {letter!r} is none of DAT's L, S and D; N, P, Q, X and E belong to DAT++")
-
-            attns = [attention(letter) for letter in spec]
+            attns = [
+                attention(letter, dims[i], heads[i], window_sizes[i], groups[i], grid, KERNELS[i], strides[i],
+                          offset_range_factor[i], use_pes[i])
+                for letter in spec
+            ]  # fmt: skip
             stages.append(
                 Stage(dim_stem if i == 0 else dims[i], dims[i], attns, expansion, [next(rates) for _ in spec])
             )

@@ -42,7 +42,9 @@ def sized(image: np.ndarray, largest: int = LARGEST) -> Image.Image:
     ratio = min(1.0, largest / max(height, width))
     size = max(1, round(width * ratio)), max(1, round(height * ratio))
     seen = Image.fromarray(image)
-    return seen.resize(size, Image.Resampling.BILINEAR if ratio > 0.5 else Image.Resampling.BOX) if ratio < 1 else seen
+    if ratio == 1:
+        return seen
+    return seen.resize(size, Image.Resampling.BILINEAR if ratio > 0.5 else Image.Resampling.BOX)
 
 
 #: What is drawn, and the names and colours of its legend, None where it needs none.

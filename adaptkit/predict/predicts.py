@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adaptkit.core.tree import evaluating
 from adaptkit.predict.answers import Answer
 from adaptkit.predict.pixels import listed, pixels
 from adaptkit.predict.tasks import TASKS, Asked, Described
@@ -21,14 +23,14 @@ __all__ = ["Predicts"]
 HELD = 1 << 24  #: values of the images that wait to run together
 
 
-class Predicts:
+class Predicts(ABC):
     """What a model has that turns pictures into answers; the model itself says how, by ``described()``."""
 
     vit: Any  #: the view of its backbone
 
+    @abstractmethod
     def described(self) -> Described:
         """Return what it predicts, and how."""
-        raise NotImplementedError
 
     @property
     def transform(self) -> Transform:
@@ -81,7 +83,7 @@ class Predicts:
         """Yield the answers one by one; pictures are read as they are needed."""
         described = self.described()
         task = TASKS[described.answers](self, described, self.transform, asked)
-        with torch.no_grad(), _evaluating(self):
+        with torch.no_grad(), evaluating(self) if isinstance(self, nn.Module) else nullcontext():
             held: list[Tensor] = []
             for image in images:
                 # A picture that cannot be batched with those before it lets them go first.
@@ -102,16 +104,3 @@ def _pair(value: Any) -> tuple[int, int] | None:
     if len(sides) != 2:
         raise ValueError(f"{value}: give height and width in pixels")
     return int(sides[0]), int(sides[1])
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Eval mode within; a model that is in it already is not touched, so that threads may predict at once."""
-    training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

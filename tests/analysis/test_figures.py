@@ -1,6 +1,8 @@
 """The papers' figures: identities that their numbers keep, on hosts of every kind, and files that can be opened."""
 
+import importlib
 import math
+import pkgutil
 import sys
 from pathlib import Path
 
@@ -31,11 +33,11 @@ from adaptkit.analysis import (
 )
 from adaptkit.analysis.attention import attentions, centres
 from adaptkit.analysis.distance import distances, even_distance
-from adaptkit.analysis.feature_pca import otsu
 from adaptkit.analysis.patches import PositionSimilarity
+from adaptkit.analysis.pca import otsu
 from adaptkit.analysis.principal import principal
 from adaptkit.analysis.seen import Seen
-from adaptkit.analysis.spectrum import _curve, _log_amplitude, diagonal
+from adaptkit.analysis.spectra import _curve, _log_amplitude, diagonal
 
 ODD = torch.randn(2, 3, 37, 53, generator=torch.Generator().manual_seed(0))
 
@@ -46,6 +48,12 @@ def build(name):
 
 def seen(weights, grid, stride):
     return Seen(centres(grid, stride)[None, None, None], weights, grid, stride)
+
+
+def test_no_figure_hides_the_module_of_its_name():
+    for found in pkgutil.iter_modules(adaptkit.analysis.__path__):
+        module = importlib.import_module(f"adaptkit.analysis.{found.name}")
+        assert getattr(adaptkit.analysis, found.name) is module
 
 
 # ---- distance
@@ -146,17 +154,21 @@ def test_attention_in_swins_windows_is_what_timm_computes(size):
             block.attn.softmax.register_forward_hook(lambda m, i, out: theirs.append(out))
     image = torch.randn(1, 3, *size)
     attentions(host, image, lambda a: ours.append(a.patches))
-    theirs = theirs[: len(ours)]
-    for mine, them in zip(ours, theirs):
-        if mine.grid[0] % 4 or mine.grid[1] % 4:
-            continue
-        weights = mine.weights[:, :, 0]  # (N, heads, K): the same rows, in another order
+    for mine, them in zip(ours, theirs, strict=True):
+        weights = mine.weights[:, :, 0].transpose(0, 1)  # (heads, N, K): timm's rows, in another order
+        rows = them.transpose(0, 1).flatten(1, 2)  # (heads, windows * 16, 16)
+        for a, b in zip(weights, rows):
+            if mine.grid[0] % 4 == mine.grid[1] % 4 == 0:
+                torch.testing.assert_close(ordered(a), ordered(b), rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(a.sum(-1), torch.ones(len(a)))
+            else:  # padded: each row is one of timm's, without what padding gets
+                near = (a[:, None, :, None] - b[None, :, None]).abs().amin(-1) < 1e-6  # (N, rows, K)
+                assert (near | (a == 0)[:, None]).all(-1).any(1).all()
+                assert ((a > 0).sum(-1) > 0).all()
 
-        def order(t):
-            return t.flatten(0, -2).sort(-1).values.sort(0).values
 
-        torch.testing.assert_close(order(weights), order(them.transpose(1, 2)), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
+def ordered(rows):
+    return rows.sort(-1).values.sort(0).values
 
 
 def test_a_swin_query_reads_its_own_window():

@@ -12,6 +12,7 @@ fit the three layers of transformers. It needs the backbone to be built, and not
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from adaptkit.adapters.base import WeightAdapter
 from adaptkit.adapters.lora.layer_names import meaning, resolved
-from adaptkit.adapters.lora.methods import ADDITIVE, BESIDE, PARAMETER, REFUSED, STARTS, UNMERGED, check_type
+from adaptkit.adapters.lora.methods import ADDITIVE, BESIDE, PARAMETER, REFUSED, STARTS, UNMERGED, check_type, type_of
 from adaptkit.adapters.lora.peft_layers import ADAPTER, ExistingPeftLayers, Kept, existing_layers, wrap
 from adaptkit.adapters.lora.saved_options import check_patterns, check_types
 from adaptkit.core.near import hint
@@ -86,12 +87,13 @@ class LoRAConfig:
         """From a config of peft: what differs from peft's defaults."""
         default = type(config)().to_dict()
         given = {k: v for k, v in config.to_dict().items() if k not in RECORDS and v != default[k]}
-        return cls.configure({"peft_type": _type(config), "options": given})
+        return cls.configure({"peft_type": type_of(config), "options": given})
 
     @classmethod
     def converted(cls, arg: Any) -> LoRAConfig | None:
         """Recognise a config of peft among the arguments of ``attach``."""
-        return cls.from_peft(arg) if hasattr(arg, "peft_type") and hasattr(arg, "to_dict") else None
+        peft = sys.modules.get("peft.config")  # where nobody has imported it, nothing is a config of it
+        return None if peft is None or not isinstance(arg, peft.PeftConfigMixin) else cls.from_peft(arg)
 
     def to_peft(self) -> Any:
         """Build peft's config. Raises ``ValueError`` for another kind of method or an option that cannot be."""
@@ -116,10 +118,6 @@ class LoRAConfig:
             known = sorted(set(kind().to_dict()) - set(RECORDS) - set(REFUSED))
             near = "".join(hint(name, known) for name in self.options if name not in known)
             raise ValueError(f"{self.peft_type}: {error}{near}; its options are {', '.join(known)}") from error
-
-
-def _type(config: Any) -> str:
-    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def _plain(value: Any) -> Any:

@@ -57,18 +57,14 @@ def resolved(backbone: nn.Module, peft_type: str, options: dict[str, Any]) -> di
 
 def _norms(backbone: nn.Module, targets: Any) -> str | list[str]:
     """Full paths of the layers of normalisation that these names mean; by default those of the blocks."""
-    there = [
-        p
-        for p, m in _modules(backbone).items()
-        if "Norm" in type(m).__name__ and m._parameters.get("weight") is not None
-    ]
     if isinstance(targets, str):
         return targets
-    named = (
-        [p for p in there if any(map(str.isdigit, p.split(".")))]
-        if targets is None
-        else [path for path in there if any(_names(path, target) for target in targets)]
-    )
+    norms = ((path, m) for path, m in _modules(backbone).items() if "Norm" in type(m).__name__)
+    there = [path for path, m in norms if m._parameters.get("weight") is not None]
+    if targets is None:
+        named = [path for path in there if any(map(str.isdigit, path.split(".")))]
+    else:
+        named = [path for path in there if any(_names(path, target) for target in targets)]
     strange = [t for t in targets or () if not any(_names(path, t) for path in there)]
     if strange or not named:
         last = sorted({path.rpartition(".")[2] for path in there})

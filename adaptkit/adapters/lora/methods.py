@@ -21,6 +21,7 @@ __all__ = [
     "TYPES",
     "UNMERGED",
     "check_type",
+    "type_of",
 ]
 
 #: Methods that change single layers, and how the names of their tensors there begin.
@@ -72,6 +73,11 @@ REFUSED = {
     "alora_invocation_tokens": _VOCABULARY,
     "use_asa": "its subspaces are chosen by calls after each step, which a training loop here does not make",
 }
+
+
+def type_of(config: Any) -> str:
+    """Return the method of a config of peft, which is a member of an enumeration there, or its plain name."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def check_type(peft_type: str, known: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from adaptkit.adapters.base import ExistingLayers
-from adaptkit.adapters.lora.methods import SHARED
+from adaptkit.adapters.lora.methods import SHARED, type_of
 from adaptkit.core.proxy import own_layer
 from adaptkit.core.tree import locate, named_modules, skeleton
 
@@ -42,7 +42,7 @@ def wrap(backbone: nn.Module, config: Any) -> tuple[dict[str, nn.Module], dict[s
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*peft_config. attribute.*")
             tuner: Any = TUNERS[config.peft_type](model, config, ADAPTER)
-    except (TypeError, NotImplementedError) as error:
+    except (TypeError, NotImplementedError) as error:  # an option of another type, and what this method cannot do
         raise ValueError(f"peft cannot put {config.peft_type} into {type(backbone).__name__}: {error}") from error
     finally:
         for parameter, flag in flags:  # the copy shares them, and peft freezes what is not its own
@@ -131,7 +131,7 @@ def existing_layers(backbone: nn.Module) -> ExistingPeftLayers | None:
             f"this PeftModel has {len(active)} active adapters ({', '.join(sorted(active))}); set_adapter() one"
         )
     (name,) = active
-    kind = str(getattr(configs[name].peft_type, "value", configs[name].peft_type))
+    kind = type_of(configs[name])
     if kind in SHARED:
         raise ValueError(
             f"the layers of this PeftModel have tensors of {kind} in common, which it keeps for itself: attach its "

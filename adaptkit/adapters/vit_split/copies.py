@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit.adapters.vit_split.unpacked import is_packed, is_plain, unpacked
 from adaptkit.core import registry
 from adaptkit.core.proxy import own_layer
 from adaptkit.core.tree import at_rest, blocks_of, skeleton, unwrapped
+from adaptkit.core.unpacked import is_packed, is_plain, unpacked
 from adaptkit.core.view import Block, ViT
 
 __all__ = ["BlockCopies", "common_names"]

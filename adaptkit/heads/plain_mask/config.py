@@ -12,7 +12,7 @@ from adaptkit.core.view import Spec
 __all__ = ["PlainMaskHeadConfig", "even_layers"]
 
 TASKS = ("semantic", "instance", "panoptic")
-LEVELS = 4
+LEVELS = 4  #: frozen blocks that every published decoder reads
 
 
 @dataclass(frozen=True)

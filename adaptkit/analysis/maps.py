@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.analysis.attention import Attention, attentions
-from adaptkit.analysis.seen import Seen
+from adaptkit.analysis.seen import Seen, cell_of
 from adaptkit.analysis.style import WIDTH, Drawn, colour_bar, pictured, share, show, star
-from adaptkit.analysis.watch import batch, source_of
-from adaptkit.ops.grid import cells
+from adaptkit.analysis.watch import single, source_of
 
 __all__ = ["AttentionMaps", "attention_maps", "query_cell"]
 
@@ -75,7 +74,7 @@ def attention_maps(
     Raises ``TypeError`` where a block's attention does not come apart, or its keys have moved (see ``query_keys``), and
     ``ValueError`` for a query outside of the image.
     """
-    (one,) = given if len(given := batch(image)) == 1 else _refuse(given)
+    one = single(image)
     size = (one.shape[-2], one.shape[-1])
     found: dict[int, Tensor] = {}
     strides: dict[int, int] = {}
@@ -93,10 +92,6 @@ def attention_maps(
     attentions(model, one, keep, blocks)
     (picture,) = pictured([one[0]], source_of(model, one.shape[1]))
     return AttentionMaps(found, at[0], strides, picture)
-
-
-def _refuse(given: Sequence[Tensor]) -> Any:
-    raise ValueError(f"{len(given)} images were given; give one, (C, H, W)")
 
 
 def _row(attention: Attention, query: int) -> Tensor:
@@ -118,4 +113,4 @@ def query_cell(query: tuple[float, float], seen: Seen, size: tuple[int, int]) ->
     (y, x), (height, width) = query, size
     if not (0 <= y < height and 0 <= x < width):
         raise ValueError(f"query {query} is outside of an image of {height}x{width} pixels; give (y, x) inside")
-    return cells(int(y) + 1, seen.stride) * seen.grid[1] - seen.grid[1] + cells(int(x) + 1, seen.stride) - 1
+    return cell_of(query, seen)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit.analysis.feature_pca import features_of
+from adaptkit.analysis.pca import features_of
 from adaptkit.analysis.style import COLOURS, MAP, WIDTH, Drawn, colour_bar
 from adaptkit.analysis.watch import batch, map_strides
 from adaptkit.ops.grid import tokens_to_map

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.analysis.principal import Principal, principal
-from adaptkit.analysis.seen import evaluating
-from adaptkit.analysis.style import Drawn, pictured, show
+from adaptkit.analysis.style import WIDTH, Drawn, pictured, show
 from adaptkit.analysis.watch import Host, batch, source_of
 from adaptkit.core.layers import check_choice
+from adaptkit.core.tree import evaluating
 from adaptkit.model.adapted import AdaptedModel
 
 __all__ = ["FeaturePCA", "feature_pca", "features_of", "otsu"]
@@ -44,7 +44,7 @@ class FeaturePCA(Drawn):
         tall, wide = max(p.shape[0] / p.shape[1] for p in self.pictures), len(self.pictures)
         columns = min(wide, 6)
         groups = [range(i, min(i + columns, wide)) for i in range(0, wide, columns)]
-        side = min(6.75 / columns, 2.2)
+        side = min(WIDTH / columns, 2.2)
         figure.set_size_inches(side * columns, 2 * len(groups) * side * tall + 0.05)
         grid = figure.add_gridspec(2 * len(groups), columns)
         for row, group in enumerate(groups):

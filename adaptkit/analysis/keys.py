@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.analysis.attention import Attention, attentions
-from adaptkit.analysis.attention_maps import _refuse, query_cell
+from adaptkit.analysis.maps import query_cell
 from adaptkit.analysis.seen import Seen, look
 from adaptkit.analysis.style import COLOURS, Drawn, panels, pictured, show, star
-from adaptkit.analysis.watch import batch, source_of
+from adaptkit.analysis.watch import single, source_of
 
 __all__ = ["QueryKeys", "offset_lengths", "query_keys"]
 
@@ -76,7 +76,7 @@ def query_keys(
     Raises ``TypeError`` for a model that shows no attention, ``ValueError`` for a query outside of the image.
     """
     named = dict(models) if isinstance(models, Mapping) else {"": models}
-    (one,) = given if len(given := batch(image)) == 1 else _refuse(given)
+    one = single(image)
     size = (one.shape[-2], one.shape[-1])
     points: dict[str, Tensor] = {}
     scores: dict[str, Tensor] = {}
@@ -173,7 +173,7 @@ def offset_lengths(model: nn.Module, image: Tensor, mask: Tensor | None = None) 
 
     Raises ``TypeError`` for a model without deformable attention, ``ValueError`` for a mask of another size.
     """
-    (one,) = given if len(given := batch(image)) == 1 else _refuse(given)
+    one = single(image)
     if mask is not None and tuple(mask.shape) != tuple(one.shape[-2:]):
         raise ValueError(f"mask has shape {tuple(mask.shape)} and the image {tuple(one.shape[-2:])}; give (H, W)")
     seen = {name: s for name, s in look(model, one).items() if s.reference is not None}
