@@ -26,13 +26,14 @@ from adaptkit.pictures import Picture, check_pair, numbers, pair
 
 from .data import open_dataset
 from .drawn import rooms
-from .engine import Task, run
+from .engine import run
 from .labels import some
 from .normalisation import normalise, source_of
 from .options import adapters, command, parser, read, validation
 from .order import Rows
 from .scores.depth import NAMES, DepthScores
 from .summary import Summary
+from .task import Task
 
 DEPTH_NAMES = ("depth", "depths", "depth_map", "disparity", "label", "mask")
 

@@ -31,12 +31,13 @@ from .coco import (
     average_precisions,
     open_instances,
 )
-from .engine import Task, run
+from .engine import run
 from .labels import warn_unseen
 from .normalisation import source_of
 from .options import adapters, command, parser, read
 from .scores.detection import image_f1
 from .summary import of_counts
+from .task import Task
 from .yolo import has_splits
 
 MODELS = ("mask-rcnn", "faster-rcnn", "retinanet", "fcos", queries.HEAD)

@@ -23,7 +23,7 @@ from adaptkit.create import create_backbone
 from adaptkit.ops.queries import merge
 
 from . import network, queries
-from .engine import Task, run
+from .engine import run
 from .labels import warn_unseen
 from .normalisation import source_of
 from .options import adapters, command, parser, read
@@ -31,7 +31,7 @@ from .panoptic_data import PanopticData, Segments, locate, read_segments, stacke
 from .scores.bootstrap import interval
 from .scores.segmentation import listed
 from .summary import of_counts
-from .task import attach_again, restore_adapted
+from .task import Task, attach_again, restore_adapted
 
 HEAD_HELP = """mask2former on the pyramid of an adapter, or plain-mask on the frozen backbone itself, without an
 adapter or with one that changes tokens (lora, ...)"""

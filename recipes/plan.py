@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import Tensor
 
 from adaptkit.analysis import accounting
@@ -26,11 +25,9 @@ from adaptkit.core.near import hint
 from .cached import DTYPES
 from .devices import together
 from .dry import Dry, bytes_of, fitting, peak_of, wrapped
-from .engine import placed
-from .initial import initialise
 from .log import clock, peak_memory
 from .options import precision
-from .order import folded
+from .prepare import opened, placed
 from .summary import about, as_json
 from .task import Task
 from .windows import Windows
@@ -60,10 +57,7 @@ def run(recipe: str, argv: list[str], in_json: bool = False) -> dict[str, Any]:
 
 def plan(task: Task, args: argparse.Namespace, accelerator: Accelerator) -> tuple[dict[str, Any], list[str]]:
     """Return what was measured, and the lines about the data."""
-    set_seed(folded(args.seed, 31))
-    model = task.build(args)
-    initialise(model, args)
-    train, val = task.data(args, model, True), task.data(args, model, False)
+    model, train, val = opened(task, args)
     windows = Windows.of(args, train, model)
     rows, chosen = wrapped(train, windows, args), None
     if args.batch_size == "auto":

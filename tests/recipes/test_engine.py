@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import adaptkit
-from recipes import options, segment
+from recipes import options, prepare, segment
 from recipes.average import Average
 from recipes.log import forget_after
 from recipes.optimising import linear
@@ -238,13 +238,11 @@ def test_the_linear_schedule_rises_and_falls_to_zero():
 
 
 def test_frameworks_that_would_save_the_backbone_are_refused(monkeypatch, tmp_path):
-    from recipes import engine
-
     fsdp = Namespace(distributed_type=Namespace(value="FSDP"))
-    monkeypatch.setattr(engine, "Accelerator", lambda **_: fsdp)
+    monkeypatch.setattr(prepare, "Accelerator", lambda **_: fsdp)
     args = Namespace(out=str(tmp_path), mixed_precision="no", accumulate=1, tracker=None)
     with pytest.raises(ValueError, match="configured for FSDP, whose checkpoints hold the frozen backbone"):
-        engine.start(segment.TASK, args)
+        prepare.start(segment.TASK, args)
 
 
 @pytest.mark.parametrize(("capabilities", "expected"), [({"avx512_bf16": True}, "bf16"), ({"avx512_bf16": False}, "no"), ({"amx_bf16": True}, "bf16"), ({}, "no")])  # fmt: skip

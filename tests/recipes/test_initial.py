@@ -11,8 +11,9 @@ from accelerate import Accelerator
 
 import adaptkit
 from recipes import network, segment
-from recipes.engine import evaluate, prepare
 from recipes.initial import initialise
+from recipes.prepare import prepare
+from recipes.validation import evaluate
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_folder import argv
