@@ -90,6 +90,22 @@ def test_every_recipe_of_the_loop_has_a_plan_in_one_screen(recipe, tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
+def test_validation_is_measured_on_the_largest_images_at_the_size_it_looks_at(folder, tmp_path, capsys):
+    from PIL import Image
+
+    argv = ["--train", folder, *QUICK[:-6], "--adapter", "none", "--batch-size", "2"]
+    write_folder(tmp_path / "val", size=(64, 96))
+    found = [plan(capsys, "segment", *argv, "--val", tmp_path / "val", "--resize", "native")]
+    for kind in ("images", "masks"):  # the last one, in the order of their names
+        file = sorted((tmp_path / "val" / kind).iterdir())[-1]
+        Image.open(file).resize((384, 256), Image.Resampling.NEAREST).save(file)
+    reset()
+    found.append(plan(capsys, "segment", *argv, "--val", tmp_path / "val", "--resize", "native"))
+    assert [one["validation_images"] for one in found] == ["the largest 2"] * 2
+    assert found[1]["validation_memory_bytes"] > found[0]["validation_memory_bytes"] + 3 * 256 * 384 * 4
+    assert found[1]["peak_memory_bytes"] == found[0]["peak_memory_bytes"]  # of training, which resizes
+
+
 def test_what_has_no_plan_says_what_has(capsys):
     assert cli.main(["plan", "vtab", "--data", "d"]) == 2
     assert "no plan for 'vtab'; there is one for segment, classify" in capsys.readouterr().err
