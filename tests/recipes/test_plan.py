@@ -5,14 +5,13 @@ import json
 import pytest
 import torch
 import yaml
+from runs import reset, write_folder
 from torch import nn
 
 import adaptkit.cli as cli
 from recipes import dry, segment, shapes
 from recipes.dry import bytes_of, largest, machine_memory, peak_of
 from recipes.options import batch_of
-
-from .test_segment import write_folder
 
 QUICK = ["--num-classes", "3", "--backbone", "test_vit", "--random-backbone", "--size", "32", "48", "--adapter-options",
          '{"conv_inplane": 8, "injector": false}', "--save-every", "0", "--steps", "2"]  # fmt: skip
@@ -26,12 +25,6 @@ def folder(tmp_path):
 def plan(capsys, *argv):
     assert cli.main(["plan", *map(str, argv), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
-
-
-def reset():
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_the_plan_is_what_the_run_does_and_nothing_is_written(folder, tmp_path, capsys):
