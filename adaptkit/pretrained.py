@@ -17,6 +17,7 @@ from torch import nn
 
 from adaptkit.core import registry
 from adaptkit.create import create_backbone
+from adaptkit.hub.file import normalised_by_file
 from adaptkit.hub.repository import load
 from adaptkit.model.adapted import attach
 from adaptkit.model.expand import expand_channels
@@ -67,9 +68,10 @@ def from_pretrained(
         model = expanded_as(create_backbone(backbone), file.header)
     else:
         model = recorded(str(source), file.header, {k: v for k, v in download.items() if k != "force_download"})
-    if recipe_of(file) is not None and head is None:
-        return network_of(file, model, strict)
-    return attach(model, file, head=head, strict=strict).eval()
+    with normalised_by_file():
+        if recipe_of(file) is not None and head is None:
+            return network_of(file, model, strict)
+        return attach(model, file, head=head, strict=strict).eval()
 
 
 def recorded(source: str, header: dict[str, Any], download: dict[str, Any]) -> nn.Module:

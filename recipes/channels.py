@@ -16,8 +16,7 @@ import argparse
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as F
+from torch import nn
 
 import adaptkit
 from adaptkit.create import create_backbone
@@ -25,6 +24,7 @@ from adaptkit.model.expand import How
 from adaptkit.pictures import CHANNELS, colours, read_row
 
 from .labels import some
+from .normalisation import floats
 from .order import undecoded
 
 MOST = 256  #: images that are measured
@@ -91,7 +91,7 @@ def measured(rows: Any, channels: int, name: str) -> tuple[list[float], list[flo
     pixels, total, squares, count = 0, torch.zeros(channels).double(), torch.zeros(channels).double(), 0
     for index, row in some(undecoded(rows), MOST):
         found = read_row({"image": row["image"]}, f"{name}: row {index}", channels=channels)["image"]
-        values = F.to_dtype(colours(found), torch.float32, scale=True).as_subclass(Tensor).flatten(1).double()
+        values = floats(colours(found)).flatten(1).double()
         # Around the mean so far: of numbers far from 0 a sum of squares keeps no digit of the deviation.
         more, mean = values.shape[1], values.mean(1)
         apart = mean - total / max(pixels, 1)

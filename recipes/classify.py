@@ -25,13 +25,14 @@ from adaptkit.losses import check_budget, usage, usage_loss
 from . import augment, channels
 from . import names as class_names
 from .channels import backbone_of, trained_parts
-from .engine import Task, run
+from .engine import run
 from .labelled import LabelledData, open_images
 from .labels import warn_unseen
 from .normalisation import source_of
 from .options import adapters, command, makes_pyramid, parser, read, validation
 from .scores.classification import ClassificationScores
 from .summary import of_labels
+from .task import Task
 
 AUGMENT_HELP = """of training images: none, crop, flip (crops, mirrored too), or by name as in segment: light and
 medium (mirrored crops; medium: colours, too), strong, trivial, rand, auto. All crop at least --least-crop"""

@@ -16,7 +16,9 @@ from torchvision.transforms import v2
 from adaptkit.core.near import beside
 from adaptkit.pictures import check_frame, framed, read
 
+from .labels import warn_unseen
 from .order import Rows
+from .summary import Summary, of_counts
 
 MOST = 2000  # files that are opened and masks that are drawn before training; the rest is checked by its JSON alone
 
@@ -27,6 +29,10 @@ class Instances(NamedTuple):
     rows: list[dict[str, Any]]
     categories: list[dict[str, Any]]
     truth: dict[str, Any]  # the JSON itself, for scoring
+
+    def labels(self) -> list[list[int]]:
+        """Of each image, the number of the category of each object."""
+        return [[one["label"] - 1 for one in row["instances"]] for row in self.rows]
 
 
 # --------------------------------------------------------------------------------------------------------- read
@@ -188,6 +194,38 @@ def rle_area(shape: Any, row: dict[str, Any]) -> int:
     return int(mask.area(rle(shape, row)))
 
 
+def called(categories: list[dict[str, Any]]) -> list[str]:
+    """Return the names of categories, the id of one that has none."""
+    return [str(c.get("name", c["id"])) for c in categories]
+
+
+def size_of(row: dict[str, Any]) -> tuple[int, int]:
+    """Return height and width of the image, as the annotations have it."""
+    return row["height"], row["width"]
+
+
+def picture_of(row: dict[str, Any]) -> tv_tensors.Image:
+    """Read the image of a row, (3, H, W)."""
+    return framed(read(row["path"]), size_of(row))
+
+
+# ------------------------------------------------------------------------------------------ a look before training
+
+
+def warn_unseen_categories(data: Any) -> None:
+    """Warn of categories of ``--train`` without an object; ``data``: :class:`Instances`, or panoptic ``Segments``."""
+    seen = {label for labels in data.labels() for label in labels}
+    unseen = [name for i, name in enumerate(called(data.categories)) if i not in seen]
+    where = f"{len(data.rows)} images"
+    warn_unseen(unseen, len(data.categories), "--train", where, "check the categories of the JSON file")
+
+
+def summary_of(data: Any, unit: str, train: bool) -> Summary:
+    """Return what the same holds, of this unit."""
+    sizes = [size_of(row) for row in data.rows]
+    return of_counts("--train" if train else "--val", unit, data.labels(), sizes, called(data.categories))
+
+
 # ------------------------------------------------------------------------------------------------------ samples
 
 
@@ -208,8 +246,7 @@ class Detection(Rows):
         """Row -> sample."""
         from faster_coco_eval import mask
 
-        size, found = (row["height"], row["width"]), row["instances"]
-        image = framed(read(row["path"]), size)
+        size, found, image = size_of(row), row["instances"], picture_of(row)
         boxes = torch.tensor([i["box"] for i in found], dtype=torch.float32).view(-1, 4)
         target: dict[str, Any] = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),

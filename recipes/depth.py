@@ -26,13 +26,14 @@ from adaptkit.pictures import Picture, check_pair, numbers, pair
 
 from .data import open_dataset
 from .drawn import rooms
-from .engine import Task, run
+from .engine import run
 from .labels import some
 from .normalisation import normalise, source_of
 from .options import adapters, command, parser, read, validation
 from .order import Rows
-from .scores.depth import NAMES, DepthScores
+from .scores.depth import DepthScores
 from .summary import Summary
+from .task import Task
 
 DEPTH_NAMES = ("depth", "depths", "depth_map", "disparity", "label", "mask")
 
@@ -86,9 +87,13 @@ class DepthData(Rows):
 
     def metres(self, picture: Picture) -> np.ndarray:
         """Depth map -> (H, W) metres; 0 where nothing was measured. A colour image is a ``ValueError``."""
-        depth = stored_depth(picture).astype(np.float32) / np.float32(self.scale)
-        low, high = self.range
-        return np.where((depth >= low) & (depth <= high), depth, np.float32(0))
+        return metres_of(picture, self.scale, *self.range)
+
+
+def metres_of(picture: Picture, scale: float, low: float, high: float) -> np.ndarray:
+    """Depth map of ``scale`` values per metre -> (H, W) metres; 0 outside of ``low`` to ``high`` metres."""
+    depth = stored_depth(picture).astype(np.float32) / np.float32(scale)
+    return np.where((depth >= low) & (depth <= high), depth, np.float32(0))
 
 
 def stored_depth(picture: Picture) -> np.ndarray:
@@ -153,57 +158,8 @@ def predict(model: nn.Module, batch: list[Tensor], args: argparse.Namespace) -> 
     return model(image).logits.float(), depth
 
 
-class DepthMetric:
-    """The usual scores of depth, each the mean over images of the mean over measured pixels.
-
-    delta1, delta2, delta3 are the shares of pixels where max(p / t, t / p) is below 1.25, 1.25^2, 1.25^3; abs_rel is
-    the mean |p - t| / t, rmse the root of the mean (p - t)^2 in metres, silog the standard deviation of log(p / t)
-    times 100.
-    """
-
-    def __init__(self) -> None:
-        self.rows: list[Tensor] = []  #: (B, 6) scores of images in the order of NAMES, where the predictions are
-        self.measured: list[Tensor] = []  #: (B,), whether an image has a measured pixel
-
-    def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Both (B, 1, H, W); targets of 0 are left out, and images without any other."""
-        p, t = prediction.double().flatten(1), target.double().flatten(1)  # (B, N)
-        known = t > 0
-        p, t = torch.where(known, p, 1.0), torch.where(known, t, 1.0)  # no error, where nothing is known
-        pixels = known.sum(1)
-
-        def mean(values: Tensor) -> Tensor:
-            return (values * known).sum(1) / pixels.clamp(min=1)
-
-        ratio, log = torch.maximum(p / t, t / p), (p / t).log()
-        scores = [mean(ratio < 1.25**k) for k in (1, 2, 3)]
-        scores += [mean((p - t).abs() / t), mean((p - t).square()).sqrt()]
-        scores.append(100 * mean((log - mean(log)[:, None]).square()).sqrt())
-        self.rows.append(torch.stack(scores, 1))
-        self.measured.append(pixels > 0)
-
-    def scored(self) -> DepthScores:
-        """Return the images that have a measured pixel; ``ValueError`` where none has."""
-        rows = torch.cat(self.rows)[torch.cat(self.measured)].cpu() if self.rows else ()
-        if not len(rows):
-            raise ValueError("no validation image has a depth in the range; look at --depth-scale and --max-depth")
-        scores = DepthScores()
-        scores.images = list(rows)
-        return scores
-
-    def compute(self) -> dict[str, float]:
-        """Return the means; ``ValueError`` where no image had a measured pixel."""
-        return dict(zip(NAMES, torch.stack(self.scored().images).mean(0).tolist()))
-
-    def details(self) -> dict[str, Any]:
-        """Return the means, and what a report shows beside them."""
-        found, scores = self.scored().details(), torch.cat(self.rows)[:, 0].tolist()
-        known = torch.cat(self.measured).tolist()
-        return {**found, "per_image": [score if ok else None for score, ok in zip(scores, known)]}
-
-
-def metric(args: argparse.Namespace) -> DepthMetric:
-    return DepthMetric()
+def metric(args: argparse.Namespace) -> DepthScores:
+    return DepthScores()
 
 
 PERCENT = ("delta1", "delta2", "delta3")

@@ -30,13 +30,14 @@ from .coco import (
     average_precision,
     average_precisions,
     open_instances,
+    summary_of,
+    warn_unseen_categories,
 )
-from .engine import Task, run
-from .labels import warn_unseen
+from .engine import run
 from .normalisation import source_of
 from .options import adapters, command, parser, read
 from .scores.detection import image_f1
-from .summary import of_counts
+from .task import Task
 from .yolo import has_splits
 
 MODELS = ("mask-rcnn", "faster-rcnn", "retinanet", "fcos", queries.HEAD)
@@ -88,10 +89,9 @@ def instances(args: argparse.Namespace, train: bool) -> Instances:
 
 
 def build(args: argparse.Namespace) -> Any:
-    rows, categories, _ = instances(args, True)  # the data is checked before anything is built
-    seen = {i["label"] for row in rows for i in row["instances"]}
-    unseen = [str(c.get("name", c["id"])) for i, c in enumerate(categories, 1) if i not in seen]
-    warn_unseen(unseen, len(categories), "--train", f"{len(rows)} images", "check the categories of the JSON file")
+    data = instances(args, True)  # the data is checked before anything is built
+    categories = data.categories
+    warn_unseen_categories(data)
     found = instances(args, False).categories
     if not same(found, categories):
         raise ValueError(f"--val has categories {names(found)}, --train has {names(categories)}: they must be the same")
@@ -130,11 +130,8 @@ def data(args: argparse.Namespace, model: Any, train: bool) -> Detection | by_qu
         rows = by_queries.InstanceData(found, args.size, source_of(model.vit, args), args.seed, train)
     else:
         rows = Detection(found, masks(args), args.seed, train)
-    labels = [[one["label"] - 1 for one in row["instances"]] for row in found.rows]
-    called = [str(c.get("name", c["id"])) for c in found.categories]
-    sizes = [(row["height"], row["width"]) for row in found.rows]
-    rows.summary = of_counts("--train" if train else "--val", "boxes", labels, sizes, called)
-    empty = sum(not one for one in labels)
+    rows.summary = summary_of(found, "boxes", train)
+    empty = sum(not row["instances"] for row in found.rows)
     rows.summary.facts = [f"{empty:,} images without an object"] if empty else []
     return rows
 
@@ -200,7 +197,7 @@ def task(args: argparse.Namespace) -> Task:
     """What these options train."""
     if args.model != queries.HEAD:
         return TASK
-    return by_queries.task(TASK, args, instances(args, True).categories)
+    return by_queries.task(TASK, instances(args, True).categories)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

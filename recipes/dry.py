@@ -63,7 +63,11 @@ class Dry:
         else:
             keys = next(iter(Steps(len(self.rows), size, number, number + 1, self.args.seed)))
             samples = [self.rows[key] for key in keys]
-        collate = getattr(self.rows, "collate", None) or self.task.collate or default_collate
+        return self.batch(self.rows, samples)
+
+    def batch(self, rows: Any, samples: list[Any]) -> Any:
+        """Samples of these rows -> a batch on the device, as the loader makes it."""
+        collate = getattr(rows, "collate", None) or self.task.collate or default_collate
         return send_to_device(collate(samples), self.device)
 
     def seen(self, batch: Any) -> Any:

@@ -1,6 +1,7 @@
 """The training loop that the recipes share: one frozen backbone, small trained modules, one saved file.
 
-A task plugs in its model, data, loss and metric (:class:`Task`) and hands itself to :func:`run`. The promises:
+A task plugs in its model, data, loss and metric (:class:`~recipes.task.Task`) and hands itself to :func:`run`, which
+prepares (``prepare.py``), trains (:func:`train`, the loop itself), saves, and scores what was saved. The promises:
 
 * A run that was killed at any step and goes on with ``--resume`` ends byte for byte as if it had not been: data order,
   augmentation and dropout belong to the step alone (``order.py``), and a checkpoint holds adapter, head, optimiser,
@@ -20,24 +21,21 @@ import argparse
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterable
-from itertools import islice
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device, set_seed
-from torch import Tensor, nn
+from accelerate.utils import set_seed
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-import adaptkit
-from adaptkit.hub.write import check_writable, write_atomic
+from adaptkit.hub.write import write_atomic
 
 from . import final, names, queries, record
 from .average import Average
+from .batches import OwnShare, training_batches
 from .best import best_of
-from .cached import Views, cached
 from .checkpoints import (
     checkpoint_at,
     keep_adapter_only,
@@ -47,144 +45,51 @@ from .checkpoints import (
     resume_step,
     save_checkpoint,
 )
-from .devices import compile_adapted, copying, loading, together
-from .dry import fitting, wrapped
 from .finite import Finite
 from .folder import adopt, begin, occupied
-from .initial import initialise
 from .log import EVERY, Log, peak_memory, said, shown
 from .normalisation import to_record
 from .optimising import as_asked, optimizer_of, schedule_of
-from .options import precision
-from .order import Rows, Steps, Stream, folded, plain_errors, shuffled
+from .order import folded, plain_errors
+from .prepare import Prepared, placed, prepare, start
 from .stopping import Asked, Stop, Stopped
-from .summary import about
 from .task import Task
-from .trackers import check_tracker
-from .windows import Windowed, Windows
-
-# ---------------------------------------------------------------------------------------------------- evaluation
-
-
-def evaluate(
-    task: Task,
-    model: nn.Module,
-    loader: DataLoader,
-    accelerator: Accelerator,
-    args: argparse.Namespace,
-    through: Callable[[Any], Iterable[Any]] = iter,
-) -> dict[str, float]:
-    """Return the metrics over the whole set: what :func:`measure` counted."""
-    return computed(measure(task, model, loader, accelerator, args, through))
-
-
-def computed(metric: Any) -> dict[str, float]:
-    """Return what a metric says."""
-    return {name: float(value) for name, value in metric.compute().items()}
-
-
-@torch.no_grad()
-def measure(
-    task: Task,
-    model: nn.Module,
-    loader: DataLoader,
-    accelerator: Accelerator,
-    args: argparse.Namespace,
-    through: Callable[[Any], Iterable[Any]] = iter,
-    fully: bool = False,
-) -> Any:
-    """Return the metric over the whole set, each image counted once however many ranks share it.
-
-    Metrics add up where the predictions are, so that a batch need not wait for the one before it. Entries per image
-    go to the CPU, and so does all on a Mac's GPU, which has no float64. ``through`` yields the batches of the loader,
-    and may show how many there were, or break off. Where each rank reads a share of its own, the metrics are joined.
-    ``fully`` looks as the record at the end of a run wants it (``Task.predict_fully``).
-    """
-    predict = (task.predict_fully if fully else None) or task.predict
-    own = isinstance(loader, OwnShare)
-    share_statistics(model)
-    metric, training = task.metric(args), model.training
-    where = "cpu" if accelerator.device.type == "mps" else accelerator.device
-    if isinstance(metric, nn.Module):  # one of torchmetrics; others add up where the tensors are that they are given
-        metric.to(where)
-    model.eval()
-    for batch in through(loader):
-        with accelerator.autocast():
-            prediction, target = predict(model, batch, args)
-        if task.ragged:
-            pairs = accelerator.gather_for_metrics(list(zip(prediction, target)), use_gather_object=True)
-            pairs = send_to_device(pairs, "cpu")
-            metric.update([p for p, _ in pairs], [t for _, t in pairs])
-        else:
-            if not own:
-                prediction, target = accelerator.gather_for_metrics((prediction, target))
-            metric.update(prediction.to(where), target.to(where))
-    model.train(training)
-    if own:
-        parts = gather_object([metric])
-        metric.join(parts[:1] if args.shard else parts)
-    return metric
-
-
-# ------------------------------------------------------------------------------------------------------- batches
-
-
-def training_batches(rows: Any, first: int, task: Task, accelerator: Accelerator, args: argparse.Namespace) -> Iterable:
-    """Return the batches of this rank from optimiser step ``first`` to the last, on its device."""
-    k, world = args.accumulate, accelerator.num_processes
-    if not args.streaming:
-        order = Steps(len(rows), args.batch_size, first * k * world, args.steps * k * world, args.seed)
-        collate = getattr(rows, "collate", task.collate)
-        how = loading(accelerator.device, args.workers)
-        loader = DataLoader(rows, batch_sampler=order, collate_fn=collate, **how)  # type: ignore[arg-type]
-        return accelerator.prepare(loader)
-    rows.data = shuffled(rows.data, args.seed, args.shuffle_buffer)
-    stream = Stream(rows, args.batch_size, first * k, accelerator.process_index, world, args.workers)
-    loader = DataLoader(stream, args.batch_size, collate_fn=task.collate, **loading(accelerator.device, args.workers))
-    batches = islice(loader, (args.steps - first) * k)
-    return (send_to_device(batch, accelerator.device, accelerator.non_blocking) for batch in batches)
-
-
-def share_statistics(model: nn.Module) -> None:
-    """Give every rank the first one's buffers, which are saved: BatchNorm counts on each rank for itself.
-
-    DDP does so at the start of its next forward, which scoring the module inside of it does not go through.
-    """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        for buffer in model.module.buffers():
-            torch.distributed.broadcast(buffer, 0)
-
-
-class OwnShare(DataLoader):
-    """Reads what this rank alone counts."""
-
-
-def validation_batches(rows: Rows, task: Task, accelerator: Accelerator, args: argparse.Namespace) -> DataLoader:
-    """Return the loader of this rank's share.
-
-    A stream is read by the first rank, which deals it out; one of images of several sizes cannot be dealt out in
-    batches, so there each rank reads its part.
-    """
-    collate, how = getattr(rows, "collate", task.collate), loading(accelerator.device, args.workers)
-    if args.streaming and hasattr(rows, "collate"):
-        # With --shard all ranks run each pass of the backbone together, so that there each reads all.
-        rank, ranks = (0, 1) if args.shard else (accelerator.process_index, accelerator.num_processes)
-        share = 0, rank, ranks, args.workers
-        return OwnShare(
-            Stream(rows, args.batch_size, *share, endless=False), args.batch_size, collate_fn=collate, **how
-        )
-    data: Any = Stream(rows, args.batch_size, workers=args.workers, endless=False) if args.streaming else rows
-    return accelerator.prepare(DataLoader(data, args.batch_size, collate_fn=collate, **how))
-
-
-def placed(model: Any, accelerator: Accelerator, args: argparse.Namespace) -> Any:
-    """Put the model on its device, with ``--shard`` the frozen backbone in parts on all of them; ``--compile`` it."""
-    model = model.to(accelerator.device)
-    model = adaptkit.shard(model) if args.shard else model
-    return compile_adapted(model, args.compile) if args.compile else model
-
+from .validation import computed, evaluate, measure
+from .windows import Windowed
 
 # ----------------------------------------------------------------------------------------------------------- loop
+
+
+def train(
+    task: Task, model: Any, rows: Any, val: DataLoader, accelerator: Accelerator, args: argparse.Namespace, stop: Stop
+) -> tuple[Training, float]:
+    """Train for ``--steps`` optimiser steps, or until ``--patience`` ends it, and score; also returns the seconds.
+
+    Raises ``Stopped`` after a signal, with a checkpoint of the last step that was finished.
+    """
+    epoch = None if args.streaming else len(rows)
+    run = Training(task, placed(model, accelerator, args), epoch, accelerator, args, stop)
+    loader = training_batches(rows, run.first, task, accelerator, args)
+    loader = rows.cached(loader, model) if isinstance(rows, Windowed) else loader
+    try:
+        if run.is_due(args.eval_every, run.first) and run.best.scored < run.first:
+            run.score(val)  # a signal had broken it off
+        batches = () if run.best.exhausted else stop.batches(loader, accelerator.num_processes == 1)
+        for i, batch in enumerate(batches):
+            loss = run.micro_step(i, batch)
+            if (i + 1) % args.accumulate == 0:
+                run.finish_step(run.first + (i + 1) // args.accumulate, loss, val)
+            if run.best.exhausted:
+                break
+        seconds = run.log.seconds()
+        if not (run.best.exhausted and run.metrics):
+            run.score(val)
+        return run, seconds
+    except Asked as asked:
+        raise run.leave(asked.number) from None
+    except BaseException:
+        run.log.close()
+        raise
 
 
 class Training:
@@ -309,64 +214,7 @@ class Training:
         return Stopped(self.done, checkpoint_at(self.out, self.done) if self.done else None, number)
 
 
-def train(
-    task: Task, model: Any, rows: Any, val: DataLoader, accelerator: Accelerator, args: argparse.Namespace, stop: Stop
-) -> tuple[Training, float]:
-    """Train for ``--steps`` optimiser steps, or until ``--patience`` ends it, and score; also returns the seconds.
-
-    Raises ``Stopped`` after a signal, with a checkpoint of the last step that was finished.
-    """
-    epoch = None if args.streaming else len(rows)
-    run = Training(task, placed(model, accelerator, args), epoch, accelerator, args, stop)
-    loader = training_batches(rows, run.first, task, accelerator, args)
-    loader = rows.cached(loader, model) if isinstance(rows, Windowed) else loader
-    try:
-        if run.is_due(args.eval_every, run.first) and run.best.scored < run.first:
-            run.score(val)  # a signal had broken it off
-        batches = () if run.best.exhausted else stop.batches(loader, accelerator.num_processes == 1)
-        for i, batch in enumerate(batches):
-            loss = run.micro_step(i, batch)
-            if (i + 1) % args.accumulate == 0:
-                run.finish_step(run.first + (i + 1) // args.accumulate, loss, val)
-            if run.best.exhausted:
-                break
-        seconds = run.log.seconds()
-        if not (run.best.exhausted and run.metrics):
-            run.score(val)
-        return run, seconds
-    except Asked as asked:
-        raise run.leave(asked.number) from None
-    except BaseException:
-        run.log.close()
-        raise
-
-
-# ----------------------------------------------------------------------------------------------------------- main
-
-
-def start(task: Task, args: argparse.Namespace) -> tuple[Path, Accelerator]:
-    """Return the folder, which can be written to, and the accelerator."""
-    check_tracker(args.tracker)
-    out = check_writable(args.out)
-    made = together(
-        Accelerator,
-        mixed_precision=precision(args.mixed_precision),
-        gradient_accumulation_steps=args.accumulate,
-        log_with=args.tracker,
-        project_dir=str(out),
-        dataloader_config=copying(),
-    )
-    if made.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise ValueError(
-            f"this loop runs on one device or under DDP, and Accelerate is configured for "
-            f"{made.distributed_type.value}, whose checkpoints hold the frozen backbone; choose MULTI_GPU, "
-            "and --shard where the backbone does not fit one device"
-        )
-    if args.shard and made.num_processes == 1:
-        raise ValueError("--shard puts the backbone in parts on several processes and this is one; start with torchrun")
-    if args.tracker:
-        made.init_trackers(f"adaptkit-{task.name}", config={k: str(v) for k, v in vars(args).items()})
-    return out, made
+# ------------------------------------------------------------------------------------------------- from start to end
 
 
 @plain_errors()
@@ -390,55 +238,6 @@ def run(task: Task, args: argparse.Namespace, last: bool = True) -> dict[str, An
             step = progress_of(there)["step"] if there else 0
             raise Stopped(step, there, asked.number) from None
         return finish(task, args, accelerator, prepared, stop, last)
-
-
-class Prepared(NamedTuple):
-    """What is there before the first step."""
-
-    model: Any
-    rows: Any  #: that are trained on, or the features of them
-    data: tuple[Rows, Rows]  #: of training and validation, as they were opened
-    val: DataLoader
-    filling: float  #: seconds until the features were cached
-
-
-def prepare(task: Task, args: argparse.Namespace, accelerator: Accelerator) -> Prepared:
-    """Build the model and open the data, which are checked then; fill the cache of features."""
-    set_seed(folded(args.seed, 31))
-    model = task.build(args)
-    initialise(model, args)
-    train_rows, val_rows = task.data(args, model, True), task.data(args, model, False)
-    if accelerator.is_main_process:
-        print(*about((train_rows, val_rows), args), sep="\n", flush=True)
-    windows = Windows.of(args, train_rows, model)
-    if args.batch_size == "auto":
-        args.batch_size = batch_size(task, train_rows, windows, args, accelerator)
-    val = validation_batches(val_rows, task, accelerator, args)
-    started = time.time()
-    rows: Any = train_rows
-    if args.cache_features:
-        rows = cached(train_rows, model.to(accelerator.device), accelerator, args, windows)
-    else:
-        rows = Views(rows, args.views) if args.views else rows
-        rows = Windowed(rows, windows) if windows else rows
-    return Prepared(model, rows, (train_rows, val_rows), val, time.time() - started)
-
-
-def batch_size(
-    task: Task, rows: Any, windows: Windows | None, args: argparse.Namespace, accelerator: Accelerator
-) -> int:
-    """Find ``--batch-size auto``; a run that goes on keeps what it began with."""
-    if args.resume:
-        found = progress_of(newest(Path(args.out)))["arguments"]["batch_size"]
-        accelerator.print(f"--batch-size auto: {found} per process, as the run began")
-        return found
-
-    def build() -> Any:
-        return placed(task.build(args), accelerator, args)
-
-    found, said = fitting(task, build, wrapped(rows, windows, args), args, accelerator)
-    accelerator.print(said)
-    return found
 
 
 def describe(task: Task, out: Path, args: argparse.Namespace, accelerator: Accelerator, prepared: Prepared) -> None:

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
-from adaptkit.pictures import colours, framed, pair, read
+from adaptkit.pictures import colours, pair
 from adaptkit.predict.answers import Answer, Classification, Depth, Detection, Panoptic, Segmentation, name_of
 
-from .coco import rle
+from .coco import picture_of, rle, size_of
+from .normalisation import floats
 
 
 class Truth(NamedTuple):
@@ -28,10 +28,6 @@ class Truth(NamedTuple):
 
 #: rows and an index -> image (3, H, W) in 0..1, and the truth as an answer like the one that is given
 Example = tuple[Tensor, Callable[[Any], Truth]]
-
-
-def _floats(image: Any) -> Tensor:
-    return F.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor)
 
 
 def segmentation(rows: Any, i: int) -> Example:
@@ -47,7 +43,7 @@ def classification(rows: Any, i: int) -> Example:
     def truth(said: Classification) -> Truth:
         return Truth(None, {"true": name_of(said.names, int(row["label"])), "said": f"{said.name} {said.score:.0%}"})
 
-    return _floats(colours(row["image"])), truth
+    return floats(colours(row["image"])), truth
 
 
 def depth(rows: Any, i: int) -> Example:
@@ -63,13 +59,13 @@ def depth(rows: Any, i: int) -> Example:
         seen = Depth(said.size, depth=np.where(true > 0, true, low).astype(np.float32), between=(low, high))
         return Truth(seen, words, replace(said, between=(low, high)))
 
-    return _floats(image), truth
+    return floats(image), truth
 
 
 def detection(rows: Any, i: int) -> Example:
     """Of ``coco.Detection`` and ``instances.InstanceData``; true boxes have the score 1."""
     row = rows.data[i]
-    size, found = (row["height"], row["width"]), row["instances"]
+    size, found = size_of(row), row["instances"]
 
     def truth(said: Detection) -> Truth:
         from faster_coco_eval import mask
@@ -81,7 +77,7 @@ def detection(rows: Any, i: int) -> Example:
                                scores=np.ones(len(found), np.float32),
                                labels=np.array([one["label"] - 1 for one in found], np.int64)))  # fmt: skip
 
-    return _floats(framed(read(row["path"]), size)), truth
+    return floats(picture_of(row)), truth
 
 
 def panoptic(rows: Any, i: int) -> Example:
@@ -100,7 +96,7 @@ def panoptic(rows: Any, i: int) -> Example:
                               "isthing": True, "area": int(inside.sum())})  # fmt: skip
         return Truth(Panoptic(said.size, said.names, said.palette, segments=segments.numpy(), found=found))
 
-    return _floats(framed(read(row["path"]), (row["height"], row["width"]))), truth
+    return floats(picture_of(row)), truth
 
 
 EXAMPLES: dict[str, Callable[[Any, int], Example]] = {

@@ -42,7 +42,7 @@ def write(task: Task, out: Path, model: Any, metric: Any, rows: Any, args: argpa
         del found["confusion"]
     asked = Asked(ways(args)) if hasattr(args, "slide") else Asked()
     said = TASKS[described.answers](model, described, model.transform, Asked()).palette(len(found.get("per_class", ())))
-    drawn = [] if args.streaming or args.shard else draw(out / PICTURES, model, found, rows, args)
+    drawn = [] if args.streaming or args.shard else draw(out / PICTURES, model, found, rows, asked)
     record = {
         "task": described.answers,
         "file": "adapter",
@@ -68,12 +68,12 @@ def chosen(scores: list[float | None], each: int = EACH) -> list[tuple[str, int]
     return picked + [("worst", i) for i in worst] + [("best", i) for i in best]
 
 
-def draw(folder: Path, model: Any, found: dict[str, Any], rows: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+def draw(folder: Path, model: Any, found: dict[str, Any], rows: Any, asked: Asked) -> list[dict[str, Any]]:
     """Draw image, truth and prediction of the chosen images into a folder; returns what is said of each."""
     ranking = found.get("per_image_confidence") or found.get("per_image") or [None] * len(rows)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    asked, made, drawn = Asked(ways(args) if hasattr(args, "slide") else Asked().ways), {}, []
+    made, drawn = {}, []
     for why, i in chosen(ranking):
         if i not in made:
             image, truth_of = EXAMPLES[model.described().answers](rows, i)

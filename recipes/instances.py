@@ -3,46 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision import tv_tensors
-from torchvision.transforms import v2
-
-from adaptkit.core.view import Source
-from adaptkit.pictures import framed, read
 
 from . import queries
-from .coco import Instances, as_results, rle
-from .normalisation import normalise
-from .order import Rows
-from .panoptic_data import sized, stacked
-from .task import Task, attach_again, restore_adapted
+from .coco import as_results, called, picture_of, rle, size_of
+from .panoptic_data import Resized, stacked
+from .task import Task
 
 
-class InstanceData(Rows):
+class InstanceData(Resized):
     """Samples (image (3, h, w) normalised, target), all resized to one size; ``target`` is a dict.
 
     Training: ``masks`` (n, h, w) in 0..1 and ``labels`` (n,) from 0 on, of what is left after crop and flip. Otherwise
     ``image_id``, and ``size`` (H, W) of the image itself.
     """
 
-    def __init__(
-        self, data: Instances, size: tuple[int, int], source: Source, seed: int = 0, train: bool = False
-    ) -> None:
-        super().__init__(data.rows, seed)
-        self.train = train
-        self.transform = v2.Compose([*sized(size, train), normalise(source)])
-
     def make(self, row: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Row -> sample."""
         from faster_coco_eval import mask
 
-        size = row["height"], row["width"]
-        image = framed(read(row["path"]), size)
+        size, image = size_of(row), picture_of(row)
         if not self.train:
             return self.transform(image).as_subclass(Tensor), {"image_id": row["id"], "size": size}
         drawn = [torch.from_numpy(mask.decode(rle(i["shape"], row))).view(size) for i in row["instances"]]
@@ -53,20 +37,11 @@ class InstanceData(Rows):
         return image.as_subclass(Tensor), {"masks": masks.as_subclass(Tensor)[left].float(), "labels": labels[left]}
 
 
-def task(base: Task, args: argparse.Namespace, categories: list[dict[str, Any]]) -> Task:
+def task(base: Task, categories: list[dict[str, Any]]) -> Task:
     """The task of detection, with this head."""
-    kept = [{"id": c["id"], "name": str(c.get("name", c["id"]))} for c in categories]
-
-    def save(model: Any, folder: Path, **metadata: Any) -> Path:
-        return model.save(folder, categories=kept, framing="squash", **metadata)
-
-    files: dict[str, Any] = {"save": save, "restore": restore_adapted, "again": attach_again}
-    return dataclasses.replace(base, score="mask_ap", loss=loss, predict=predict, collate=stacked, **files)
-
-
-def loss(model: nn.Module, batch: Any, args: argparse.Namespace) -> Tensor:
-    image, targets = batch
-    return queries.loss(model, image, [(t["masks"], t["labels"]) for t in targets], args)
+    kept = [{"id": c["id"], "name": name} for c, name in zip(categories, called(categories))]
+    said = {"categories": kept, "framing": "squash"}
+    return queries.task(base, lambda: said, score="mask_ap", predict=predict, collate=stacked)
 
 
 def predict(model: nn.Module, batch: Any, args: argparse.Namespace) -> tuple[list[Any], list[int]]:

@@ -6,9 +6,7 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from adaptkit.pictures import pair
 from adaptkit.predict.predicts import Predicts
@@ -18,7 +16,7 @@ from adaptkit.predict.ways import Ways
 
 from .data import SegmentationData
 from .labels import check_range
-from .normalisation import source_of
+from .normalisation import floats, source_of
 from .order import Rows
 
 WAYS_HELP = """in validation, move a window of H x W pixels over the image, as ADE20K (512 512) and Cityscapes are
@@ -58,7 +56,7 @@ class NativeSegmentation(Rows):
         if self.rows.classes is not None:
             check_range(ids, self.rows.classes, self.rows.ignore, row["mask"].name)
         image, mask = pair(row["image"], row["mask"], ids, "a mask")
-        return F.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor), mask
+        return floats(image), mask
 
     def collate(self, samples: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
         """Samples -> (images, masks), for images differ in size."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from adaptkit.hub.file import normalised_by_file
 from adaptkit.networks.network import BUILDERS, Network, build, load, restore, save
 
 from .channels import backbone_of
@@ -49,4 +50,5 @@ def mask2former_recipe(args: argparse.Namespace) -> dict[str, Any]:
 
 def again(args: argparse.Namespace, folder: Path) -> nn.Module:
     """Load what was saved around a fresh backbone."""
-    return load(folder, backbone_of(args))
+    with normalised_by_file():  # so are the images of the run
+        return load(folder, backbone_of(args))

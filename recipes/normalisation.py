@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import torch
+from torch import Tensor
 from torchvision.transforms import v2
 
 from adaptkit.core.view import Source
@@ -71,6 +73,11 @@ def to_record(args: argparse.Namespace, channels: int = CHANNELS) -> dict[str, A
     """Return what a saved file must say of the images beside what the backbone says: the options, where given."""
     chosen = given(args, channels)
     return {} if chosen is None else {"mean": list(chosen[0]), "std": list(chosen[1])}
+
+
+def floats(image: Tensor) -> Tensor:
+    """(C, H, W) as ``pictures.colours`` reads it -> plain float32: eight bits become 0..1, floats stay as they are."""
+    return v2.functional.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor)
 
 
 def normalise(source: Source) -> v2.Normalize:

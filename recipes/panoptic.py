@@ -11,8 +11,6 @@ that holds `panoptic.json`, `images/` and `panoptic/`. Several GPUs: `torchrun -
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,15 +21,14 @@ from adaptkit.create import create_backbone
 from adaptkit.ops.queries import merge
 
 from . import network, queries
-from .engine import Task, run
-from .labels import warn_unseen
+from .coco import summary_of, warn_unseen_categories
+from .engine import run
 from .normalisation import source_of
 from .options import adapters, command, parser, read
 from .panoptic_data import PanopticData, Segments, locate, read_segments, stacked
 from .scores.bootstrap import interval
 from .scores.segmentation import listed
-from .summary import of_counts
-from .task import attach_again, restore_adapted
+from .task import Task
 
 HEAD_HELP = """mask2former on the pyramid of an adapter, or plain-mask on the frozen backbone itself, without an
 adapter or with one that changes tokens (lora, ...)"""
@@ -65,10 +62,9 @@ def segments(args: argparse.Namespace, train: bool) -> Segments:
 
 
 def build(args: argparse.Namespace) -> Any:
-    rows, categories = segments(args, True)  # the data is checked before anything is built
-    seen = {label for row in rows for label, crowd in row["segments"].values() if not crowd}
-    unseen = [str(c.get("name", c["id"])) for i, c in enumerate(categories) if i not in seen]
-    warn_unseen(unseen, len(categories), "--train", f"{len(rows)} images", "check the categories of the JSON file")
+    data = segments(args, True)  # the data is checked before anything is built
+    categories = data.categories
+    warn_unseen_categories(data)
     found = segments(args, False).categories
     if [(c["id"], c["isthing"]) for c in found] != [(c["id"], c["isthing"]) for c in categories]:
         raise ValueError("--val and --train do not have the same categories (id and isthing of each)")
@@ -90,10 +86,7 @@ def said_of(args: argparse.Namespace) -> dict[str, Any]:
 def data(args: argparse.Namespace, model: Any, train: bool) -> PanopticData:
     found = segments(args, train)
     rows = PanopticData(found, args.size, source_of(model.vit, args), args.seed, train)
-    labels = [[label for label, crowd in row["segments"].values() if not crowd] for row in found.rows]
-    called = [str(c.get("name", c["id"])) for c in found.categories]
-    sizes = [(row["height"], row["width"]) for row in found.rows]
-    rows.summary = of_counts("--train" if train else "--val", "segments", labels, sizes, called)
+    rows.summary = summary_of(found, "segments", train)
     return rows
 
 
@@ -102,11 +95,6 @@ def loss(model: nn.Module, batch: Any, args: argparse.Namespace) -> Tensor:
     found = model(image, mask_labels=[t["masks"] for t in targets], class_labels=[t["labels"] for t in targets])
     labelled = any(len(t["labels"]) for t in targets)  # where none of a batch is, there is nothing to be right about
     return found.loss.sum() * labelled  # transformers gives it a dimension of one
-
-
-def query_loss(model: nn.Module, batch: Any, args: argparse.Namespace) -> Tensor:
-    image, targets = batch
-    return queries.loss(model, image, [(t["masks"], t["labels"]) for t in targets], args)
 
 
 # ------------------------------------------------------------------------------------------------------ predict
@@ -240,12 +228,7 @@ def task(args: argparse.Namespace) -> Task:
     """The task, with this head."""
     if args.head != queries.HEAD:
         return TASK
-
-    def save(model: Any, folder: Path, **metadata: Any) -> Path:
-        return model.save(folder, **said_of(args), **metadata)
-
-    files: dict[str, Any] = {"save": save, "restore": restore_adapted, "again": attach_again}
-    return dataclasses.replace(TASK, loss=query_loss, predict=query_predict, **files)
+    return queries.task(TASK, lambda: said_of(args), predict=query_predict)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from adaptkit.core.view import Source
-from adaptkit.pictures import framed, read, turned
+from adaptkit.pictures import read, turned
 
-from .coco import MOST, check_images, image_row, read_json
+from .coco import MOST, check_images, image_row, picture_of, read_json, size_of
 from .normalisation import normalise
 from .order import Rows
 
@@ -25,6 +25,10 @@ class Segments(NamedTuple):
 
     rows: list[dict[str, Any]]
     categories: list[dict[str, Any]]
+
+    def labels(self) -> list[list[int]]:
+        """Of each image, the number of the category of each segment, crowds left out."""
+        return [[label for label, crowd in row["segments"].values() if not crowd] for row in self.rows]
 
 
 def locate(name: str, images: str | None, maps: str | None, flag: str) -> tuple[Path, Path, Path]:
@@ -79,7 +83,7 @@ def check_maps(rows: list[dict[str, Any]], flag: str) -> None:
     if lost:
         raise ValueError(f"{flag}: {len(lost)} of {len(rows)} panoptic PNG files are missing, e.g. {lost[0]}")
     for row in rows[:MOST]:
-        ids = segment_ids(row["map"], (row["height"], row["width"]))
+        ids = segment_ids(row["map"], size_of(row))
         shown, listed = {int(v) for v in np.unique(ids)} - {0}, set(row["segments"])
         if shown != listed:
             more = f"shows {sorted(shown - listed)[:3]} that the JSON does not list" if shown - listed else ""
@@ -121,7 +125,17 @@ def sized(size: tuple[int, int], train: bool) -> list[Any]:
     ]
 
 
-class PanopticData(Rows):
+class Resized(Rows):
+    """Rows of annotated images, all made into one size (:func:`sized`) and normalised."""
+
+    def __init__(self, data: Any, size: tuple[int, int], source: Source, seed: int = 0, train: bool = False) -> None:
+        """``data``: :class:`Segments`, or ``coco.Instances``."""
+        super().__init__(data.rows, seed)
+        self.train = train
+        self.transform = v2.Compose([*sized(size, train), normalise(source)])
+
+
+class PanopticData(Resized):
     """Samples (image (3, h, w) normalised, target), all resized to one size; ``target`` is a dict.
 
     Training: ``masks`` (n, h, w) in 0..1 and ``labels`` (n,) of the segments that are left after crop and flip, crowds
@@ -129,16 +143,9 @@ class PanopticData(Rows):
     nothing counts (unlabelled, crowds).
     """
 
-    def __init__(
-        self, data: Segments, size: tuple[int, int], source: Source, seed: int = 0, train: bool = False
-    ) -> None:
-        super().__init__(data.rows, seed)
-        self.train = train
-        self.transform = v2.Compose([*sized(size, train), normalise(source)])
-
     def truth(self, row: dict[str, Any]) -> Tensor:
         """Row -> (H, W, 2) int64, label and segment id of each pixel, label -1 where nothing counts."""
-        ids = torch.from_numpy(segment_ids(row["map"], (row["height"], row["width"])))
+        ids = torch.from_numpy(segment_ids(row["map"], size_of(row)))
         labels = torch.full_like(ids, -1)
         for number, (label, crowd) in row["segments"].items():
             if not crowd:
@@ -147,11 +154,11 @@ class PanopticData(Rows):
 
     def make(self, row: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Row -> sample."""
-        image = framed(read(row["path"]), (row["height"], row["width"]))
-        ids = torch.from_numpy(segment_ids(row["map"], (row["height"], row["width"])))
-        counted = {k: label for k, (label, crowd) in row["segments"].items() if not crowd}
+        image = picture_of(row)
         if not self.train:
             return self.transform(image).as_subclass(Tensor), {"truth": self.truth(row)}
+        ids = torch.from_numpy(segment_ids(row["map"], size_of(row)))
+        counted = {k: label for k, (label, crowd) in row["segments"].items() if not crowd}
         image, mask = self.transform(image, tv_tensors.Mask(ids))
         left = [k for k in counted if bool((mask == k).any())]
         masks = torch.stack([mask == k for k in left]) if left else torch.zeros(0, *mask.shape[-2:])

@@ -12,12 +12,12 @@ import json
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import Tensor
 
 from adaptkit.analysis import accounting
@@ -26,11 +26,10 @@ from adaptkit.core.near import hint
 from .cached import DTYPES
 from .devices import together
 from .dry import Dry, bytes_of, fitting, peak_of, wrapped
-from .engine import placed
-from .initial import initialise
 from .log import clock, peak_memory
 from .options import precision
-from .order import folded
+from .order import Rows, Stream
+from .prepare import opened, placed
 from .summary import about, as_json
 from .task import Task
 from .windows import Windows
@@ -60,10 +59,7 @@ def run(recipe: str, argv: list[str], in_json: bool = False) -> dict[str, Any]:
 
 def plan(task: Task, args: argparse.Namespace, accelerator: Accelerator) -> tuple[dict[str, Any], list[str]]:
     """Return what was measured, and the lines about the data."""
-    set_seed(folded(args.seed, 31))
-    model = task.build(args)
-    initialise(model, args)
-    train, val = task.data(args, model, True), task.data(args, model, False)
+    model, train, val = opened(task, args)
     windows = Windows.of(args, train, model)
     rows, chosen = wrapped(train, windows, args), None
     if args.batch_size == "auto":
@@ -86,6 +82,7 @@ def plan(task: Task, args: argparse.Namespace, accelerator: Accelerator) -> tupl
     if args.cache_features:
         found["cache"] = cache(dry, len(train))
     found.update(steps(dry))
+    found.update(validation(dry, val))
     filling = found["cache"]["seconds"] if args.cache_features else 0.0
     found["steps"] = args.steps
     found["seconds"] = round(found["seconds_per_step"] * args.steps + filling, 1)
@@ -172,6 +169,29 @@ def steps(dry: Dry) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def validation(dry: Dry, rows: Rows) -> dict[str, Any]:
+    """Return the memory of one batch of validation: of the largest images, where the sizes of all are known."""
+    args, count = dry.args, dry.args.batch_size
+    if args.streaming:
+        samples, which = list(islice(Stream(rows, count, endless=False), count)), "first"
+    else:
+        sizes = rows.summary.sizes if rows.summary else []
+        numbers, which = list(range(len(rows))), "first"
+        if len(sizes) == len(rows):
+            numbers, which = sorted(numbers, key=lambda i: sizes[i][0] * sizes[i][1], reverse=True), "largest"
+        samples = [rows[i] for i in numbers[:count]]
+    batch, model = dry.batch(rows, samples), dry.model.eval()
+    predict = (dry.task.predict_fully if args.details else None) or dry.task.predict
+    with dry.autocast():
+        peak = peak_of(lambda: predict(model, batch, args), dry.device)
+    model.train()
+    return {
+        "validation_memory_bytes": peak + (0 if dry.device.type == "cuda" else bytes_of(model)),
+        "validation_images": f"the {which} {len(samples)}",
+    }
+
+
 def waited(device: torch.device) -> None:
     """Wait for a GPU to finish what it was given."""
     if device.type == "cuda":
@@ -192,6 +212,8 @@ def shown(found: dict[str, Any]) -> list[str]:
         f"     one image           {found['macs_per_image'] / 1e9:.2f} GMACs (inference)",
         f"     peak memory         {sized(found['peak_memory_bytes'])} {where}; this process took "
         f"{sized(found['process_memory_bytes'])}",
+        f"     in validation       {sized(found['validation_memory_bytes'])} for {found['validation_images']} images "
+        "at once",
     ]
     if "cache" in found:
         kept = found["cache"]

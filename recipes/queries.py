@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from adaptkit.heads.base import QueryHead
 
 from .channels import backbone_of, trained_parts
 from .options import adapters
+from .task import Task, attach_again, restore_adapted
 
 HEAD = "plain-mask"
 OPTIONS_HELP = """of plain-mask, e.g. '{"num_blocks": 6, "interaction_indices": [2, 5, 8, 11]}'"""
@@ -52,6 +55,22 @@ def build(args: argparse.Namespace, classes: int, task: str, things: Sequence[in
 def head_in(model: nn.Module) -> QueryHead | None:
     """The head of a model, whatever DDP has wrapped it in; None where it has another."""
     return next((m for m in model.modules() if isinstance(m, QueryHead)), None)
+
+
+def task(base: Task, said: Callable[[], dict[str, Any]], **changes: Any) -> Task:
+    """The task of a recipe with this head: of masks and labels, saved as adapters are, with what ``said`` returns."""
+
+    def save(model: Any, folder: Path, **metadata: Any) -> Path:
+        return model.save(folder, **said(), **metadata)
+
+    files = {"save": save, "restore": restore_adapted, "again": attach_again}
+    return dataclasses.replace(base, **{"loss": object_loss, **files, **changes})
+
+
+def object_loss(model: nn.Module, batch: Any, args: argparse.Namespace) -> Tensor:
+    """Of images and a dict of ``masks`` and ``labels`` for each."""
+    images, targets = batch
+    return loss(model, images, [(t["masks"], t["labels"]) for t in targets], args)
 
 
 def loss(model: nn.Module, images: Any, targets: Sequence[Target], args: argparse.Namespace) -> Tensor:

@@ -27,7 +27,7 @@ from adaptkit.predict.tasks import Asked
 from . import augment, channels, names, native, network, queries, semantic
 from .channels import backbone_of, trained_parts
 from .data import SegmentationData, open_dataset
-from .engine import Task, run
+from .engine import run
 from .initial import saved_head
 from .look import check_labels
 from .native import NativeSegmentation, masks, predictor, ways
@@ -35,6 +35,7 @@ from .normalisation import source_of
 from .options import adapters, command, makes_pyramid, parser, read, validation
 from .order import Rows
 from .scores.segmentation import SemanticScores, confusion, extras, packed
+from .task import Task
 
 LOSSES = {"cross-entropy": pixel_loss, "dice": dice_loss, "focal": focal_loss}
 LOSS_HELP = """one or several of cross-entropy, dice and focal, added up: --loss cross-entropy dice=0.5"""

@@ -15,8 +15,8 @@ import adaptkit
 
 from . import network, queries
 from .channels import backbone_of, trained_parts
-from .engine import Task
 from .options import adapters
+from .task import Task
 
 
 def task(base: Task, head: str) -> Task:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import adaptkit
+from adaptkit.hub.file import normalised_by_file
 
 from .channels import backbone_of
 from .order import Rows
@@ -28,7 +29,8 @@ def restore_adapted(model: Any, folder: Path) -> None:
 
 def attach_again(args: argparse.Namespace, folder: Path) -> nn.Module:
     """Attach what was saved to a fresh backbone."""
-    return adaptkit.attach(backbone_of(args), folder)
+    with normalised_by_file():  # so are the images of the run
+        return adaptkit.attach(backbone_of(args), folder)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,16 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+def stirred(model: nn.Module, seed: int = 1, by: float = 0.2) -> nn.Module:
+    """Move what is trained of a model, as training does, by normal noise of this deviation."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(by * torch.randn(p.shape, generator=g))
+    return model
+
+
 def _timm(name: str, cls: Callable[[], Any], patch: int = 8, side: int = 4, **options: Any) -> None:
     def build(**more: Any) -> nn.Module:
         sizes = {"img_size": side * patch, "patch_size": patch, "num_classes": 5}

@@ -9,10 +9,11 @@ atomic, and what is saved is serialised before the first byte is written.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -37,6 +38,7 @@ from adaptkit.version import __version__
 
 __all__ = [
     "AdapterFile",
+    "OtherNormalisation",
     "check_fits",
     "check_writable",
     "describe_backbone",
@@ -44,6 +46,7 @@ __all__ = [
     "load_into",
     "metadata_of",
     "normalisation_of",
+    "normalised_by_file",
     "serialised",
     "write_atomic",
     "write_folder",
@@ -216,13 +219,25 @@ def sums_of(vit: View) -> dict[str, list[float]]:
     return block_sums(vit.backbone, len(vit.spec.widths)) if vit.sums is None else vit.sums
 
 
+class OtherNormalisation(UserWarning):
+    """A file was trained on images normalised otherwise than the backbone says, and nothing shows who normalises."""
+
+
+@contextlib.contextmanager
+def normalised_by_file() -> Iterator[None]:
+    """Within, files are attached by those who normalise as the file says: they need no :class:`OtherNormalisation`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OtherNormalisation)
+        yield
+
+
 def check_fits(file: AdapterFile, vit: View, strict: bool = False) -> None:
     """Compare a file with a backbone.
 
     Another structure is a ``ValueError``. Other weights of the same structure are a warning, or with ``strict`` a
     ``ValueError`` too: the adapter runs, but was trained on other features. Every layer is compared: bit by bit where
     both sides hold the same tensors, else block by block up to rounding. Other positions at other sizes, and another
-    normalisation, are warnings.
+    normalisation (:class:`OtherNormalisation`), are warnings.
     """
     if file.header["backbone"] is None:  # a folder of peft knows the names of layers and nothing else
         return
@@ -267,7 +282,7 @@ def check_fits(file: AdapterFile, vit: View, strict: bool = False) -> None:
         warnings.warn(
             f"{file.path} was trained on images normalised by mean {mean}, std {std}; this backbone declares mean "
             f"{list(source.mean)}, std {list(source.std)}. Normalise as the file says",
-            UserWarning,
+            OtherNormalisation,
             stacklevel=3,
         )
 

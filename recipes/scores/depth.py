@@ -12,21 +12,26 @@ from .bootstrap import interval
 NAMES = ("delta1", "delta2", "delta3", "abs_rel", "rmse", "silog")
 
 
-def image_scores(prediction: Tensor, target: Tensor) -> Tensor | None:
-    """Depths (H, W) in metres, targets of 0 not measured -> the scores (6,); None where nothing was measured.
+def image_scores(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Depths (B, ...) in metres -> scores (B, 6) in the order of NAMES, and whether an image has a measured pixel (B,).
 
-    delta1, delta2, delta3 are the shares of pixels where max(p / t, t / p) is below 1.25, 1.25^2, 1.25^3; abs_rel is
-    the mean |p - t| / t, rmse the root of the mean (p - t)^2 in metres, silog the standard deviation of log(p / t)
-    times 100.
+    Targets of 0 were not measured, and are left out; of what was, p predicted and t true: delta1, delta2, delta3 are
+    the shares of pixels where max(p / t, t / p) is below 1.25, 1.25^2, 1.25^3; abs_rel is the mean |p - t| / t, rmse
+    the root of the mean (p - t)^2 in metres, silog the standard deviation of log(p / t) times 100.
     """
-    known = target > 0
-    if not known.any():
-        return None
-    p, t = prediction[known].double(), target[known].double()
+    p, t = prediction.double().flatten(1), target.double().flatten(1)  # (B, N)
+    known = t > 0
+    p, t = torch.where(known, p, 1.0), torch.where(known, t, 1.0)  # no error, where nothing is known
+    pixels = known.sum(1)
+
+    def mean(values: Tensor) -> Tensor:
+        return (values * known).sum(1) / pixels.clamp(min=1)
+
     ratio, log = torch.maximum(p / t, t / p), (p / t).log()
-    deltas = [(ratio < 1.25**k).double().mean() for k in (1, 2, 3)]
-    errors = [((p - t).abs() / t).mean(), (p - t).square().mean().sqrt(), 100 * log.std(correction=0)]
-    return torch.stack([*deltas, *errors])
+    scores = [mean(ratio < 1.25**k) for k in (1, 2, 3)]
+    scores += [mean((p - t).abs() / t), mean((p - t).square()).sqrt()]
+    scores.append(100 * mean((log - mean(log)[:, None]).square()).sqrt())
+    return torch.stack(scores, 1), pixels > 0
 
 
 def cropped(target: Tensor, crop: str | None) -> Tensor:
@@ -51,26 +56,40 @@ def cropped(target: Tensor, crop: str | None) -> Tensor:
 
 
 class DepthScores:
-    """Adds up images one by one; a score is the mean over images."""
+    """Adds up images; a score is the mean over those that have a measured pixel."""
 
     def __init__(self) -> None:
-        self.images: list[Tensor] = []
+        self.rows: list[Tensor] = []  #: (B, 6) scores of images, where the predictions are
+        self.measured: list[Tensor] = []  #: (B,), whether an image has a measured pixel
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Add one image, (H, W) each."""
-        scores = image_scores(prediction, target)
-        self.images += [] if scores is None else [scores]
+        """Add images (B, ...) as :func:`image_scores` takes them."""
+        scores, measured = image_scores(prediction, target)
+        self.rows.append(scores)
+        self.measured.append(measured)
+
+    def counted(self) -> Tensor:
+        """Return the scores of the images that count (n, 6); ``ValueError`` where there is none."""
+        rows = torch.cat(self.rows)[torch.cat(self.measured)].cpu() if self.rows else ()
+        if not len(rows):
+            raise ValueError(
+                "no validation image has a depth in the range; look at --depth-scale and the largest depth"
+            )
+        return torch.as_tensor(rows)
+
+    def compute(self) -> dict[str, float]:
+        """Return the means; errors as :meth:`counted`."""
+        return dict(zip(NAMES, self.counted().mean(0).tolist()))
 
     def details(self) -> dict[str, Any]:
-        """Return the means, with intervals. ``ValueError`` where no image had a measured pixel."""
-        if not self.images:
-            raise ValueError("no image has a depth in the range; look at --depth-scale and the file's max_depth")
-        scores = torch.stack(self.images)
+        """Return the means with intervals, and of each image its delta1, None where nothing was measured."""
+        scores = self.counted()
         count = len(scores)
         between = {
             name: list(interval(scores[:, k : k + 1], lambda sums: sums[:, 0] / count))
             for k, name in enumerate(NAMES)
             if name in ("delta1", "rmse")
         }
+        each = zip(torch.cat(self.rows)[:, 0].tolist(), torch.cat(self.measured).tolist())
         return {**dict(zip(NAMES, scores.mean(0).tolist())), "images": count, "interval": between,
-                "per_image": scores[:, 0].tolist()}  # fmt: skip
+                "per_image": [delta1 if known else None for delta1, known in each]}  # fmt: skip

@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from adaptkit.core.view import Source
-from adaptkit.pictures import colours, framed, pair, read, read_row
+from adaptkit.pictures import colours, pair, read_row
 from adaptkit.predict.tasks import TASKS, Asked
 
-from ..coco import average_precisions, open_instances
+from ..coco import average_precisions, called, open_instances, picture_of
 from ..data import SegmentationData, open_dataset
-from ..depth import DEPTH_NAMES, stored_depth
+from ..depth import DEPTH_NAMES, metres_of
 from ..labelled import open_images
 from ..labels import palette_of, reading
 from ..look import check_labels
 from ..native import NativeSegmentation, masks
+from ..normalisation import floats
 from ..order import undecoded
 from ..panoptic import PanopticQuality
 from ..panoptic_data import PanopticData, read_segments
@@ -119,14 +119,13 @@ def depth(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) -> d
     def images() -> Iterator[Tensor]:
         for i in range(len(data)):
             row = read_row(data[i], f"--data: row {i}")
-            values = stored_depth(row["mask"]).astype(np.float32) / np.float32(args.depth_scale)
-            inside = (values >= config.min_depth) & (values <= config.max_depth)
-            image, target = pair(row["image"], row["mask"], np.where(inside, values, np.float32(0)), "a depth map")
+            metres = metres_of(row["mask"], args.depth_scale, config.min_depth, config.max_depth)
+            image, target = pair(row["image"], row["mask"], metres, "a depth map")
             truth.append(cropped(target, args.crop))
-            yield alter(F.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor), i)
+            yield alter(floats(image), i)
 
     for i, answer in enumerate(model.predict_each(images(), asked)):
-        scores.update(torch.from_numpy(answer.depth), truth[i])
+        scores.update(torch.from_numpy(answer.depth)[None], truth[i][None])
         truth[i] = torch.empty(0)  # has been used
     return {**scores.details(), **({"crop": args.crop} if args.crop else {})}
 
@@ -138,18 +137,13 @@ def detection(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) 
     data = open_instances(args.data, args.images, args.split, with_masks, "--data")
     _check_categories(model, data.categories)
 
-    def images() -> Iterator[Tensor]:
-        for i, row in enumerate(data.rows):
-            image = framed(read(row["path"]), (row["height"], row["width"]))
-            yield alter(F.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor), i)
-
     results = []
-    for row, answer in zip(data.rows, model.predict_each(images(), asked)):
+    for row, answer in zip(data.rows, model.predict_each(_framed(data.rows, alter), asked)):
         for entry, label in zip(answer.coco(row["id"]), answer.labels.tolist()):
             results.append({**entry, "label": label + 1})
     means, by_class = average_precisions(data, results, with_masks)
-    names = [str(c.get("name", c["id"])) for c in data.categories]
-    return {**means, "per_class": by_class["mask" if with_masks else "box"], "classes": names, "images": len(data.rows)}
+    return {**means, "per_class": by_class["mask" if with_masks else "box"], "classes": called(data.categories),
+            "images": len(data.rows)}  # fmt: skip
 
 
 def panoptic(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) -> dict[str, Any]:
@@ -161,25 +155,19 @@ def panoptic(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) -
     rows = PanopticData(data, (32, 32), Source(mean=transform.mean, std=transform.std))
     quality = PanopticQuality(data.categories)
 
-    def images() -> Iterator[Tensor]:
-        for i, row in enumerate(data.rows):
-            image = framed(read(row["path"]), (row["height"], row["width"]))
-            yield alter(F.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor), i)
-
-    for i, answer in enumerate(model.predict_each(images(), asked)):
+    for i, answer in enumerate(model.predict_each(_framed(data.rows, alter), asked)):
         label = np.full(len(answer.found) + 1, -1)
         for segment in answer.found:
             label[segment["id"]] = segment["label"]
         ids = torch.from_numpy(answer.segments.astype(np.int64))
         found = torch.stack([torch.from_numpy(label)[ids], ids], -1)
         quality.update([found], [rows.truth(data.rows[i])])
-    names = [str(c.get("name", c["id"])) for c in data.categories]
-    return {**quality.details(), "classes": names}
+    return {**quality.details(), "classes": called(data.categories)}
 
 
 def _check_categories(model: Any, categories: list[dict[str, Any]]) -> None:
     known = model.described().said["categories"]
-    theirs, mine = ([(c["id"], str(c.get("name", c["id"]))) for c in found] for found in (categories, known))
+    theirs, mine = ([(c["id"], name) for c, name in zip(found, called(found))] for found in (categories, known))
     if theirs != mine:
         other = next((pair for pair in zip(theirs, mine) if pair[0] != pair[1]), (theirs[-1], mine[-1]))
         raise ValueError(
@@ -188,11 +176,17 @@ def _check_categories(model: Any, categories: list[dict[str, Any]]) -> None:
         )
 
 
+def _framed(rows: list[dict[str, Any]], alter: Alter) -> Iterator[Tensor]:
+    """Yield the images of rows of COCO's formats, (3, H, W) in 0..1."""
+    for i, row in enumerate(rows):
+        yield alter(floats(picture_of(row)), i)
+
+
 def _pictures(data: Any, name: str, alter: Alter, channels: int) -> Iterator[Tensor]:
     """Yield the pictures of rows, (C, H, W) in 0..1."""
     for i, row in enumerate(undecoded(data)):
         image = colours(read_row(row, f"{name}: row {i}", channels=channels)["image"])
-        yield alter(F.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor), i)
+        yield alter(floats(image), i)
 
 
 EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {

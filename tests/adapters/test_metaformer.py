@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from families import HOSTS
+from families import HOSTS, stirred
 
 import adaptkit
 from adaptkit import MetaFormerConfig, Spec
@@ -28,13 +28,8 @@ def image(cells=(4, 5), patch=14, seed=0):
     return torch.randn(2, 3, cells[0] * patch, cells[1] * patch, generator=torch.Generator().manual_seed(seed))
 
 
-def randomise(model, seed=3):
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.3 * torch.randn(p.shape, generator=g))
-    return model.eval()
+def randomise(model):
+    return stirred(model, seed=3, by=0.3).eval()
 
 
 def first_block(model, x):

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -140,10 +141,13 @@ def test_other_normalisation_is_a_warning(saved, tmp_path):
     model = host()
     model.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
     adaptkit.attach(model, "sfp").save(tmp_path / "half")
-    other = host()
-    other.pretrained_cfg = {"mean": (0.4, 0.4, 0.4), "std": (0.2, 0.2, 0.2)}
+    other, same = host(), host()
+    other.pretrained_cfg = same.pretrained_cfg = {"mean": (0.4, 0.4, 0.4), "std": (0.2, 0.2, 0.2)}
     with pytest.warns(UserWarning, match="normalised by mean"):
         adaptkit.attach(other, tmp_path / "half")
+    with warnings.catch_warnings():  # predict() of this model follows the file
+        warnings.simplefilter("error", files.OtherNormalisation)
+        adaptkit.from_pretrained(tmp_path / "half", backbone=same)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 500, -1])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from families import HOSTS
+from families import HOSTS, stirred
 
 import adaptkit
 
@@ -20,12 +20,7 @@ def host(name="timm-vit"):
 
 
 def moved(model, seed=3):
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn(p.shape, generator=g))
-    return model
+    return stirred(model, seed, by=0.1)
 
 
 def same_state(module, state):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from families import stirred
 
 import adaptkit
 from adaptkit.cli import main
@@ -24,15 +25,6 @@ COMMON = {"mean": [0.5] * 3, "std": [0.25] * 3, "size": [48, 64]}
 def backbone():
     torch.manual_seed(0)
     return create_backbone("test_vit", pretrained=False).eval()
-
-
-def stirred(model, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,7 @@ from recipes import depth, engine, segment
 from recipes.best import Best, best_of
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_folder import argv, tree
-from test_segment import write_folder
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return str(write_folder(tmp_path_factory.mktemp("pictures") / "data"))
+from runs import argv, cut_off, tree
 
 
 def test_the_first_of_equal_ones_is_the_best_and_nan_never_is():
@@ -72,17 +66,9 @@ def test_a_run_that_is_killed_and_goes_on_keeps_the_same_best(pictures, tmp_path
     values = [0.1, 0.3, 0.2, 0.4, 0.2, 0.1]
     scores(monkeypatch, values)
     segment.main(argv(pictures, tmp_path / "whole", *common))
-    real, calls = segment.F.cross_entropy, []
-
-    def until(*args, **kwargs):
-        calls.append(0)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
     scores(monkeypatch, values)
     with monkeypatch.context() as patch:
-        patch.setattr("recipes.segment.F.cross_entropy", until)
+        patch.setattr("recipes.segment.F.cross_entropy", cut_off(segment.F.cross_entropy, 6))
         with pytest.raises(KeyboardInterrupt):
             segment.main(argv(pictures, tmp_path / "cut", *common))
     assert json.loads((tmp_path / "cut" / "best" / "adapter_config.json").read_text())["metadata"]["step"] == 4

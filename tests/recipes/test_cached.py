@@ -10,7 +10,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).parent))
-from test_segment import write_folder  # noqa: E402
+from runs import write_folder  # noqa: E402
 
 import adaptkit  # noqa: E402
 from recipes import segment  # noqa: E402

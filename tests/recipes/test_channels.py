@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import reset
 
 import adaptkit
 from adaptkit import bands
@@ -210,10 +211,7 @@ def test_a_set_of_thirteen_bands_trains_resumes_predicts_and_scores(form, tmp_pa
     with pytest.raises(Killed):
         segment.main(command(data, tmp_path / "killed", *more))
     monkeypatch.setattr(segment, "TASK", task)
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset()
     segment.main(command(data, tmp_path / "killed", *more, "--resume"))
     files = [tmp_path / run / "adapter" / "adapter_model.safetensors" for run in ("whole", "killed")]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -235,8 +233,10 @@ def test_a_set_of_thirteen_bands_trains_resumes_predicts_and_scores(form, tmp_pa
     assert (np.asarray(Image.open(tmp_path / "said" / f"{image.stem}.png")) == answer.mask).all()
     assert (tmp_path / "said" / f"{image.stem}_overlay.png").is_file()
     capsys.readouterr()
-    adaptkit_main(["eval", str(files[0].parent), "--data", str(data), "--json"])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    ended = adaptkit_main(["eval", str(files[0].parent), "--data", str(data), "--json"])
+    said = capsys.readouterr()
+    assert ended == 0, said.err
+    found = json.loads(said.out.splitlines()[-1])
     assert found["miou"] == pytest.approx(result["miou"] / 100, abs=1e-4)
 
 

@@ -13,13 +13,7 @@ from recipes.checkpoints import checkpoints
 from recipes.optimising import as_asked, schedule_of
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_folder import argv
-from test_segment import write_folder
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return str(write_folder(tmp_path_factory.mktemp("pictures") / "data"))
+from runs import argv
 
 
 def rates(out):

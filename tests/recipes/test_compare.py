@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_segment import write_folder
+from runs import write_folder
 
 from adaptkit.cli import main as cli
 from recipes import compare, segment

@@ -13,6 +13,7 @@ from adaptkit.losses import silog_loss
 from recipes import depth
 from recipes.data import open_dataset
 from recipes.drawn import room, rooms
+from recipes.scores.depth import DepthScores
 
 QUICK = ["--max-depth", "10", "--size", "32", "48", "--batch-size", "2", "--random-backbone", "--steps", "2"]
 
@@ -20,7 +21,7 @@ QUICK = ["--max-depth", "10", "--size", "32", "48", "--batch-size", "2", "--rand
 def test_scores_are_those_counted_by_hand():
     prediction = torch.tensor([[[[2.0, 3.0], [8.0, 5.0]]], [[[1.0, 1.0], [1.0, 1.0]]]])
     target = torch.tensor([[[[2.0, 2.0], [4.0, 0.0]]], [[[0.0, 0.0], [0.0, 0.0]]]])  # 0: not measured
-    metric = depth.DepthMetric()
+    metric = DepthScores()
     metric.update(prediction, target)
     said = metric.compute()
     assert metric.details()["images"] == 1
@@ -37,14 +38,14 @@ def test_scores_are_those_counted_by_hand():
 def test_each_image_weighs_the_same_however_many_of_its_pixels_were_measured():
     prediction = torch.ones(2, 1, 1, 4)
     target = torch.tensor([[[[1.0, 1.0, 1.0, 1.0]]], [[[2.0, 0.0, 0.0, 0.0]]]])
-    metric = depth.DepthMetric()
+    metric = DepthScores()
     metric.update(prediction, target)
     assert metric.compute()["delta1"] == 0.5
 
 
 def test_no_measured_pixel_at_all_is_an_error():
     with pytest.raises(ValueError, match="no validation image has a depth in the range"):
-        depth.DepthMetric().compute()
+        DepthScores().compute()
 
 
 def test_the_loss_forgives_a_common_scale_as_far_as_it_says():

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 pytest.importorskip("faster_coco_eval")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from runs import reset
+
 import adaptkit
 from adaptkit.create import create_backbone
 from adaptkit.pretrained import from_pretrained
@@ -33,19 +35,6 @@ def folder(tmp_path_factory):
 
 
 FCOS = ["--model", "fcos", "--width", "64", "--steps", "12", "--save-every", "5"]
-
-
-def reset():
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    read_instances.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    reset()
 
 
 def command(folder, out, *more):

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from fake_cuda import Questions, Stalls
 
 import adaptkit
-from recipes import classify, depth, devices, engine, segment, semantic
+from recipes import batches, classify, depth, devices, engine, prepare, segment, semantic, validation
 from recipes.order import Rows
 
 SMALL = ["--backbone", "test_vit", "--random-backbone", "--batch-size", "2", "--save-every", "0"]
@@ -116,14 +116,14 @@ def test_a_score_is_read_once_however_many_batches_it_adds_up(case):
     module, argv, prediction, target = SCORES[case]
     asked = []
     for count in (1, 4):
-        batches = [
+        loaded = [
             (torch.rand(prediction) + 1, torch.randint(3, target) if len(target) == 1 else 3 * torch.rand(target))
             for _ in range(count)
         ]
         task = Namespace(metric=module.metric, predict=lambda model, batch, args: batch, ragged=False)
         there = Namespace(device=torch.device("cpu"), autocast=nullcontext, gather_for_metrics=lambda pair: pair)
         with Questions() as questions:
-            engine.evaluate(task, torch.nn.Identity(), batches, there, module.parse(argv))
+            validation.evaluate(task, torch.nn.Identity(), loaded, there, module.parse(argv))
         asked.append(questions.asked)
     assert asked[0] == asked[1]
 
@@ -160,24 +160,24 @@ def test_batches_for_a_gpu_come_from_pinned_memory_and_workers_stay(device, pinn
 
     data = datasets.Dataset.from_dict({"n": [0, 1, 2]})
     rows = Numbers(data.to_iterable_dataset(num_shards=2) if streaming else data)
-    made, loader = [], engine.DataLoader
-    monkeypatch.setattr(engine, "DataLoader", lambda *args, **kwargs: made.append(loader(*args, **kwargs)) or made[-1])
+    made, loader = [], batches.DataLoader
+    monkeypatch.setattr(batches, "DataLoader", lambda *args, **kwargs: made.append(loader(*args, **kwargs)) or made[-1])
     there = Namespace(
         device=torch.device(device), num_processes=1, process_index=0, non_blocking=True, prepare=lambda x: x
     )
     args = Namespace(batch_size=1, workers=2, streaming=streaming, accumulate=1, steps=2, seed=0, shuffle_buffer=0)
     task = Namespace(collate=None)
-    engine.validation_batches(rows, task, there, args)
-    engine.training_batches(rows, 0, task, there, args)
+    batches.validation_batches(rows, task, there, args)
+    batches.training_batches(rows, 0, task, there, args)
     assert [(x.pin_memory, x.persistent_workers, x.num_workers) for x in made] == [(pinned, True, 2)] * 2
 
 
 def test_copies_to_a_gpu_do_not_wait(monkeypatch, tmp_path):
     seen = {}
-    monkeypatch.setattr(engine, "together", lambda kind, **options: seen.update(options) or kind(cpu=True))
+    monkeypatch.setattr(prepare, "together", lambda kind, **options: seen.update(options) or kind(cpu=True))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     args = Namespace(out=str(tmp_path), mixed_precision="no", accumulate=1, tracker=None, shard=False)
-    engine.start(segment.TASK, args)
+    prepare.start(segment.TASK, args)
     assert seen["dataloader_config"].non_blocking
 
 

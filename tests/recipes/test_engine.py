@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import cut_off
 
 import adaptkit
-from recipes import options, segment
+from recipes import options, prepare, segment
 from recipes.average import Average
 from recipes.log import forget_after
 from recipes.optimising import linear
@@ -67,16 +68,8 @@ def test_a_run_with_an_average_saves_it_and_resumes_to_the_byte(pictures, tmp_pa
         segment.main(command_line(pictures, tmp_path / name, *more, *ema))
     assert weights(tmp_path / "plain") != weights(tmp_path / "whole")
 
-    real, calls = segment.F.cross_entropy, []
-
-    def until(*args, **kwargs):
-        calls.append(0)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr("recipes.segment.F.cross_entropy", until)
+        patch.setattr("recipes.segment.F.cross_entropy", cut_off(segment.F.cross_entropy, 4))
         with pytest.raises(KeyboardInterrupt):
             segment.main(command_line(pictures, tmp_path / "cut", *more, "--ema", "0.9"))
     segment.main(command_line(pictures, tmp_path / "cut", *more, "--ema", "0.9", "--resume"))
@@ -238,13 +231,11 @@ def test_the_linear_schedule_rises_and_falls_to_zero():
 
 
 def test_frameworks_that_would_save_the_backbone_are_refused(monkeypatch, tmp_path):
-    from recipes import engine
-
     fsdp = Namespace(distributed_type=Namespace(value="FSDP"))
-    monkeypatch.setattr(engine, "Accelerator", lambda **_: fsdp)
+    monkeypatch.setattr(prepare, "Accelerator", lambda **_: fsdp)
     args = Namespace(out=str(tmp_path), mixed_precision="no", accumulate=1, tracker=None)
     with pytest.raises(ValueError, match="configured for FSDP, whose checkpoints hold the frozen backbone"):
-        engine.start(segment.TASK, args)
+        prepare.start(segment.TASK, args)
 
 
 @pytest.mark.parametrize(("capabilities", "expected"), [({"avx512_bf16": True}, "bf16"), ({"avx512_bf16": False}, "no"), ({"amx_bf16": True}, "bf16"), ({}, "no")])  # fmt: skip

@@ -12,6 +12,7 @@ from PIL import Image
 from torchmetrics.classification import MulticlassJaccardIndex
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from families import stirred
 
 import adaptkit
 from adaptkit.cli import eval as command
@@ -25,15 +26,6 @@ SIZES = ((80, 90), (80, 90), (63, 101), (48, 64))
 def backbone():
     torch.manual_seed(0)
     return create_backbone("test_vit", pretrained=False).eval()
-
-
-def stirred(model, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 @pytest.fixture(autouse=True)

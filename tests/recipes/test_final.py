@@ -19,7 +19,7 @@ from recipes.scores.detection import image_f1
 from recipes.scores.segmentation import boundary
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_segment import write_folder
+from runs import write_folder
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from recipes.folder import begin, name_run, occupied, run_of
 from recipes.log import append
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_segment import QUICK, write_folder
+from runs import argv, tree
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
@@ -33,25 +33,6 @@ with occupied(sys.argv[1], PartialState(cpu=True), resume=True):
     print("in", flush=True)
     sys.stdin.readline()
 """
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return str(write_folder(tmp_path_factory.mktemp("pictures") / "data"))
-
-
-def argv(pictures, out, *more):
-    return ["--train", pictures, "--val", pictures, "--out", str(out), *QUICK[:-2], "--adapter", "metaformer",
-            "--adapter-options", '{"width": 8}', "--head", "linear", *more]  # fmt: skip
-
-
-def tree(folder):
-    """Every file of a folder with its bytes, but for the lock."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(Path(folder).rglob("*"))
-        if path.is_file() and path.name != ".lock"
-    }
 
 
 # ---------------------------------------------------------------------------------------------------- two writers

@@ -11,17 +11,12 @@ from accelerate import Accelerator
 
 import adaptkit
 from recipes import network, segment
-from recipes.engine import evaluate, prepare
 from recipes.initial import initialise
+from recipes.prepare import prepare
+from recipes.validation import evaluate
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_folder import argv
-from test_segment import write_folder
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return str(write_folder(tmp_path_factory.mktemp("pictures") / "data"))
+from runs import argv
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_segment import write_folder
+from runs import write_folder
 
 ROOT = Path(__file__).parents[2]
 

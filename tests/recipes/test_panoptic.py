@@ -17,6 +17,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("scipy")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from runs import reset
+
 import adaptkit
 from adaptkit.create import create_backbone
 from recipes import evaluate, network, panoptic, shapes
@@ -25,19 +27,6 @@ from recipes.panoptic_data import PanopticData, locate, read_segments, segment_i
 QUICK = ["--backbone", "test_vit", "--random-backbone", "--adapter-options", '{"conv_inplane": 8}', "--size", "32", "48",
          "--width", "32", "--queries", "8", "--layers", "1", "1", "--points", "64", "--batch-size", "2", "--lr", "3e-3",
          "--clip", "1", "--object-threshold", "0.2"]  # fmt: skip
-
-
-def reset():
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    read_segments.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    reset()
 
 
 @pytest.fixture(scope="module")

@@ -4,19 +4,19 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 pytest.importorskip("scipy")
 pytest.importorskip("faster_coco_eval")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from runs import reset, write_masks
+
 import adaptkit
 from adaptkit.create import create_backbone
 from adaptkit.heads.plain_mask import annealed
-from recipes import coco, detect, panoptic, panoptic_data, plain_mask, queries, segment, semantic, shapes
+from recipes import detect, panoptic, plain_mask, queries, segment, semantic, shapes
 from recipes.evaluate import main as evaluate
 
 QUICK = ["--backbone", "test_vit", "--random-backbone", "--size", "32", "48", "--queries", "6", "--points", "64",
@@ -24,33 +24,11 @@ QUICK = ["--backbone", "test_vit", "--random-backbone", "--size", "32", "48", "-
          "--head-options", '{"num_blocks": 2}']  # fmt: skip
 
 
-def reset():
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    coco.read_instances.cache_clear()
-    panoptic_data.read_segments.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    reset()
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     path = tmp_path_factory.mktemp("data")
     shapes.write(path / "shapes", 4, 32, 48, seed=0)
-    rng = np.random.default_rng(0)
-    for name in ("images", "masks"):
-        (path / "semantic" / name).mkdir(parents=True)
-    for i in range(4):
-        mask = rng.integers(0, 3, (4, 6)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
-        mask[:2] = 255  # unlabelled
-        image = np.stack([mask * 80, 255 - mask * 80, mask * 40], -1).astype(np.uint8)
-        Image.fromarray(image).save(path / "semantic" / "images" / f"{i}.png")
-        Image.fromarray(mask).save(path / "semantic" / "masks" / f"{i}.png")
+    write_masks(path / "semantic")
     return path
 
 

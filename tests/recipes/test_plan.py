@@ -5,14 +5,13 @@ import json
 import pytest
 import torch
 import yaml
+from runs import reset, write_folder
 from torch import nn
 
 import adaptkit.cli as cli
 from recipes import dry, segment, shapes
 from recipes.dry import bytes_of, largest, machine_memory, peak_of
 from recipes.options import batch_of
-
-from .test_segment import write_folder
 
 QUICK = ["--num-classes", "3", "--backbone", "test_vit", "--random-backbone", "--size", "32", "48", "--adapter-options",
          '{"conv_inplane": 8, "injector": false}', "--save-every", "0", "--steps", "2"]  # fmt: skip
@@ -26,12 +25,6 @@ def folder(tmp_path):
 def plan(capsys, *argv):
     assert cli.main(["plan", *map(str, argv), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
-
-
-def reset():
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_the_plan_is_what_the_run_does_and_nothing_is_written(folder, tmp_path, capsys):
@@ -88,6 +81,22 @@ def test_every_recipe_of_the_loop_has_a_plan_in_one_screen(recipe, tmp_path, cap
     for word in ("trained parameters", "file ", "GMACs", "peak memory", "a step", steps, "data --train"):
         assert any(word in line for line in said), word
     assert not (tmp_path / "run").exists()
+
+
+def test_validation_is_measured_on_the_largest_images_at_the_size_it_looks_at(folder, tmp_path, capsys):
+    from PIL import Image
+
+    argv = ["--train", folder, *QUICK[:-6], "--adapter", "none", "--batch-size", "2"]
+    write_folder(tmp_path / "val", size=(64, 96))
+    found = [plan(capsys, "segment", *argv, "--val", tmp_path / "val", "--resize", "native")]
+    for kind in ("images", "masks"):  # the last one, in the order of their names
+        file = sorted((tmp_path / "val" / kind).iterdir())[-1]
+        Image.open(file).resize((384, 256), Image.Resampling.NEAREST).save(file)
+    reset()
+    found.append(plan(capsys, "segment", *argv, "--val", tmp_path / "val", "--resize", "native"))
+    assert [one["validation_images"] for one in found] == ["the largest 2"] * 2
+    assert found[1]["validation_memory_bytes"] > found[0]["validation_memory_bytes"] + 3 * 256 * 384 * 4
+    assert found[1]["peak_memory_bytes"] == found[0]["peak_memory_bytes"]  # of training, which resizes
 
 
 def test_what_has_no_plan_says_what_has(capsys):

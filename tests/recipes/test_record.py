@@ -12,13 +12,7 @@ import adaptkit
 from recipes import classify, detect, record, segment
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_folder import argv
-from test_segment import write_folder
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return str(write_folder(tmp_path_factory.mktemp("pictures") / "data"))
+from runs import argv, write_folder
 
 
 @pytest.fixture(scope="module")

@@ -12,34 +12,10 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from runs import QUICK, write_folder  # noqa: E402
+
 from recipes.order import Steps  # noqa: E402
 from recipes.segment import main  # noqa: E402
-
-QUICK = ["--num-classes", "3", "--backbone", "demo", "--random-backbone", "--size", "32", "48", "--batch-size", "2",
-         "--adapter-options", '{"conv_inplane": 8}']  # fmt: skip
-
-
-def write_folder(path, count=5, classes=3, size=(40, 56), bad=None):
-    rng = np.random.default_rng(0)
-    (path / "images").mkdir(parents=True)
-    (path / "masks").mkdir()
-    for i in range(count):
-        mask = rng.integers(0, classes, (size[0] // 8, size[1] // 8)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
-        image = np.stack([mask * 80, 255 - mask * 80, mask * 40], -1) + rng.integers(0, 15, (*size, 3), dtype=np.uint8)
-        if i == bad:
-            mask[0, 0] = 9
-        Image.fromarray(image.astype(np.uint8)).save(path / "images" / f"{i}.jpg")
-        Image.fromarray(mask).save(path / "masks" / f"{i}.png")
-    return path
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """A process has one Accelerator state; each test starts its own run."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from runs import write_masks
 
 import adaptkit
 from adaptkit.create import create_backbone
@@ -21,16 +22,7 @@ QUICK = ["--num-classes", "3", "--backbone", "test_vit", "--random-backbone", "-
 
 @pytest.fixture
 def folder(tmp_path):
-    rng = np.random.default_rng(0)
-    for name in ("images", "masks"):
-        (tmp_path / "data" / name).mkdir(parents=True)
-    for i in range(4):
-        mask = rng.integers(0, 3, (4, 6)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
-        mask[:2] = 255  # unlabelled
-        image = np.stack([mask * 80, 255 - mask * 80, mask * 40], -1).astype(np.uint8)
-        Image.fromarray(image).save(tmp_path / "data" / "images" / f"{i}.png")
-        Image.fromarray(mask).save(tmp_path / "data" / "masks" / f"{i}.png")
-    return tmp_path / "data"
+    return write_masks(tmp_path / "data")
 
 
 @pytest.mark.parametrize("head", ["upernet", "mask2former"])

@@ -18,16 +18,10 @@ from recipes.order import folded
 from recipes.stopping import Asked, Stop, Stopped
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_folder import argv
-from test_segment import write_folder
+from runs import argv
 
 ROOT = Path(__file__).parents[2]
 STEPS = "100000"  # a run that would not end by itself
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return str(write_folder(tmp_path_factory.mktemp("pictures") / "data"))
 
 
 def started(command_line):

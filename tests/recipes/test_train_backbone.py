@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from test_segment import QUICK, write_folder  # noqa: E402
+from runs import QUICK, write_folder  # noqa: E402
 
 import adaptkit  # noqa: E402
 from recipes.optimising import parameter_groups  # noqa: E402

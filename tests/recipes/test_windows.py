@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).parent))
-from test_segment import write_folder  # noqa: E402
+from runs import write_folder  # noqa: E402
 
 import adaptkit  # noqa: E402
 from adaptkit.create import create_backbone  # noqa: E402

@@ -11,8 +11,9 @@ import datasets
 import torch
 from accelerate import Accelerator
 
-from recipes import engine, segment
+from recipes import batches, engine, segment, validation
 from recipes.order import Rows
+from recipes.task import Task
 
 
 class Numbers(Rows):
@@ -40,11 +41,9 @@ def counted(accelerator, count, batch, streaming, ragged):
     rows = Numbers(data.to_iterable_dataset(num_shards=2) if streaming else data)
     args = Namespace(batch_size=batch, workers=0, streaming=streaming, shard=False)
     seen = Seen()
-    task = engine.Task(
-        "t", "t", "count", (), None, None, None, lambda model, batch, args: batch, lambda args: seen, ragged
-    )
-    loader = engine.validation_batches(rows, task, accelerator, args)
-    engine.evaluate(task, torch.nn.Identity(), loader, accelerator, args)
+    task = Task("t", "t", "count", (), None, None, None, lambda model, batch, args: batch, lambda args: seen, ragged)
+    loader = batches.validation_batches(rows, task, accelerator, args)
+    validation.evaluate(task, torch.nn.Identity(), loader, accelerator, args)
     return sorted(seen.images)
 
 

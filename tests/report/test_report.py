@@ -14,7 +14,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 from browser import Browser, chromium
-from test_segment import write_folder
+from runs import write_folder
 
 from adaptkit.cli import main
 from adaptkit.report import Extra, Run, charts, found, grouped, page, read
