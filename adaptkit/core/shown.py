@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import html
 import textwrap
-from abc import ABC, abstractmethod
 from typing import Any
 
 from adaptkit.core.printable import printable
@@ -20,12 +19,12 @@ WIDTH = 110  #: characters of a line of text
 MOST = 400  #: characters of one cell
 
 
-class Shown(ABC):
+class Shown:
     """Mixin: ``repr`` is :func:`as_text` and a notebook shows :func:`as_html`, both of ``_shown()``."""
 
-    @abstractmethod
     def _shown(self) -> tuple[str, Rows]:
         """Title and rows."""
+        raise NotImplementedError
 
     def __repr__(self) -> str:
         return as_text(*self._shown())

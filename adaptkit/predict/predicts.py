@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -23,14 +22,14 @@ __all__ = ["Predicts"]
 HELD = 1 << 24  #: values of the images that wait to run together
 
 
-class Predicts(ABC):
+class Predicts:
     """What a model has that turns pictures into answers; the model itself says how, by ``described()``."""
 
     vit: Any  #: the view of its backbone
 
-    @abstractmethod
     def described(self) -> Described:
         """Return what it predicts, and how."""
+        raise NotImplementedError  # not abstract: FSDP2 gives a module another class, which ABC's layout forbids
 
     @property
     def transform(self) -> Transform:

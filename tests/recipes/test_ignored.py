@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from recipes import classify, depth, detect, instances, panoptic, segment, semantic, shapes
+from recipes import classify, depth, detect, panoptic, queries, segment, semantic, shapes
 from recipes.coco import read_instances
 from recipes.labelled import open_images
 from recipes.panoptic_data import read_segments
@@ -248,7 +248,7 @@ def test_queries_without_an_object_learn_that_there_is_nothing(tmp_path):
     with pytest.warns(UserWarning, match="occur in none"):
         model = detect.build(args)
     nothing = {"masks": torch.zeros(0, 32, 48), "labels": torch.zeros(0, dtype=torch.int64)}
-    trained(instances.loss, model, (torch.randn(2, 3, 32, 48), [nothing, nothing]), args, zero=False)
+    trained(queries.object_loss, model, (torch.randn(2, 3, 32, 48), [nothing, nothing]), args, zero=False)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in detect.MODELS if kind != "plain-mask"])
