@@ -44,7 +44,7 @@ FILES = {
     "adavit": ("adavit", ("classifier", {"num_classes": 3}), {"task": "classification", "size": 64}, "logits"),
     "depth": ("sfp", ("depth", {"max_depth": 10.0, "bins": 4, "channels": 32}), {"task": "depth"}, "logits"),
 }  # fmt: skip
-QUICK = ("retinanet", "segment upernet")
+QUICK = ("retinanet", "segment plain-mask")
 
 
 def stirred(model, scale=0.05):
@@ -147,7 +147,7 @@ def test_a_program_of_torch_says_what_the_network_says(kind, backbone, tmp_path)
             torch.testing.assert_close(x, wanted[name], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", DETECTORS)
+@pytest.mark.parametrize("kind", [*DETECTORS[:3], pytest.param("mask-rcnn", marks=pytest.mark.full)])
 @torch.no_grad()
 def test_the_detections_of_the_graph_are_torchvisions_at_any_proportion_and_threshold(kind, backbone):
     network = made(kind, backbone)[0].network
@@ -188,6 +188,31 @@ def test_a_detection_without_a_partner_is_counted():
     assert unmatched(one, {**one, "boxes": one["boxes"] + 0.1}, 0.05, 1e-4) == 4
     assert unmatched(one, {k: x[:1] for k, x in one.items()}, 0.05, 1e-4) == 1
     assert unmatched(one, {k: x[:1] for k, x in one.items()}, 0.3, 1e-4) == 0  # at the threshold
+
+
+@pytest.mark.parametrize("kind", ["segment upernet", "panoptic mask2former", "fcos"])
+def test_the_outputs_of_a_network_have_names_and_are_chosen(kind, backbone):
+    model, names = made(kind, backbone)[0], FILES[kind][-1].split(", ")
+    assert adaptkit.export.output_names(model, (64, 96)) == names
+    assert adaptkit.export.output_names(model, (64, 96), names[-1:]) == names[-1:]
+    with pytest.raises(ValueError, match=f"this model has no 'maps'.*; its outputs are {FILES[kind][-1]}"):
+        adaptkit.export.output_names(model, (64, 96), ["maps"])
+
+
+def test_a_file_that_was_compared_on_nothing_but_empty_images_says_so(backbone):
+    model, _ = made("retinanet", backbone)
+    model.network.score_thresh = 0.999
+    graph = model.graph((64, 96))
+    nothing = [torch.zeros(300, 4), torch.zeros(300), torch.zeros(300, dtype=torch.int64)]
+    image = graph.seen((1, 3, 64, 96), 1)[0]
+    with torch.no_grad():
+        graph(image)
+        graph.compare(nothing, image, 1e-4)
+    with pytest.warns(UserWarning, match="finds nothing in the images that the file was compared on"):
+        graph.finish()
+    nothing[1][0] = 1.0  # a detection that the model does not have
+    with torch.no_grad(), pytest.raises(RuntimeError, match="1 of 0 detections in the file differ from the model"):
+        graph.compare(nothing, image, 1e-4)
 
 
 def test_a_detector_of_any_size_is_refused(backbone, tmp_path):
