@@ -71,7 +71,8 @@ def to_onnx(
         except torch.onnx.OnnxExporterError as error:
             backbone = type(model.vit.backbone).__name__
             raise ValueError(
-                f"{backbone} has what torch cannot say in ONNX: {_reason(error)}. Export a .pt2"
+                f"{backbone} has what torch cannot say in ONNX: {_reason(error)}. "
+                + ("Leave out dynamic_size=True, or export a .pt2" if dynamic_size else "Export a .pt2")
             ) from error
         if not graph.samplers and any(node.op_type == "GridSample" for node in done.model.graph):
             raise ValueError(
@@ -163,7 +164,7 @@ def _reason(error: BaseException) -> str:
     """Return the innermost cause: the exporter wraps it in advice for its own developers."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error)
+    return next((line for line in str(error).splitlines() if line.strip()), repr(error))
 
 
 def _metadata(graph: Graph, size: tuple[int, int], dynamic_batch: bool, dynamic_size: bool) -> dict[str, str]:
