@@ -19,7 +19,12 @@ def add(commands: Any) -> None:
     parser.add_argument("--backbone", help="as for doctor (default: the one that the file records)")
     parser.add_argument("--fixed-batch", action="store_true", help="two images at a time, no more and no fewer")
     parser.add_argument("--dynamic-size", action="store_true", help="leave the size open where the backbone allows it")
-    parser.add_argument("--outputs", nargs="+", metavar="NAME", help="of logits, maps, map_4, ..., tokens, prefix: all")
+    parser.add_argument(
+        "--outputs",
+        nargs="+",
+        metavar="NAME",
+        help="of logits, maps, map_4, ..., tokens, prefix, boxes, scores, labels, masks: all",
+    )
     parser.add_argument("--aot", action="store_true", help="compile the .pt2 for this kind of computer")
 
 
@@ -38,12 +43,12 @@ def run(args: argparse.Namespace) -> None:
         path = write(model, args.out, tuple(args.size), **opened)
     except RuntimeError as error:  # the file does not agree, or there is no compiler
         raise ValueError(str(error)) from error
+    graph = export.graph_of(model, tuple(args.size), args.outputs)
+    batch = str(graph.images or ("2" if args.fixed_batch else "batch"))
+    unit = "float32, in 0..1, not normalised" if graph.sized else "float32"
     rows = [
         ("file", f"{path} ({path.stat().st_size / 1e6:.2f} MB), agrees with the model"),
-        (
-            "input",
-            f"image, {'2' if args.fixed_batch else 'batch'} x {model.spec.channels} x {_sides(args)}, float32",
-        ),
+        ("input", f"image, {batch} x {graph.adapted.spec.channels} x {_sides(args)}, {unit}"),
         ("outputs", ", ".join(export.output_names(model, tuple(args.size), args.outputs))),
     ]
     table("exported", rows)

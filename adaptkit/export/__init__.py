@@ -4,6 +4,11 @@ What is exported is ``model.eval()(image)``, in float32, with its outputs by nam
 there is a pyramid), ``tokens``, ``prefix``, ``logits``. AdaViT's gates decide as they do in evaluation, but every token
 is computed and masked: a graph cannot skip what depends on the image.
 
+Networks of other libraries have their own outputs: ``logits`` (UperNet), ``class_queries_logits`` and
+``masks_queries_logits`` (Mask2Former); of a detector ``boxes`` (n, 4) in pixels of the image, ``scores`` (n,),
+``labels`` (n,) and ``masks`` (n, 1, H, W), n being the most that it finds, with score 0 behind the last detection. A
+detector takes one image at a time, of values in 0..1, which it normalises and resizes itself.
+
 No file is put in place before it has been loaded again and compared with the model, on another batch and, where the
 size is left open, on another size.
 """
@@ -21,14 +26,13 @@ from typing import Any
 import torch
 
 from adaptkit.export.check import compare, in_place, need, onnx_run, target_path
-from adaptkit.export.trace import Graph, axis_names, refuse_antialias, traced
-from adaptkit.model.adapted import AdaptedModel
+from adaptkit.export.trace import Graph, axis_names, graph_of, refuse_antialias, traced
 
-__all__ = ["output_names", "to_aot_package", "to_exported_program", "to_onnx"]
+__all__ = ["graph_of", "output_names", "to_aot_package", "to_exported_program", "to_onnx"]
 
 
 def to_onnx(
-    model: AdaptedModel,
+    model: Any,
     path: str | os.PathLike[str],
     size: tuple[int, int],
     *,
@@ -44,10 +48,10 @@ def to_onnx(
     ``batch``, ``height`` and ``width``.
 
     Args:
-        model: what ``attach`` or ``from_pretrained`` returned.
+        model: what ``attach`` or ``from_pretrained`` returned: an ``AdaptedModel``, or a ``Network`` around one.
         path: ends in ``.onnx``; weights beyond the 2 GB that ONNX allows go to ``<path>.data``.
         size: (H, W) of the images, in pixels.
-        dynamic_batch: leave the number of images open.
+        dynamic_batch: leave the number of images open; of a detector it is one.
         dynamic_size: leave (H, W) open, in multiples of 32 and of the patch. Positions that the backbone resamples
             with antialias are resampled in the graph by matrix products (:mod:`adaptkit.export.resampled`).
         outputs: which outputs to compute, by name; ``"maps"`` stands for all maps. None: all.
@@ -67,15 +71,16 @@ def to_onnx(
         except torch.onnx.OnnxExporterError as error:
             backbone = type(model.vit.backbone).__name__
             raise ValueError(
-                f"{backbone} has what torch cannot say in ONNX: {_reason(error)}. Export a .pt2"
+                f"{backbone} has what torch cannot say in ONNX: {_reason(error)}. "
+                + ("Leave out dynamic_size=True, or export a .pt2" if dynamic_size else "Export a .pt2")
             ) from error
-        if any(node.op_type == "GridSample" for node in done.model.graph):
+        if not graph.samplers and any(node.op_type == "GridSample" for node in done.model.graph):
             raise ValueError(
                 "a GridSample is in the graph, which runtimes compute differently: adapters here have none, so it is "
                 "of your own head; read points with adaptkit.ops.sample.sample"
             )
         _name_axes(done.model, axis_names(program, graph))
-        done.model.metadata_props.update(_metadata(model, size, dynamic_batch, dynamic_size))
+        done.model.metadata_props.update(_metadata(graph, size, dynamic_batch, dynamic_size))
         with in_place(target) as written:
             done.save(str(written))
             compare(onnx_run(written), graph, image, dynamic_batch, dynamic_size, tolerance)
@@ -83,7 +88,7 @@ def to_onnx(
 
 
 def to_exported_program(
-    model: AdaptedModel,
+    model: Any,
     path: str | os.PathLike[str],
     size: tuple[int, int],
     *,
@@ -99,7 +104,7 @@ def to_exported_program(
     """
     target = target_path(path, ".pt2")
     with traced(model, size, dynamic_batch, dynamic_size, outputs=outputs) as (program, graph, image):
-        said = {**_metadata(model, size, dynamic_batch, dynamic_size), "outputs": ",".join(graph.names)}
+        said = {**_metadata(graph, size, dynamic_batch, dynamic_size), "outputs": ",".join(graph.names)}
         with in_place(target) as written:
             torch.export.save(program, written, extra_files={"adaptkit.json": json.dumps(said)})
             again = torch.export.load(written).module()
@@ -108,7 +113,7 @@ def to_exported_program(
 
 
 def to_aot_package(
-    model: AdaptedModel,
+    model: Any,
     path: str | os.PathLike[str],
     size: tuple[int, int],
     *,
@@ -140,10 +145,10 @@ def to_aot_package(
 
 
 @torch.no_grad()
-def output_names(model: AdaptedModel, size: tuple[int, int], outputs: Sequence[str] | None = None) -> list[str]:
+def output_names(model: Any, size: tuple[int, int], outputs: Sequence[str] | None = None) -> list[str]:
     """Return the names of the outputs, in the order of the files, for images of (H, W) pixels."""
-    graph = Graph(model, outputs)
-    graph(torch.zeros(1, model.spec.channels, *size, device=next(model.parameters()).device))
+    graph = graph_of(model, size, outputs)
+    graph(torch.zeros(1, graph.adapted.spec.channels, *size, device=next(model.parameters()).device))
     return graph.names
 
 
@@ -159,17 +164,17 @@ def _reason(error: BaseException) -> str:
     """Return the innermost cause: the exporter wraps it in advice for its own developers."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error)
+    return next((line for line in str(error).splitlines() if line.strip()), repr(error))
 
 
-def _metadata(model: AdaptedModel, size: tuple[int, int], dynamic_batch: bool, dynamic_size: bool) -> dict[str, str]:
-    header = model.header()
-    backbone = header["backbone"]
-    sides = [f"any multiple of {math.lcm(32, model.spec.patch_size)}"] * 2 if dynamic_size else list(map(str, size))
+def _metadata(graph: Graph, size: tuple[int, int], dynamic_batch: bool, dynamic_size: bool) -> dict[str, str]:
+    spec = graph.adapted.spec
+    sides = [f"any multiple of {math.lcm(32, spec.patch_size)}"] * 2 if dynamic_size else list(map(str, size))
+    mean, std = graph.statistics()
     return {
-        "adaptkit": json.dumps(header, sort_keys=True),
+        "adaptkit": json.dumps(graph.adapted.header(), sort_keys=True),
         "input": "image",
-        "size": ",".join(["any" if dynamic_batch else "2", str(model.spec.channels), *sides]),
-        "mean": json.dumps(backbone["mean"]),
-        "std": json.dumps(backbone["std"]),
+        "size": ",".join([str(graph.images or ("any" if dynamic_batch else "2")), str(spec.channels), *sides]),
+        "mean": json.dumps(mean),
+        "std": json.dumps(std),
     }

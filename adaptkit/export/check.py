@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptkit.export.trace import Graph, another
+from adaptkit.export.trace import Graph, others
 from adaptkit.version import DISTRIBUTION
 
 __all__ = ["compare", "in_place", "need", "onnx_run", "target_path"]
@@ -22,26 +22,17 @@ Run = Callable[[Tensor], Sequence[Tensor]]
 
 
 def compare(run: Run, graph: Graph, image: Tensor, dynamic_batch: bool, dynamic_size: bool, tolerance: float) -> None:
-    """Run the file on an image it was not traced with, and demand what the model gives."""
-    other = another(graph, image, dynamic_batch, dynamic_size)
-    try:
-        outputs = run(other)
-    except Exception as error:  # of whichever runtime it is
-        raise RuntimeError(
-            f"the file does not run on images {tuple(other.shape)}: {error}. Nothing was written"
-            + ("; export one file for each size (dynamic_size=False)" if dynamic_size else "")
-        ) from error
-    for name, said, wanted in zip(graph.names, outputs, graph(other), strict=True):
-        if said.shape != wanted.shape:
+    """Run the file on images it was not traced with, and demand what the model gives."""
+    for other in others(graph, image, dynamic_batch, dynamic_size):
+        try:
+            outputs = run(other)
+        except Exception as error:  # of whichever runtime it is
             raise RuntimeError(
-                f"{name} has shape {tuple(said.shape)} in the file and {tuple(wanted.shape)} in the model"
-            )
-        off = float((said - wanted).abs().max() / wanted.abs().max().clamp_min(1.0))
-        if not off <= tolerance:
-            raise RuntimeError(
-                f"{name} in the file differs from the model by {off:.1e}, more than {tolerance:.1e}, on images "
-                f"{tuple(other.shape)}: nothing was written. Report the backbone and the adapters"
-            )
+                f"the file does not run on images {tuple(other.shape)}: {error}. Nothing was written"
+                + ("; export one file for each size (dynamic_size=False)" if dynamic_size else "")
+            ) from error
+        graph.compare(outputs, other, tolerance)
+    graph.finish()
 
 
 def onnx_run(path: Path) -> Run:

@@ -20,7 +20,7 @@ from adaptkit.export.resampled import AntialiasByMatrices
 from adaptkit.heads.base import QueryLogits
 from adaptkit.model.adapted import AdaptedModel
 
-__all__ = ["Graph", "another", "axis_names", "refuse_antialias", "traced"]
+__all__ = ["Graph", "axis_names", "graph_of", "inside", "others", "refuse_antialias", "traced"]
 
 
 class Graph(nn.Module):
@@ -31,20 +31,59 @@ class Graph(nn.Module):
         outputs: which of them, by name; ``"maps"`` stands for every ``map_<stride>``. None: all.
     """
 
-    def __init__(self, model: AdaptedModel, outputs: Sequence[str] | None = None) -> None:
+    def __init__(self, model: Any, outputs: Sequence[str] | None = None) -> None:
         super().__init__()
         self.model = model
         self.outputs = None if outputs is None else tuple(outputs)
         self.by_matrices = False  #: whether antialiased resampling is written as matrix products
         self.names: list[str] = []
 
+    images: int | None = None  #: how many at a time, where that is not for the caller to say
+    sized = False  #: whether it holds for the one size that it was made for
+    samplers = False  #: whether a ``GridSample`` may be in it
+
+    @property
+    def adapted(self) -> AdaptedModel:
+        """The model that has the adapters."""
+        return inside(self.model)
+
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """(B, C, H, W) -> the outputs that there are."""
         with AntialiasByMatrices() if self.by_matrices else nullcontext():
-            features = self.model(image)
-        named = self._chosen(self._named(features))
+            named = self.named(image)
+        named = self._chosen(named)
         self.names = list(named)
         return tuple(named.values())
+
+    def named(self, image: Tensor) -> dict[str, Tensor]:
+        """(B, C, H, W) -> every output, by name."""
+        return self._named(self.model(image))
+
+    def seen(self, shape: Sequence[int], seed: int) -> list[Tensor]:
+        """Return images of a shape, as the model wants them: first those to trace with, then, by seed, to compare."""
+        return [_random(*shape, seed=seed)]
+
+    def statistics(self) -> tuple[Any, Any]:
+        """Mean and standard deviation by which an image is normalised before it goes in."""
+        backbone = self.adapted.header()["backbone"]
+        return backbone["mean"], backbone["std"]
+
+    def compare(self, said: Sequence[Tensor], image: Tensor, tolerance: float) -> None:
+        """Demand of the outputs of a file what the model gives on this image; ``RuntimeError`` where they differ."""
+        for name, x, wanted in zip(self.names, said, self(image), strict=True):
+            if x.shape != wanted.shape:
+                raise RuntimeError(
+                    f"{name} has shape {tuple(x.shape)} in the file and {tuple(wanted.shape)} in the model"
+                )
+            off = float((x - wanted).abs().max() / wanted.abs().max().clamp_min(1.0))
+            if not off <= tolerance:
+                raise RuntimeError(
+                    f"{name} in the file differs from the model by {off:.1e}, more than {tolerance:.1e}, on images "
+                    f"{tuple(image.shape)}: nothing was written. Report the backbone and the adapters"
+                )
+
+    def finish(self) -> None:
+        """Called when a file was compared on all images."""
 
     def _named(self, features: Features) -> dict[str, Tensor]:
         spec = self.model.spec
@@ -77,18 +116,35 @@ class Graph(nn.Module):
         return {name: value for name, value in named.items() if name in asked}
 
 
-def _ready(model: AdaptedModel) -> AdaptedModel:
+def inside(model: Any) -> AdaptedModel:
+    """Return the adapted model in a network around its pyramid, or the model itself."""
+    return model if isinstance(model, AdaptedModel) else model.pyramid.model
+
+
+def graph_of(model: Any, size: tuple[int, int], outputs: Sequence[str] | None = None) -> Graph:
+    """Return the graph of an adapted model, or of a network that makes its own by ``graph(size, outputs)``.
+
+    Raises ``TypeError`` for anything else.
+    """
+    if isinstance(model, AdaptedModel):
+        return Graph(model, outputs)
+    if not hasattr(model, "graph") or not hasattr(model, "pyramid"):
+        raise TypeError(f"{type(model).__name__} has no adapters; export what adaptkit.attach returned")
+    return model.graph(size, outputs)
+
+
+def _ready(model: Any) -> Any:
     """Return the model as a graph can hold it: float32 on the CPU, LoRA in the weights; a copy where it is not that.
 
     LoRA in the weights leaves nothing of itself in the graph.
     """
     plain = all(x.device.type == "cpu" and x.dtype in (torch.float32, torch.int64, torch.bool) for x in _tensors(model))
-    inside = any(isinstance(a, WeightAdapter) and not a.merged for a in model.adapters.values())
-    if plain and not inside:
+    within = any(isinstance(a, WeightAdapter) and not a.merged for a in inside(model).adapters.values())
+    if plain and not within:
         return model
     ready = copy.deepcopy(model).to("cpu", torch.float32).eval()
-    if inside:
-        ready.merge_adapter()
+    if within:
+        inside(ready).merge_adapter()
     return ready
 
 
@@ -99,7 +155,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 @contextmanager
 def traced(
-    model: AdaptedModel,
+    model: Any,
     size: tuple[int, int],
     dynamic_batch: bool,
     dynamic_size: bool,
@@ -107,24 +163,31 @@ def traced(
     outputs: Sequence[str] | None = None,
 ) -> Iterator[tuple[torch.export.ExportedProgram, Graph, Tensor]]:
     """Give the program, the graph it was traced from, and the image; the model is in eval mode for as long."""
-    if not isinstance(model, AdaptedModel):
+    if not isinstance(model, AdaptedModel) and not hasattr(model, "graph"):
         raise TypeError(f"{type(model).__name__} has no adapters; export what adaptkit.attach returned")
-    unit = math.lcm(32, model.spec.patch_size)
+    adapted = inside(model)
+    unit = math.lcm(32, adapted.spec.patch_size)
     if dynamic_size and any(n % unit or n < 2 * unit for n in size):
         raise ValueError(
             f"size={tuple(size)} with dynamic_size=True: height and width are left open in multiples of {unit} pixels; "
             f"give an example of at least {2 * unit} that is one"
         )
-    training = model.training
-    ready = _ready(model).eval()
-    graph, image = Graph(ready, outputs), _random(2, model.spec.channels, *size, seed=0)
     with ExitStack() as stack, torch.no_grad():
-        stack.callback(model.train, training)
-        for gates in (a for a in ready.adapters.values() if isinstance(a, AdaViT)):
+        stack.callback(model.train, model.training)
+        ready = _ready(model).eval()
+        graph = graph_of(ready, size, outputs)
+        if dynamic_size and graph.sized:
+            raise ValueError(
+                "dynamic_size=True: a detector's anchors are of one image size in a graph; leave it out and export one "
+                "file for each size"
+            )
+        dynamic_batch = dynamic_batch and graph.images is None
+        image = graph.seen((graph.images or 2, adapted.spec.channels, *size), seed=0)[0]
+        for gates in (a for a in inside(ready).adapters.values() if isinstance(a, AdaViT)):
             stack.enter_context(gates.executing("masked"))
         # Errors of the model itself and the names come before any tracing. The image is not the one that is traced: a
         # backbone that keeps the angles of the last grid would put them into the graph.
-        graph(another(graph, image, dynamic_batch, dynamic_size))
+        graph(others(graph, image, dynamic_batch, dynamic_size)[0])
         shapes = _open(unit, dynamic_batch, dynamic_size)
         try:
             graph.by_matrices = for_onnx and dynamic_size
@@ -133,19 +196,19 @@ def traced(
             if for_onnx:
                 program = _with_constant_positions(program, image, shapes)
         except Exception as error:
-            what = f"{type(model.vit.backbone).__name__} with {', '.join(model.adapters) or 'no adapter'}"
+            what = f"{type(model.vit.backbone).__name__} with {', '.join(adapted.adapters) or 'no adapter'}"
             remedy = "Export one file for each size (dynamic_size=False)" if dynamic_size else "Report the backbone"
             raise ValueError(f"torch.export cannot trace {what} at {tuple(size)}: {_brief(error)}. {remedy}") from error
         yield program, graph, image
 
 
-def another(graph: Graph, image: Tensor, dynamic_batch: bool, dynamic_size: bool) -> Tensor:
+def others(graph: Graph, image: Tensor, dynamic_batch: bool, dynamic_size: bool) -> list[Tensor]:
     """Return images that differ from the traced one in whatever is left open."""
     batch, channels, height, width = image.shape
-    unit = math.lcm(32, graph.model.spec.patch_size)
-    batch += 1 if dynamic_batch else 0
+    unit = math.lcm(32, graph.adapted.spec.patch_size)
+    batch += 1 if dynamic_batch and graph.images is None else 0
     height, width = (height + unit, width + 2 * unit) if dynamic_size else (height, width)
-    return _random(batch, channels, height, width, seed=1)
+    return graph.seen((batch, channels, height, width), seed=1)
 
 
 def _random(*shape: int, seed: int) -> Tensor:
@@ -205,7 +268,7 @@ def _with_constant_positions(
 def refuse_antialias(program: torch.export.ExportedProgram, graph: Graph) -> None:
     """Raise ``ValueError`` where something is still resampled with antialias, as no other runtime does it."""
     if any("_aa" in str(node.target) and "upsample" in str(node.target) for node in program.graph.nodes):
-        backbone = type(graph.model.vit.backbone).__name__
+        backbone = type(graph.adapted.vit.backbone).__name__
         raise ValueError(
             f"{backbone} resamples with antialias for each image size in a way that is not written as matrix products, "
             "and ONNX has no operator for it: leave out dynamic_size=True and export one file for each size"
@@ -229,9 +292,9 @@ def axis_names(program: torch.export.ExportedProgram, graph: Graph) -> dict[str,
         expression = side.node.expr  # a symbol, or a multiple of one
         if not expression.free_symbols:
             raise ValueError(
-                f"{type(graph.model.vit.backbone).__name__} turns the {name} of the image into a plain number while it "
-                f"is traced, so that the graph would hold for {name} {expression} alone: leave out dynamic_size=True "
-                "and export one file for each size"
+                f"{type(graph.adapted.vit.backbone).__name__} turns the {name} of the image into a plain number while "
+                f"it is traced, so that the graph would hold for {name} {expression} alone: leave out "
+                "dynamic_size=True and export one file for each size"
             )
         symbol = next(iter(expression.free_symbols))
         opened[symbol] = sympy.Symbol(name, positive=True, integer=True) * symbol / expression

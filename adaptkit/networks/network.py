@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.core.schema import check, check_fields
+from adaptkit.export.trace import Graph
 from adaptkit.hub.file import AdapterFile, load_into
 from adaptkit.hub.repository import load as load_file
 from adaptkit.model.adapted import AdaptedModel, attach
 from adaptkit.model.pyramid import Pyramid
 from adaptkit.model.saved import Bounded, check_tensors
 from adaptkit.networks.detectors import dense, rcnn
+from adaptkit.networks.graphs import DetectorGraph, SegmenterGraph
 from adaptkit.networks.segmenters import mask2former, upernet
 from adaptkit.ops.queries import class_scores, merge
 from adaptkit.predict.predicts import Predicts
@@ -62,6 +64,12 @@ class Network(Predicts, nn.Module):
         if _has_things(self.recipe):
             return Described("panoptic", said, self, segments=self._segments)
         return Described("segmentation", said, self._scores, shares)
+
+    def graph(self, size: tuple[int, int], outputs: Sequence[str] | None = None) -> Graph:
+        """Return it as :mod:`adaptkit.export` writes it, for images of (H, W) pixels."""
+        if self.recipe["network"] in DETECTORS:
+            return DetectorGraph(self, size, outputs)
+        return SegmenterGraph(self, outputs)
 
     def _scores(self, image: Tensor) -> Tensor:
         found = self(image)
