@@ -25,7 +25,7 @@ def page(picture: Path, result: Result, folder: Path) -> str:
     height, width = result.size
     lead = (
         f"A ViT-Tiny/16 saw {result.train} drawn scenes of {height} × {width} pixels and their mirror images once "
-        f"({result.seconds:.0f} seconds) and was never trained. On what it saw, each way was then trained for "
+        f"({result.seconds:.0f} seconds) and stayed frozen. On what it saw, each way was then trained for "
         f"{result.steps} steps of {result.batch} images: the same batches, loss, and learning rates. The scores are of "
         f"{result.val} other scenes. The best here is {best.name} with {percent(best.miou)} % mIoU."
     )
