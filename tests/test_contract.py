@@ -244,12 +244,18 @@ def test_any_input_size_gives_maps_of_the_image_size(adapter, name, cells, extra
 
 
 # Tracing every pair would take minutes and say little more: the blocks of every family are traced under a block
-# adapter, and every method on one backbone of each position scheme.
+# adapter, and every method on one backbone of each position scheme. Each method on a plain ViT, and the blocks of every
+# third family, come with each run of the tests; the others with `-m full`.
 TRACED = [("toy-bottleneck", h) for h in sorted(HOSTS)] + [
     (a, h) for a in ADAPTERS for h in ("timm-vit", "timm-dinov3", "hf-dinov2") if a in METHODS or h == "timm-vit"
 ]
+QUICK = {("toy-bottleneck", h) for h in sorted(HOSTS)[::3]} | {(a, "timm-vit") for a in METHODS}
 traced = pytest.mark.parametrize(
-    ("adapter", "name"), [pytest.param(a, h, id=f"{a}-{h}") for a, h in dict.fromkeys(TRACED)]
+    ("adapter", "name"),
+    [
+        pytest.param(a, h, id=f"{a}-{h}", marks=() if (a, h) in QUICK else pytest.mark.full)
+        for a, h in dict.fromkeys(TRACED)
+    ],
 )
 
 

@@ -1,7 +1,6 @@
 """A file that was exported gives what the model gives, on a batch (and a size) it was not traced with."""
 
 import json
-import os
 import sys
 
 import pytest
@@ -15,7 +14,7 @@ SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32, "patch_siz
 PLAIN = ("metaformer", {"width": 4, "mixer": "identity"})
 
 
-slow = pytest.mark.skipif("ADAPTKIT_SLOW_TESTS" not in os.environ, reason="takes a minute: set ADAPTKIT_SLOW_TESTS")
+slow = pytest.mark.full
 
 
 def vit():
@@ -77,7 +76,7 @@ PYRAMID = ["map_4", "map_8", "map_16", "map_32"]
     [
         pytest.param(dinov3, [VIT_ADAPTER], None, (32, 40), [*PYRAMID, "tokens", "prefix", "logits"], id="vit-adapter"),
         pytest.param(vit, ["adavit", ("metaformer", {"width": 8, "mixer": ("global", "window")}), "sfp"],
-                     ("linear", {"num_classes": 3}), (40, 56), [*PYRAMID, "tokens", "prefix", "logits"], id="stacked"),
+                     ("linear", {"num_classes": 3}), (40, 56), [*PYRAMID, "tokens", "prefix", "logits"], id="stacked", marks=slow),
         pytest.param(vit, [("lora", {"target_modules": "all-linear"}), "sfp"], None, (32, 32),
                      [*PYRAMID, "tokens", "prefix", "logits"], id="lora"),
         pytest.param(hf_dinov2, [("dat", {"blocks": 1})], None, (42, 70), ["tokens", "prefix"], id="dat", marks=slow),

@@ -157,8 +157,15 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
 def _dumped(front: dict[str, Any]) -> str:
     import yaml
 
+    class Dumper(yaml.SafeDumper):
+        """Writes a ``!!set`` in one order: Python's own changes from process to process."""
+
+    def ordered(dumper: Any, value: set[Any]) -> Any:
+        return dumper.represent_mapping("tag:yaml.org,2002:set", dict.fromkeys(sorted(value, key=repr)))
+
+    Dumper.add_representer(set, ordered)
     try:
-        return yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+        return str(yaml.dump(front, Dumper=Dumper, sort_keys=False, allow_unicode=True))
     except RecursionError as error:
         raise ValueError(
             "the front matter of the README.md that is there is nested too deeply to be written. Mend it"

@@ -65,6 +65,7 @@ def test_training_asks_the_device_at_its_looks_at_the_loss_alone(tmp_path):
     assert asked(3) == asked(7)  # two looks each: at the first step and at the last
 
 
+@pytest.mark.full
 def test_a_compiled_run_trains_the_same_gates(tmp_path, monkeypatch):
     """Backend eager: what is compiled is run as it is, so sampled decisions are the same."""
     monkeypatch.setattr(adavit, "BACKEND", "eager")

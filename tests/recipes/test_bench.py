@@ -64,6 +64,7 @@ def test_adavit_prints_a_row_for_each_policy_and_batch(more, capsys):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from /proc")
+@pytest.mark.full
 def test_a_step_measures_memory_in_a_process_of_its_own():
     args = step.arguments(["--backbone", "vit_tiny_patch16_224", "--size", "96", "--threads", "1"])
     assert step.memory(args, "injectors") > 0

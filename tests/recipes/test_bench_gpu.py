@@ -10,6 +10,7 @@ def cells(text):
     return [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
 
 
+@pytest.mark.full
 def test_a_dry_run_prints_every_part_of_the_table(capsys):
     assert gpu.main(["--dry-run", "--minutes", "60"]) == 0
     text = capsys.readouterr().out

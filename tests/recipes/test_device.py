@@ -221,6 +221,7 @@ def test_a_compiled_run_trains_what_a_plain_one_trains_under_the_same_names(grap
     assert kept.keys() == weights(tmp_path / "plain").keys()
 
 
+@pytest.mark.full
 def test_a_compiled_run_goes_on_where_it_was_killed(graphs, pictures, tmp_path, monkeypatch):
     argv = ["--steps", "4", "--save-every", "2", "--mixed-precision", "bf16", "--ema", "0.9", "--compile"]
     trained(pictures, tmp_path / "whole", *argv)

@@ -53,6 +53,7 @@ def test_a_folder_of_another_run_is_refused_and_its_checkpoint_is_not_gone_on_wi
     assert json.loads((tmp_path / "checkpoint" / "run.json").read_text())["run"] == run_of(tmp_path) != "another"
 
 
+@pytest.mark.full
 def test_a_compiled_run_trains_and_publishes_under_the_same_names(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain_mae, "BACKEND", "eager")
     plain = pretrain(monkeypatch, tmp_path / "plain", "--steps", "4")

@@ -46,8 +46,8 @@ def stopped(process, there, number):
     [
         (["recipes.segment"], signal.SIGTERM, 143),
         (["recipes.segment", "--workers", "1"], signal.SIGINT, 130),
-        (["adaptkit", "train", "segment"], signal.SIGINT, 130),
-        (["adaptkit", "train", "segment"], signal.SIGTERM, 143),
+        pytest.param(["adaptkit", "train", "segment"], signal.SIGINT, 130, marks=pytest.mark.full),
+        pytest.param(["adaptkit", "train", "segment"], signal.SIGTERM, 143, marks=pytest.mark.full),
     ],
 )
 def test_a_recipe_says_where_its_checkpoint_is(pictures, tmp_path, front, number, status):
