@@ -1,20 +1,24 @@
 """Which way of adapting a frozen backbone is best: at equal steps and at equal seconds, each at its own learning rate.
 
-    python -m recipes.bench.frozen --backbone dinov2_small --train camvid-train.parquet --val camvid-val.parquet \
-        --num-classes 11 --out runs/frozen
+    python -m recipes.bench.frozen --backbone dinov2_small --train camvid-train.parquet \
+        --val camvid-val.parquet --num-classes 11 --size 364 476 --window 168 224 --out runs/frozen
 
 Each stage is a folder of ordinary runs of `recipes.segment` below --out:
 
-1. ``tune``, with --tune: the learning rate, seed 0, half of the steps, on the first four fifths of the training images, scored on the
-   last fifth, so that --val chooses nothing. The same grid for each method; where its best rate is the grid's first or
-   last, the next one is tried, too. Without --tune the rates are those found so on DINOv2 ViT-S/14, `RATES`.
+1. ``tune``, with --tune: the learning rate, seed 0, half of the steps, on the first four fifths of the training images,
+   scored on the last fifth, so that --val chooses nothing. The same grid for each method; where its best rate is the
+   grid's first or last, the next one is tried, too. Without --tune the rates are `RATES`.
 2. ``steps``: the same optimiser steps for each, each seed, on all training images.
 3. ``seconds``: the same training time for each, that of the method in the middle of stage 2, by the seconds of a step
    measured there.
 
-Runs that have ended are not made again: the same command goes on. Every further option is the recipe's:
-`adaptkit train segment --help`. The authors' data flow of ViT-Adapter is the same function, so that its score is the same;
-what it costs is measured by `recipes.bench.step`.
+Methods that only read the backbone train on cached features: the backbone sees each of two views of a whole image once
+(--size), and each step reads a new window of it (--window), mirrored every other time. The others run the backbone in
+each step, on whole images. The heads of pixels learn by cross-entropy and dice alike.
+
+Runs that have ended are not made again: the same command goes on. Every further option is the recipe's, see
+`adaptkit train segment --help`. The authors' data flow of ViT-Adapter is the same function, so that its score is the
+same; what it costs is measured by `recipes.bench.step`.
 """
 
 from __future__ import annotations
@@ -59,6 +63,12 @@ RATES = {
 GRID = (3e-4, 1e-3, 3e-3)  #: of learning rates
 FACTOR = 10**0.5  #: from one rate to the next
 LIMITS = (2e-5, 5e-2)  #: no rate beyond
+#: Methods that only read the backbone, and whose features they train on: the tokens of the last block, or their own.
+READS = {
+    "linear": "last", "fpn": "last", "sfp": "last", "vit-split": "vit-split", "plain-mask": "plain-mask",
+    "extractors": "extractors",
+}  # fmt: skip
+PIXELS = ["--loss", "cross-entropy", "dice"]  #: of heads that class pixels; plain-mask has its own
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,7 @@ class Bench:
 
     out: Path
     common: list[str]  #: options of the recipe
+    window: list[int] | None  #: of cached features
     jobs: int  #: runs at once
 
     def run(self, runs: Sequence[Asked]) -> list[dict[str, Any]]:
@@ -82,6 +93,11 @@ class Bench:
         """One run of a method in a stage."""
         out = self.out / stage / f"{method}-{name}"
         given = [str(word) for flag, value in options.items() for word in (f"--{flag}", value)]
+        given += [] if method == "plain-mask" else PIXELS
+        if self.window and method in READS:
+            folder = self.out / "features" / f"{Path(options['train']).stem}-{options['seed']}-{READS[method]}"
+            given += ["--views", "2", "--cache-features", str(folder), "--flip-features"]
+            given += ["--crop-features", *map(str, self.window)]
         return Asked(method, int(options["seed"]), out, [*self.common, *METHODS[method], *given, "--out", str(out)])
 
 
@@ -212,9 +228,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     p.add_argument("--val", required=True, help="the same, for the scores of stages 2 and 3")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     p.add_argument("--seeds", nargs="+", type=seed_of, default=[0, 1, 2])
-    p.add_argument("--steps", type=int, default=400, help="of each run of stage 2 (default: 400)")
+    p.add_argument("--steps", type=int, default=600, help="of each run of stage 2 (default: 600)")
     p.add_argument("--seconds", type=float, help="of training in stage 3; 0: leave the stage out")
     p.add_argument("--tune", action="store_true", help="find the learning rates first")
+    p.add_argument("--window", nargs=2, type=int, metavar=("H", "W"),
+                   help="of cached features; default: no cache, whole images for all")  # fmt: skip
     p.add_argument("--jobs", type=int, default=1, help="runs at once, the threads shared among them (default: 1)")
     p.add_argument("--out", default="runs/frozen")
     return p.parse_known_args(argv)
@@ -225,7 +243,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     check_writable(args.out)
     out = Path(args.out)
     os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // args.jobs))
-    bench = Bench(out, ["--batch-size", "4", "--save-every", "0", *rest], args.jobs)
+    bench = Bench(out, ["--batch-size", "4", "--save-every", "0", *rest], args.window, args.jobs)
 
     rates = {method: RATES[method] for method in args.methods}
     if args.tune:
