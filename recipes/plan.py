@@ -23,7 +23,7 @@ from torch import Tensor
 from adaptkit.analysis import accounting
 from adaptkit.core.near import hint
 
-from .cached import DTYPES
+from .cached import kept_of
 from .devices import together
 from .dry import Dry, bytes_of, fitting, peak_of, wrapped
 from .log import clock, peak_memory
@@ -119,7 +119,7 @@ def cache(dry: Dry, images: int) -> dict[str, Any]:
     seen = dry.model.extract(image)
     waited(dry.device)
     seconds = (time.perf_counter() - started) / len(image)
-    states = sum(s.numel() for s in seen.states) / len(image) * DTYPES[args.cache_dtype].itemsize
+    states = sum(t.numel() * t.element_size() for t in kept_of(seen, args.cache_dtype).values()) / len(image)
     one = target[0] if isinstance(target, Tensor) else torch.as_tensor(target[0])
     ids = one.dtype == torch.int64  # class ids take one byte each: see cached.compact
     samples = images * args.views
