@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,12 +21,14 @@ from torch.utils.data import default_collate as stacked
 from adaptkit.features import int8
 from adaptkit.features.cache import FeatureCache, checksum
 from adaptkit.features.cached import CachedFeatures
+from adaptkit.model.offloading import extract_each
 
-from .devices import sent
+from .devices import on_device, sent
 from .order import Rows
 from .windows import Windows, check_recordable
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TOGETHER = 64  #: images for which each block of an offloaded backbone is copied once
 SCALE = "_scale"  #: behind the name of what is kept in eight bits
 
 
@@ -118,6 +120,25 @@ def kept_of(seen: CachedFeatures, dtype: str) -> dict[str, Tensor]:
     return {name: tensor.cpu() for kept in each for name, tensor in kept.items()}
 
 
+def extracted(
+    wanted: range, rows: Rows, model: Any, accelerator: Accelerator, args: argparse.Namespace
+) -> Iterator[tuple[list[Any], CachedFeatures]]:
+    """Run the backbone on the next of the ``wanted`` samples; yields batches of them, and their features.
+
+    One batch, or with ``--offload`` several, the same ones, so that each block is copied to the device once.
+    """
+    size = args.batch_size
+    wanted = wanted[: size * batches_at_once(size) if args.offload else size]
+    batches = [[rows[divmod(i, len(rows))] for i in wanted[k : k + size]] for k in range(0, len(wanted), size)]
+    images = [sent(torch.stack([image for image, _ in batch]), accelerator.device) for batch in batches]
+    yield from zip(batches, extract_each(model, images), strict=True)
+
+
+def batches_at_once(size: int) -> int:
+    """Return how many batches of this size share a pass of an offloaded backbone."""
+    return max(1, TOGETHER // size)
+
+
 def fill(cache: FeatureCache, rows: Rows, model: Any, accelerator: Accelerator, args: argparse.Namespace) -> int:
     """Make what is missing and return how many samples that were, on all processes.
 
@@ -129,16 +150,14 @@ def fill(cache: FeatureCache, rows: Rows, model: Any, accelerator: Accelerator, 
             continue
         samples = cache.begun(number)
         while len(samples) < len(shards[number]):
-            first = len(samples)
-            batch = [rows[divmod(i, len(rows))] for i in shards[number][first : first + args.batch_size]]
-            seen = model.extract(sent(torch.stack([image for image, _ in batch]), accelerator.device))
-            states = kept_of(seen, args.cache_dtype)
-            for row, (_, target) in enumerate(batch):
-                own = {name: tokens[row].clone() for name, tokens in states.items()}
-                samples.append({**own, "target": torch.as_tensor(target)})
-            samples[first:] = compact(samples[first:])
-            made += len(batch)
-            cache.keep(number, first, samples[first:])
+            for batch, seen in extracted(shards[number][len(samples) :], rows, model, accelerator, args):
+                first, states = len(samples), kept_of(seen, args.cache_dtype)
+                for row, (_, target) in enumerate(batch):
+                    own = {name: tokens[row].clone() for name, tokens in states.items()}
+                    samples.append({**own, "target": torch.as_tensor(target)})
+                samples[first:] = compact(samples[first:])
+                made += len(batch)
+                cache.keep(number, first, samples[first:])
         cache.write(number, samples)
     return sum(gather_object([made]))
 
@@ -152,6 +171,7 @@ def cached(rows: Rows, model: Any, accelerator: Accelerator, args: argparse.Name
     image, _ = check_recordable("--cache-features is", rows, model)
     if getattr(rows, "transform", None) is None:
         raise ValueError("--cache-features is for data whose transform can be told: segment, classify, depth")
+    model = on_device(model, accelerator, args)
     key = key_of(rows, tuple(image.shape[-2:]), model, args)
     cache = FeatureCache(args.cache_features, args.views * len(rows), key)
     started = time.time()

@@ -29,7 +29,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "clip", "ema", "loss", "class-weights", "label-smoothing", "mixed-precision", "compile",
     ),
     "features of the backbone, computed once": (
-        "views", "cache-features", "cache-dtype", "crop-features", "flip-features",
+        "views", "cache-features", "cache-dtype", "offload", "crop-features", "flip-features",
     ),
     "validation": ("slide", "stride", "resize", "scales", "flip"),
     "run": (

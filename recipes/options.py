@@ -33,6 +33,9 @@ another backbone, data, transform, size or seed are an error"""
 CACHE_DTYPE_HELP = """of the features that are kept. float32 keeps every bit, in twice the room of float16; int8 takes
 half of it, with a scale for each 64 channels of a token: no value is off by more than 1/254 of the largest of the 64,
 by about 0.6 %% of a usual one (adaptkit/features/int8.py)"""
+OFFLOAD_HELP = """with --cache-features, for a backbone that does not fit the device: its blocks stay in CPU memory and
+each is on the device while it runs, in the cache's turn for up to 64 images at once, in validation for one batch.
+The features are the same, bit for bit. On the device: the largest block, adapter, head and activations"""
 CROP_HELP = """train on a window of H x W pixels of what the backbone saw of the whole image, a new one,
 drawn at random, each time an image comes: variety for which the backbone need not run again,
 and less work for adapter and head. Tokens, image and target are cut alike. Multiples of the
@@ -150,6 +153,7 @@ def parser(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentPars
     p.add_argument(
         "--cache-dtype", default="float16", choices=["float16", "bfloat16", "float32", "int8"], help=CACHE_DTYPE_HELP
     )
+    p.add_argument("--offload", action=argparse.BooleanOptionalAction, default=False, help=OFFLOAD_HELP)
     p.add_argument("--crop-features", type=int, nargs=2, metavar=("H", "W"), help=CROP_HELP)
     p.add_argument("--flip-features", action=argparse.BooleanOptionalAction, default=False, help=FLIP_HELP)
     p.add_argument("--shard", action=argparse.BooleanOptionalAction, default=False, help="backbone in parts (FSDP2)")
@@ -192,6 +196,8 @@ def read(p: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.
         p.error(f"--ema {args.ema}: the decay is in 0..1, e.g. 0.999; 0 keeps no average")
     if getattr(args, "cache_features", None) and args.views < 1:
         p.error("--cache-features needs --views K: which views of each image are there to be kept, e.g. --views 4")
+    if getattr(args, "offload", False):
+        check_offload(p, args)
     if getattr(args, "views", 0) and args.streaming:
         p.error("--views comes back to the same images, and --streaming reads them as they come: give one of them")
     if (getattr(args, "crop_features", None) or getattr(args, "flip_features", False)) and args.streaming:
@@ -202,6 +208,17 @@ def read(p: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.
     except ValueError as error:
         p.error(str(error))
     return args
+
+
+def check_offload(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a line where ``--offload`` makes no sense beside the other options."""
+    if not args.cache_features:
+        p.error("--offload copies the backbone to the device for each pass, too slow to train through: give "
+                "--cache-features DIR --views K, so that it runs once for each image, or --shard")  # fmt: skip
+    if args.shard or args.compile:
+        other, why = ("--shard", "has parts of the blocks on each device") if args.shard else (
+            "--compile", "makes one program of all blocks and their weights")  # fmt: skip
+        p.error(f"--offload has one block on the device at a time, and {other} {why}: give one of them")
 
 
 def config_arguments(p: argparse.ArgumentParser, config: str) -> list[str]:

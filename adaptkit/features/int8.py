@@ -3,7 +3,8 @@
     s = max |x| / 127,    q = round(x / s),    |x - s q| <= s / 2        for 64 channels x of one token
 
 Symmetric, so that zero stays zero. A few channels of a ViT are far larger than the rest (Sun et al., Massive
-Activations in Large Language Models, 2024): with one scale for a whole token they would take the bits of all others. A group costs 64 + 4 bytes in place of 128 in float16.
+Activations in Large Language Models, 2024): with one scale for a whole token they would take the bits of
+all others. A group costs 64 + 4 bytes in place of 128 in float16.
 
 The error of a value is uniform in half a step either way, s / sqrt(12) in quadratic mean. Of 64 normally distributed
 channels the largest is about 2.6 standard deviations, so that this is 0.6 % of one.

@@ -66,7 +66,8 @@ def bytes_of(module: nn.Module) -> int:
 def extract_each(model: AdaptedModel, images: Sequence[Tensor]) -> list[CachedFeatures]:
     """Return ``model.extract(image)`` for several batches, block after block, so that each block is copied once.
 
-    Only what the adapters read is kept, on the device. Raises what :meth:`AdaptedModel.extract` raises.
+    Of an offloaded model the features are on the CPU, so that the device holds one state of each image, not all that
+    adapters read. Raises what :meth:`AdaptedModel.extract` raises.
     """
     there, vit = offloaded(model), model.vit
     if there is None or not isinstance(vit, ViT):
@@ -79,7 +80,7 @@ def extract_each(model: AdaptedModel, images: Sequence[Tensor]) -> list[CachedFe
             tokens = [blocks[index](x) for x, (_, blocks) in zip(tokens, begun)]
         if index in after:
             for kept, x in zip(states, tokens):
-                kept.append(x)
+                kept.append(x.cpu())
     return [model._seen(image, kept) for image, kept in zip(images, states)]
 
 
@@ -111,6 +112,9 @@ class Offload:
         inside = {id(module) for block in self.blocks for module in block.modules()}
         for module in model.modules():
             _put(module, torch.device("cpu") if id(module) in inside else self.device)
+        here = {id(t) for block in self.blocks for t in (*block.parameters(), *block.buffers())}
+        named = (*model.named_parameters(), *model.named_buffers())
+        model._ddp_params_and_buffers_to_ignore = [n for n, t in named if id(t) in here]  # type: ignore[assignment]
         self.present: _Guest | None = None  #: the block that is on the device
         self._guests = [_Guest(self, block) for block in self.blocks]
 
