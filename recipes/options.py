@@ -30,12 +30,14 @@ CACHE_HELP = """run the frozen backbone once for each of the K views, keep its f
 train on them, now and in later runs. For adapters that only read: none, linear, sfp, vit-split and
 vit-adapter with '{"injector": false}'. A run that is killed goes on where it was; features of
 another backbone, data, transform, size or seed are an error"""
-CACHE_DTYPE_HELP = """of the features that are kept. float32 keeps every bit, in twice the room of float16; int8 takes
-half of it, with a scale for each 64 channels of a token: no value is off by more than 1/254 of the largest of the 64,
-by about 0.6 %% of a usual one (adaptkit/features/int8.py)"""
-OFFLOAD_HELP = """with --cache-features, for a backbone that does not fit the device: its blocks stay in CPU memory and
-each is on the device while it runs, in the cache's turn for up to 64 images at once, in validation for one batch.
-The features are the same, bit for bit. On the device: the largest block, adapter, head and activations"""
+CACHE_DTYPE_HELP = """of the features that are kept. float32 keeps every bit, in twice the room of float16; int8
+takes 53 %% of float16's, with a scale for each 32 channels of a token: no value is off by more than
+1/253 of the largest of the 32, in quadratic mean by 0.5 to 1 %% of the features (float16: 0.02 %%),
+as adaptkit/features/int8.py says"""
+OFFLOAD_HELP = """with --cache-features, for a backbone that does not fit the device: its blocks stay in CPU memory
+and each is on the device while it runs, for up to 64 images at once where the cache is filled and
+for a batch in validation. The features are the same, bit for bit. On the device are the largest
+block, adapter, head and activations"""
 CROP_HELP = """train on a window of H x W pixels of what the backbone saw of the whole image, a new one,
 drawn at random, each time an image comes: variety for which the backbone need not run again,
 and less work for adapter and head. Tokens, image and target are cut alike. Multiples of the
