@@ -4,8 +4,8 @@
 
 Symmetric, so that zero stays zero. A few channels of a ViT are far larger than the rest (Sun et al., Massive
 Activations in Large Language Models, 2024): with one scale for a whole token they would take the bits of all others.
-The scale is a bfloat16, whose range is that of float32: rounded by at most 2^-8, it leaves max |x| below 127.5 steps, which
-become 127. A group costs 32 + 2 bytes in place of 64 in float16.
+The scale is a bfloat16, whose range is that of float32: rounded by at most 2^-8, it leaves max |x| below 127.5 steps,
+which become 127. A group costs 32 + 2 bytes in place of 64 in float16.
 
 The error of a value is uniform in half a step either way, s / sqrt(12) in quadratic mean: 0.5 % of the standard
 deviation of 32 channels that are normally distributed. Measured after the blocks 2, 5, 8 and 11 of DINOv2 ViT-S it is
