@@ -21,7 +21,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "workers",
     ),
     "model": (
-        "backbone", "random-backbone", "adapter", "adapter-options", "init", "train-backbone", "head", "model", "pool",
+        "backbone", "random-backbone", "backbone-dtype", "adapter", "adapter-options", "init", "train-backbone", "head",
+        "model", "pool",
         "zero-head", "head-options", "width", "queries", "layers", "points", "anchor", "bins",
     ),
     "optimisation": (

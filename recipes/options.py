@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from adaptkit.core import packed
 from adaptkit.core.near import hint
 from adaptkit.pictures import CHANNELS
 
@@ -38,6 +39,9 @@ OFFLOAD_HELP = """with --cache-features, for a backbone that does not fit the de
 and each is on the device while it runs, for up to 64 images at once where the cache is filled and
 for a batch in validation. The features are the same, bit for bit. On the device are the largest
 block, adapter, head and activations"""
+DTYPE_HELP = """of the frozen weights: bfloat16, or the linear layers of its blocks in eight bits (torchao, else
+bitsandbytes) or four (nf4, bitsandbytes). What is trained stays float32, and its file fits the
+backbone in any of these. Default: as it is loaded"""
 CROP_HELP = """train on a window of H x W pixels of what the backbone saw of the whole image, a new one,
 drawn at random, each time an image comes: variety for which the backbone need not run again,
 and less work for adapter and head. Tokens, image and target are cut alike. Multiples of the
@@ -132,6 +136,7 @@ def parser(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentPars
     p.add_argument("--shuffle-buffer", type=int, default=1000, help="rows to draw from when streaming; 0: as they come")
     p.add_argument("--backbone", default="demo", help="demo, a timm name, hf-hub:..., org/repo, or a local folder")
     p.add_argument("--random-backbone", action=argparse.BooleanOptionalAction, default=False, help="for comparison")
+    p.add_argument("--backbone-dtype", choices=packed.DTYPES, help=DTYPE_HELP)
     normalisation.options(p)
     p.add_argument("--adapter", nargs="+", default=["none"], metavar="NAME", help="one or several, see `adaptkit list`")
     p.add_argument("--adapter-options", type=json.loads, default={}, metavar="JSON", help=OPTIONS_HELP)
@@ -190,6 +195,9 @@ def read(p: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.
         p.error(f"--layer-decay {args.layer_decay}: a factor in 0..1, e.g. 0.8; 1 is the same rate for all blocks")
     if getattr(args, "train_backbone", None) and getattr(args, "cache_features", None):
         p.error("--cache-features keeps what a frozen backbone says, and --train-backbone changes it: give one of them")
+    if getattr(args, "train_backbone", None) and getattr(args, "backbone_dtype", None) not in (None, "float32"):
+        p.error(f"--backbone-dtype {args.backbone_dtype} is for frozen weights, and small steps of --train-backbone "
+                "would be lost in it: give one of them")  # fmt: skip
     if getattr(args, "patience", 0) < 0:
         p.error(f"--patience {args.patience}: give a number of evaluations, or 0")
     if getattr(args, "change", None) and not args.resume:

@@ -26,8 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.core.tree import blocks_of
+from adaptkit.core.unpacked import is_plain
 from adaptkit.core.view import ViT
 from adaptkit.features.cached import CachedFeatures
+from adaptkit.hub.digest import stored
 from adaptkit.model.adapted import AdaptedModel
 
 __all__ = ["Offload", "bytes_of", "extract_each", "offload", "offloaded"]
@@ -58,8 +60,9 @@ def offloaded(model: nn.Module) -> Offload | None:
 
 
 def bytes_of(module: nn.Module) -> int:
-    """Return the bytes of the parameters and buffers of a module."""
-    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+    """Return the bytes of the parameters and buffers of a module, as they are stored."""
+    every = (*module.parameters(), *module.buffers())
+    return sum(part.nbytes for t in every for part in ([t] if is_plain(t) else stored(t)))
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ import torch
 from torch import Tensor, nn
 
 import adaptkit
-from adaptkit.core.tree import blocks_of
-from adaptkit.hub.digest import stored, tensors_of
+from adaptkit.core.packed import in_fewer_bits
+from adaptkit.model.offloading import bytes_of
 from adaptkit.ops import pool
 
 from .measure import machine, status
@@ -45,62 +45,13 @@ ADAPTERS: dict[str, Any] = {
 }
 
 
-def linear_layers(host: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Linear layers of the blocks: (module that holds it, its name there, layer)."""
-    for block in blocks_of(host, len(adaptkit.view(host).spec.widths)):
-        for module in block.modules():
-            for name, child in list(module.named_children()):
-                if type(child) is nn.Linear:
-                    yield module, name, child
-
-
-def torchao_int8(host: nn.Module) -> nn.Module:
-    """Eight bits for each weight and a scale for each row, made bf16 again for each product."""
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    chosen = {id(layer) for _, _, layer in linear_layers(host)}
-    quantize_(host, Int8WeightOnlyConfig(), filter_fn=lambda module, _: id(module) in chosen)
-    return host
-
-
-def bitsandbytes(host: nn.Module, make: Callable[[Any, nn.Linear], nn.Module], device: str) -> nn.Module:
-    """The layers that ``make`` builds, with the same weights; they are quantised on their way to the device."""
-    import bitsandbytes as library
-
-    for module, name, layer in linear_layers(host):
-        made = make(library.nn, layer)
-        made.load_state_dict(layer.state_dict())
-        setattr(module, name, made.to(device))
-    return host
-
-
-def bnb_int8(host: nn.Module, device: str) -> nn.Module:
-    """LLM.int8()."""
-    return bitsandbytes(
-        host,
-        lambda nn, y: nn.Linear8bitLt(y.in_features, y.out_features, y.bias is not None, has_fp16_weights=False),
-        device,
-    )
-
-
-def bnb_nf4(host: nn.Module, device: str) -> nn.Module:
-    """Four bits for each weight and a scale for 64 (QLoRA)."""
-    return bitsandbytes(
-        host,
-        lambda nn, y: nn.Linear4bit(
-            y.in_features, y.out_features, y.bias is not None, torch.bfloat16, quant_type="nf4"
-        ),
-        device,
-    )
-
-
-#: row -> (library that it needs, what makes it of a backbone in bf16 on a device)
-ROWS: dict[str, tuple[str, Callable[[nn.Module, str], nn.Module]]] = {
-    "float32": ("torch", lambda host, device: host.float()),
-    "bf16": ("torch", lambda host, device: host),
-    "int8, torchao": ("torchao", lambda host, device: torchao_int8(host.to(device))),
-    "int8, bitsandbytes": ("bitsandbytes", bnb_int8),
-    "nf4, bitsandbytes": ("bitsandbytes", bnb_nf4),
+#: row -> (dtype of the frozen weights, library that makes it; see adaptkit.core.packed)
+ROWS: dict[str, tuple[str, str | None]] = {
+    "float32": ("float32", None),
+    "bf16": ("bfloat16", None),
+    "int8, torchao": ("int8", "torchao"),
+    "int8, bitsandbytes": ("int8", "bitsandbytes"),
+    "nf4, bitsandbytes": ("nf4", "bitsandbytes"),
 }
 
 
@@ -124,17 +75,7 @@ def backbone(args: argparse.Namespace, row: str, name: str = "") -> nn.Module:
 
     torch.manual_seed(0)
     host = timm.create_model(name or args.backbone, num_classes=0, dynamic_img_size=True).bfloat16()
-    return ROWS[row][1](host, args.device).to(args.device).eval()
-
-
-def bytes_of(host: nn.Module) -> int:
-    """Bytes of the weights as they are stored, with their scales."""
-    total = 0
-    for _, tensor in tensors_of(host):
-        total += sum(part.nbytes for part in stored(tensor))
-        scales = getattr(tensor, "SCB", None)  # of LLM.int8()
-        total += 0 if scales is None else scales.nbytes
-    return total
+    return in_fewer_bits(host.to(args.device), *ROWS[row]).eval()
 
 
 def held(args: argparse.Namespace) -> float:
@@ -229,26 +170,24 @@ def main(argv: list[str] | None = None) -> None:
     if args.row:
         print(json.dumps(measured(args)))
         return
-    there = [row for row in args.rows if importlib.util.find_spec(ROWS[row][0])]
-    lines = []
-    for adapter in args.adapters:
-        with tempfile.TemporaryDirectory() as folder:
-            found = {row: alone(args, row, adapter, folder) for row in dict.fromkeys(["float32", *there])}
-        for row in there:
-            said = found[row]
-            errors = ["0" if row == "float32" else f"{said[name]:.1e}" for name in ("tokens", "maps")]
-            lines.append([row, adapter, f"{said['weights']:.0f}", f"{said['peak']:.0f}", *errors])
+    there = [row for row in args.rows if importlib.util.find_spec(ROWS[row][1] or "torch")]
     print(
         f"{args.backbone}, {args.size} x {args.size} pixels, batch {args.batch}, random weights; "
         f"{machine(args.threads, args.device)}\n"
     )
     head = ["frozen weights", "trained", "weights, MiB", "peak of a step, MiB", "tokens off", "maps off"]
-    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
-    for line in lines:
-        print("| " + " | ".join(line) + " |")
+    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|", flush=True)
+    for adapter in args.adapters:
+        with tempfile.TemporaryDirectory() as folder:
+            for row in dict.fromkeys(["float32", *there]):
+                said = alone(args, row, adapter, folder)
+                errors = ["0" if row == "float32" else f"{said[name]:.1e}" for name in ("tokens", "maps")]
+                cells = [row, adapter, f"{said['weights']:.0f}", f"{said['peak']:.0f}", *errors]
+                if row in there:
+                    print("| " + " | ".join(cells) + " |", flush=True)
     for row in args.rows:
         if row not in there:
-            print(f"\n{row}: {ROWS[row][0]} is not installed")
+            print(f"\n{row}: {ROWS[row][1]} is not installed")
 
 
 if __name__ == "__main__":
