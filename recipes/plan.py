@@ -22,6 +22,7 @@ from torch import Tensor
 
 from adaptkit.analysis import accounting
 from adaptkit.core.near import hint
+from adaptkit.core.packed import numel
 from adaptkit.model.offloading import Offload, bytes_of, offloaded
 
 from .cached import batches_at_once, kept_of
@@ -74,7 +75,7 @@ def plan(task: Task, args: argparse.Namespace, accelerator: Accelerator) -> tupl
         "data": [as_json(r.summary, args.size, named or r.summary.classes) for r in (train, val) if r.summary],
         "batch_size": args.batch_size,
         "batch_size_found": chosen,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(numel(p) for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "file_bytes": weighed(task, model, args),
     }

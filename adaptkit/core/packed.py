@@ -10,16 +10,17 @@ head stay float32: a file fits the backbone in any of these.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adaptkit.core.registry import view
 from adaptkit.core.tree import blocks_of
 
-__all__ = ["DTYPES", "in_fewer_bits", "linear_layers"]
+__all__ = ["DTYPES", "in_fewer_bits", "linear_layers", "numel"]
 
 DTYPES = ("float32", "bfloat16", "int8", "nf4")
 LIBRARIES = {"int8": ("torchao", "bitsandbytes"), "nf4": ("bitsandbytes",)}
@@ -39,6 +40,12 @@ def in_fewer_bits(backbone: nn.Module, dtype: str, library: str | None = None) -
     if dtype == "bfloat16":
         return backbone
     return MAKERS[dtype, _library(dtype, library)](backbone)
+
+
+def numel(parameter: Tensor) -> int:
+    """Return how many weights a parameter stands for: bitsandbytes keeps two of four bits in an octet."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
 
 
 def _library(dtype: str, asked: str | None) -> str:

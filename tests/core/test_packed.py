@@ -13,7 +13,7 @@ from families import randomise
 
 import adaptkit
 from adaptkit.core import packed
-from adaptkit.core.packed import in_fewer_bits, linear_layers
+from adaptkit.core.packed import in_fewer_bits, linear_layers, numel
 from adaptkit.model.offloading import bytes_of
 
 WAYS = [("int8", "torchao"), ("int8", "bitsandbytes"), ("nf4", "bitsandbytes")]
@@ -58,6 +58,8 @@ def test_the_tokens_are_near_and_what_is_no_linear_layer_of_a_block_is_bfloat16(
 @pytest.mark.parametrize(("dtype", "library"), WAYS)
 def test_the_bytes_are_those_of_the_format(dtype, library):
     needs(library)
+    full = sum(p.numel() for p in host().parameters())
+    assert sum(numel(p) for p in in_fewer_bits(host(), dtype, library).parameters()) == full
     half = bytes_of(in_fewer_bits(host(), "bfloat16"))
     weights = sum(layer.weight.numel() for _, _, layer in linear_layers(host()))
     rows = sum(layer.out_features for _, _, layer in linear_layers(host()))
