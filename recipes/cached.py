@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,14 +18,32 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.data import default_collate as stacked
 
+from adaptkit.features import int8
 from adaptkit.features.cache import FeatureCache, checksum
 from adaptkit.features.cached import CachedFeatures
+from adaptkit.model.offloading import extract_each
 
-from .devices import sent
+from .devices import on_device, sent
 from .order import Rows
 from .windows import Windows, check_recordable
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TOGETHER = 64  #: images for which each block of an offloaded backbone is copied once
+SCALE = "_scale"  #: behind the name of what is kept in eight bits
+
+
+def packed(name: str, tokens: Tensor, dtype: str) -> dict[str, Tensor]:
+    """Tokens (..., D) -> what is kept of them, by name."""
+    if dtype != "int8":
+        return {name: tokens.to(DTYPES[dtype])}
+    q, scale = int8.quantise(tokens)
+    return {name: q, name + SCALE: scale}
+
+
+def unpacked(name: str, kept: Mapping[str, Tensor]) -> Tensor:
+    """Undo :func:`packed`, but for its rounding."""
+    scale = kept.get(name + SCALE)
+    return kept[name] if scale is None else int8.dequantise(kept[name], scale)
 
 
 class Views(Dataset):
@@ -56,7 +75,7 @@ class Cached(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[CachedFeatures, Tensor]:
         epoch, index = key
         kept = self.cache[epoch % self.views * len(self.rows) + index]
-        states = tuple(kept[f"after_{i}"][None] for i in self.after)
+        states = tuple(unpacked(f"after_{i}", kept)[None] for i in self.after)
         # The image is made anew where the adapter reads it: it takes more room than features, and less time.
         image = self.rows[epoch % self.views, index][0][None] if self.reads_image else None
         seen = CachedFeatures(states, self.after, self.size, self.patch, image, self.pad)
@@ -90,8 +109,34 @@ def key_of(rows: Any, size: tuple[int, ...], model: Any, args: argparse.Namespac
         "views": args.views,
         "after": list(model.reads()[0]),
         "dtype": args.cache_dtype,
+        **({"group": int8.GROUP} if args.cache_dtype == "int8" else {}),
         **({} if model.pad == "corner" else {"pad": model.pad}),  # caches of before say none
     }
+
+
+def kept_of(seen: CachedFeatures, dtype: str) -> dict[str, Tensor]:
+    """Features of a batch -> what is kept of them, on the CPU."""
+    each = (packed(f"after_{i}", tokens, dtype) for i, tokens in zip(seen.after, seen.states))
+    return {name: tensor.cpu() for kept in each for name, tensor in kept.items()}
+
+
+def extracted(
+    wanted: range, rows: Rows, model: Any, accelerator: Accelerator, args: argparse.Namespace
+) -> Iterator[tuple[list[Any], CachedFeatures]]:
+    """Run the backbone on the next of the ``wanted`` samples; yields batches of them, and their features.
+
+    One batch, or with ``--offload`` several, the same ones, so that each block is copied to the device once.
+    """
+    size = args.batch_size
+    wanted = wanted[: size * batches_at_once(size) if args.offload else size]
+    batches = [[rows[divmod(i, len(rows))] for i in wanted[k : k + size]] for k in range(0, len(wanted), size)]
+    images = [sent(torch.stack([image for image, _ in batch]), accelerator.device) for batch in batches]
+    yield from zip(batches, extract_each(model, images), strict=True)
+
+
+def batches_at_once(size: int) -> int:
+    """Return how many batches of this size share a pass of an offloaded backbone."""
+    return max(1, TOGETHER // size)
 
 
 def fill(cache: FeatureCache, rows: Rows, model: Any, accelerator: Accelerator, args: argparse.Namespace) -> int:
@@ -99,23 +144,20 @@ def fill(cache: FeatureCache, rows: Rows, model: Any, accelerator: Accelerator, 
 
     The number of a shard says whose it is, so that processes need not know how far the others are.
     """
-    kept, made = DTYPES[args.cache_dtype], 0
-    shards = cache.shards()
+    made, shards = 0, cache.shards()
     for number in range(accelerator.process_index, len(shards), accelerator.num_processes):
         if cache.is_whole(number):
             continue
         samples = cache.begun(number)
         while len(samples) < len(shards[number]):
-            first = len(samples)
-            batch = [rows[divmod(i, len(rows))] for i in shards[number][first : first + args.batch_size]]
-            seen = model.extract(sent(torch.stack([image for image, _ in batch]), accelerator.device))
-            states = {f"after_{i}": tokens.to(kept).cpu() for i, tokens in zip(seen.after, seen.states)}
-            for row, (_, target) in enumerate(batch):
-                own = {name: tokens[row].clone() for name, tokens in states.items()}
-                samples.append({**own, "target": torch.as_tensor(target)})
-            samples[first:] = compact(samples[first:])
-            made += len(batch)
-            cache.keep(number, first, samples[first:])
+            for batch, seen in extracted(shards[number][len(samples) :], rows, model, accelerator, args):
+                first, states = len(samples), kept_of(seen, args.cache_dtype)
+                for row, (_, target) in enumerate(batch):
+                    own = {name: tokens[row].clone() for name, tokens in states.items()}
+                    samples.append({**own, "target": torch.as_tensor(target)})
+                samples[first:] = compact(samples[first:])
+                made += len(batch)
+                cache.keep(number, first, samples[first:])
         cache.write(number, samples)
     return sum(gather_object([made]))
 
@@ -129,6 +171,7 @@ def cached(rows: Rows, model: Any, accelerator: Accelerator, args: argparse.Name
     image, _ = check_recordable("--cache-features is", rows, model)
     if getattr(rows, "transform", None) is None:
         raise ValueError("--cache-features is for data whose transform can be told: segment, classify, depth")
+    model = on_device(model, accelerator, args)
     key = key_of(rows, tuple(image.shape[-2:]), model, args)
     cache = FeatureCache(args.cache_features, args.views * len(rows), key)
     started = time.time()

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import adaptkit
+from adaptkit.core.packed import in_fewer_bits
 from adaptkit.create import create_backbone
 from adaptkit.model.expand import How
 from adaptkit.pictures import CHANNELS, colours, read_row
@@ -44,11 +45,13 @@ def options(p: argparse.ArgumentParser) -> None:
 
 
 def backbone_of(args: argparse.Namespace) -> nn.Module:
-    """Return the backbone that the options name, expanded to ``--channels`` where it has three.
+    """Return the backbone that the options name, in ``--backbone-dtype``, expanded to ``--channels``.
 
     Raises ``ValueError`` where it has another number of channels, or cannot be expanded so.
     """
     backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
+    dtype = getattr(args, "backbone_dtype", None)
+    backbone = backbone if dtype is None else in_fewer_bits(backbone, dtype)
     wanted, has = getattr(args, "channels", None), adaptkit.view(backbone).spec.channels
     if wanted in (None, has):
         return backbone
@@ -56,6 +59,11 @@ def backbone_of(args: argparse.Namespace) -> nn.Module:
         raise ValueError(
             f"--cache-features keeps what a frozen backbone says, and the rows of --channels {wanted} are trained: "
             "give one of them, or a backbone that was trained on as many channels"
+        )
+    if dtype not in (None, "float32"):
+        raise ValueError(
+            f"--backbone-dtype {dtype} is for frozen weights, and the rows of --channels {wanted} are trained: give "
+            "one of them"
         )
     if has != CHANNELS or wanted < CHANNELS:
         raise ValueError(

@@ -25,7 +25,7 @@ from .task import Task
 
 #: What changes nothing of what is trained.
 FREE = {
-    "resume", "overwrite", "out", "config", "change", "eval_every", "save_every", "tracker",
+    "resume", "overwrite", "out", "config", "change", "eval_every", "save_every", "tracker", "offload",
 }  # fmt: skip
 
 

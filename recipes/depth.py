@@ -20,10 +20,10 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import adaptkit
-from adaptkit.create import create_backbone
 from adaptkit.losses import silog_loss
 from adaptkit.pictures import Picture, check_pair, numbers, pair
 
+from .channels import backbone_of
 from .data import open_dataset
 from .drawn import rooms
 from .engine import run
@@ -102,7 +102,7 @@ def stored_depth(picture: Picture) -> np.ndarray:
 
 
 def build(args: argparse.Namespace) -> adaptkit.AdaptedModel:
-    backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
+    backbone = backbone_of(args)
     head = adaptkit.DepthHeadConfig(args.max_depth, args.min_depth, args.bins)
     return adaptkit.attach(backbone, *adapters(args), head=head, train_backbone=args.train_backbone).train()
 

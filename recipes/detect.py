@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import adaptkit
-from adaptkit.create import create_backbone
 
 from . import instances as by_queries
 from . import network, queries
+from .channels import backbone_of
 from .coco import (
     Detection,
     Instances,
@@ -97,7 +97,7 @@ def build(args: argparse.Namespace) -> Any:
         raise ValueError(f"--val has categories {names(found)}, --train has {names(categories)}: they must be the same")
     if args.model == queries.HEAD:
         return queries.build(args, len(categories), "instance")
-    backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
+    backbone = backbone_of(args)
     source = source_of(adaptkit.view(backbone), args)
     recipe = {
         "network": args.model,

@@ -11,6 +11,7 @@ from accelerate.utils import DataLoaderConfiguration, parse_flag_from_env
 from torch import Tensor
 
 from adaptkit import AdaptedModel
+from adaptkit.model.offloading import offload
 
 from .stopping import ends, patient
 
@@ -56,6 +57,14 @@ def copying() -> DataLoaderConfiguration:
 def sent(x: Tensor, device: torch.device) -> Tensor:
     """Return a tensor of the CPU on the device, a GPU at its leisure."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def on_device(model: Any, accelerator: Accelerator, args: Any) -> Any:
+    """Put a model on the device of this process; with ``--offload`` but for the blocks of its backbone."""
+    if getattr(args, "offload", False):
+        offload(model, accelerator.device)
+        return model
+    return model.to(accelerator.device)
 
 
 def compile_adapted(model: Any, mode: str) -> Any:

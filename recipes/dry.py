@@ -26,6 +26,8 @@ from accelerate.utils import gather_object, send_to_device
 from torch import nn
 from torch.utils.data import default_collate
 
+from adaptkit.model.offloading import bytes_of
+
 from .cached import Views
 from .optimising import optimizer_of
 from .order import Steps, Stream
@@ -106,11 +108,6 @@ def wrapped(rows: Any, windows: Windows | None, args: argparse.Namespace) -> Any
 
 
 # ------------------------------------------------------------------------------------------------------- memory
-
-
-def bytes_of(model: nn.Module) -> int:
-    """Return the bytes of the parameters and buffers."""
-    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
 def peak_of(run: Callable[[], Any], device: torch.device) -> int:

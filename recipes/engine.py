@@ -105,7 +105,10 @@ class Training:
         optimizer = optimizer_of(model, args)
         schedule = schedule_of(optimizer, args, accelerator.num_processes)
         asked = [(rate, group["weight_decay"]) for rate, group in zip(schedule.base_lrs, optimizer.param_groups)]
-        self.model, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
+        # With --offload it is where it should be; None: as Accelerate would place it.
+        place = [False if getattr(args, "offload", False) else None, None, None]
+        prepared = accelerator.prepare(model, optimizer, schedule, device_placement=place)
+        self.model, self.optimizer, self.schedule = prepared
         self.query_head = queries.head_in(self.model)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.average = Average(self.trained, args.ema) if args.ema else None

@@ -18,6 +18,7 @@ import torch
 import adaptkit
 from adaptkit.adapters.adavit import AdaViT
 from adaptkit.analysis.accounting import counted
+from adaptkit.core.packed import numel
 from adaptkit.hub.write import write_atomic
 from adaptkit.predict.draw import laid, sized
 from adaptkit.predict.pixels import shown as visible
@@ -98,7 +99,7 @@ def _panels(folder: Path, name: str, image: torch.Tensor, answer: Any, truth: An
 
 def costs(model: Any, args: argparse.Namespace) -> dict[str, int]:
     """Return all parameters, and the MACs of one image at ``--size``, where they do not depend on the image."""
-    said = {"parameters": sum(p.numel() for p in model.parameters())}
+    said = {"parameters": sum(numel(p) for p in model.parameters())}
     if not args.details or args.shard or any(isinstance(m, AdaViT) for m in model.modules()):
         return said
     height, width = (args.size, args.size) if isinstance(args.size, int) else args.size

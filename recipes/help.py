@@ -21,7 +21,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "workers",
     ),
     "model": (
-        "backbone", "random-backbone", "adapter", "adapter-options", "init", "train-backbone", "head", "model", "pool",
+        "backbone", "random-backbone", "backbone-dtype", "adapter", "adapter-options", "init", "train-backbone", "head",
+        "model", "pool",
         "zero-head", "head-options", "width", "queries", "layers", "points", "anchor", "bins",
     ),
     "optimisation": (
@@ -29,7 +30,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "clip", "ema", "loss", "class-weights", "label-smoothing", "mixed-precision", "compile",
     ),
     "features of the backbone, computed once": (
-        "views", "cache-features", "cache-dtype", "crop-features", "flip-features",
+        "views", "cache-features", "cache-dtype", "offload", "crop-features", "flip-features",
     ),
     "validation": ("slide", "stride", "resize", "scales", "flip"),
     "run": (

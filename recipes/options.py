@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from adaptkit.core import packed
 from adaptkit.core.near import hint
 from adaptkit.pictures import CHANNELS
 
@@ -30,6 +31,17 @@ CACHE_HELP = """run the frozen backbone once for each of the K views, keep its f
 train on them, now and in later runs. For adapters that only read: none, linear, sfp, vit-split and
 vit-adapter with '{"injector": false}'. A run that is killed goes on where it was; features of
 another backbone, data, transform, size or seed are an error"""
+CACHE_DTYPE_HELP = """of the features that are kept. float32 keeps every bit, in twice the room of float16; int8
+takes 53 %% of float16's, with a scale for each 32 channels of a token: no value is off by more than
+1/253 of the largest of the 32, in quadratic mean by 0.5 to 1 %% of the features (float16: 0.02 %%),
+as adaptkit/features/int8.py says"""
+OFFLOAD_HELP = """with --cache-features, for a backbone that does not fit the device: its blocks stay in CPU memory
+and each is on the device while it runs, for up to 64 images at once where the cache is filled and
+for a batch in validation. The features are the same, bit for bit. On the device are the largest
+block, adapter, head and activations"""
+DTYPE_HELP = """of the frozen weights: bfloat16, or the linear layers of its blocks in eight bits (torchao, else
+bitsandbytes) or four (nf4, bitsandbytes). What is trained stays float32, and its file fits the
+backbone in any of these. Default: as it is loaded"""
 CROP_HELP = """train on a window of H x W pixels of what the backbone saw of the whole image, a new one,
 drawn at random, each time an image comes: variety for which the backbone need not run again,
 and less work for adapter and head. Tokens, image and target are cut alike. Multiples of the
@@ -124,6 +136,7 @@ def parser(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentPars
     p.add_argument("--shuffle-buffer", type=int, default=1000, help="rows to draw from when streaming; 0: as they come")
     p.add_argument("--backbone", default="demo", help="demo, a timm name, hf-hub:..., org/repo, or a local folder")
     p.add_argument("--random-backbone", action=argparse.BooleanOptionalAction, default=False, help="for comparison")
+    p.add_argument("--backbone-dtype", choices=packed.DTYPES, help=DTYPE_HELP)
     normalisation.options(p)
     p.add_argument("--adapter", nargs="+", default=["none"], metavar="NAME", help="one or several, see `adaptkit list`")
     p.add_argument("--adapter-options", type=json.loads, default={}, metavar="JSON", help=OPTIONS_HELP)
@@ -144,8 +157,10 @@ def parser(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentPars
     p.add_argument("--compile", nargs="?", const="default", choices=MODES, metavar="MODE", help=COMPILE_HELP)
     p.add_argument("--views", type=int, default=0, metavar="K", help=VIEWS_HELP)
     p.add_argument("--cache-features", metavar="DIR", help=CACHE_HELP)
-    p.add_argument("--cache-dtype", default="float16", choices=["float16", "bfloat16", "float32"],
-                   help="of the features that are kept; float32 keeps every bit, in twice the room")  # fmt: skip
+    p.add_argument(
+        "--cache-dtype", default="float16", choices=["float16", "bfloat16", "float32", "int8"], help=CACHE_DTYPE_HELP
+    )
+    p.add_argument("--offload", action=argparse.BooleanOptionalAction, default=False, help=OFFLOAD_HELP)
     p.add_argument("--crop-features", type=int, nargs=2, metavar=("H", "W"), help=CROP_HELP)
     p.add_argument("--flip-features", action=argparse.BooleanOptionalAction, default=False, help=FLIP_HELP)
     p.add_argument("--shard", action=argparse.BooleanOptionalAction, default=False, help="backbone in parts (FSDP2)")
@@ -180,6 +195,9 @@ def read(p: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.
         p.error(f"--layer-decay {args.layer_decay}: a factor in 0..1, e.g. 0.8; 1 is the same rate for all blocks")
     if getattr(args, "train_backbone", None) and getattr(args, "cache_features", None):
         p.error("--cache-features keeps what a frozen backbone says, and --train-backbone changes it: give one of them")
+    if getattr(args, "train_backbone", None) and getattr(args, "backbone_dtype", None) not in (None, "float32"):
+        p.error(f"--backbone-dtype {args.backbone_dtype} is for frozen weights, and small steps of --train-backbone "
+                "would be lost in it: give one of them")  # fmt: skip
     if getattr(args, "patience", 0) < 0:
         p.error(f"--patience {args.patience}: give a number of evaluations, or 0")
     if getattr(args, "change", None) and not args.resume:
@@ -188,6 +206,8 @@ def read(p: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.
         p.error(f"--ema {args.ema}: the decay is in 0..1, e.g. 0.999; 0 keeps no average")
     if getattr(args, "cache_features", None) and args.views < 1:
         p.error("--cache-features needs --views K: which views of each image are there to be kept, e.g. --views 4")
+    if getattr(args, "offload", False):
+        check_offload(p, args)
     if getattr(args, "views", 0) and args.streaming:
         p.error("--views comes back to the same images, and --streaming reads them as they come: give one of them")
     if (getattr(args, "crop_features", None) or getattr(args, "flip_features", False)) and args.streaming:
@@ -198,6 +218,17 @@ def read(p: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.
     except ValueError as error:
         p.error(str(error))
     return args
+
+
+def check_offload(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a line where ``--offload`` makes no sense beside the other options."""
+    if not args.cache_features:
+        p.error("--offload copies the backbone to the device for each pass, too slow to train through: give "
+                "--cache-features DIR --views K, so that it runs once for each image, or --shard")  # fmt: skip
+    if args.shard or args.compile:
+        other, why = ("--shard", "has parts of the blocks on each device") if args.shard else (
+            "--compile", "makes one program of all blocks and their weights")  # fmt: skip
+        p.error(f"--offload has one block on the device at a time, and {other} {why}: give one of them")
 
 
 def config_arguments(p: argparse.ArgumentParser, config: str) -> list[str]:

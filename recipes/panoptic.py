@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import adaptkit
-from adaptkit.create import create_backbone
 from adaptkit.ops.queries import merge
 
 from . import network, queries
+from .channels import backbone_of
 from .coco import summary_of, warn_unseen_categories
 from .engine import run
 from .normalisation import source_of
@@ -72,7 +72,7 @@ def build(args: argparse.Namespace) -> Any:
     if args.head == queries.HEAD:
         things = [i for i, c in enumerate(kept["categories"]) if c["isthing"]]
         return queries.build(args, len(categories), "panoptic", things)
-    backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
+    backbone = backbone_of(args)
     recipe = {"network": "mask2former", **kept, **network.mask2former_recipe(args)}
     return network.build(adaptkit.attach(backbone, *adapters(args), train_backbone=args.train_backbone), recipe).train()
 

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from adaptkit.analysis import accounting
 from adaptkit.core.near import hint
+from adaptkit.core.packed import numel
+from adaptkit.model.offloading import Offload, bytes_of, offloaded
 
-from .cached import DTYPES
+from .cached import batches_at_once, kept_of
 from .devices import together
-from .dry import Dry, bytes_of, fitting, peak_of, wrapped
+from .dry import Dry, fitting, peak_of, wrapped
 from .log import clock, peak_memory
 from .options import precision
 from .order import Rows, Stream
@@ -73,7 +75,7 @@ def plan(task: Task, args: argparse.Namespace, accelerator: Accelerator) -> tupl
         "data": [as_json(r.summary, args.size, named or r.summary.classes) for r in (train, val) if r.summary],
         "batch_size": args.batch_size,
         "batch_size_found": chosen,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(numel(p) for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "file_bytes": weighed(task, model, args),
     }
@@ -81,6 +83,8 @@ def plan(task: Task, args: argparse.Namespace, accelerator: Accelerator) -> tupl
     found["macs_per_image"] = macs(dry)
     if args.cache_features:
         found["cache"] = cache(dry, len(train))
+    if (there := offloaded(dry.model)) is not None:
+        found["offload"] = {"bytes": there.bytes(), "blocks": len(there.blocks), "largest_block_bytes": there.largest()}
     found.update(steps(dry))
     found.update(validation(dry, val))
     filling = found["cache"]["seconds"] if args.cache_features else 0.0
@@ -113,18 +117,44 @@ def cache(dry: Dry, images: int) -> dict[str, Any]:
     """Return the bytes of the features of all views, and the seconds to make them, from one batch."""
     args = dry.args
     image, target = dry.read(0, args.batch_size)[:2]
-    dry.model.extract(image[:1])
-    waited(dry.device)
+    there, cuda = offloaded(dry.model), dry.device.type == "cuda"
+    peak = peak_of(lambda: dry.model.extract(image), dry.device) + (0 if cuda else there_of(dry.model, runs=True))
     started = time.perf_counter()
     seen = dry.model.extract(image)
     waited(dry.device)
     seconds = (time.perf_counter() - started) / len(image)
-    states = sum(s.numel() for s in seen.states) / len(image) * DTYPES[args.cache_dtype].itemsize
+    if there is not None:  # each block is copied once for several such batches, whose tokens wait on the device
+        copying, batches = copied(there, dry.device), batches_at_once(len(image))
+        seconds += copying / (len(image) * batches) - copying / len(image)
+        peak += (batches - 1) * (image.nbytes + seen.states[-1].nbytes)
+    states = sum(t.numel() * t.element_size() for t in kept_of(seen, args.cache_dtype).values()) / len(image)
     one = target[0] if isinstance(target, Tensor) else torch.as_tensor(target[0])
     ids = one.dtype == torch.int64  # class ids take one byte each: see cached.compact
     samples = images * args.views
     kept = states + one.numel() * (1 if ids else one.element_size())
-    return {"bytes": round(kept * samples), "samples": samples, "seconds": round(seconds * samples, 1)}
+    return {
+        "bytes": round(kept * samples),
+        "samples": samples,
+        "seconds": round(seconds * samples, 1),
+        "peak_memory_bytes": peak,
+    }
+
+
+def copied(there: Offload, device: torch.device) -> float:
+    """Return the seconds that all blocks take to the device."""
+    waited(device)
+    started = time.perf_counter()
+    for index in range(len(there.blocks)):
+        with there.held(index):
+            pass
+    waited(device)
+    return time.perf_counter() - started
+
+
+def there_of(model: Any, runs: bool) -> int:
+    """Return the bytes of weights that a device would hold; of an offloaded backbone one block where it ``runs``."""
+    there = offloaded(model)
+    return bytes_of(model) - (0 if there is None else there.bytes() - runs * there.largest())
 
 
 def steps(dry: Dry) -> dict[str, Any]:
@@ -136,7 +166,7 @@ def steps(dry: Dry) -> dict[str, Any]:
         dry.learn(batch)
         dry.finish()
 
-    peak = peak_of(first, dry.device) + (0 if cuda else bytes_of(dry.model))
+    peak = peak_of(first, dry.device) + (0 if cuda else there_of(dry.model, runs=not args.cache_features))
     del batch
     times, loading = [], []
     for step in range(STEPS):
@@ -187,7 +217,7 @@ def validation(dry: Dry, rows: Rows) -> dict[str, Any]:
         peak = peak_of(lambda: predict(model, batch, args), dry.device)
     model.train()
     return {
-        "validation_memory_bytes": peak + (0 if dry.device.type == "cuda" else bytes_of(model)),
+        "validation_memory_bytes": peak + (0 if dry.device.type == "cuda" else there_of(model, runs=True)),
         "validation_images": f"the {which} {len(samples)}",
     }
 
@@ -219,7 +249,13 @@ def shown(found: dict[str, Any]) -> list[str]:
         kept = found["cache"]
         lines.append(
             f"     cache               {sized(kept['bytes'])} for {kept['samples']:,} samples, filled in "
-            f"{clock(kept['seconds'])}"
+            f"{clock(kept['seconds'])}, peak memory {sized(kept['peak_memory_bytes'])}"
+        )
+    if "offload" in found:
+        kept = found["offload"]
+        lines.append(
+            f"     in CPU memory       {kept['blocks']} blocks, {sized(kept['bytes'])}; one at a time is on the "
+            f"device, {sized(kept['largest_block_bytes'])}, counted above where the backbone runs"
         )
     each = ", ".join(f"{t:.3f}" for t in found["seconds_of_steps"])
     epochs = f", {found['epochs']:.1f} epochs" if "epochs" in found else ""

@@ -17,7 +17,7 @@ from adaptkit.hub.write import check_writable
 from .batches import validation_batches
 from .cached import cached
 from .checkpoints import newest, progress_of
-from .devices import compile_adapted, copying, together
+from .devices import compile_adapted, copying, on_device, together
 from .dry import fitting, wrapped
 from .initial import initialise
 from .options import precision
@@ -74,7 +74,7 @@ def prepare(task: Task, args: argparse.Namespace, accelerator: Accelerator) -> P
     val = validation_batches(val_rows, task, accelerator, args)
     started = time.time()
     if args.cache_features:
-        rows = cached(train_rows, model.to(accelerator.device), accelerator, args, windows)
+        rows = cached(train_rows, model, accelerator, args, windows)
     else:
         rows = wrapped(train_rows, windows, args)
     return Prepared(model, rows, (train_rows, val_rows), val, time.time() - started)
@@ -107,6 +107,6 @@ def batch_size(
 
 def placed(model: Any, accelerator: Accelerator, args: argparse.Namespace) -> Any:
     """Put the model on its device, with ``--shard`` the frozen backbone in parts on all of them; ``--compile`` it."""
-    model = model.to(accelerator.device)
+    model = on_device(model, accelerator, args)
     model = adaptkit.shard(model) if args.shard else model
     return compile_adapted(model, args.compile) if args.compile else model

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from adaptkit.hub.digest import stored
 from adaptkit.hub.write import check_writable, write_atomic
 
 __all__ = ["FeatureCache", "checksum"]
@@ -35,7 +36,8 @@ def checksum(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        for part in stored(tensor):  # of a quantised one, several
+            digest.update(part.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

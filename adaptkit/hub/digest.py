@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from adaptkit.core.tree import blocks_of, plain_name, unwrapped
 
-__all__ = ["block_sums", "changed", "digest", "other_blocks", "other_layers", "tensors_of"]
+__all__ = ["block_sums", "changed", "digest", "other_blocks", "other_layers", "stored", "tensors_of"]
 
 ROW = 1 << 14  #: words of a row: its products stay in a core's cache, and torch adds them up in one thread
 ROWS = 256  #: how many at once on an accelerator, where a call costs more than memory
@@ -118,19 +118,19 @@ def digest(backbone: nn.Module, trainable: bool = False) -> dict[str, str]:
     if trainable:
         named = [(n, t) for n, t in named if isinstance(t, nn.Parameter) and t.dtype in DENSE]
     try:
-        stored = [(name, tensor, list(_stored(tensor))) for name, tensor in named]
+        whole = [(name, tensor, list(stored(tensor))) for name, tensor in named]
     except _Absent:
         return {}
     rows: dict[int, list[Tensor]] = {}  # by tensor: a tied one is read once
     odd: dict[torch.device, Tensor] = {}
-    for _, tensor, parts in stored:
+    for _, tensor, parts in whole:
         if id(tensor) not in rows:
             rows[id(tensor)] = [sums for part in parts for sums in _row_sums(part, odd)]
     values = _read(rows)
     names = [name for name, _ in named]
     layers = dict(zip(names, names)) if trainable else _layers(names)
     said: dict[str, tuple[list[Any], list[Any]]] = {}
-    for name, tensor, parts in stored:
+    for name, tensor, parts in whole:
         structure, bits = said.setdefault(layers[name], ([], []))
         kinds = [(str(part.dtype), tuple(part.shape)) for part in parts]
         structure.append((name, str(tensor.dtype), tuple(tensor.shape), kinds))
@@ -168,8 +168,8 @@ def other_layers(then: Mapping[str, str], now: Mapping[str, str], classifier: bo
     return [n for n in same if then[n] != now[n]], bool(layers) and len(same) == len(layers)
 
 
-def _stored(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the plain tensors in which the values lie: several for a quantised one."""
+def stored(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the plain tensors in which the values lie: several for a quantised one. Raises where they are not here."""
     if tensor.is_meta or isinstance(tensor, nn.parameter.UninitializedTensorMixin) or tensor.layout != torch.strided:
         raise _Absent
     if type(tensor) in (Tensor, nn.Parameter, nn.Buffer):
@@ -182,7 +182,7 @@ def _stored(tensor: Tensor) -> Iterator[Tensor]:
         raise _Absent
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _stored(getattr(tensor, name))
+            yield from stored(getattr(tensor, name))
         return
     yield tensor.detach().as_subclass(Tensor)
     state = getattr(tensor, "quant_state", None)  # bitsandbytes keeps the scales of four bits beside them

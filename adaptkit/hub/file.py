@@ -236,8 +236,9 @@ def check_fits(file: AdapterFile, vit: View, strict: bool = False) -> None:
 
     Another structure is a ``ValueError``. Other weights of the same structure are a warning, or with ``strict`` a
     ``ValueError`` too: the adapter runs, but was trained on other features. Every layer is compared: bit by bit where
-    both sides hold the same tensors, else block by block up to rounding. Other positions at other sizes, and another
-    normalisation (:class:`OtherNormalisation`), are warnings.
+    both sides hold the same tensors, else block by block up to rounding; of a block that one side holds quantised
+    nothing is compared, and patches and norms speak for it. Other positions at other sizes, and another normalisation
+    (:class:`OtherNormalisation`), are warnings.
     """
     if file.header["backbone"] is None:  # a folder of peft knows the names of layers and nothing else
         return

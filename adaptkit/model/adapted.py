@@ -237,18 +237,23 @@ class AdaptedModel(Predicts, ShownModel, Facts, Verbs):
 
         Raises ``ValueError`` where an adapter changes what the blocks compute, and so needs them to run.
         """
-        after, reads_image = self.reads()
-        side = self._acting.side
-        seen = replay(self.vit, image if side is None else side.framed(image))
+        seen = replay(self.vit, self._framed(image))
         if not isinstance(seen, Replay):
             raise ValueError(
                 f"{type(self.vit.backbone).__name__} has stages, whose outputs are not cached; use a plain ViT"
             )
-        states = tuple(seen.states[i + 1] for i in after)
-        size = (image.shape[-2], image.shape[-1])
-        return CachedFeatures(
-            states, after, size, self.spec.patch_size, image if reads_image else None, self._acting.pad
-        )
+        return self._seen(image, [seen.states[i + 1] for i in self.reads()[0]])
+
+    def _framed(self, image: Tensor) -> Tensor:
+        """Images as the backbone gets them: padded by the side adapter where that pads on all sides."""
+        side = self._readers().side
+        return image if side is None else side.framed(image)
+
+    def _seen(self, image: Tensor, states: Sequence[Tensor]) -> CachedFeatures:
+        """What the adapters read of these images: tokens (B, P+N, D) after the blocks of :meth:`reads`."""
+        (after, reads_image), size = self.reads(), (image.shape[-2], image.shape[-1])
+        kept = image if reads_image else None
+        return CachedFeatures(tuple(states), after, size, self.spec.patch_size, kept, self._acting.pad)
 
     def record(self, image: Tensor) -> CachedFeatures:
         """Old name of :meth:`extract`."""

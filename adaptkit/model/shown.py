@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from adaptkit.core.hierarchical import HierarchicalSpec
+from adaptkit.core.packed import numel
 from adaptkit.core.shown import Rows, Shown, changed, counted
 
 __all__ = ["ShownModel"]
@@ -33,7 +34,7 @@ class ShownModel(Shown):
 
 
 def _counts(model: Any) -> tuple[int, int]:
-    every = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    every = [(numel(p), p.requires_grad) for p in model.parameters()]
     trained = sum(n for n, flag in every if flag)
     return sum(n for n, _ in every) - trained, trained
 

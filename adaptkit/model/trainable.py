@@ -76,7 +76,7 @@ def _small_run(vit: View, built: AdapterSet, run: Callable[[View, AdapterSet, Te
     first = next(vit.backbone.parameters())
     devices = [first.device] if first.device.type == "cuda" else []
     inside = built.weight_adapters
-    with torch.random.fork_rng(devices), _as_it_was(built), torch.enable_grad():
+    with torch.random.fork_rng(devices), _as_it_was(built), _frozen(vit.backbone, built), torch.enable_grad():
         built.train()
         try:
             for adapter in inside:
@@ -85,6 +85,24 @@ def _small_run(vit: View, built: AdapterSet, run: Callable[[View, AdapterSet, Te
         finally:
             for adapter in reversed(inside):
                 adapter.remove(backbone)
+
+
+@contextmanager
+def _frozen(backbone: nn.Module, built: nn.Module) -> Iterator[None]:
+    """Nothing of the backbone wants a gradient but what the set trains, as it will be when it is attached.
+
+    A backbone as libraries build it wants gradients of all that is not quantised, and its quantised layers, which then
+    get tokens that want one, may have no backward pass (bitsandbytes' on a CPU in eval mode).
+    """
+    trained = {id(p) for p in built.parameters()}
+    others = [p for p in backbone.parameters() if p.requires_grad and id(p) not in trained]
+    for p in others:
+        p.requires_grad = False
+    try:
+        yield
+    finally:
+        for p in others:
+            p.requires_grad = True
 
 
 def _is_special(tensor: Tensor) -> bool:

@@ -14,7 +14,18 @@ from adaptkit.report.words import SPACE, metric, number
 __all__ = ["Group", "Spread", "best", "grouped", "spread"]
 
 #: Options that say where and how, not what: they make no other training.
-PLACE = ("seed", "out", "workers", "save_every", "eval_every", "tracker", "details", "cache_features", "shard")
+PLACE = (
+    "seed",
+    "out",
+    "workers",
+    "save_every",
+    "eval_every",
+    "tracker",
+    "details",
+    "cache_features",
+    "offload",
+    "shard",
+)
 
 
 class Spread(NamedTuple):

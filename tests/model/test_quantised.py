@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,26 @@ def test_a_file_of_full_precision_fits_a_quantised_copy(adapter, quantised, tmp_
     again = adaptkit.attach(quantised(), tmp_path)
     assert all(torch.equal(v, model.adapter_state_dict()[k]) for k, v in again.adapter_state_dict().items())
     assert all(t.isfinite().all() for t in said(again, x))
+
+
+def test_strict_takes_the_same_weights_in_any_precision_and_refuses_others(quantised, tmp_path):
+    """What is quantised on one side is compared by patches and norms; between two quantised copies all is, bit by bit."""
+    adaptkit.attach(quantised(), "sfp").save(tmp_path / "quantised")
+    adaptkit.attach(quantised.full(), "sfp").save(tmp_path / "full")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for file in ("quantised", "full"):
+            adaptkit.attach(quantised(), tmp_path / file, strict=True).detach()
+            adaptkit.attach(quantised.full(), tmp_path / file, strict=True).detach()
+            adaptkit.attach(quantised.full().bfloat16(), tmp_path / file, strict=True).detach()
+    for build in (quantised, quantised.full):
+        other = build()
+        with torch.no_grad():
+            path = "patch_embed.proj" if hasattr(other, "patch_embed") else "embeddings.patch_embeddings.projection"
+            other.get_submodule(path).weight.neg_()
+        for file in ("quantised", "full"):
+            with pytest.raises(ValueError, match="trained on other weights of this structure"):
+                adaptkit.attach(other, tmp_path / file, strict=True)
 
 
 @pytest.mark.parametrize("options", [{}, {"lora_bias": True}, {"use_dora": True}, {"peft_type": "LOHA"}], ids=str)

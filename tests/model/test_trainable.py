@@ -71,3 +71,27 @@ def test_a_layer_whose_output_is_not_used_is_refused():
     with pytest.raises(ValueError, match=r"no gradient would reach .*head.*Leave these layers out of target_modules"):
         adaptkit.attach(base, "lora", target_modules=["qkv", "head"], head=("linear", {"num_classes": 2}))
     assert list(adaptkit.attach(base, "lora", target_modules=["qkv", "head"]).adapters["lora"].proxies)[-1] == "head"
+
+
+class NoBackward(torch.nn.Linear):
+    """As quantised layers of some libraries are: the tokens that they get may want no gradient."""
+
+    def forward(self, x):
+        assert not (x.requires_grad and torch.is_grad_enabled()), "no backward pass"
+        return super().forward(x)
+
+
+def test_the_backbone_wants_no_gradient_while_it_is_tried_and_is_left_as_it_was():
+    host = HOSTS["timm-vit"].build()
+    for block in host.blocks:
+        old = block.mlp.fc1
+        block.mlp.fc1 = NoBackward(old.in_features, old.out_features)
+    host.blocks[0].norm1.requires_grad_(False)
+    flags = {n: p.requires_grad for n, p in host.named_parameters()}
+    model = adaptkit.attach(host, ("vit-adapter", {"conv_inplane": 8, "injector": False}))
+    assert not any(p.requires_grad for p in model.backbone.parameters())
+    model.detach()
+    assert {n: p.requires_grad for n, p in host.named_parameters()} == flags
+    with pytest.raises(AssertionError, match="no backward pass"):
+        adaptkit.attach(host, ("vit-adapter", {"conv_inplane": 8}))
+    assert {n: p.requires_grad for n, p in host.named_parameters()} == flags

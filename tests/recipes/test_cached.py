@@ -10,10 +10,12 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import write_folder  # noqa: E402
+from runs import cut_off, tree, write_folder  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 import adaptkit  # noqa: E402
 from recipes import segment  # noqa: E402
+from recipes.cached import unpacked  # noqa: E402
 
 ADAPTERS = {
     "none": ["--adapter", "none", "--head", "linear"],
@@ -79,6 +81,7 @@ def test_a_second_run_reads_the_cache_and_a_cut_one_makes_what_is_missing(folder
         (["--size", "48", "48"], "size"),
         (["--views", "3"], "samples"),
         (["--cache-dtype", "float32"], "dtype"),
+        (["--cache-dtype", "int8"], "dtype"),
         (["--seed", "1"], "backbone"),  # a random backbone of another seed
     ],
 )
@@ -95,3 +98,57 @@ def test_adapters_that_need_the_backbone_are_refused(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train(folder, tmp_path, "--cache-features", str(tmp_path / "cache"))
     assert "--cache-features needs --views K" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ eight bits
+
+
+def kept_in(folder):
+    return {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
+
+
+def test_eight_bits_keep_every_feature_within_half_a_step_in_half_the_room(folder, tmp_path):
+    keep = [*ADAPTERS["sfp"], "--views", "2", "--steps", "2"]
+    for dtype in ("float32", "float16", "int8"):
+        train(
+            folder, tmp_path / dtype, *keep, "--cache-features", str(tmp_path / f"of {dtype}"), "--cache-dtype", dtype
+        )
+    exact, half, eight = (kept_in(tmp_path / f"of {dtype}") for dtype in ("float32", "float16", "int8"))
+    names = [name for name in exact if name != "target"]
+    assert sorted(eight) == sorted([*names, *(name + "_scale" for name in names), "target"])
+    for name in names:
+        q, scale = eight[name], eight[name + "_scale"]
+        step = scale.float().repeat_interleave(32, -1)[..., : q.shape[-1]]
+        off = (unpacked(name, {name: q, name + "_scale": scale}) - exact[name]).abs()
+        assert (off <= 0.501 * step).all()
+        assert off.max() > 0
+        assert q.nbytes + scale.nbytes <= 0.54 * half[name].nbytes
+    assert torch.equal(eight["target"], exact["target"])
+
+
+def test_a_cache_of_eight_bits_that_was_cut_ends_as_one_that_was_not(folder, tmp_path, monkeypatch):
+    keep = [*ADAPTERS["none"], "--views", "2", "--steps", "1", "--cache-dtype", "int8", "--cache-features"]
+    train(folder, tmp_path / "a", *keep, str(tmp_path / "whole"))
+    extract = adaptkit.AdaptedModel.extract
+    monkeypatch.setattr(adaptkit.AdaptedModel, "extract", cut_off(extract, 4))
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, tmp_path / "b", *keep, str(tmp_path / "cut"))
+    parts = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "cut").glob("*.part")}
+    assert len(parts) == 3
+    monkeypatch.setattr(adaptkit.AdaptedModel, "extract", extract)
+    train(folder, tmp_path / "b", *keep, str(tmp_path / "cut"), "--overwrite")
+    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
+
+
+def test_caches_of_before_there_were_eight_bits_still_open(folder, tmp_path):
+    """Whoever says no int8 says what was always said of a cache, key by key."""
+    keep = [*ADAPTERS["none"], "--views", "2", "--steps", "1", "--cache-features"]
+    train(folder, tmp_path / "a", *keep, str(tmp_path / "float16"))
+    said = json.loads((tmp_path / "float16" / "cache.json").read_text())
+    of_it = {"format", "samples", "shard", "backbone", "data", "transform", "size", "seed", "views", "after", "dtype"}
+    assert said.keys() == of_it
+    assert said["format"] == 1
+    assert set(kept_in(tmp_path / "float16")) == {f"after_{i}" for i in said["after"]} | {"target"}
+    train(folder, tmp_path / "b", *keep, str(tmp_path / "int8"), "--cache-dtype", "int8")
+    eight = json.loads((tmp_path / "int8" / "cache.json").read_text())
+    assert {k: v for k, v in eight.items() if said.get(k) != v} == {"dtype": "int8", "group": 32}
