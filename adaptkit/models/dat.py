@@ -91,14 +91,18 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, points: dict[int, Tensor] | None = None) -> Tensor:
         """(B, C, H, W) -> the same; ``points`` gathers where the deformable blocks read, by block."""
         x = self.proj(x)
-        norms = zip(self.layer_norms[::2], self.layer_norms[1::2])
-        for i, ((norm1, norm2), attn, mlp, drop_path) in enumerate(zip(norms, self.attns, self.mlps, self.drop_path)):
-            h = norm1(x)
-            if points is not None and isinstance(attn, DeformableAttention):
-                points[i] = attn.keys(h).points
-            x = x + drop_path(attn(h))
-            x = x + drop_path(mlp(norm2(x)))
+        for index in range(len(self.attns)):
+            x = self.block(index, x, points)
         return x
+
+    def block(self, index: int, x: Tensor, points: dict[int, Tensor] | None = None) -> Tensor:
+        """Run one block: (B, C, H, W) -> the same."""
+        attn, drop_path = self.attns[index], self.drop_path[index]
+        h = self.layer_norms[2 * index](x)
+        if points is not None and isinstance(attn, DeformableAttention):
+            points[index] = attn.keys(h).points
+        x = x + drop_path(attn(h))
+        return x + drop_path(self.mlps[index](self.layer_norms[2 * index + 1](x)))
 
 
 class DAT(nn.Module):

@@ -14,6 +14,7 @@ from errors import assert_rounds_to, transformer
 import adaptkit
 from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.registry import view
+from adaptkit.create import create_backbone
 
 DIMS, DEPTHS = (16, 24, 32, 64), (1, 1, 2, 1)
 SUMS = transformer(8, 128, 64)  # of the largest host, at its widest
@@ -52,7 +53,17 @@ def _swin(**options):
     return _randomise(SwinTransformer(img_size=64, window_size=4, **sizes, **options))
 
 
+def _dat(**options):
+    """Both kinds of window and deformable blocks; two groups of points."""
+    from adaptkit.models import DAT
+
+    torch.manual_seed(0)
+    sizes = {"dim_stem": 8, "dims": DIMS, "depths": (2, 2, 2, 2), "heads": (1, 2, 2, 4), "groups": (-1, -1, 2, 2)}
+    return _randomise(DAT(**sizes, img_size=64, num_classes=5, window_sizes=(4, 3, 2, 2), **options))
+
+
 HOSTS = {
+    "dat": _dat,
     "poolformer": partial(_metaformer, "poolformer"),
     "poolformerv2": partial(_metaformer, "poolformerv2"),
     "convformer": partial(_metaformer, "convformer"),
@@ -60,6 +71,7 @@ HOSTS = {
     "swin": _swin,
     "swin-dynamic": partial(_swin, dynamic_img_size=True, always_partition=True),
 }
+PAIRS = ("dat", "swin", "swin-dynamic")  # two blocks in each stage
 OPTIONS = {
     "pool": {"width": (4, 4, 8, 8)},
     "hybrid": {"width": 8, "mixer": ("pool", "conv", "global", "msda")},
@@ -99,9 +111,10 @@ def equals_host(features, host, x):
 
 
 @hosts
+@pytest.mark.parametrize("batch", [1, 2])  # of one, the memory layout of a map is told by other strides
 @torch.no_grad()
-def test_view_equals_host_bitwise(name):
-    host, x = HOSTS[name](), image()
+def test_view_equals_host_bitwise(name, batch):
+    host, x = HOSTS[name](), image(batch=batch)
     vit = view(host)
     features = vit.features(x)
     equals_host(features._replace(logits=vit.logits(features)), host, x)
@@ -109,7 +122,7 @@ def test_view_equals_host_bitwise(name):
 
 @pytest.mark.parametrize("name", [n for n in HOSTS if "swin" not in n])
 @torch.no_grad()
-def test_convolutional_hosts_take_any_size_as_timm_does(name):
+def test_hosts_of_any_size_take_it_as_timm_does(name):
     host, x = HOSTS[name](), image(48, 100)
     vit = view(host)
     features = vit.features(x)
@@ -131,7 +144,8 @@ def test_spec_has_the_width_depth_and_stride_of_each_stage(name):
     spec = view(HOSTS[name]()).spec
     assert isinstance(spec, HierarchicalSpec)
     assert spec.strides == (4, 8, 16, 32)
-    assert (spec.embed_dims, spec.depths) == (((16, 32, 64, 128), (2, 2, 2, 2)) if "swin" in name else (DIMS, DEPTHS))
+    dims, depths = (16, 32, 64, 128) if "swin" in name else DIMS, (2, 2, 2, 2) if name in PAIRS else DEPTHS
+    assert (spec.embed_dims, spec.depths) == (dims, depths)
     assert (spec.depth, spec.embed_dim, spec.patch_size, spec.num_prefix_tokens) == (
         sum(spec.depths),
         spec.embed_dims[-1],
@@ -240,6 +254,33 @@ def test_exports(name):
     for a, b in zip(program.module()(x).maps, model(x).maps):
         assert_rounds_to(a, b, *SUMS)
     assert not any("grid_sampler" in str(n.target) for n in program.graph.nodes)
+
+
+@torch.no_grad()
+def test_dat_tiny_by_its_name_is_the_bare_model_bitwise_and_keeps_its_normalisation():
+    torch.manual_seed(0)
+    host = create_backbone("dat_tiny", pretrained=False, classifier=True).eval()
+    x = image(96, 64, 1)
+    model = adaptkit.attach(host, "metaformer").eval()
+    assert model.vit.spec == HierarchicalSpec("dat", (96, 192, 384, 768), (2, 2, 6, 2), (4, 8, 16, 32))
+    assert model.vit.source().mean == (0.485, 0.456, 0.406)
+    equals_host(model(x), host, x)
+    assert model.detach() is host
+
+
+@torch.no_grad()
+def test_a_pruned_dat_has_fewer_stages():
+    host = _dat()
+    host.prune_intermediate_layers([1], prune_norm=True)
+    seen = view(host)
+    assert (seen.spec.strides, seen.spec.embed_dims) == ((4, 8), DIMS[:2])
+    assert torch.equal(seen.features(image()).maps[-1], host.forward_intermediates(image())[0])
+
+
+def test_lora_adapts_the_attention_of_dat_by_default():
+    model = adaptkit.attach(_dat(), "lora")
+    names = {n.split(".lora_A")[0].rpartition(".")[2] for n, _ in model.adapters.named_parameters() if "lora_A" in n}
+    assert names == {"proj_qkv", "proj_q", "proj_v"}
 
 
 @pytest.mark.parametrize("adapter", ["vit-adapter", "sfp", "adavit"])
