@@ -87,7 +87,8 @@ def _block(stage: Any, index: int, grid: tuple[int, int]) -> Block:
         "mlp": stage.mlps[index],
         "scale2": stage.drop_path[index],
     }
-    return Block(**{name: partial(on_nchw, f, grid) for name, f in parts.items()}, qkv=_no_qkv, out=_no_qkv)
+    given: dict[str, Any] = {name: partial(on_nchw, f, grid) for name, f in parts.items()}
+    return Block(**given, qkv=_no_qkv, out=_no_qkv)
 
 
 def _no_qkv(x: Tensor) -> Any:

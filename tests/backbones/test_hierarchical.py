@@ -1,6 +1,7 @@
 """Hierarchical hosts: the view equals timm bitwise, the MetaFormer adapter keeps every promise on them."""
 
 import copy
+import importlib.util
 import sys
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from errors import assert_rounds_to, transformer
+from towers import SWIN, TOWERS, of_config
 
 import adaptkit
 from adaptkit.core.hierarchical import HierarchicalSpec
@@ -71,6 +73,11 @@ HOSTS = {
     "swin": _swin,
     "swin-dynamic": partial(_swin, dynamic_img_size=True, always_partition=True),
 }
+if importlib.util.find_spec("transformers"):
+    HOSTS |= {"hf-poolformer": TOWERS["PoolFormerForImageClassification"].build}
+    HOSTS |= {
+        "hf-swin": of_config("swin", "SwinForImageClassification", "SwinConfig", **SWIN | {"depths": [2, 2, 2, 1]})
+    }
 PAIRS = ("dat", "swin", "swin-dynamic")  # two blocks in each stage
 OPTIONS = {
     "pool": {"width": (4, 4, 8, 8)},
@@ -99,15 +106,27 @@ def scalar(features):
     return sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for x in (features.tokens, *features.maps))
 
 
+def said_by(host, x):
+    """What a host itself says: its stages (B, D, h, w), its last tokens (B, N, D) and its logits."""
+    if type(host).__name__.startswith("Swin") and "transformers" in type(host).__module__:
+        whole = host.swin(x, output_hidden_states=True, output_hidden_states_before_downsampling=True,
+                          interpolate_pos_encoding=x.shape[-2:] != (64, 64))  # fmt: skip
+        return whole.reshaped_hidden_states[1:], whole.last_hidden_state, host(x).logits
+    if "transformers" in type(host).__module__:
+        stages = host.poolformer(x, output_hidden_states=True).hidden_states
+        return stages, stages[-1].flatten(2).mT, host(x).logits
+    last = host.forward_features(x)
+    last = last.movedim(-1, 1) if last.shape[-1] == host.num_features else last
+    return host.forward_intermediates(x, intermediates_only=True), last.flatten(2).mT, host(x)
+
+
 def equals_host(features, host, x):
     """Stages, final tokens and logits, bit for bit."""
-    stages = host.forward_intermediates(x, intermediates_only=True)
+    stages, last, logits = said_by(host, x)
     assert [m.shape for m in features.maps] == [s.shape for s in stages]
     assert all(torch.equal(m, s) for m, s in zip(features.maps, stages))
-    last = host.forward_features(x)
-    last = last.movedim(-1, 1) if last.shape[-1] == features.tokens.shape[-1] else last
-    assert torch.equal(features.tokens, last.flatten(2).mT)
-    assert torch.equal(features.logits, host(x))
+    assert torch.equal(features.tokens, last)
+    assert torch.equal(features.logits, logits)
 
 
 @hosts
@@ -122,7 +141,7 @@ def test_view_equals_host_bitwise(name, batch):
 
 @pytest.mark.parametrize("name", [n for n in HOSTS if "swin" not in n])
 @torch.no_grad()
-def test_hosts_of_any_size_take_it_as_timm_does(name):
+def test_hosts_of_any_size_take_it_as_they_do_by_themselves(name):
     host, x = HOSTS[name](), image(48, 100)
     vit = view(host)
     features = vit.features(x)
@@ -144,8 +163,8 @@ def test_spec_has_the_width_depth_and_stride_of_each_stage(name):
     spec = view(HOSTS[name]()).spec
     assert isinstance(spec, HierarchicalSpec)
     assert spec.strides == (4, 8, 16, 32)
-    dims, depths = (16, 32, 64, 128) if "swin" in name else DIMS, (2, 2, 2, 2) if name in PAIRS else DEPTHS
-    assert (spec.embed_dims, spec.depths) == (dims, depths)
+    assert spec.embed_dims == ((16, 32, 64, 128) if "swin" in name else DIMS)
+    assert spec.depths == ((2, 2, 2, 2) if name in PAIRS else (2, 2, 2, 1) if name == "hf-swin" else DEPTHS)
     assert (spec.depth, spec.embed_dim, spec.patch_size, spec.num_prefix_tokens) == (
         sum(spec.depths),
         spec.embed_dims[-1],
