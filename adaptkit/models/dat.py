@@ -10,6 +10,13 @@ checkpoints load as they are::
     model = timm.create_model("dat_tiny")
     model.load_state_dict(torch.load("dat_tiny_in1k_224.pth", weights_only=True)["model"])
 
+For ``attach``, and for ``--backbone`` of a command, they are put into a folder once, whose name is then the backbone's;
+``--backbone dat_tiny --random-backbone`` has random weights::
+
+    model = timm.create_model("dat_tiny", pretrained=True, pretrained_cfg_overlay={"file": "dat_tiny_in1k_224.pth"})
+    timm.models.save_for_hf(model, "./dat_tiny")
+    backbone = adaptkit.create.create_backbone("./dat_tiny")
+
 Any image size runs: maps are padded to whole windows and even sides, bias tables are resized for another map. A
 checkpoint of another size resizes them once, with a warning.
 """
