@@ -106,8 +106,8 @@ def _check_there_are_weights(name: str) -> None:
     model = name.partition(".")[0]
     if not timm.is_model_pretrained(model):
         raise ValueError(
-            f"{name!r} names no weights. pretrained=False (--random-backbone) builds it with random ones; those of a file "
-            "go into a folder once, which is then the name: timm.models.save_for_hf(timm.create_model("
+            f"{name!r} names no weights. pretrained=False (--random-backbone) builds it with random ones; those of a "
+            "file go into a folder once, which is then the name: timm.models.save_for_hf(timm.create_model("
             f"{model!r}, pretrained=True, pretrained_cfg_overlay={{'file': 'weights.pth'}}), './{model}')"
         )
 
