@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from adaptkit.analysis.attention import Attention, attentions
 from adaptkit.analysis.maps import query_cell
+from adaptkit.analysis.points import draw_keys
 from adaptkit.analysis.seen import Seen, look
-from adaptkit.analysis.style import COLOURS, Drawn, panels, pictured, show, star
+from adaptkit.analysis.style import Drawn, pictured
 from adaptkit.analysis.watch import single, source_of
 
 __all__ = ["QueryKeys", "offset_lengths", "query_keys"]
@@ -33,24 +34,7 @@ class QueryKeys(Drawn):
 
     def draw(self, figure: Any) -> None:
         """A panel for each: the query is a star, a key a circle whose area is its attention, a colour a group."""
-        height, width = self.picture.shape[:2]
-        axes = panels(figure, len(self.points), 3, height / width)
-        groups = max(len(p) for p in self.points.values())
-        for one, (name, points) in zip(axes, self.points.items()):
-            show(one, self.picture)
-            scores = self.scores[name]
-            score, index = scores.topk(min(self.top, scores.shape[1]))
-            for group, (at, s, i) in enumerate(zip(points, score, index)):
-                at = at[i]
-                one.scatter(
-                    at[:, 1], at[:, 0], s=2 + 110 * (s / score.amax().clamp_min(1e-12)).numpy(), alpha=0.75,
-                    color=COLOURS[group % len(COLOURS)], edgecolors="white", linewidths=0.5, label=f"group {group}",
-                )  # fmt: skip
-            star(one, self.query)
-            one.set_title(name)
-        if groups > 1:
-            handles, labels = max((a.get_legend_handles_labels() for a in axes), key=lambda pair: len(pair[0]))
-            figure.legend(handles, labels, loc="outside lower center", ncols=min(8, groups), markerscale=0.6)
+        draw_keys(figure, self.picture, self.points, self.scores, self.top, self.query)
 
 
 def query_keys(
