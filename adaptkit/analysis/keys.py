@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adaptkit.analysis.attention import Attention, attentions
 from adaptkit.analysis.maps import query_cell
-from adaptkit.analysis.points import draw_keys
+from adaptkit.analysis.points import brief, draw_keys
 from adaptkit.analysis.seen import Seen, look
 from adaptkit.analysis.style import Drawn, pictured
 from adaptkit.analysis.watch import single, source_of
@@ -96,13 +96,13 @@ def _of_model(model: nn.Module, image: Tensor, blocks: Any, modules: Any) -> dic
         unknown = [name for name in modules if name not in deformable]
         if unknown:
             raise ValueError(f"no deformable attention is named {unknown[0]!r}; there are {', '.join(deformable)}")
-        return found | {_brief(name): deformable[name] for name in modules}
+        return found | {brief(name): deformable[name] for name in modules}
     is_backbone = deformable and not found  # a DAT
     if is_backbone and blocks is None:
         best = min(_far(s) for s in deformable.values())
         name = [n for n, s in deformable.items() if _far(s) == best][-1]
         return {name: deformable[name]}
-    return found | {_brief(name): seen for name, seen in _last(deformable).items()}
+    return found | {brief(name): seen for name, seen in _last(deformable).items()}
 
 
 def _last(deformable: dict[str, Seen]) -> dict[str, Seen]:
@@ -110,12 +110,6 @@ def _last(deformable: dict[str, Seen]) -> dict[str, Seen]:
     own = {name: seen for name, seen in deformable.items() if "extra_extractors" not in name}
     latest = {re.sub(r"\d+", "#", name.partition(", ")[0]) + name.partition(", ")[2]: name for name in own}
     return {name: own[name] for name in own if name in latest.values()}
-
-
-def _brief(name: str) -> str:
-    """``vit-adapter.interactions.3.extractor.attn, stride 8`` -> ``extractor 3, stride 8``."""
-    found = re.match(r"vit-adapter\.interactions\.(\d+)\.(injector|extractor|extra_extractors\.\d+)\.attn", name)
-    return name if found is None else f"{found[2]} {found[1]}{name[found.end() :]}"
 
 
 def _far(seen: Seen) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,13 +23,14 @@ __all__ = [
     "DeformedPoints",
     "SamplingPoints",
     "attended_keys",
+    "brief",
     "deformed_points",
     "draw_keys",
     "sampling_points",
 ]
 
 MANY = 1000  #: points of a group, from which on they are drawn small
-COLUMNS = 3  #: panels in a row, at most
+COLUMNS = 4  #: panels in a row, at most
 
 
 class SamplingPoints(NamedTuple):
@@ -52,8 +54,8 @@ class DeformedPoints(Drawn):
         axes = _panels(figure, self.picture, self.points)
         for one, points in zip(axes, self.points.values()):
             for group, at in enumerate(points):
-                size = 5.0 if len(at) <= MANY else 0.7
-                one.scatter(at[:, 1], at[:, 0], s=size, **_of_group(group), linewidths=0)
+                size, edge = (9.0, 0.3) if len(at) <= MANY else (0.7, 0.0)
+                one.scatter(at[:, 1], at[:, 0], s=size, edgecolors="white", linewidths=edge, **_of_group(group))
         _legend(figure, axes)
 
 
@@ -219,8 +221,16 @@ def _panels(figure: Any, picture: np.ndarray, points: Mapping[str, Tensor]) -> l
     axes = panels(figure, len(points), COLUMNS, picture.shape[0] / picture.shape[1])
     for one, name in zip(axes, points):
         show(one, picture)
-        one.set_title(name)
+        one.set_title(brief(name), fontsize=7)
     return axes
+
+
+def brief(name: str) -> str:
+    """``vit-adapter.interactions.3.extractor.attn, stride 8`` -> ``extractor 3, stride 8``."""
+    found = re.match(r"vit-adapter\.interactions\.(\d+)\.(injector|extractor|extra_extractors\.(\d+))\.attn", name)
+    if found is None:
+        return name
+    return (f"extra extractor {found[3]}" if found[3] else f"{found[2]} {found[1]}") + name[found.end() :]
 
 
 def _of_group(group: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from families import HOSTS
 
 import adaptkit
 from adaptkit.analysis import attended_keys, deformed_points, sampling_points
+from adaptkit.analysis.points import brief
 from adaptkit.mixers.dat import to_cells
 from adaptkit.models import DAT
 
@@ -138,12 +139,18 @@ def test_the_figure_of_each_has_a_panel_for_each_attention_and_shows_every_point
     model = stirred(NEW[name])
     found = deformed_points(model, X)
     panels = found.figure().axes
-    assert [p.get_title() for p in panels] == list(found.points)
+    assert [p.get_title() for p in panels] == [brief(name) for name in found.points]
     for panel, points in zip(panels, found.points.values()):
         drawn = np.concatenate([np.asarray(group.get_offsets()) for group in panel.collections])
         np.testing.assert_allclose(drawn, points.flatten(0, 1).flip(-1).numpy(), rtol=1e-6)
     got = attended_keys(model, X, query=(20.0, 50.0))
     assert set(got.scores) == set(sampling_points(model, X))
+
+
+def test_names_of_a_vit_adapter_are_brief_and_others_are_as_they_are():
+    names = [f"vit-adapter.interactions.3.{n}.attn, stride 8" for n in ("extractor", "injector", "extra_extractors.1")]
+    assert list(map(brief, names)) == [f"{n}, stride 8" for n in ("extractor 3", "injector 3", "extra extractor 1")]
+    assert brief("stages.2.attns.1") == "stages.2.attns.1"
 
 
 def test_of_each_group_the_keys_with_most_attention_are_drawn_larger_ones_for_more():
