@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adaptkit.backbones._maps import as_map, as_tokens, on_nchw
-from adaptkit.backbones._timm import timm_source
+from adaptkit.backbones._timm import split_qkv, timm_source
+from adaptkit.backbones._windows import by_cell, padded, partitioned
 from adaptkit.core.hierarchical import HierarchicalSpec, HierarchicalViT
 from adaptkit.core.registry import register_family
+from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block, Source
+from adaptkit.mixers.dat import attention_weights
+from adaptkit.mixers.window import ShiftedWindowAttention
 from adaptkit.ops.grid import map_to_tokens, pad_to_multiple
 
 
@@ -88,11 +94,25 @@ def _block(stage: Any, index: int, grid: tuple[int, int]) -> Block:
         "scale2": stage.drop_path[index],
     }
     given: dict[str, Any] = {name: partial(on_nchw, f, grid) for name, f in parts.items()}
-    return Block(**given, qkv=_no_qkv, out=_no_qkv)
+    block = Block(**given, qkv=_no_qkv, out=_no_qkv)
+    if not isinstance(unwrapped(stage.attns[index]), ShiftedWindowAttention):
+        return block
+    return replace(block, attended=partial(_attended, stage.attns[index], grid))
+
+
+def _attended(outer: Any, grid: tuple[int, int], h: Tensor) -> tuple[Tensor, Tensor]:
+    """Normed tokens (B, N, D) -> attention (B, heads, N, K) in the window of each cell, and its K cells (N, K)."""
+    attn: Any = unwrapped(outer)
+    cells = torch.arange(grid[0] * grid[1], device=h.device).view(1, *grid, 1)
+    cells = partitioned(padded(cells, attn.window, attn.shift, -1), attn.window).squeeze(-1)  # (windows, K)
+    windows = partitioned(padded(h.unflatten(1, grid), attn.window, attn.shift), attn.window)
+    q, k, _ = split_qkv(attn.proj_qkv(windows), attn.heads)
+    weights = attention_weights(q, k, attn.bias(as_map(h, grid), q))
+    return by_cell(weights.unflatten(0, (-1, len(cells))), cells)
 
 
 def _no_qkv(x: Tensor) -> Any:
     raise TypeError(
         "DAT attends inside shifted windows, or to points that it moves itself, so it has no global q, k and v; use an "
-        "adapter around the block"
+        "adapter around the block, and query_keys to see the points"
     )

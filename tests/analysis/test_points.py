@@ -40,6 +40,14 @@ def test_points_of_a_dat_are_those_of_its_forward_in_pixels():
     )
 
 
+def test_points_of_a_dat_under_an_adapter_are_those_of_the_bare_one():
+    host = dat().eval()
+    bare = deformed_points(host, X).points
+    seen = deformed_points(adaptkit.attach(host, "metaformer"), X).points
+    assert list(seen) == [f"backbone.{name}" for name in bare]
+    assert all(torch.equal(a, b) for a, b in zip(seen.values(), bare.values()))
+
+
 def test_points_of_the_adapter_are_those_of_its_forward_in_pixels():
     model = adapted(blocks=2)
     seen = deformed_points(model, X).points
