@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from adaptkit.analysis.attention import attentions
 from adaptkit.analysis.cam import grad_cam
 from adaptkit.analysis.distance import attention_distance
 from adaptkit.analysis.kept import kept_patches
@@ -20,7 +21,7 @@ from adaptkit.analysis.pyramids import feature_maps, gamma_by_depth
 from adaptkit.analysis.rollouts import rollout
 from adaptkit.analysis.spectra import spectrum
 from adaptkit.analysis.style import Drawn, styled
-from adaptkit.analysis.watch import Host
+from adaptkit.analysis.watch import Host, single
 from adaptkit.model.adapted import AdaptedModel
 
 __all__ = ["FIGURES", "Looked", "looks"]
@@ -65,7 +66,9 @@ def _attention_maps(a: _Asked) -> Drawn:
     except TypeError:
         if a.blocks is not None:
             raise
-        return attention_maps(a.model, a.images[0], None, 1)  # where early blocks have no attention (CAFormer)
+        shown: list[int] = []  # where some blocks have no attention (CAFormer), or keys off the grid (DAT)
+        attentions(a.model, single(a.images[0]), lambda found: shown.append(found.block))
+        return attention_maps(a.model, a.images[0], None, shown[-1:])
 
 
 #: By name: what makes the figure.

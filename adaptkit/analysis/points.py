@@ -241,4 +241,5 @@ def _legend(figure: Any, axes: list[Any]) -> None:
     """Say which colour is which group, where there is more than one."""
     handles, labels = max((a.get_legend_handles_labels() for a in axes), key=lambda pair: len(pair[0]))
     if len(handles) > 1:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(8, len(handles)), markerscale=0.6)
+        columns = max(1, min(8, len(handles), int(figure.get_figwidth() / 0.9)))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, markerscale=0.6)

@@ -287,6 +287,27 @@ def test_dat_tiny_by_its_name_is_the_bare_model_bitwise_and_keeps_its_normalisat
     assert model.detach() is host
 
 
+@pytest.mark.parametrize("name", [n for n in HOSTS if n == "dat" or n.startswith("hf-")])
+def test_gradients_are_the_same_where_blocks_run_a_second_time(name):
+    grads = []
+    for enable in (False, True):
+        model = _randomise(attach(name, OPTIONS["pool"]), 3).train()
+        if enable:
+            model.gradient_checkpointing_enable()
+        scalar(model(image())).backward()
+        grads.append([p.grad for p in model.adapters.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+@pytest.mark.skipif("hf-swin" not in HOSTS, reason="transformers is not installed")
+def test_a_swin_that_was_told_to_checkpoint_is_seen_so():
+    host = HOSTS["hf-swin"]()
+    assert not view(host).is_checkpointing()
+    host.gradient_checkpointing_enable()
+    assert view(host).is_checkpointing()
+    assert adaptkit.attach(host, "metaformer").is_gradient_checkpointing
+
+
 @torch.no_grad()
 def test_a_pruned_dat_has_fewer_stages():
     host = _dat()
@@ -296,10 +317,18 @@ def test_a_pruned_dat_has_fewer_stages():
     assert torch.equal(seen.features(image()).maps[-1], host.forward_intermediates(image())[0])
 
 
-def test_lora_adapts_the_attention_of_dat_by_default():
-    model = adaptkit.attach(_dat(), "lora")
+DEFAULTS = {
+    "dat": {"proj_qkv", "proj_q", "proj_v"},
+    "hf-swin": {"q_proj", "v_proj"},
+    "hf-poolformer": {"conv1", "conv2"},
+}
+
+
+@pytest.mark.parametrize("name", [n for n in DEFAULTS if n in HOSTS])
+def test_lora_adapts_the_attention_by_default_or_the_mlp_where_there_is_none(name):
+    model = adaptkit.attach(HOSTS[name](), "lora")
     names = {n.split(".lora_A")[0].rpartition(".")[2] for n, _ in model.adapters.named_parameters() if "lora_A" in n}
-    assert names == {"proj_qkv", "proj_q", "proj_v"}
+    assert names == DEFAULTS[name]
 
 
 @pytest.mark.parametrize("adapter", ["vit-adapter", "sfp", "adavit"])
