@@ -23,7 +23,7 @@ def create_backbone(
 
     Args:
         name: ``"demo"`` (the small backbone in this package), a timm name (``"vit_small_patch14_dinov2.lvd142m"``;
-            ``"dat_tiny"`` and the others of :mod:`adaptkit.models` too),
+            ``"dat_tiny"`` and the others of :mod:`adaptkit.models` too, whose weights are in a folder of yours),
             ``"hf-hub:<org>/<repo>"`` (timm weights on the Hub), ``"<org>/<repo>"`` (timm's repositories through timm,
             others through transformers), or a local folder that either library saved.
         pretrained: load the weights; ``False`` builds the architecture with random ones.
@@ -88,6 +88,8 @@ def _timm(name: str, pretrained: bool, classifier: bool, download: dict[str, Any
             f"no backbone is named {name!r}{hint(name, ['demo', *timm.list_models()])}: it is no timm model, no local "
             "folder and no Hub id of the form org/repo"
         )
+    if pretrained and ":" not in name and name.partition(".")[2] in ("", "untrained"):
+        _check_there_are_weights(name)
     # Positions are resampled by the view; DINOv2's 518-pixel default would only make a larger table.
     if download.get("revision") and name.startswith("hf-hub:"):
         name = f"{name}@{download['revision']}"
@@ -95,6 +97,19 @@ def _timm(name: str, pretrained: bool, classifier: bool, download: dict[str, Any
     if download.get("cache_dir"):
         options["cache_dir"] = download["cache_dir"]
     return timm.create_model(name, pretrained=pretrained, **options)
+
+
+def _check_there_are_weights(name: str) -> None:
+    """Raise ``ValueError`` for an architecture without weights that can be had by its name."""
+    import timm
+
+    model = name.partition(".")[0]
+    if not timm.is_model_pretrained(model):
+        raise ValueError(
+            f"{name!r} names no weights. pretrained=False (--random-backbone) builds it with random ones; those of a "
+            "file go into a folder once, which is then the name: timm.models.save_for_hf(timm.create_model("
+            f"{model!r}, pretrained=True, pretrained_cfg_overlay={{'file': 'weights.pth'}}), './{model}')"
+        )
 
 
 def _transformers(name: str, pretrained: bool, cls: Any, download: dict[str, Any]) -> nn.Module:

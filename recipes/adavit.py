@@ -318,8 +318,7 @@ def run_in(out: Path, args: argparse.Namespace, accelerator: Accelerator) -> Non
     scores = {"budget": args.budget, "accuracy": adaptive.accuracy}
     folder = model.save(out / "adapter", task="image-classification", **normalisation.to_record(args), **scores)
     image = next(held.batches(everything[:1], 1, source, device))[0]
-    kept_patches(model, image, out / "kept_patches.png")
-    usage_by_depth(adaptive.aux, gates.first).save(out / "usage.png")
+    drawn = draw(model, image, adaptive.aux, out)
 
     result = {
         "data": args.data, "images": [len(data.labels), len(held.labels)], "classes": len(data.classes),
@@ -337,7 +336,17 @@ def run_in(out: Path, args: argparse.Namespace, accelerator: Accelerator) -> Non
     print(f"| dense | {dense.accuracy:.1%} | 100% | 100% | 100% | {rates[0]:.0f} |")
     print(f"| adaptive | {adaptive.accuracy:.1%} | {' | '.join(f'{m:.0%}' for m in adaptive.macs)} | {rates[1]:.0f} |")
     print(f"| random decisions | {random.accuracy:.1%} | {' | '.join(f'{m:.0%}' for m in random.macs)} | |")
-    print(f"\npacked equals masked to {off:.1e}; saved {folder}, {out}/kept_patches.png and {out}/usage.png")
+    print(f"\npacked equals masked to {off:.1e}; saved {folder}; {drawn}")
+
+
+def draw(model: Any, image: Tensor, aux: dict[str, Tensor], out: Path) -> str:
+    """Draw what one image keeps, and the usage of all; say where it is, or why not: the training is not lost by it."""
+    try:
+        kept_patches(model, image, out / "kept_patches.png")
+        usage_by_depth(aux, AdaViT.of(model).first).save(out / "usage.png")
+    except ImportError as error:
+        return f"no pictures: {error}"
+    return f"drew {out}/kept_patches.png and {out}/usage.png"
 
 
 if __name__ == "__main__":

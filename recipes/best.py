@@ -24,6 +24,8 @@ class Best:
         self.scored = step
         if self.metric is None:
             return False
+        if self.metric not in metrics:
+            raise ValueError(f"--keep-best {self.metric}: this evaluation has {', '.join(metrics)}; name one of these")
         value = metrics[self.metric]
         better = self.value is None or (value < self.value if self.lower else value > self.value)
         if value != value or not better:

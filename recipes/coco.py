@@ -285,15 +285,24 @@ def as_results(found: dict[str, torch.Tensor], image_id: int) -> list[dict[str, 
     return results
 
 
+#: COCO's numbers in the order of its own table: AP is the mean over IoU 0.5 to 0.95; of objects below 32 x 32 pixels of
+#: the image as it lies on disk, below 96 x 96, and above.
+STATS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+
+
 def average_precision(data: Instances, results: list[dict[str, Any]], masks: bool) -> dict[str, float]:
-    """COCO's AP (mean over IoU 0.5 to 0.95), AP50 and AP75 of boxes, and of masks where there are any."""
+    """COCO's AP, AP50, AP75 and AP by size of boxes, ``box_ap``, ..., and of masks where there are any."""
     return average_precisions(data, results, masks)[0]
 
 
 def average_precisions(
     data: Instances, results: list[dict[str, Any]], masks: bool
 ) -> tuple[dict[str, float], dict[str, list[float | None]]]:
-    """Return AP, AP50 and AP75, and the AP of each category, None for one without objects: ``{"box": [...]}``."""
+    """Return :func:`average_precision`, and the AP of each category, None for one without objects: ``{"box": [...]}``.
+
+    A size that no object has is left out. An object's size is its ``area`` in the file, which is that of its mask; what
+    is found has the area of its box or mask, as each is scored.
+    """
     from faster_coco_eval import COCO, COCOeval_faster
 
     sizes = {row["id"]: row for row in data.rows}
@@ -304,15 +313,18 @@ def average_precisions(
             filled["area"] = rle_area(entry["segmentation"], sizes[entry["image_id"]])
         entries.append(filled)
     truth = COCO({**data.truth, "annotations": entries})
-    found = truth.loadRes([{**r, "category_id": data.categories[r["label"] - 1]["id"]} for r in results])
+    named = [{**r, "category_id": data.categories[r["label"] - 1]["id"]} for r in results]
     scores: dict[str, float] = {}
     by_class: dict[str, list[float | None]] = {}
     for kind, name in (("bbox", "box"), ("segm", "mask"))[: 1 + masks]:
-        evaluation = COCOeval_faster(truth, found, iouType=kind, print_function=lambda *_: None)
+        # Beside a box the area of what is found would be the box's.
+        own = named if kind == "bbox" else [{k: v for k, v in r.items() if k != "bbox"} for r in named]
+        evaluation = COCOeval_faster(truth, truth.loadRes(own), iouType=kind, print_function=lambda *_: None)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-        scores.update({f"{name}_{k}": float(v) for k, v in zip(("ap", "ap50", "ap75"), evaluation.stats)})
+        stats = dict(zip(STATS, map(float, evaluation.stats)))
+        scores.update({f"{name}_{k}": v for k, v in stats.items() if v > -1 or k in STATS[:3]})
         # (IoU, recall, category, area, detections): all areas, the most detections; -1 where there is no object
         precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]
         rows = (precision[:, :, k] for k in range(precision.shape[2]))

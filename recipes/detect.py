@@ -6,7 +6,12 @@
 
 Or name a folder that holds `annotations.json` and `images/`, or `data.yaml` of a set in YOLO's format.
 Boxes alone are enough for faster-rcnn, retinanet and fcos; mask-rcnn and plain-mask want a segmentation of every
-instance. Several GPUs: `torchrun --nproc_per_node 8 -m recipes.detect`.
+instance. Several GPUs: `torchrun --nproc_per_node 8 -m recipes.detect`. Scores are COCO's: AP, AP50, AP75, and AP of
+small, medium and large objects.
+
+Cascade R-CNN, with which DAT's and ViT-Adapter's papers also report AP, is not here: these detectors are torchvision's,
+which has no cascade of box heads, and one of our own could be checked against nothing. In a library that has one, an
+adapted model's `.maps`, of strides 4 to 32, take the place of a ResNet's before its FPN.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from . import instances as by_queries
 from . import network, queries
 from .channels import backbone_of
 from .coco import (
+    STATS,
     Detection,
     Instances,
     as_lists,
@@ -174,7 +180,7 @@ class AveragePrecision:
         }
 
 
-PERCENT = tuple(f"{kind}_{k}" for kind in ("box", "mask") for k in ("ap", "ap50", "ap75"))
+PERCENT = tuple(f"{kind}_{k}" for kind in ("box", "mask") for k in STATS)
 TASK = Task(
     "detect",
     "object-detection",

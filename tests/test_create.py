@@ -44,3 +44,19 @@ def test_an_unknown_name_says_what_was_tried(name):
 def test_an_empty_folder_says_what_was_expected(tmp_path):
     with pytest.raises(ValueError, match=r"holds no config\.json"):
         create_backbone(str(tmp_path))
+
+
+def test_a_name_without_weights_says_how_a_file_becomes_a_folder_and_so_it_does(tmp_path):
+    import timm
+
+    with pytest.raises(ValueError, match=r"'dat_tiny' names no weights.*--random-backbone.*save_for_hf") as caught:
+        create_backbone("dat_tiny")
+    host = create_backbone("dat_tiny", pretrained=False, classifier=True)
+    torch.save({"model": host.state_dict()}, tmp_path / "weights.pth")
+    said = str(caught.value).partition("which is then the name: ")[2]
+    said = said.replace("'weights.pth'", repr(str(tmp_path / "weights.pth"))).replace(
+        "./dat_tiny", str(tmp_path / "dat")
+    )
+    eval(said, {"timm": timm})
+    again = create_backbone(str(tmp_path / "dat"), classifier=True)
+    assert all(torch.equal(v, host.state_dict()[k]) for k, v in again.state_dict().items())

@@ -284,6 +284,49 @@ TOWERS["HieraForImageClassification"] = Tower(
     logits=lambda host, image: host(image).logits,
 )
 
+SWIN = {"image_size": 64, "embed_dim": 16, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 4, 8], "mlp_ratio": 2.0}
+SWIN |= {"window_size": 2, "num_labels": 5}
+ALL_STAGES = {"out_features": ["stage1", "stage4"]}
+
+
+def _swin_tokens(host: Any, image: Tensor) -> Tensor:
+    return host(image, interpolate_pos_encoding=tuple(image.shape[-2:]) != (64, 64)).last_hidden_state
+
+
+def _last_map(host: Any, image: Tensor) -> Tensor:
+    return host(image).feature_maps[-1].flatten(2).mT
+
+
+for _path, _name in (("swin", "Swin"), ("swinv2", "Swinv2")):
+    TOWERS[f"{_name}Model"] = Tower(of_config(_path, f"{_name}Model", f"{_name}Config", **SWIN), _swin_tokens, BIG)
+    TOWERS[f"{_name}Backbone"] = Tower(
+        of_config(_path, f"{_name}Backbone", f"{_name}Config", **ALL_STAGES, **SWIN), _last_map, BIG
+    )
+    TOWERS[f"{_name}ForImageClassification"] = Tower(
+        of_config(_path, f"{_name}ForImageClassification", f"{_name}Config", **SWIN),
+        lambda host, image: _swin_tokens(host.base_model, image),
+        BIG,
+        logits=lambda host, image: host(image).logits,
+    )
+
+TOWERS["SwinModel (positions)"] = Tower(
+    of_config("swin", "SwinModel", "SwinConfig", use_absolute_embeddings=True, **SWIN), _swin_tokens, BIG
+)  # of Swinv2 such a model does not run: its table has one position too many
+
+POOLFORMER = {"hidden_sizes": [16, 24, 32, 64], "depths": [1, 1, 2, 1], "layer_scale_init_value": 0.5, "num_labels": 5}
+for _scaled in (True, False):
+    TOWERS[f"PoolFormerModel{'' if _scaled else ' (no scale)'}"] = Tower(
+        of_config("poolformer", "PoolFormerModel", "PoolFormerConfig", use_layer_scale=_scaled, **POOLFORMER),
+        lambda host, image: host(image).last_hidden_state.flatten(2).mT,
+        BIG,
+    )
+TOWERS["PoolFormerForImageClassification"] = Tower(
+    of_config("poolformer", "PoolFormerForImageClassification", "PoolFormerConfig", **POOLFORMER),
+    lambda host, image: host.poolformer(image).last_hidden_state.flatten(2).mT,
+    BIG,
+    logits=lambda host, image: host(image).logits,
+)
+
 SAM2 = {"hidden_size": 16, "num_attention_heads": 1, "image_size": [64, 64], "blocks_per_stage": [2, 2, 4, 2]}
 SAM2 |= {"embed_dim_per_stage": [16, 32, 64, 128], "num_attention_heads_per_stage": [1, 2, 4, 8], "mlp_ratio": 2.0}
 SAM2 |= {"window_size_per_stage": [4, 2, 4, 2], "global_attention_blocks": [6]}

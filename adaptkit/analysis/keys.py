@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from adaptkit.analysis.attention import Attention, attentions
 from adaptkit.analysis.maps import query_cell
+from adaptkit.analysis.points import brief, draw_keys
 from adaptkit.analysis.seen import Seen, look
-from adaptkit.analysis.style import COLOURS, Drawn, panels, pictured, show, star
-from adaptkit.analysis.watch import single, source_of
+from adaptkit.analysis.style import Drawn, pictured
+from adaptkit.analysis.watch import Host, chosen, single, source_of
 
 __all__ = ["QueryKeys", "offset_lengths", "query_keys"]
+
+OF_DAT = re.compile(r"(?:backbone\.)?stages\.(\d+)\.attns\.(\d+)")  #: deformable attention of a DAT, bare or adapted
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,24 +36,7 @@ class QueryKeys(Drawn):
 
     def draw(self, figure: Any) -> None:
         """A panel for each: the query is a star, a key a circle whose area is its attention, a colour a group."""
-        height, width = self.picture.shape[:2]
-        axes = panels(figure, len(self.points), 3, height / width)
-        groups = max(len(p) for p in self.points.values())
-        for one, (name, points) in zip(axes, self.points.items()):
-            show(one, self.picture)
-            scores = self.scores[name]
-            score, index = scores.topk(min(self.top, scores.shape[1]))
-            for group, (at, s, i) in enumerate(zip(points, score, index)):
-                at = at[i]
-                one.scatter(
-                    at[:, 1], at[:, 0], s=2 + 110 * (s / score.amax().clamp_min(1e-12)).numpy(), alpha=0.75,
-                    color=COLOURS[group % len(COLOURS)], edgecolors="white", linewidths=0.5, label=f"group {group}",
-                )  # fmt: skip
-            star(one, self.query)
-            one.set_title(name)
-        if groups > 1:
-            handles, labels = max((a.get_legend_handles_labels() for a in axes), key=lambda pair: len(pair[0]))
-            figure.legend(handles, labels, loc="outside lower center", ncols=min(8, groups), markerscale=0.6)
+        draw_keys(figure, self.picture, self.points, self.scores, self.top, self.query)
 
 
 def query_keys(
@@ -67,8 +53,8 @@ def query_keys(
         models: what ``attach`` returned, bare backbones, or :class:`~adaptkit.models.DAT`.
         image: one, (C, H, W), normalised as all of them want it.
         query: (y, x) in pixels.
-        blocks: of the backbones; None: of each model one, the last whose stride is nearest to 16 pixels. Deformable
-            attention of a DAT is shown in its last module of this stride.
+        blocks: of the backbones; None: of each model one, the last whose stride is nearest to 16 pixels, and of a DAT
+            the last of its deformable ones.
         modules: of an adapter, by their names in ``sampling_points``; None: those that come last, which are one
             injector and one extractor of ViT-Adapter, this once for each stride.
         top: how many keys of each group are drawn.
@@ -92,11 +78,41 @@ def query_keys(
 def _of_model(model: nn.Module, image: Tensor, blocks: Any, modules: Any) -> dict[str, Seen]:
     """Return what is to be shown of a model, by name."""
     deformable = {name: seen for name, seen in look(model, image).items() if not name.startswith("block ")}
+    own = _of_backbone(model, deformable)
+    if own and blocks is None:  # a DAT, which is seen by its points
+        best = min(_far(seen) for _, seen in own.values())
+        found = dict([[pair for pair in own.values() if _far(pair[1]) == best][-1]])
+    else:
+        taken = None if blocks is None else chosen(blocks, Host.of(model).vit.spec.depth)
+        found = {own[b][0]: own[b][1] for b in taken or () if b in own}
+        if not (found and own.keys() >= set(taken or ())):
+            found |= _of_blocks(model, image, taken and [b for b in taken if b not in own], bool(deformable))
+    if modules is not None:
+        unknown = [name for name in modules if name not in deformable]
+        if unknown:
+            raise ValueError(f"no deformable attention is named {unknown[0]!r}; there are {', '.join(deformable)}")
+        return found | {brief(name): deformable[name] for name in modules}
+    adapters = {name: seen for name, seen in deformable.items() if not OF_DAT.fullmatch(name)}
+    return found | {brief(name): seen for name, seen in _last(adapters).items()}
+
+
+def _of_backbone(model: nn.Module, deformable: dict[str, Seen]) -> dict[int, tuple[str, Seen]]:
+    """Of deformable attention that is a backbone's own: its name and what it did, by the number of its block."""
+    places = {name: found for name in deformable if (found := OF_DAT.fullmatch(name))}
+    depths = Host.of(model).vit.spec.depths if places else ()
+    return {
+        sum(depths[: int(found[1])]) + int(found[2]): (name.removeprefix("backbone."), deformable[name])
+        for name, found in places.items()
+    }
+
+
+def _of_blocks(model: nn.Module, image: Tensor, blocks: Any, may_be_none: bool) -> dict[str, Seen]:
+    """Return what blocks attend to, by name; of None the last one of the stride that is nearest to 16 pixels."""
     found: dict[str, Seen] = {}
 
     def keep(attention: Attention) -> None:
         seen = attention.patches
-        if blocks is None:  # the last of the stride that is wanted; the others are not kept
+        if blocks is None:  # the others are not kept
             for name in [n for n, s in found.items() if _far(s) >= _far(seen)]:
                 del found[name]
             if any(_far(s) < _far(seen) for s in found.values()):
@@ -106,19 +122,9 @@ def _of_model(model: nn.Module, image: Tensor, blocks: Any, modules: Any) -> dic
     try:
         attentions(model, image, keep, blocks)
     except TypeError:
-        if not deformable:
+        if not may_be_none:
             raise
-    if modules is not None:
-        unknown = [name for name in modules if name not in deformable]
-        if unknown:
-            raise ValueError(f"no deformable attention is named {unknown[0]!r}; there are {', '.join(deformable)}")
-        return found | {_brief(name): deformable[name] for name in modules}
-    is_backbone = deformable and not found  # a DAT
-    if is_backbone and blocks is None:
-        best = min(_far(s) for s in deformable.values())
-        name = [n for n, s in deformable.items() if _far(s) == best][-1]
-        return {name: deformable[name]}
-    return found | {_brief(name): seen for name, seen in _last(deformable).items()}
+    return found
 
 
 def _last(deformable: dict[str, Seen]) -> dict[str, Seen]:
@@ -126,12 +132,6 @@ def _last(deformable: dict[str, Seen]) -> dict[str, Seen]:
     own = {name: seen for name, seen in deformable.items() if "extra_extractors" not in name}
     latest = {re.sub(r"\d+", "#", name.partition(", ")[0]) + name.partition(", ")[2]: name for name in own}
     return {name: own[name] for name in own if name in latest.values()}
-
-
-def _brief(name: str) -> str:
-    """``vit-adapter.interactions.3.extractor.attn, stride 8`` -> ``extractor 3, stride 8``."""
-    found = re.match(r"vit-adapter\.interactions\.(\d+)\.(injector|extractor|extra_extractors\.\d+)\.attn", name)
-    return name if found is None else f"{found[2]} {found[1]}{name[found.end() :]}"
 
 
 def _far(seen: Seen) -> float:

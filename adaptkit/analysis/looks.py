@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from adaptkit.analysis.attention import attentions
 from adaptkit.analysis.cam import grad_cam
 from adaptkit.analysis.distance import attention_distance
 from adaptkit.analysis.kept import kept_patches
@@ -20,7 +21,7 @@ from adaptkit.analysis.pyramids import feature_maps, gamma_by_depth
 from adaptkit.analysis.rollouts import rollout
 from adaptkit.analysis.spectra import spectrum
 from adaptkit.analysis.style import Drawn, styled
-from adaptkit.analysis.watch import Host
+from adaptkit.analysis.watch import Host, single
 from adaptkit.model.adapted import AdaptedModel
 
 __all__ = ["FIGURES", "Looked", "looks"]
@@ -65,14 +66,16 @@ def _attention_maps(a: _Asked) -> Drawn:
     except TypeError:
         if a.blocks is not None:
             raise
-        return attention_maps(a.model, a.images[0], None, 1)  # where early blocks have no attention (CAFormer)
+        shown: list[int] = []  # where some blocks have no attention (CAFormer), or keys off the grid (DAT)
+        attentions(a.model, single(a.images[0]), lambda found: shown.append(found.block))
+        return attention_maps(a.model, a.images[0], None, shown[-1:])
 
 
 #: By name: what makes the figure.
-FIGURES: dict[str, Callable[[_Asked], Any]] = {
+FIGURES: dict[str, Callable[[_Asked], Drawn]] = {
     "attention_distance": lambda a: attention_distance(a.model, a.images, a.blocks),
     "attention_maps": _attention_maps,
-    "deformed_points": lambda a: deformed_points(a.model, a.images[0]).picture,
+    "deformed_points": lambda a: deformed_points(a.model, a.images[0]),
     "feature_maps": lambda a: feature_maps(a.models, a.images[0]),
     "feature_pca": lambda a: feature_pca(a.model, a.images[:COLOURED]),
     "gamma": lambda a: gamma_by_depth(a.model),  # type: ignore[arg-type]
@@ -83,6 +86,7 @@ FIGURES: dict[str, Callable[[_Asked], Any]] = {
     "rgb_filters": lambda a: rgb_filters(a.model),
     "rollout": lambda a: rollout(a.model, a.images[:ROLLOUTS], a.blocks),
     "spectrum": lambda a: spectrum(a.models, a.images),
+    "usage_by_depth": lambda a: kept_patches(a.model, a.images[0]).usage,  # type: ignore[arg-type]
     "spectrum_planes": lambda a: spectrum(a.models, a.images).planes(),
 }
 
@@ -103,7 +107,7 @@ def looks(
         images: of one size, each (C, H, W), normalised as the backbone wants them.
         out: where to write ``NAME.png``, ``NAME.pdf``, ...
         blocks, query: as the figures take them; the query is the middle of the image where it is not given.
-        formats: of ``png``, ``pdf`` and ``svg``; pictures of kept patches and moved points are PNG alone.
+        formats: of ``png``, ``pdf`` and ``svg``.
         only: names of figures; all where it is empty.
 
     Raises ``ImportError`` where matplotlib is missing, before anything is run.
@@ -118,11 +122,4 @@ def looks(
         except (TypeError, ValueError) as error:
             yield Looked(name, (), str(error))
             continue
-        yield Looked(name, _written(made, out / name, formats))
-
-
-def _written(made: Any, place: Path, formats: Sequence[str]) -> tuple[Path, ...]:
-    if isinstance(made, Drawn):
-        return tuple(made.save(place.with_suffix(f".{suffix}")) for suffix in formats)
-    made.save(place.with_suffix(".png"))
-    return (place.with_suffix(".png"),)
+        yield Looked(name, tuple(made.save(out / f"{name}.{suffix}") for suffix in formats))

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import math
 import os
-from typing import TYPE_CHECKING, NamedTuple
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from adaptkit.analysis.attention import centres
-from adaptkit.analysis.draw import sheet, to_picture
 from adaptkit.analysis.seen import Seen, cell_of, look
+from adaptkit.analysis.style import COLOURS, Drawn, panels, pictured, show, star
 from adaptkit.analysis.watch import single, source_of
 from adaptkit.core.view import Source
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-__all__ = ["AttendedKeys", "DeformedPoints", "SamplingPoints", "attended_keys", "deformed_points", "sampling_points"]
+__all__ = [
+    "AttendedKeys",
+    "DeformedPoints",
+    "SamplingPoints",
+    "attended_keys",
+    "brief",
+    "deformed_points",
+    "draw_keys",
+    "sampling_points",
+]
 
 MANY = 1000  #: points of a group, from which on they are drawn small
-SIDE, COLUMNS = 256, 3  #: least width of a tile in pixels; tiles in a row
-COLOURS = ("#e4572e", "#17bebb", "#ffc914", "#76b041", "#8f5db7", "#2e86ab", "#f5cac3", "#3d3d3d")  #: one per group
+COLUMNS = 4  #: panels in a row, at most
 
 
 class SamplingPoints(NamedTuple):
@@ -34,19 +42,36 @@ class SamplingPoints(NamedTuple):
     grid: tuple[int, int]  #: (h, w) of the queries, Q = h * w row by row
 
 
-class DeformedPoints(NamedTuple):
-    """The picture, and what it shows."""
+@dataclass(frozen=True, eq=False)
+class DeformedPoints(Drawn):
+    """Where deformable attention reads an image."""
 
-    picture: Image.Image
     points: dict[str, Tensor]  #: by attention: (groups or heads, n, 2), as (y, x) in pixels of the image
+    picture: np.ndarray
+
+    def draw(self, figure: Any) -> None:
+        """A panel for each attention, a colour for each group; points outside of the image are not seen."""
+        axes = _panels(figure, self.picture, self.points)
+        for one, points in zip(axes, self.points.values()):
+            for group, at in enumerate(points):
+                size, edge = (9.0, 0.3) if len(at) <= MANY else (0.7, 0.0)
+                one.scatter(at[:, 1], at[:, 0], s=size, edgecolors="white", linewidths=edge, **_of_group(group))
+        _legend(figure, axes)
 
 
-class AttendedKeys(NamedTuple):
-    """The picture, and what it shows."""
+@dataclass(frozen=True, eq=False)
+class AttendedKeys(Drawn):
+    """Which of the points count."""
 
-    picture: Image.Image
     points: dict[str, Tensor]  #: by attention: (groups or heads, n, 2), as (y, x) in pixels of the image
     scores: dict[str, Tensor]  #: by attention: (groups or heads, n), attention on each, summed over the group's heads
+    query: tuple[float, float] | None
+    top: int  #: keys of each group that are drawn; 0: an eighth of them, at least 8
+    picture: np.ndarray
+
+    def draw(self, figure: Any) -> None:
+        """A panel for each attention: a key is a circle whose area is its attention, the query a star."""
+        draw_keys(figure, self.picture, self.points, self.scores, self.top, self.query)
 
 
 @torch.no_grad()
@@ -76,7 +101,7 @@ def sampling_points(model: nn.Module, image: Tensor) -> dict[str, SamplingPoints
 def deformed_points(
     model: nn.Module, image: Tensor, source: Source | None = None, path: str | os.PathLike[str] | None = None
 ) -> DeformedPoints:
-    """Draw the points of every deformable block over the image, a colour for each group.
+    """Return the points of every deformable block on an image, to be drawn with a colour for each group.
 
     Args:
         model: :class:`~adaptkit.models.DAT` or another model with deformable attention in it, or one with the adapter
@@ -84,17 +109,15 @@ def deformed_points(
             points of its own (``msda``) all of them are drawn, a colour for each head.
         image: (C, H, W) or (1, C, H, W), normalised as the backbone wants it.
         source: how the image is normalised; None asks the model.
-        path: where to write the picture as well.
+        path: where to write the figure as well, as ``DeformedPoints.save`` does.
 
     Raises ``TypeError`` for a model without deformable attention, ``ValueError`` for a batch.
     """
-    seen, shown, zoom = _look(model, image, source)
-    points = {name: _all_points(s) for name, s in seen.items()}
-    tiles = [("image", shown)]
-    for name, at in points.items():
-        radius = max(1.5, shown.width / 128) if at.shape[1] <= MANY else 1.0
-        tiles.append((name, _circles(shown, at * zoom, torch.full(at.shape[:2], radius))))
-    return DeformedPoints(_saved(sheet(tiles, COLUMNS), path), points)
+    seen, picture = _look(model, image, source)
+    found = DeformedPoints({name: _all_points(s).cpu() for name, s in seen.items()}, picture)
+    if path is not None:
+        found.save(path)
+    return found
 
 
 @torch.no_grad()
@@ -106,7 +129,7 @@ def attended_keys(
     source: Source | None = None,
     path: str | os.PathLike[str] | None = None,
 ) -> AttendedKeys:
-    """Draw the important keys of every deformable block: circles whose radius grows with the attention they get.
+    """Return the keys of every deformable block and the attention that they get; ``query_keys`` tells other blocks too.
 
     Args:
         model, image, source, path: as in :func:`deformed_points`.
@@ -114,17 +137,14 @@ def attended_keys(
             group. None sums over all queries as well; where each query has points of its own, it shows those of all.
         top: draw so many keys of each group only; 0: an eighth of them, at least 8.
     """
-    seen, shown, zoom = _look(model, image, source)
-    points, scores = {}, {}
-    tiles = [("image", shown if query is None else _star(shown, query, zoom))]
-    for name, s in seen.items():
-        points[name], scores[name] = _scored(s, query)
-        score, index = scores[name].topk(min(scores[name].shape[1], top or max(8, scores[name].shape[1] // 8)))
-        at = torch.stack([p[i] for p, i in zip(points[name], index)])
-        radius = shown.width / 24 * score / score.amax().clamp_min(1e-12)
-        tile = _circles(shown, at * zoom, radius.clamp_min(1.0), hollow=True)
-        tiles.append((name, tile if query is None else _star(tile, query, zoom)))
-    return AttendedKeys(_saved(sheet(tiles, COLUMNS), path), points, scores)
+    seen, picture = _look(model, image, source)
+    scored = {name: _scored(s, query) for name, s in seen.items()}
+    points = {name: at.cpu() for name, (at, _) in scored.items()}
+    scores = {name: score.cpu() for name, (_, score) in scored.items()}
+    found = AttendedKeys(points, scores, query, top, picture)
+    if path is not None:
+        found.save(path)
+    return found
 
 
 # ---- looking
@@ -140,16 +160,12 @@ def _seen(model: nn.Module, image: Tensor) -> dict[str, Seen]:
     return seen
 
 
-def _look(model: nn.Module, image: Tensor, source: Source | None) -> tuple[dict[str, Seen], Image.Image, int]:
-    """Run the model once; return what its deformable attentions did, the image as a picture, and its magnification."""
-    from PIL import Image
-
+def _look(model: nn.Module, image: Tensor, source: Source | None) -> tuple[dict[str, Seen], np.ndarray]:
+    """Run the model once; return what its deformable attentions did, and the pixels of the image."""
     image = single(image)
     seen = _seen(model, image)
-    height, width = image.shape[-2:]
-    zoom = max(1, -(-SIDE // width))
-    picture = to_picture(image[0], source or source_of(model, image.shape[1]))
-    return seen, picture.resize((width * zoom, height * zoom), Image.Resampling.BICUBIC), zoom
+    (picture,) = pictured([image[0]], source or source_of(model, image.shape[1]))
+    return seen, picture
 
 
 def _all_points(seen: Seen) -> Tensor:
@@ -174,36 +190,56 @@ def _scored(seen: Seen, query: tuple[float, float] | None) -> tuple[Tensor, Tens
 # ---- drawing
 
 
-def _circles(shown: Image.Image, points: Tensor, radius: Tensor, hollow: bool = False) -> Image.Image:
-    """points (g, n, 2) as (y, x) and radius (g, n), in pixels of the picture; each group has its colour."""
-    from PIL import ImageDraw
+def draw_keys(
+    figure: Any,
+    picture: np.ndarray,
+    points: Mapping[str, Tensor],
+    scores: Mapping[str, Tensor],
+    top: int,
+    query: tuple[float, float] | None,
+) -> None:
+    """Draw a panel for each attention on an empty figure.
 
-    page = shown.copy()
-    draw = ImageDraw.Draw(page)
-    for group, (at, sizes) in enumerate(zip(points.tolist(), radius.tolist())):
-        colour = COLOURS[group % len(COLOURS)]
-        for (y, x), r in zip(at, sizes):
-            box = (x - r, y - r, x + r, y + r)
-            if hollow:
-                draw.ellipse(box, outline=colour, width=2)
-            else:
-                draw.ellipse(box, fill=colour)
-    return page
-
-
-def _star(shown: Image.Image, query: tuple[float, float], zoom: int) -> Image.Image:
-    from PIL import ImageDraw
-
-    page, (y, x), r = shown.copy(), (v * zoom for v in query), shown.width / 28
-    corners = []
-    for k in range(10):
-        angle, length = math.pi * k / 5, r if k % 2 == 0 else r * 0.4
-        corners.append((x + length * math.sin(angle), y - length * math.cos(angle)))
-    ImageDraw.Draw(page).polygon(corners, fill="yellow", outline="black")
-    return page
+    ``points`` (groups, n, 2) as (y, x) in pixels and ``scores`` (groups, n), by the panel's title. A key is a circle
+    whose area is its share of the largest score of the panel, its colour the group; of each group the ``top`` are
+    drawn, of 0 an eighth, at least 8. The query is a star.
+    """
+    axes = _panels(figure, picture, points)
+    for one, (name, places) in zip(axes, points.items()):
+        count = scores[name].shape[1]
+        score, index = scores[name].topk(min(count, top or max(8, count // 8)))
+        area = 2 + 110 * (score / score.amax().clamp_min(1e-12)).numpy()
+        for group, (at, sizes, i) in enumerate(zip(places, area, index)):
+            one.scatter(at[i, 1], at[i, 0], s=sizes, alpha=0.75, edgecolors="white", linewidths=0.5, **_of_group(group))
+        if query is not None:
+            star(one, query)
+    _legend(figure, axes)
 
 
-def _saved(page: Image.Image, path: str | os.PathLike[str] | None) -> Image.Image:
-    if path is not None:
-        page.save(path)
-    return page
+def _panels(figure: Any, picture: np.ndarray, points: Mapping[str, Tensor]) -> list[Any]:
+    """A panel with the picture and its title for each attention."""
+    axes = panels(figure, len(points), COLUMNS, picture.shape[0] / picture.shape[1])
+    for one, name in zip(axes, points):
+        show(one, picture)
+        one.set_title(brief(name), fontsize=7)
+    return axes
+
+
+def brief(name: str) -> str:
+    """``vit-adapter.interactions.3.extractor.attn, stride 8`` -> ``extractor 3, stride 8``."""
+    found = re.match(r"vit-adapter\.interactions\.(\d+)\.(injector|extractor|extra_extractors\.(\d+))\.attn", name)
+    if found is None:
+        return name
+    return (f"extra extractor {found[3]}" if found[3] else f"{found[2]} {found[1]}") + name[found.end() :]
+
+
+def _of_group(group: int) -> dict[str, Any]:
+    return {"color": COLOURS[group % len(COLOURS)], "label": f"group {group}"}
+
+
+def _legend(figure: Any, axes: list[Any]) -> None:
+    """Say which colour is which group, where there is more than one."""
+    handles, labels = max((a.get_legend_handles_labels() for a in axes), key=lambda pair: len(pair[0]))
+    if len(handles) > 1:
+        columns = max(1, min(8, len(handles), int(figure.get_figwidth() / 0.9)))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, markerscale=0.6)

@@ -136,6 +136,8 @@ def _stride(model: nn.Module, name: str, rows: int, image: Tensor) -> int:
     """Pixels from cell to cell of a map of so many rows; a guess for a model of which nothing is known."""
     from adaptkit.models.dat import DAT
 
+    if isinstance(model, AdaptedModel) and name.startswith("backbone."):
+        return _stride(model.backbone, name.removeprefix("backbone."), rows, image)
     if isinstance(model, AdaptedModel):
         spec, parts = model.spec, name.split(".")
         if isinstance(spec, HierarchicalSpec) and "blocks" in parts:

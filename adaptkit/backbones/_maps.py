@@ -1,4 +1,4 @@
-"""Blocks that work on a map (B, h, w, D), with windows or without, given and taken as tokens (B, h*w, D)."""
+"""Blocks that work on a map, (B, h, w, D) or (B, D, h, w), with windows or without, given tokens (B, h*w, D)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptkit.core.view import Fn
+from adaptkit.ops.grid import map_to_tokens, tokens_to_map
 
-__all__ = ["no_qkv", "on_map", "windowed"]
+__all__ = ["as_map", "as_tokens", "no_qkv", "on_map", "on_nchw", "windowed"]
 
 
 def on_map(f: Fn, grid: tuple[int, int], x: Tensor) -> Tensor:
     """Run what takes and gives a map."""
     return f(x.unflatten(1, grid)).flatten(1, 2)
+
+
+def on_nchw(f: Fn, grid: tuple[int, int], x: Tensor) -> Tensor:
+    """Run what takes and gives a map (B, D, h, w). Nothing is copied: another layout would round differently."""
+    return map_to_tokens(f(as_map(x, grid)))
+
+
+def as_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tokens (B, h*w, D) -> map (B, D, h, w) of the layout that the tokens had as a map.
+
+    Of a batch of one ``flatten`` forgets how far images lie apart, and a convolution that finds another distance than
+    channels-last has takes another kernel.
+    """
+    return x.unflatten(1, grid).permute(0, 3, 1, 2) if x.is_contiguous() else tokens_to_map(x, grid)
+
+
+def as_tokens(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Map (B, D, h, w) -> tokens (B, h*w, D) and their grid."""
+    return map_to_tokens(x), (x.shape[-2], x.shape[-1])
 
 
 def windowed(attn: Callable[[Tensor], Tensor], side: int, x: Tensor) -> Tensor:

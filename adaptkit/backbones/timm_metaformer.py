@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptkit.backbones._maps import as_tokens, on_nchw
 from adaptkit.backbones._timm import block_list, is_checkpointing, joined, split_qkv, timm_source
 from adaptkit.core.hierarchical import HierarchicalSpec, HierarchicalViT
 from adaptkit.core.registry import register_family
@@ -39,21 +40,22 @@ class TimmMetaFormer(HierarchicalViT):
 
     def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """``backbone.stem``."""
-        return _tokens(self.backbone.stem(image))
+        return as_tokens(self.backbone.stem(image))
 
     def enter(self, stage: int, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
         """Downsampling, a strided convolution, where the stage has one."""
         backbone: Any = self.backbone
-        return _tokens(backbone.stages[stage].downsample(tokens_to_map(x, grid)))
+        return as_tokens(backbone.stages[stage].downsample(tokens_to_map(x, grid)))
 
     def blocks(self, stage: int, grid: tuple[int, int]) -> Sequence[Block]:
         """timm's own blocks; those on maps are given maps."""
         backbone: Any = self.backbone
         on_map = backbone.stages[stage].use_nchw
-        return [
-            _block(blk, partial(_on_map, grid) if on_map else _as_is)
-            for blk in block_list(backbone.stages[stage].blocks)
-        ]
+
+        def given(f: Fn) -> Fn:
+            return partial(on_nchw, f, grid) if on_map else f
+
+        return [_block(blk, given) for blk in block_list(backbone.stages[stage].blocks)]
 
     def norm(self, x: Tensor) -> Tensor:
         """The identity: timm norms after pooling."""
@@ -86,21 +88,11 @@ class TimmMetaFormer(HierarchicalViT):
         return map_to_tokens(self.backbone.forward_features(image))
 
 
-def _tokens(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    return map_to_tokens(x), (x.shape[-2], x.shape[-1])
+def _block(outer: Any, given: Callable[[Fn], Fn]) -> Block:
+    """``outer``: the block as it runs, maybe compiled or wrapped; its parts are those of what is inside.
 
-
-def _on_map(grid: tuple[int, int], f: Fn, x: Tensor) -> Tensor:
-    """(B, h*w, D) -> (B, h*w, D) through a module that works on maps."""
-    return map_to_tokens(f(tokens_to_map(x, grid)))
-
-
-def _as_is(f: Fn, x: Tensor) -> Tensor:
-    return f(x)
-
-
-def _block(outer: Any, on: Any) -> Block:
-    """``outer``: the block as it runs, maybe compiled or wrapped; its parts are those of what is inside."""
+    ``given`` gives a part what it takes: tokens, or the map that they are.
+    """
     from timm.models.metaformer import Attention
 
     blk: Any = unwrapped(outer)
@@ -114,12 +106,12 @@ def _block(outer: Any, on: Any) -> Block:
     }
     if not (isinstance(blk.res_scale1, nn.Identity) and isinstance(blk.res_scale2, nn.Identity)):
         parts = dict.fromkeys(parts, _no_equation)
-    parts = {name: partial(on, f) for name, f in parts.items()}
-    block = Block(run=partial(on, outer), qkv=_no_qkv, out=_no_qkv, **parts)
+    parts = {name: given(f) for name, f in parts.items()}
+    block = Block(run=given(outer), qkv=_no_qkv, out=_no_qkv, **parts)
     if not isinstance(blk.token_mixer, Attention):
         return block
     # Its norm is told also where the block scales x itself: what is attended to does not depend on that.
-    return replace(block, norm1=partial(on, blk.norm1), attended=partial(_attended, blk.token_mixer))
+    return replace(block, norm1=given(blk.norm1), attended=partial(_attended, blk.token_mixer))
 
 
 def _attended(attn: Any, h: Tensor) -> tuple[Tensor, Tensor]:

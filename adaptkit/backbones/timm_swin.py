@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adaptkit.backbones._maps import on_map
 from adaptkit.backbones._timm import block_list, channels, is_checkpointing, split_qkv, timm_source
+from adaptkit.backbones._windows import by_cell
 from adaptkit.core.hierarchical import HierarchicalSpec, HierarchicalViT
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
@@ -146,12 +147,7 @@ def _attended(blk: Any, grid: tuple[int, int], h: Tensor) -> tuple[Tensor, Tenso
     q, k, _ = split_qkv(attn.qkv(window_partition(x, blk.window_size).flatten(1, 2)), attn.num_heads)
     logits = q @ k.mT * attn.scale + attn._get_rel_pos_bias()
     logits, mask = logits.unflatten(0, (-1, len(cells))), blk.get_attn_mask(x)  # (B, windows, heads, K, K)
-    weights = (logits if mask is None else logits + mask[:, None]).softmax(-1)
-    weights = weights.masked_fill((cells < 0)[:, None, None], 0.0).transpose(1, 2).flatten(2, 3)  # (B, heads, ., K)
-    where = cells.flatten()
-    order = where.argsort()[(where < 0).sum() :]  # the cells row by row, without padding
-    keys = cells[:, None].expand(-1, cells.shape[1], -1).flatten(0, 1)
-    return weights[:, :, order], keys[order].clamp_min(0)
+    return by_cell((logits if mask is None else logits + mask[:, None]).softmax(-1), cells)
 
 
 def _no_qkv(x: Tensor) -> Any:

@@ -62,15 +62,18 @@ class ShiftedWindowAttention(nn.Module):
         rows, columns = windows.shape[2], windows.shape[4]
         tokens = windows.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(0, 2)  # (B*windows, w*w, C)
         q, k, v = self.proj_qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        z = F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias(x, q))
+        z = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(x, q))
         z = self.proj_out(z.transpose(1, 2).flatten(2)).unflatten(1, (w, w)).unflatten(0, (-1, rows, columns))
         z = z.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H', W')
         if s:
             z = z.roll((s, s), (2, 3))
         return z[:, :, :height, :width]
 
-    def _bias(self, x: Tensor, q: Tensor) -> Tensor:
-        """Relative position and mask: (1, heads, w*w, w*w), or (B*windows, heads, w*w, w*w) where there is a mask."""
+    def bias(self, x: Tensor, q: Tensor) -> Tensor:
+        """Relative position and mask: (1, heads, w*w, w*w), or (B*windows, heads, w*w, w*w) where there is a mask.
+
+        ``x`` is the map (B, C, H, W), ``q`` its queries (B*windows, heads, w*w, E).
+        """
         bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
         bias = bias.T.unflatten(1, self.relative_position_index.shape)[None]
         size = (x.shape[2], x.shape[3])

@@ -10,6 +10,13 @@ checkpoints load as they are::
     model = timm.create_model("dat_tiny")
     model.load_state_dict(torch.load("dat_tiny_in1k_224.pth", weights_only=True)["model"])
 
+For ``attach``, and for ``--backbone`` of a command, they are put into a folder once, whose name is then the backbone's;
+``--backbone dat_tiny --random-backbone`` has random weights::
+
+    model = timm.create_model("dat_tiny", pretrained=True, pretrained_cfg_overlay={"file": "dat_tiny_in1k_224.pth"})
+    timm.models.save_for_hf(model, "./dat_tiny")
+    backbone = adaptkit.create.create_backbone("./dat_tiny")
+
 Any image size runs: maps are padded to whole windows and even sides, bias tables are resized for another map. A
 checkpoint of another size resizes them once, with a warning.
 """
@@ -91,14 +98,18 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, points: dict[int, Tensor] | None = None) -> Tensor:
         """(B, C, H, W) -> the same; ``points`` gathers where the deformable blocks read, by block."""
         x = self.proj(x)
-        norms = zip(self.layer_norms[::2], self.layer_norms[1::2])
-        for i, ((norm1, norm2), attn, mlp, drop_path) in enumerate(zip(norms, self.attns, self.mlps, self.drop_path)):
-            h = norm1(x)
-            if points is not None and isinstance(attn, DeformableAttention):
-                points[i] = attn.keys(h).points
-            x = x + drop_path(attn(h))
-            x = x + drop_path(mlp(norm2(x)))
+        for index in range(len(self.attns)):
+            x = self.block(index, x, points)
         return x
+
+    def block(self, index: int, x: Tensor, points: dict[int, Tensor] | None = None) -> Tensor:
+        """Run one block: (B, C, H, W) -> the same."""
+        attn, drop_path = self.attns[index], self.drop_path[index]
+        h = self.layer_norms[2 * index](x)
+        if points is not None and isinstance(attn, DeformableAttention):
+            points[index] = attn.keys(h).points
+        x = x + drop_path(attn(h))
+        return x + drop_path(self.mlps[index](self.layer_norms[2 * index + 1](x)))
 
 
 class DAT(nn.Module):

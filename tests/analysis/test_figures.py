@@ -38,6 +38,7 @@ from adaptkit.analysis.pca import otsu
 from adaptkit.analysis.principal import principal
 from adaptkit.analysis.seen import Seen
 from adaptkit.analysis.spectra import _curve, _log_amplitude, diagonal
+from adaptkit.analysis.watch import run_watched
 
 ODD = torch.randn(2, 3, 37, 53, generator=torch.Generator().manual_seed(0))
 
@@ -411,6 +412,49 @@ def test_keys_of_a_query_stand_side_by_side(tmp_path):
     for name, scores in found.scores.items():
         assert scores.sum(1) == pytest.approx([1.0] * len(scores), abs=1e-4) or "adapter" in name
     assert found.save(tmp_path / "keys.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_blocks_of_a_dat_show_their_windows_and_their_points_bare_and_adapted():
+    image = torch.randn(3, 64, 64)
+    found = query_keys(dat(), image, (20.0, 40.0), blocks=[0, 4, 5, 7])
+    assert list(found.points) == ["stages.2.attns.1", "stages.3.attns.1", "block 0", "block 4"]
+    assert found.points["block 0"].shape == (1, 16, 2)  # a window of 4 x 4 cells
+    host = dat()
+    adapted = adaptkit.attach(host, ("metaformer", {"mixer": "msda", "width": 8}))
+    assert next(iter(query_keys(adapted, image, (20.0, 40.0)).points)) == "stages.2.attns.1"
+    assert next(iter(query_keys(adapted, image, (20.0, 40.0), blocks=[5]).points)) == "stages.2.attns.1"
+
+
+@pytest.mark.parametrize("name", ["dat", "hf-swin"])
+@pytest.mark.parametrize("size", [(64, 64), (37, 53)], ids=str)
+def test_what_a_window_attends_to_gives_what_it_says(name, size, monkeypatch):
+    """Values read at the keys, by the weights, through the last layer: the output of the block's own attention."""
+    found, image = {}, torch.randn(1, 3, *size)
+    model = build(name)
+    attentions(model, image, lambda a: found.update({a.block: a.patches}))
+    assert len(found) == (6 if name == "dat" else 7)  # all but the deformable blocks
+
+    def compare(block, index, x, y):
+        if index not in found:
+            return
+        h, seen = block.norm1(x), found[index]
+        attn = block.attended.args[0]
+        weights, cells = block.attended(h)
+        if name == "dat":
+            value, out = attn.proj_qkv(h).chunk(3, -1)[2], attn.proj_out
+            rest = torch.zeros(weights.shape[1], value.shape[-1] // weights.shape[1])
+            torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))  # padding is nobody's key
+        else:
+            value, out = attn.v_proj(h), attn.o_proj
+            rest = attn.v_proj.bias.unflatten(0, (weights.shape[1], -1))  # the value of padding
+        value = value[0].unflatten(1, (weights.shape[1], -1))  # (N, heads, E)
+        read = torch.einsum("hnk,nkhe->nhe", weights[0], value[cells])
+        read = read + (1 - weights[0].sum(-1)).T[..., None] * rest
+        torch.testing.assert_close(out(read.flatten(1))[None], block.attn(h), rtol=1e-4, atol=1e-5)
+        assert seen.weights.shape[0] == x.shape[1]
+
+    with torch.no_grad():
+        run_watched(model, image, compare)
 
 
 def test_offsets_have_a_length_and_points_an_object():

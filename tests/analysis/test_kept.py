@@ -13,7 +13,6 @@ from families import HOSTS
 import adaptkit
 from adaptkit.adapters.adavit import Decision
 from adaptkit.analysis import kept_patches, usage_by_depth
-from adaptkit.analysis.draw import GAP, TITLE
 
 
 def left_half(index, own):
@@ -24,20 +23,23 @@ def left_half(index, own):
 def test_patches_that_are_off_are_faded_where_they_are():
     model = adaptkit.attach(HOSTS["timm-vit"].build(), "adavit")
     with model.adapters["adavit"].deciding(left_half):
-        page = np.asarray(kept_patches(model, torch.zeros(3, 32, 32)).convert("L"), float)
-    side = 192
-    top, left = GAP + TITLE, GAP + side + GAP  # the second tile: block 1
-    tile = page[top : top + side, left : left + side]
-    assert (tile[:, side // 2 :] > tile[:, : side // 2] + 50).all()
-    first = page[top : top + side, GAP : GAP + side]
-    assert first.std() == 0
+        found = kept_patches(model, torch.zeros(3, 32, 30))  # the last patch is cut where the picture ends
+    for block in found.kept:
+        tile = found.faded(block).astype(float)
+        assert tile.shape == (32, 30, 3)
+        assert np.array_equal(tile[:, :16], found.picture[:, :16])
+        expected = 0.2 * found.picture[:, 16:] + 0.8 * 255
+        assert np.abs(tile[:, 16:] - expected).max() <= 0.5
+    assert found.usage.shares["patch"] == pytest.approx([0.5] * len(found.kept))
 
 
-def test_it_is_written_where_one_asks_and_the_mode_is_left_as_it_was(tmp_path):
+@pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
+def test_it_is_written_where_one_asks_and_the_mode_is_left_as_it_was(tmp_path, suffix):
+    pytest.importorskip("matplotlib")
     model = adaptkit.attach(HOSTS["timm-vit"].build(), "adavit").train()
-    picture = kept_patches(model, torch.randn(1, 3, 32, 40), tmp_path / "kept.png")
-    assert (tmp_path / "kept.png").is_file()
-    assert picture.width > 192
+    found = kept_patches(model, torch.randn(1, 3, 32, 40), tmp_path / f"kept.{suffix}")
+    assert (tmp_path / f"kept.{suffix}").stat().st_size > 1000
+    assert len(found.figure().axes) == 1 + len(found.kept)  # the image, and no empty panel
     assert model.training
 
 
@@ -48,9 +50,12 @@ def test_a_batch_and_a_model_without_gates_are_refused():
         kept_patches(adaptkit.attach(HOSTS["timm-vit"].build(), "sfp"), torch.zeros(1, 3, 32, 32))
 
 
-def test_usage_by_depth_draws_one_line_per_kind():
+def test_usage_by_depth_draws_one_line_per_kind_at_its_blocks():
+    pytest.importorskip("matplotlib")
     aux = {"patch_keep": torch.rand(5, 4, 16), "layer_keep": torch.ones(5, 3, 2)}
-    picture = np.asarray(usage_by_depth(aux, {"patch": 0, "layer": 1}))
-    colours = {tuple(c) for c in picture.reshape(-1, 3)}
-    assert {(0x1B, 0x6C, 0xA8), (0x2E, 0x93, 0x3C)} <= colours
-    assert (0xD1, 0x49, 0x5B) not in colours
+    found = usage_by_depth(aux, {"patch": 0, "layer": 1})
+    lines = {line.get_label(): line for line in found.figure().axes[0].lines}
+    assert set(lines) == {"patch", "layer"}
+    assert list(lines["layer"].get_xdata()) == [1, 2, 3]
+    assert lines["patch"].get_ydata() == pytest.approx(100 * aux["patch_keep"].mean((0, 2)).numpy())
+    assert len({line.get_color() for line in lines.values()}) == 2

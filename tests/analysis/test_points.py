@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from families import HOSTS
 
 import adaptkit
 from adaptkit.analysis import attended_keys, deformed_points, sampling_points
+from adaptkit.analysis.points import brief
 from adaptkit.mixers.dat import to_cells
 from adaptkit.models import DAT
 
@@ -36,6 +38,14 @@ def test_points_of_a_dat_are_those_of_its_forward_in_pixels():
     torch.testing.assert_close(
         seen["stages.2.attns.1"], (to_cells(own["2.1"][0].flatten(1, 2), (4, 4), "v1") + 0.5) * 16
     )
+
+
+def test_points_of_a_dat_under_an_adapter_are_those_of_the_bare_one():
+    host = dat().eval()
+    bare = deformed_points(host, X).points
+    seen = deformed_points(adaptkit.attach(host, "metaformer"), X).points
+    assert list(seen) == [f"backbone.{name}" for name in bare]
+    assert all(torch.equal(a, b) for a, b in zip(seen.values(), bare.values()))
 
 
 def test_points_of_the_adapter_are_those_of_its_forward_in_pixels():
@@ -72,12 +82,14 @@ def test_a_side_adapter_beside_it_runs_along():
 
 
 @pytest.mark.parametrize("build", [dat, adapted])
-def test_the_picture_is_written_and_the_model_left_as_it_was(build, tmp_path):
+def test_the_figure_is_written_and_the_model_left_as_it_was(build, tmp_path):
+    pytest.importorskip("matplotlib")
     model = build().train()
     modes = [m.training for m in model.modules()]
     got = attended_keys(model, X, query=(3, 60), path=tmp_path / "keys.png")
-    assert (tmp_path / "keys.png").is_file()
-    assert got.picture.width > 256
+    deformed_points(model, X, path=tmp_path / "points.pdf")
+    assert {path.name for path in tmp_path.iterdir()} == {"keys.png", "points.pdf"}
+    assert got.picture.shape == (64, 64, 3)
     assert [m.training for m in model.modules()] == modes
     assert not any(m._forward_pre_hooks for m in model.modules())
 
@@ -130,11 +142,38 @@ def test_each_has_points_and_weights_in_pixels(name):
 
 
 @pytest.mark.parametrize("name", NEW)
-def test_the_picture_of_each_is_drawn(name):
+def test_the_figure_of_each_has_a_panel_for_each_attention_and_shows_every_point(name):
+    pytest.importorskip("matplotlib")
     model = stirred(NEW[name])
-    assert deformed_points(model, X).picture.width > 256
+    found = deformed_points(model, X)
+    panels = found.figure().axes
+    assert [p.get_title() for p in panels] == [brief(name) for name in found.points]
+    for panel, points in zip(panels, found.points.values()):
+        drawn = np.concatenate([np.asarray(group.get_offsets()) for group in panel.collections])
+        np.testing.assert_allclose(drawn, points.flatten(0, 1).flip(-1).numpy(), rtol=1e-6)
     got = attended_keys(model, X, query=(20.0, 50.0))
     assert set(got.scores) == set(sampling_points(model, X))
+
+
+def test_names_of_a_vit_adapter_are_brief_and_others_are_as_they_are():
+    names = [f"vit-adapter.interactions.3.{n}.attn, stride 8" for n in ("extractor", "injector", "extra_extractors.1")]
+    assert list(map(brief, names)) == [f"{n}, stride 8" for n in ("extractor 3", "injector 3", "extra extractor 1")]
+    assert brief("stages.2.attns.1") == "stages.2.attns.1"
+
+
+def test_of_each_group_the_keys_with_most_attention_are_drawn_larger_ones_for_more():
+    pytest.importorskip("matplotlib")
+    got = attended_keys(dat(), X, (20.0, 50.0), top=3)
+    panel = got.figure().axes[0]
+    scores = got.scores["stages.2.attns.1"]
+    assert [len(group.get_offsets()) for group in panel.collections] == [3, 3]
+    for group, score, points in zip(panel.collections, scores, got.points["stages.2.attns.1"]):
+        best, index = score.topk(3)
+        np.testing.assert_allclose(group.get_offsets(), points[index].flip(-1).numpy(), rtol=1e-6)
+        np.testing.assert_allclose(
+            group.get_sizes(), 2 + 110 * (best / scores.topk(3, -1).values.max()).numpy(), rtol=1e-5
+        )
+    assert len(panel.lines) == 1  # the star
 
 
 def test_every_injector_and_extractor_of_a_vit_adapter_is_there_by_stride():

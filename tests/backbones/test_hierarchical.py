@@ -1,6 +1,7 @@
 """Hierarchical hosts: the view equals timm bitwise, the MetaFormer adapter keeps every promise on them."""
 
 import copy
+import importlib.util
 import sys
 from functools import partial
 from pathlib import Path
@@ -10,10 +11,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from errors import assert_rounds_to, transformer
+from towers import SWIN, TOWERS, of_config
 
 import adaptkit
 from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.registry import view
+from adaptkit.create import create_backbone
 
 DIMS, DEPTHS = (16, 24, 32, 64), (1, 1, 2, 1)
 SUMS = transformer(8, 128, 64)  # of the largest host, at its widest
@@ -52,7 +55,17 @@ def _swin(**options):
     return _randomise(SwinTransformer(img_size=64, window_size=4, **sizes, **options))
 
 
+def _dat(**options):
+    """Both kinds of window and deformable blocks; two groups of points."""
+    from adaptkit.models import DAT
+
+    torch.manual_seed(0)
+    sizes = {"dim_stem": 8, "dims": DIMS, "depths": (2, 2, 2, 2), "heads": (1, 2, 2, 4), "groups": (-1, -1, 2, 2)}
+    return _randomise(DAT(**sizes, img_size=64, num_classes=5, window_sizes=(4, 3, 2, 2), **options))
+
+
 HOSTS = {
+    "dat": _dat,
     "poolformer": partial(_metaformer, "poolformer"),
     "poolformerv2": partial(_metaformer, "poolformerv2"),
     "convformer": partial(_metaformer, "convformer"),
@@ -60,6 +73,12 @@ HOSTS = {
     "swin": _swin,
     "swin-dynamic": partial(_swin, dynamic_img_size=True, always_partition=True),
 }
+if importlib.util.find_spec("transformers"):
+    HOSTS |= {"hf-poolformer": TOWERS["PoolFormerForImageClassification"].build}
+    HOSTS |= {
+        "hf-swin": of_config("swin", "SwinForImageClassification", "SwinConfig", **SWIN | {"depths": [2, 2, 2, 1]})
+    }
+PAIRS = ("dat", "swin", "swin-dynamic")  # two blocks in each stage
 OPTIONS = {
     "pool": {"width": (4, 4, 8, 8)},
     "hybrid": {"width": 8, "mixer": ("pool", "conv", "global", "msda")},
@@ -87,21 +106,34 @@ def scalar(features):
     return sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for x in (features.tokens, *features.maps))
 
 
+def said_by(host, x):
+    """What a host itself says: its stages (B, D, h, w), its last tokens (B, N, D) and its logits."""
+    if type(host).__name__.startswith("Swin") and "transformers" in type(host).__module__:
+        whole = host.swin(x, output_hidden_states=True, output_hidden_states_before_downsampling=True,
+                          interpolate_pos_encoding=x.shape[-2:] != (64, 64))  # fmt: skip
+        return whole.reshaped_hidden_states[1:], whole.last_hidden_state, host(x).logits
+    if "transformers" in type(host).__module__:
+        stages = host.poolformer(x, output_hidden_states=True).hidden_states
+        return stages, stages[-1].flatten(2).mT, host(x).logits
+    last = host.forward_features(x)
+    last = last.movedim(-1, 1) if last.shape[-1] == host.num_features else last
+    return host.forward_intermediates(x, intermediates_only=True), last.flatten(2).mT, host(x)
+
+
 def equals_host(features, host, x):
     """Stages, final tokens and logits, bit for bit."""
-    stages = host.forward_intermediates(x, intermediates_only=True)
+    stages, last, logits = said_by(host, x)
     assert [m.shape for m in features.maps] == [s.shape for s in stages]
     assert all(torch.equal(m, s) for m, s in zip(features.maps, stages))
-    last = host.forward_features(x)
-    last = last.movedim(-1, 1) if last.shape[-1] == features.tokens.shape[-1] else last
-    assert torch.equal(features.tokens, last.flatten(2).mT)
-    assert torch.equal(features.logits, host(x))
+    assert torch.equal(features.tokens, last)
+    assert torch.equal(features.logits, logits)
 
 
 @hosts
+@pytest.mark.parametrize("batch", [1, 2])  # of one, the memory layout of a map is told by other strides
 @torch.no_grad()
-def test_view_equals_host_bitwise(name):
-    host, x = HOSTS[name](), image()
+def test_view_equals_host_bitwise(name, batch):
+    host, x = HOSTS[name](), image(batch=batch)
     vit = view(host)
     features = vit.features(x)
     equals_host(features._replace(logits=vit.logits(features)), host, x)
@@ -109,7 +141,7 @@ def test_view_equals_host_bitwise(name):
 
 @pytest.mark.parametrize("name", [n for n in HOSTS if "swin" not in n])
 @torch.no_grad()
-def test_convolutional_hosts_take_any_size_as_timm_does(name):
+def test_hosts_of_any_size_take_it_as_they_do_by_themselves(name):
     host, x = HOSTS[name](), image(48, 100)
     vit = view(host)
     features = vit.features(x)
@@ -131,7 +163,8 @@ def test_spec_has_the_width_depth_and_stride_of_each_stage(name):
     spec = view(HOSTS[name]()).spec
     assert isinstance(spec, HierarchicalSpec)
     assert spec.strides == (4, 8, 16, 32)
-    assert (spec.embed_dims, spec.depths) == (((16, 32, 64, 128), (2, 2, 2, 2)) if "swin" in name else (DIMS, DEPTHS))
+    assert spec.embed_dims == ((16, 32, 64, 128) if "swin" in name else DIMS)
+    assert spec.depths == ((2, 2, 2, 2) if name in PAIRS else (2, 2, 2, 1) if name == "hf-swin" else DEPTHS)
     assert (spec.depth, spec.embed_dim, spec.patch_size, spec.num_prefix_tokens) == (
         sum(spec.depths),
         spec.embed_dims[-1],
@@ -153,7 +186,7 @@ def test_parts_of_a_block_say_the_same_as_the_block_or_say_why_not(name):
                     block.equation(x)
             else:
                 torch.testing.assert_close(block.equation(x), block(x), atol=1e-5, rtol=1e-5)
-            with pytest.raises(TypeError, match="q, k and v"):
+            with pytest.raises(TypeError, match=r"q, k(,| and) v"):
                 block.qkv(x)
             x = block(x)
 
@@ -240,6 +273,62 @@ def test_exports(name):
     for a, b in zip(program.module()(x).maps, model(x).maps):
         assert_rounds_to(a, b, *SUMS)
     assert not any("grid_sampler" in str(n.target) for n in program.graph.nodes)
+
+
+@torch.no_grad()
+def test_dat_tiny_by_its_name_is_the_bare_model_bitwise_and_keeps_its_normalisation():
+    torch.manual_seed(0)
+    host = create_backbone("dat_tiny", pretrained=False, classifier=True).eval()
+    x = image(96, 64, 1)
+    model = adaptkit.attach(host, "metaformer").eval()
+    assert model.vit.spec == HierarchicalSpec("dat", (96, 192, 384, 768), (2, 2, 6, 2), (4, 8, 16, 32))
+    assert model.vit.source().mean == (0.485, 0.456, 0.406)
+    equals_host(model(x), host, x)
+    assert model.detach() is host
+
+
+@pytest.mark.parametrize("name", [n for n in HOSTS if n == "dat" or n.startswith("hf-")])
+def test_gradients_are_the_same_where_blocks_run_a_second_time(name):
+    grads = []
+    for enable in (False, True):
+        model = _randomise(attach(name, OPTIONS["pool"]), 3).train()
+        if enable:
+            model.gradient_checkpointing_enable()
+        scalar(model(image())).backward()
+        grads.append([p.grad for p in model.adapters.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+@pytest.mark.skipif("hf-swin" not in HOSTS, reason="transformers is not installed")
+def test_a_swin_that_was_told_to_checkpoint_is_seen_so():
+    host = HOSTS["hf-swin"]()
+    assert not view(host).is_checkpointing()
+    host.gradient_checkpointing_enable()
+    assert view(host).is_checkpointing()
+    assert adaptkit.attach(host, "metaformer").is_gradient_checkpointing
+
+
+@torch.no_grad()
+def test_a_pruned_dat_has_fewer_stages():
+    host = _dat()
+    host.prune_intermediate_layers([1], prune_norm=True)
+    seen = view(host)
+    assert (seen.spec.strides, seen.spec.embed_dims) == ((4, 8), DIMS[:2])
+    assert torch.equal(seen.features(image()).maps[-1], host.forward_intermediates(image())[0])
+
+
+DEFAULTS = {
+    "dat": {"proj_qkv", "proj_q", "proj_v"},
+    "hf-swin": {"q_proj", "v_proj"},
+    "hf-poolformer": {"conv1", "conv2"},
+}
+
+
+@pytest.mark.parametrize("name", [n for n in DEFAULTS if n in HOSTS])
+def test_lora_adapts_the_attention_by_default_or_the_mlp_where_there_is_none(name):
+    model = adaptkit.attach(HOSTS[name](), "lora")
+    names = {n.split(".lora_A")[0].rpartition(".")[2] for n, _ in model.adapters.named_parameters() if "lora_A" in n}
+    assert names == DEFAULTS[name]
 
 
 @pytest.mark.parametrize("adapter", ["vit-adapter", "sfp", "adavit"])

@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from containers import HELD, REFUSED, VISION
-from towers import OPTIONS, TOWERS
+from towers import OPTIONS, SWIN, TOWERS
 
 import adaptkit
 from adaptkit.cli import main
@@ -56,6 +56,30 @@ def test_images_of_any_size_are_taken(name):
     assert features.grid == (6, 4)
     assert features.tokens.shape[1] == 24
     assert features.tokens.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_swin_that_has_run_an_image_of_one_window_is_seen_as_one_that_has_not():
+    """It stops to shift for good where a map is one window; a view leaves it as it was, and does not ask."""
+    fresh, run = TOWERS["SwinModel"].build(), TOWERS["SwinModel"].build()
+    shifts = [[layer.shift_size for layer in stage.blocks] for stage in fresh.encoder.layers]
+    run(image(64, 64))
+    assert [layer.shift_size for layer in run.encoder.layers[-1].blocks] == [0, 0]
+    for size in ((64, 64), (96, 160)):
+        seen = view(fresh).features(image(*size)).tokens
+        assert torch.equal(seen, view(run).features(image(*size)).tokens)
+        assert torch.equal(seen, TOWERS["SwinModel"].build()(image(*size)).last_hidden_state)
+        assert [[layer.shift_size for layer in stage.blocks] for stage in fresh.encoder.layers] == shifts
+    assert not torch.equal(run(image(96, 160)).last_hidden_state, seen)
+
+
+@pytest.mark.parametrize("name", ["Swin", "Swinv2"])
+def test_a_backbone_class_that_does_not_return_its_last_stage_is_refused(name):
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**SWIN, out_features=["stage2"])
+    with pytest.raises(TypeError, match=r"returns stage2 and not its last stage stage4; name it in out_features="):
+        view(getattr(transformers, f"{name}Backbone")(config))
 
 
 ADAPTERS = [name for name in adaptkit.list_adapters() if "toy" not in name]

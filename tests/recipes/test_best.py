@@ -103,3 +103,11 @@ def test_none_keeps_none(pictures, tmp_path):
     result = segment.main(argv(pictures, out, "--steps", "2", "--eval-every", "1", "--keep-best", "none"))
     assert "best" not in result
     assert not (out / "best").exists()
+
+
+def test_a_metric_that_an_evaluation_does_not_have_is_an_error_that_names_those_it_has():
+    """As the AP of large objects where there is none, or of masks of a detector of boxes."""
+    with pytest.raises(
+        ValueError, match=r"--keep-best box_ap_large: this evaluation has box_ap, box_ap_small; name one"
+    ):
+        Best("box_ap_large").see(1, {"box_ap": 0.5, "box_ap_small": 0.5})

@@ -152,13 +152,58 @@ def test_the_truth_scores_one_and_nothing_scores_zero(folder):
             entry = {"image_id": row["id"], "label": one["label"], "score": 0.9, "bbox": [x1, y1, x2 - x1, y2 - y1]}
             found.append({**entry, "segmentation": coco.rle(one["shape"], row)})
     assert average_precision(data, found, masks=True) == dict.fromkeys(
-        ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"), pytest.approx(1.0)
+        ("box_ap", "box_ap50", "box_ap75", "box_ap_small", "mask_ap", "mask_ap50", "mask_ap75", "mask_ap_small"),
+        pytest.approx(1.0),
     )
     assert set(average_precision(data, [], masks=True).values()) == {0.0}
     for entry in data.truth["annotations"]:
         entry.pop("area")  # files made by hand often lack it
         entry.pop("iscrowd")
     assert average_precision(data, found, masks=True)["mask_ap"] == pytest.approx(1.0)
+
+
+def test_by_size_each_score_is_that_of_the_objects_of_the_size(folder):
+    """One box of each size of COCO's: small ones are found, medium ones missed by half, of large ones one in two."""
+    sides = {"small": [20, 31], "medium": [33, 95], "large": [97, 150]}
+    entries, found = [], []
+    for k, (size, (a, b)) in enumerate(sides.items()):
+        for n, side in enumerate((a, b)):
+            x, y = 200 * k, 200 * n
+            entries.append({"id": len(entries) + 1, "image_id": 1, "category_id": 1, "bbox": [x, y, side, side]})
+            if size == "large" and n == 1:
+                continue
+            off = side // 2 if size == "medium" else 0
+            found.append({"image_id": 1, "label": 1, "score": 0.9, "bbox": [x + off, y, side, side]})
+    known = truth(folder)
+    images = [{"id": 1, "width": 600, "height": 400, "file_name": "it.png"}]
+    data = known._replace(rows=[{"id": 1}], truth={**known.truth, "images": images, "annotations": entries})
+    scores = average_precision(data, found, masks=False)
+    assert scores["box_ap_small"] == pytest.approx(1.0)
+    assert scores["box_ap_medium"] == 0.0
+    assert scores["box_ap_large"] == pytest.approx(51 / 101)  # recall 0.5 at precision 1, at 101 recalls
+    only = data._replace(truth={**data.truth, "annotations": entries[:2]})
+    assert set(average_precision(only, found[:2], masks=False)) == {"box_ap", "box_ap50", "box_ap75", "box_ap_small"}
+
+
+def test_a_mask_that_is_found_has_the_size_of_the_mask_and_not_of_its_box():
+    """A thin diagonal: of a wrong one the mask is small and its box large, so it counts against small objects."""
+    import numpy as np
+    from faster_coco_eval import mask
+
+    def drawn(pixels):
+        return mask.encode(np.asfortranarray(pixels.astype(np.uint8)))
+
+    small, line = np.zeros((200, 200)), np.eye(200)
+    small[:20, -20:] = 1
+    entry = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [180, 0, 20, 20], "area": 400, "iscrowd": 0,
+             "segmentation": drawn(small)}  # fmt: skip
+    images, categories = [{"id": 1, "width": 200, "height": 200}], [{"id": 1, "name": "it"}]
+    data = coco.Instances([{"id": 1}], categories, {"images": images, "categories": categories, "annotations": [entry]})
+    found = [{"image_id": 1, "label": 1, "score": 0.9, "bbox": [0, 0, 200, 200], "segmentation": drawn(line)},
+             {"image_id": 1, "label": 1, "score": 0.8, "bbox": [180, 0, 20, 20], "segmentation": drawn(small)}]  # fmt: skip
+    scores = average_precision(data, found, masks=True)
+    assert scores["mask_ap_small"] == pytest.approx(0.5)  # the line, surer, is small as well, and wrong
+    assert scores["box_ap_small"] == pytest.approx(1.0)  # its box is large
 
 
 def test_by_class_is_the_score_of_each_class_alone(folder):

@@ -20,12 +20,15 @@ ALIASES = (
     ("k_proj", "key"),
     ("v_proj", "value"),
     ("o_proj", "out_proj", "proj", "dense"),
-    ("fc1", "up_proj"),
-    ("fc2", "down_proj"),
+    ("fc1", "up_proj", "linear1", "conv1"),
+    ("fc2", "down_proj", "linear2", "conv2"),
 )
 QKV = ("q_proj", "k_proj", "v_proj")
 #: What is adapted if nothing is said: the attention, as in LoRA (Hu et al. 2022, section 4.2), else the MLP.
-DEFAULTS = (("qkv",), ("q_proj", "v_proj"), ("query", "value"), ("in_proj",), ("fc1", "fc2"), ("c_fc", "c_proj"))
+DEFAULTS = (
+    ("qkv",), ("q_proj", "v_proj"), ("query", "value"), ("in_proj",), ("proj_qkv", "proj_q", "proj_v"),
+    ("proj_qkv",), ("proj_q", "proj_v"), ("fc1", "fc2"), ("c_fc", "c_proj"), ("conv1", "conv2"),
+)  # fmt: skip
 
 
 def resolved(backbone: nn.Module, peft_type: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -213,12 +216,13 @@ def _matches(backbone: nn.Module, names: Sequence[str]) -> list[str]:
 def _only_blocks(backbone: nn.Module, names: list[str], leaves: dict[str, list[str]]) -> list[str]:
     """Names as they are if peft finds by each of them the blocks' layers only; else full paths.
 
-    ``proj`` is also in the stem, and means the blocks' own. A name that the blocks do not have (``head``, or a full
-    path) means just the layer that it names.
+    ``proj`` is also in the stem, and means the blocks' own; or it is an identity elsewhere, which peft refuses. A name
+    that the blocks do not have (``head``, or a full path) means just the layer that it names.
     """
     wanted = []
     for name in names:
         everywhere = _matches(backbone, [name])
         in_blocks = [path for path in everywhere if path in leaves.get(path.rpartition(".")[2], ())]
         wanted += in_blocks or everywhere
-    return names if len(set(wanted)) == len(_matches(backbone, names)) else sorted(set(wanted))
+    named = [path for path in _modules(backbone) if any(_names(path, name) for name in names)]
+    return names if len(set(wanted)) == len(named) else sorted(set(wanted))
