@@ -62,6 +62,7 @@ METHODS = {
 SETTINGS = {
     "vit-adapter-light": [("vit-adapter", {**SMALL, "add_vit_feature": None, "extra_extractors": 0, "with_cffn": False,
                                            "checkpoint": True, "norm": "layer"})],
+    "vit-adapter-inject-only": [("vit-adapter", {**SMALL, "extractor": False})],
     "vit-adapter-window": [("vit-adapter", {**SMALL, "attention": "window"})],
     "vit-adapter-pool": [("vit-adapter", {**SMALL, "attention": "pool"})],
     "adavit+vit-adapter": ["adavit", ("vit-adapter", SMALL)],

@@ -109,6 +109,32 @@ def test_without_injector_no_graph_goes_through_the_backbone():
     assert all(m.requires_grad for m in features.maps)
 
 
+@torch.no_grad()
+def test_without_injector_and_extractor_a_level_is_the_prior_plus_the_tokens():
+    options = {**SMALL, "injector": False, "extractor": False, "add_vit_feature": "last", "strides": [16], "norm": "layer"}
+    model = adaptkit.attach(host(), ("vit-adapter", options)).eval()
+    adapter, x = model.adapters["vit-adapter"], torch.randn(2, 3, 64, 64)
+    randomise(adapter)
+    _, _, c3, _ = adapter.spm(x)  # stride 16, that of the tokens: nothing is resized
+    tokens = model.backbone.forward_features(x)[:, 1:].transpose(1, 2).unflatten(2, (4, 4))  # its norm included
+    expected = adapter.norm3(c3 + adapter.level_embed[1][:, None, None] + tokens)
+    torch.testing.assert_close(model(x).maps[0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_switched_off_is_not_there():
+    def parts(**options):
+        adapter = adaptkit.attach(host(), ("vit-adapter", {**SMALL, **options})).adapters["vit-adapter"]
+        return {name.split(".")[2] for name, _ in adapter.named_parameters() if name.startswith("interactions")}
+
+    assert parts() == {"injector", "extractor", "extra_extractors"}
+    assert parts(extractor=False) == {"injector"}
+    assert parts(injector=False, extractor=False) == set()
+    trained = adaptkit.attach(host(), ("vit-adapter", {**SMALL, "extractor": False})).train()
+    assert trained(torch.randn(2, 3, 64, 64)).tokens.requires_grad
+    with pytest.raises(ValueError, match="extractor=False leaves the tokens out of the pyramid, and add_vit_feature=None"):
+        ViTAdapterConfig(extractor=False, add_vit_feature=None)
+
+
 def test_dropping_the_prefix_runs_the_blocks_on_patches_alone():
     model = adaptkit.attach(host(), ("vit-adapter", {**SMALL, "prefix": "drop"})).eval()
     features = model(torch.randn(1, 3, 64, 64))

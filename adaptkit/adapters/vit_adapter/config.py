@@ -22,6 +22,8 @@ class ViTAdapterConfig:
     """Every choice of the official code, with its default; ``None`` is the official value for the backbone's width."""
 
     injector: bool = True  #: False: extract only, no gradient through the backbone (as DINOv3's adapter does)
+    #: False: none of them, so the pyramid is the spatial prior plus the tokens (table 6, variants 1 and 2)
+    extractor: bool = True
     interaction_indexes: tuple[tuple[int, int], ...] | None = None  #: inclusive block ranges; None: four even groups
     conv_inplane: int = 64  #: channels of the spatial prior's stem
     n_points: int = 4  #: sampling points per head and level
@@ -53,6 +55,11 @@ class ViTAdapterConfig:
         object.__setattr__(self, "strides", check_strides(self.strides, STRIDES))
         if self.extra_extractors is True:  # the official switch is a bool and means two
             object.__setattr__(self, "extra_extractors", 2)
+        if not self.extractor and self.add_vit_feature is None:
+            raise ValueError(
+                "extractor=False leaves the tokens out of the pyramid, and add_vit_feature=None does too: nothing of the "
+                "backbone would be in it; give add_vit_feature='per-stage' or 'last'"
+            )
         check_numbers(self)
         for option in ("n_points", "conv_inplane", "deform_num_heads", "deform_ratio", "cffn_ratio"):
             value = getattr(self, option)
