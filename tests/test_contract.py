@@ -67,6 +67,7 @@ SETTINGS = {
     "vit-adapter-pool": [("vit-adapter", {**SMALL, "attention": "pool"})],
     "adavit+vit-adapter": ["adavit", ("vit-adapter", SMALL)],
     "dat+vit-adapter": [("dat", {"blocks": 2, "bias": "log-cpb", "stride": 2}), ("vit-adapter", SMALL)],
+    "dat-still": [("dat", {"offset_range": 0})],
     "metaformer-gate": [("metaformer", {"width": 0, "norm": "group1"})],
     "metaformer-random+vit-adapter": [("metaformer", {"width": 8, "mixer": ("random", "window", "sepconv", "identity")}),
                                       ("vit-adapter", SMALL)],
