@@ -7,7 +7,7 @@
     base:           name of the row that the others are compared with
     missing:        rows of the paper that are not there, and why
     chart:          bars (default), or macs: the score against MACs, a line through the rows of one series
-    rows:           name; adapter; options (of a single adapter, or by adapter); arguments; and
+    rows:           name; adapter; options (of a single adapter, or by adapter); arguments; series; base; and
                     runs, reading: the name of a row whose runs this one reads again, and which of their scores
 
 The files are in ``recipes/ablations``.
@@ -46,6 +46,7 @@ class Row:
     runs: str = ""  #: the row whose runs it reads; "": its own
     reading: str = ""  #: which score of a run; "": that of what it trained
     series: str = ""  #: rows of one series are joined by a line
+    base: str = ""  #: the row that it is compared with; "": the table's
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,17 @@ class Table:
         if len({slug(name) for name in names}) < len(names):
             raise ValueError(f"table {self.name}: two rows have one name, or one folder: {', '.join(names)}")
         own = [row.name for row in self.rows if not row.runs]
-        for what, name, among in [("base", self.base, names), *(("runs", row.runs, own) for row in self.rows)]:
+        bases = [("base", name, names) for name in (self.base, *(row.base for row in self.rows))]
+        for what, name, among in [*bases, *(("runs", row.runs, own) for row in self.rows)]:
             if name and name not in among:
                 raise ValueError(f"table {self.name}: {what} is {name!r}, which is no row of it{hint(name, among)}")
         if self.chart not in CHARTS:
             raise ValueError(f"table {self.name}: chart is {self.chart!r}; the charts are {', '.join(CHARTS)}")
+
+    def base_of(self, row: Row) -> str:
+        """Return the name of the row that this one is compared with; "" for none, and for a base itself."""
+        base = row.base or self.base
+        return "" if base == row.name else base
 
 
 def known() -> list[str]:

@@ -22,6 +22,7 @@ class Line:
 
     name: str
     series: str
+    base: str  #: the line that it is compared with
     metric: str  #: name of the score, as ``adaptkit.report`` knows it
     score: Spread
     apart: Spread | None  #: from the base, seed by seed
@@ -59,8 +60,8 @@ def reading(run: Run, which: str) -> Run | None:
 def lines(table: Table, ended: Mapping[tuple[str, int], Run]) -> list[Line]:
     """Return the lines of the rows that have a run, by row and seed in ``ended``."""
     found = {row.name: _runs(row, ended) for row in table.rows}
-    base = {seed: run.score for seed, run in found.get(table.base, {}).items()}
-    return [line for row in table.rows if (line := _line(row, found[row.name], base, table.base)) is not None]
+    made = (_line(row, found[row.name], table.base_of(row), found) for row in table.rows)
+    return [line for line in made if line is not None]
 
 
 def _runs(row: Row, ended: Mapping[tuple[str, int], Run]) -> dict[int, Run]:
@@ -69,19 +70,20 @@ def _runs(row: Row, ended: Mapping[tuple[str, int], Run]) -> dict[int, Run]:
     return {seed: run for seed, run in own.items() if run is not None}
 
 
-def _line(row: Row, runs: Mapping[int, Run], base: Mapping[int, float | None], name: str) -> Line | None:
-    name_of_score = next((run.metric for run in runs.values() if run.metric), None)
+def _line(row: Row, runs: Mapping[int, Run], base: str, found: Mapping[str, Mapping[int, Run]]) -> Line | None:
+    name = next((run.metric for run in runs.values() if run.metric), None)
     score = spread([run.score for run in runs.values()])
-    if name_of_score is None or score is None:
+    if name is None or score is None:
         return None
-    differences = [run.score - base[s] for s, run in runs.items() if run.score is not None and base.get(s) is not None]  # type: ignore[operator]
+    pairs = [(run.score, found[base][seed].score) for seed, run in runs.items() if base and seed in found[base]]
+    apart = spread([one - other for one, other in pairs if one is not None and other is not None])
 
     def mean(value: Callable[[Run], Any]) -> float | None:
         found = spread([value(run) for run in runs.values()])
         return None if found is None else found.mean
 
     return Line(
-        row.name, row.series, name_of_score, score, None if row.name == name else spread(differences),
+        row.name, row.series, base, name, score, apart,
         mean(lambda run: run.result.get("macs")), mean(lambda run: run.result.get("share")),
         mean(lambda run: run.result.get("trained_parameters")), mean(Run.seconds), mean(Run.memory),
     )  # fmt: skip
@@ -96,7 +98,7 @@ def markdown(table: Table, found: list[Line], seeds: int) -> str:
     known = metric(name)
     columns: dict[str, Callable[[Line], str]] = {
         f"{known.label}{', %' if known.percent else ''}": lambda line: line.score.said(name, unit=False),
-        f"to {table.base}": lambda line: _signed(line.apart, name),
+        f"to {_base(table, found)}": lambda line: _signed(line.apart, name),
         "seeds": lambda line: str(line.score.seeds) if line.score.seeds == seeds else f"{line.score.seeds} of {seeds}",
         "MACs": lambda line: amount(line.macs) + (f" ({line.share:.0%})" if line.share is not None else ""),
         "trained parameters": lambda line: "–" if line.parameters is None else f"{round(line.parameters):,}",
@@ -107,7 +109,7 @@ def markdown(table: Table, found: list[Line], seeds: int) -> str:
     cells = {title: column for title, column in cells.items() if set(column) != {"–"}}
     text = [f"**{table.title}** ({table.source})", "", f"| | {' | '.join(cells)} |", "|---" * (len(cells) + 1) + "|"]
     text += [f"| {line.name} | {' | '.join(column[i] for column in cells.values())} |" for i, line in enumerate(found)]
-    return "\n".join([*text, "", verdict(table, found), *(["", table.missing] if table.missing else [])]) + "\n"
+    return "\n".join([*text, "", verdict(found), *(["", table.missing] if table.missing else [])]) + "\n"
 
 
 def _signed(apart: Spread | None, name: str) -> str:
@@ -117,16 +119,29 @@ def _signed(apart: Spread | None, name: str) -> str:
     return said if apart.mean < 0 else f"+{said}"
 
 
-def verdict(table: Table, found: list[Line]) -> str:
-    """Say which rows lie apart from the base by more than the seeds do, and which cannot be told from it.
+def _base(table: Table, found: list[Line]) -> str:
+    """What the others are compared with, in the title of the column: the base, of several the series."""
+    names = {line.base for line in found if line.base}
+    series = {line.series for line in found if line.name in names and line.series}
+    return next(iter(series)) if len(names) > 1 and len(series) == 1 else table.base or " or ".join(sorted(names))
+
+
+def verdict(found: list[Line]) -> str:
+    """Say which rows lie apart from their base by more than the seeds do, and which cannot be told from it.
 
     A row is told apart where the 95 % interval of its mean distance, seed by seed (Student's t), leaves out 0.
     """
-    if not table.base or all(line.name != table.base for line in found):
+    bases = list(dict.fromkeys(line.base for line in found if line.apart is not None))
+    if not bases:
         return ""
     seeds = min(line.score.seeds for line in found)
     if seeds < 2:
         return "One seed does not tell what of it is chance: give --seeds two or more."
+    said = "; ".join(f"{base}: {_against([line for line in found if line.base == base])}" for base in bases)
+    return f"By 95 % intervals over {seeds} seeds (Student's t), against {said}."
+
+
+def _against(found: list[Line]) -> str:
     known = [
         (line.name, line.apart.mean, student(line.apart.seeds) * line.apart.deviation / line.apart.seeds**0.5)
         for line in found
@@ -135,12 +150,8 @@ def verdict(table: Table, found: list[Line]) -> str:
     above = [name for name, apart, reach in known if apart > reach]
     below = [name for name, apart, reach in known if apart < -reach]
     rest = [name for name, *_ in known if name not in above and name not in below]
-    parts = [
-        f"{what}: {', '.join(names)}"
-        for what, names in (("above it", above), ("below it", below), ("not told apart from it", rest))
-        if names
-    ]
-    return f"Against {table.base}, by 95 % intervals over {seeds} seeds (Student's t): {'; '.join(parts)}."
+    parts = (("above", above), ("below", below), ("not told apart", rest))
+    return ", ".join(f"{what} {' / '.join(names)}" for what, names in parts if names)
 
 
 def student(seeds: int) -> float:
