@@ -40,7 +40,7 @@ from adaptkit.losses import agreement_loss, annealed_budget, check_budget, macs_
 
 from . import normalisation, record
 from .adavit_model import build
-from .adavit_policies import POLICIES, prepared
+from .adavit_policies import POLICIES, WAYS, prepared
 from .adavit_scores import Score, calibrate, evaluate, images_per_second, random_at
 from .devices import BACKEND, together
 from .finite import Finite
@@ -64,7 +64,7 @@ static, the last sub-layers left out. The bottlenecks are trained in the same wa
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = RecipeParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = RecipeParser(prog="adavit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", default="digits", help="digits, crops:FILE, a Parquet file, a folder, or a Hub id")
     p.add_argument("--val", help="the same for validation; default: the split 'validation' of --data")
     p.add_argument("--backbone", default="demo", help="demo, a timm name, hf-hub:..., org/repo, or a local folder")
@@ -84,6 +84,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                    help="train through torch.compile; evaluation packs what is kept, and runs as it is")  # fmt: skip
     p.add_argument("--seed", type=seed_of, default=0)
     p.add_argument("--seeds", type=seed_of, nargs="+", default=[], metavar="N", help="a comparison, each run with each")
+    p.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, metavar="WAY",
+                   help="of a comparison, of adaptive random random+ static patches heads layers")  # fmt: skip
     p.add_argument("--out", default="runs/adavit")
     p.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help=OVERWRITE_HELP)
     args = p.parse_args(argv)

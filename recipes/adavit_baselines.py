@@ -25,11 +25,11 @@ from adaptkit.core.arguments import Parser
 
 from .ablate import made
 from .ablation import Row, Table
+from .adavit_policies import WAYS
 from .options import seed_of
 
-__all__ = ["WAYS", "main", "table"]
+__all__ = ["main", "table"]
 
-WAYS = ("adaptive", "random", "random+", "static", "patches", "heads", "layers")
 KINDS = {"patches": "patch", "heads": "head", "layers": "layer"}
 #: What is said of each in the table and the legend.
 SAID = {"adaptive": "adaptive", "random": "random", "random+": "random+", "static": "static by depth"}

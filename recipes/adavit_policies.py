@@ -17,9 +17,11 @@ from torch import Tensor
 from adaptkit.adapters.adavit import AdaViT, Random
 from adaptkit.analysis import accounting
 
-__all__ = ["POLICIES", "at_random", "by_depth", "prepared"]
+__all__ = ["POLICIES", "WAYS", "at_random", "by_depth", "prepared"]
 
 POLICIES = {"learned": "adaptive", "random": "random+", "static": "static"}  #: --policy -> how its score is called
+#: What a comparison compares, see adavit_baselines.py.
+WAYS = ("adaptive", "random", "random+", "static", "patches", "heads", "layers")
 SURE = 30.0  #: a logit that no noise turns
 DRAWS = 256  #: images, to know what a rate costs
 
