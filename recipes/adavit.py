@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(args.budgets) > 1 or args.seeds:
         from . import adavit_baselines  # it makes runs of this recipe
 
-        adavit_baselines.main(sys.argv[1:] if argv is None else argv)
+        adavit_baselines.run(sys.argv[1:] if argv is None else argv)
         return
     accelerator = together(Accelerator, mixed_precision=precision(args.mixed_precision))
     with occupied(args.out, accelerator, overwrite=args.overwrite, made=MADE, can_resume=False) as out:

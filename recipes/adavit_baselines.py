@@ -28,7 +28,7 @@ from .ablation import Row, Table
 from .adavit_policies import WAYS
 from .options import seed_of
 
-__all__ = ["main", "table"]
+__all__ = ["run", "table"]
 
 KINDS = {"patches": "patch", "heads": "head", "layers": "layer"}
 #: What is said of each in the table and the legend.
@@ -88,7 +88,8 @@ def _at(budget: float, options: dict[str, Any], ways: list[str]) -> list[Row]:
     return found
 
 
-def main(argv: list[str]) -> None:
+def run(argv: list[str]) -> None:
+    """Make the runs and the table."""
     args, rest = parse(argv)
     out = Path(args.out)
     _, failed = made(table(args.budget, args.options, args.ways), "adavit", args.seeds, out, rest)
