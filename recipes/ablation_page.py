@@ -109,7 +109,8 @@ def markdown(table: Table, found: list[Line], seeds: int) -> str:
     cells = {title: column for title, column in cells.items() if set(column) != {"–"}}
     text = [f"**{table.title}** ({table.source})", "", f"| | {' | '.join(cells)} |", "|---" * (len(cells) + 1) + "|"]
     text += [f"| {line.name} | {' | '.join(column[i] for column in cells.values())} |" for i, line in enumerate(found)]
-    return "\n".join([*text, "", verdict(found), *(["", table.missing] if table.missing else [])]) + "\n"
+    said = [one for one in (verdict(found), table.missing) if one]
+    return "\n".join([*text, *(line for one in said for line in ("", one))]) + "\n"
 
 
 def _signed(apart: Spread | None, name: str) -> str:
