@@ -15,6 +15,7 @@ import argparse
 import fnmatch
 import importlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ def chosen(whole: Table, patterns: list[str] | None) -> Table:
 
 def made(whole: Table, recipe: str, seeds: list[int], out: Path, rest: list[str]) -> tuple[list[Line], list[str]]:
     """Make the runs that are not there and write the table; returns its lines, and the names of runs that failed."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("a table is made by one process, which starts the runs one after another: leave out torchrun")
     needed()  # before hours of work
     check_writable(out)
     module: Any = importlib.import_module(f"{__package__}.{recipe}")

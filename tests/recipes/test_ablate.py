@@ -120,6 +120,13 @@ def test_each_run_is_made_once_and_what_is_known_is_written_after_each(given, ca
     assert calls == []
 
 
+def test_several_processes_are_refused(given, calls, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli(["train", "ablate", *given]) == 2
+    assert "a table is made by one process" in capsys.readouterr().err
+    assert calls == []
+
+
 SCORES = {"base": (0.50, 0.52, 0.54), "better": (0.61, 0.62, 0.66), "equal": (0.49, 0.53, 0.54)}
 
 
