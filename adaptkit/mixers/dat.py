@@ -70,7 +70,9 @@ def _padding(kernel: int, stride: int, convention: Convention) -> int:
 
 
 def key_side(side: int, kernel: int, stride: int, convention: Convention = "exact") -> int:
-    """Return how many keys the offset network makes of ``side`` cells."""
+    """Return how many keys the offset network makes of ``side`` cells; ``ValueError`` where there are none."""
+    if kernel == stride and side < kernel:
+        raise ValueError(f"kernel_size={kernel} and stride={stride} make no key of {side} cells; choose smaller ones")
     return (side + 2 * _padding(kernel, stride, convention) - kernel) // stride + 1
 
 

@@ -175,6 +175,11 @@ def test_without_offsets_the_points_are_those_of_offsets_that_are_zero(kernel, s
     assert torch.equal(one.tokens, other.tokens)
 
 
+def test_without_offsets_a_grid_that_has_no_key_is_refused():
+    with pytest.raises(ValueError, match="kernel_size=4 and stride=4 make no key of 3 cells"):
+        attach("timm-vit", kernel_size=4, stride=4, offset_range=0)(image("timm-vit", (3, 5)))
+
+
 @torch.no_grad()
 def test_points_of_every_chosen_block_are_reported():
     model = attach("timm-vit", blocks=(1, -1)).eval()
