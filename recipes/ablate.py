@@ -93,7 +93,10 @@ def write(whole: Table, asked: dict[tuple[str, int], Asked], out: Path) -> list[
 def main(argv: list[str] | None = None) -> list[Line]:
     args, rest = parse(argv)
     whole, out = chosen(table(args.table), args.rows), Path(args.out)
-    found, failed = made(whole, args.recipe or whole.recipe, args.seeds, out, rest)
+    recipe = args.recipe or whole.recipe
+    if recipe != whole.recipe and "adavit" in (recipe, whole.recipe):
+        raise ValueError(f"--recipe {recipe}: the rows of table {whole.name} are for {whole.recipe}")
+    found, failed = made(whole, recipe, args.seeds, out, rest)
     if found:
         print("\n" + (out / "table.md").read_text(encoding="utf-8"))
     if failed:

@@ -194,6 +194,7 @@ def status(argv):
     [
         (["--table", "metaforner"], "no table is named 'metaforner' (did you mean 'metaformer'?)"),
         (["--rows", "narow"], "table mine has no such row, but no adapter, narrow, wide"),
+        (["--recipe", "adavit"], "--recipe adavit: the rows of table mine are for segment"),
         (["--seeds", "1", "1"], "--seeds names one seed twice"),
         (["--seed", "1"], "--seed is set for each run"),
         (["--adapter", "lora"], "--adapter is set for each run"),
