@@ -16,6 +16,7 @@ import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,8 @@ def state(asked: Asked, recipe: Any) -> list[str] | None:
     return [*asked.arguments, "--resume" if checkpoints.checkpoints(asked.out) else "--overwrite"]
 
 
-def make(task: str, runs: list[tuple[Asked, list[str] | None]]) -> list[str]:
-    """Make the runs that are to be made; returns the names of those that failed."""
+def make(task: str, runs: list[tuple[Asked, list[str] | None]], after: Callable[[], Any] = lambda: None) -> list[str]:
+    """Make the runs that are to be made, and call ``after`` when each has ended; returns the names that failed."""
     package, failed = __package__, []
     for n, (asked, arguments) in enumerate(runs, 1):
         verb = "is there" if arguments is None else "goes on" if "--resume" in arguments else "begins"
@@ -126,6 +127,7 @@ def make(task: str, runs: list[tuple[Asked, list[str] | None]]) -> list[str]:
         if status in (130, 143, -2, -15):
             raise KeyboardInterrupt(f"stopped in {asked.out.name}; the same command goes on")
         failed += [asked.out.name] if status else []
+        after()
     return failed
 
 

@@ -44,6 +44,7 @@ def write(
     """Write ``config.yaml``; ``data`` are the rows of training and validation."""
     import yaml
 
+    train = getattr(args, "train", None) or args.data  # what holds both may have one name
     said = {
         "options": options(args),
         "run": {
@@ -55,12 +56,13 @@ def write(
         },
         "versions": versions(),
         "data": {
-            "train": identity(args.train, data[0], getattr(args, "train_images", None)),
-            "val": identity(args.val or args.train, data[1], getattr(args, "val_images", None)),
+            "train": identity(train, data[0], getattr(args, "train_images", None)),
+            "val": identity(args.val or train, data[1], getattr(args, "val_images", None)),
         },
         "backbone": backbone(model),
     }
-    head = f"# What this run was made of. Run it again: --config {CONFIG} --out ANOTHER\n"
+    again = f" Run it again: --config {CONFIG} --out ANOTHER" if hasattr(args, "config") else ""
+    head = f"# What this run was made of.{again}\n"
     text = yaml.safe_dump(json.loads(json.dumps(said, default=str)), sort_keys=False, width=110)
     write_atomic(out / CONFIG, (head + text).encode())
 
@@ -103,7 +105,7 @@ def backbone(model: Any) -> dict[str, Any]:
 
 def identity(name: str, rows: Any, images: str | None = None) -> dict[str, Any]:
     """Say which data were read: a revision of the Hub, or the files with their sizes and a digest."""
-    path, data = Path(name), getattr(rows, "data", None)
+    path, data = Path(name.removeprefix("crops:")), getattr(rows, "data", None)
     if "*" in name:
         files = sorted(path.parent.glob(path.name))
     elif path.is_dir():

@@ -62,10 +62,12 @@ METHODS = {
 SETTINGS = {
     "vit-adapter-light": [("vit-adapter", {**SMALL, "add_vit_feature": None, "extra_extractors": 0, "with_cffn": False,
                                            "checkpoint": True, "norm": "layer"})],
+    "vit-adapter-inject-only": [("vit-adapter", {**SMALL, "extractor": False})],
     "vit-adapter-window": [("vit-adapter", {**SMALL, "attention": "window"})],
     "vit-adapter-pool": [("vit-adapter", {**SMALL, "attention": "pool"})],
     "adavit+vit-adapter": ["adavit", ("vit-adapter", SMALL)],
     "dat+vit-adapter": [("dat", {"blocks": 2, "bias": "log-cpb", "stride": 2}), ("vit-adapter", SMALL)],
+    "dat-still": [("dat", {"offset_range": 0})],
     "metaformer-gate": [("metaformer", {"width": 0, "norm": "group1"})],
     "metaformer-random+vit-adapter": [("metaformer", {"width": 8, "mixer": ("random", "window", "sepconv", "identity")}),
                                       ("vit-adapter", SMALL)],

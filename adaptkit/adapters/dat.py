@@ -40,6 +40,7 @@ from adaptkit.mixers.dat import (
     Keys,
     attention_weights,
     check_heads,
+    key_side,
     log_cpb,
     log_cpb_bias,
     move,
@@ -65,7 +66,8 @@ class DATConfig:
     #: Of the offset network: a grid of h/stride x w/stride keys. With more than 1 mode "replace" starts elsewhere than
     #: the frozen attention, since most keys are gone.
     stride: int = 1
-    offset_range: float | None = 2.0  #: s bounds an offset to s/2 key cells (the paper has 2); None: anywhere
+    #: s bounds an offset to s/2 key cells (the paper has 2); None: anywhere; 0: no offsets, an ablation
+    offset_range: float | None = 2.0
     bias: Bias | None = "table"  #: B: a table by displacement, a network of it ("log-cpb"), or none
     bias_grid: int = 14  #: side of the grid the table is made for; on another grid it is resized (bicubic)
     mode: Literal["add", "replace"] = "add"
@@ -77,8 +79,14 @@ class DATConfig:
         check_choice("bias", self.bias, (*get_args(Bias), None))
         check_choice("mode", self.mode, ("add", "replace"))
         check_choice("convention", self.convention, ("exact",))
-        if self.offset_range is not None and self.offset_range <= 0:
-            raise ValueError(f"offset_range={self.offset_range} must be positive, or None for points that go anywhere")
+        if self.offset_range is not None and self.offset_range < 0:
+            raise ValueError(
+                f"offset_range={self.offset_range} must be positive, 0 for points that stay, or None for any place"
+            )
+        if self.offset_range == 0 and self.bias is None and self.mode == "replace":
+            raise ValueError(
+                "mode='replace' with offset_range=0 and bias=None has nothing to train; give a bias, or mode='add'"
+            )
         for option in ("kernel_size", "stride", "bias_grid"):
             if getattr(self, option) < 1:
                 raise ValueError(f"{option}={getattr(self, option)} must be positive")
@@ -109,9 +117,11 @@ class DATBlock(nn.Module):
         super().__init__()
         self.groups, self.offset_range = config.groups or 1, config.offset_range
         add = config.mode == "add"
-        self.conv_offset = offset_net(
-            spec.embed_dim // self.groups, config.kernel_size, config.stride, config.convention
-        )
+        self.kernel_size, self.stride = config.kernel_size, config.stride
+        self.conv_offset: nn.Sequential | None = None
+        if config.offset_range != 0:
+            channels = spec.embed_dim // self.groups
+            self.conv_offset = offset_net(channels, config.kernel_size, config.stride, config.convention)
         self.rpe_table: nn.Parameter | nn.Module | None = None
         if config.bias == "table":
             side = 2 * config.bias_grid - 1
@@ -123,7 +133,7 @@ class DATBlock(nn.Module):
             if not add:
                 nn.init.zeros_(self.rpe_table[-1].weight)
         self.gamma = nn.Parameter(torch.zeros(spec.embed_dim)) if add else None
-        if not add:
+        if not add and self.conv_offset is not None:
             nn.init.zeros_(self.conv_offset[-1].weight)
 
     def forward(self, block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,6 +173,9 @@ class DATBlock(nn.Module):
 
     def points(self, q: Tensor) -> Tensor:
         """Queries of a group (B*g, C, h, w) -> points (B*g, Hk, Wk, 2)."""
+        if self.conv_offset is None:
+            sides = [key_side(n, self.kernel_size, self.stride) for n in q.shape[-2:]]
+            return reference_points((sides[0], sides[1]), "exact", q).expand(len(q), -1, -1, -1)
         offset = self.conv_offset(q.to(parameter_dtype(self.conv_offset)))  # (B*g, 2, Hk, Wk)
         reference = reference_points((offset.shape[2], offset.shape[3]), "exact", offset)
         return move(offset, reference, self.offset_range, "exact")

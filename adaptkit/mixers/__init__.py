@@ -31,6 +31,7 @@ _BUILT_IN = {
     "identity": "adaptkit.mixers.plain:Identity",
     "random": "adaptkit.mixers.plain:RandomMixing",
     "pool": "adaptkit.mixers.plain:Pool",
+    "fourier": "adaptkit.mixers.plain:Fourier",
     "conv": "adaptkit.mixers.conv:DepthwiseConv",
     "multi-conv": "adaptkit.mixers.conv:MultiKernelConv",
     "mona": "adaptkit.mixers.conv:MonaConv",

@@ -56,13 +56,24 @@ class ChannelNorm(nn.Module):
 
 def offset_net(channels: int, kernel: int, stride: int, convention: Convention = "v1") -> nn.Sequential:
     """Build the offset network of one group (figure 2b): (B, C, H, W) -> (B, 2, Hk, Wk), order (dy, dx)."""
-    padding = 0 if kernel == stride and convention != "v1" else kernel // 2
+    padding = _padding(kernel, stride, convention)
     return nn.Sequential(
         nn.Conv2d(channels, channels, kernel, stride, padding, groups=channels),
         ChannelNorm(channels),
         nn.GELU(),
         nn.Conv2d(channels, 2, 1, bias=False),
     )
+
+
+def _padding(kernel: int, stride: int, convention: Convention) -> int:
+    return 0 if kernel == stride and convention != "v1" else kernel // 2
+
+
+def key_side(side: int, kernel: int, stride: int, convention: Convention = "exact") -> int:
+    """Return how many keys the offset network makes of ``side`` cells; ``ValueError`` where there are none."""
+    if kernel == stride and side < kernel:
+        raise ValueError(f"kernel_size={kernel} and stride={stride} make no key of {side} cells; choose smaller ones")
+    return (side + 2 * _padding(kernel, stride, convention) - kernel) // stride + 1
 
 
 def reference_points(grid: Grid, convention: Convention, like: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
-"""Mixers without a parameter: identity, a frozen random matrix, pooling (Yu et al. 2022, sections 3.2 and 4.3)."""
+"""Mixers without a parameter: identity, a frozen random matrix, pooling (Yu et al. 2022, sections 3.2 and 4.3), and the
+Fourier transform (Lee-Thorp et al. 2022)."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +11,7 @@ from torch import Tensor
 
 from adaptkit.mixers.base import Mixer
 
-__all__ = ["Identity", "Pool", "RandomMixing"]
+__all__ = ["Fourier", "Identity", "Pool", "RandomMixing"]
 
 
 class Identity(Mixer):
@@ -62,6 +65,32 @@ class RandomMixing(Mixer):
         y, x = (torch.arange(n, device=device) for n in grid)
         cell = (y[:, None] * 65536 + x).flatten()  # a cell has one number on every grid
         return _uniform(_hash(_hash(cell + self.seed * 0x9E3779B1)[:, None] + cell)).softmax(dim=-1)
+
+
+class Fourier(Mixer):
+    """The real part of the Fourier transform over the places, as FNet has it over a sentence::
+
+        y = Re(F_h x F_w) = C_h x C_w - S_h x S_w,    F = C - i S,  C = cos(2 pi j k / n) / sqrt(n), and S its sine
+
+    Every place gets something of all others. It is written in products with C and S, which every dtype and every
+    export has, and which torch's counter of operations sees; the grids of ViTs are small. FNet transforms the channels
+    too; here, as with every mixer, they stay apart.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        (ch, sh), (cw, sw) = (_waves(n, x) for n in x.shape[-2:])
+        return ch @ x @ cw - sh @ x @ sw
+
+
+def _waves(n: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return C and S (n, n)."""
+    k = torch.arange(n, device=like.device)
+    angle = 2 * math.pi / n * (k[:, None] * k % n).to(torch.float32)  # below one turn: no digit is lost
+    return (angle.cos() / n**0.5).to(like.dtype), (angle.sin() / n**0.5).to(like.dtype)
 
 
 def _hash(n: Tensor) -> Tensor:

@@ -157,6 +157,30 @@ def test_a_stride_of_two_has_a_quarter_of_the_keys():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("kernel", "stride"), [(5, 1), (5, 2), (3, 2), (2, 2)])
+def test_without_offsets_the_points_are_those_of_offsets_that_are_zero(kernel, stride):
+    """Ablated: no offset network, and the keys stay where a network that says zero leaves them."""
+    options = {"kernel_size": kernel, "stride": stride, "mode": "add"}
+    moved = attach("timm-vit", **options).eval()
+    still = attach("timm-vit", **options, offset_range=0).eval()
+    randomise(moved.adapters)
+    own = still.adapters.state_dict()
+    assert not any("conv_offset" in key for key in own)
+    for block in moved.adapters["dat"].blocks.values():
+        block.conv_offset[-1].weight.zero_()
+    still.adapters.load_state_dict({k: v for k, v in moved.adapters.state_dict().items() if k in own})
+    x = image("timm-vit", (3, 5))
+    one, other = moved(x), still(x)
+    assert torch.equal(one.aux["points.2"], other.aux["points.2"])
+    assert torch.equal(one.tokens, other.tokens)
+
+
+def test_without_offsets_a_grid_that_has_no_key_is_refused():
+    with pytest.raises(ValueError, match="kernel_size=4 and stride=4 make no key of 3 cells"):
+        attach("timm-vit", kernel_size=4, stride=4, offset_range=0)(image("timm-vit", (3, 5)))
+
+
+@torch.no_grad()
 def test_points_of_every_chosen_block_are_reported():
     model = attach("timm-vit", blocks=(1, -1)).eval()
     assert set(model(image("timm-vit")).aux) == {"points.1", "points.3"}
@@ -232,7 +256,8 @@ def test_a_host_whose_attention_does_not_come_apart_is_refused():
     [
         ({"groups": 5}, "groups=5 does not divide heads=2"),
         ({"blocks": (4,)}, r"blocks=\(4,\) are not among the 4 blocks"),
-        ({"offset_range": -1.0}, "offset_range=-1.0 must be positive, or None"),
+        ({"offset_range": -1.0}, "offset_range=-1.0 must be positive, 0 for points that stay, or None"),
+        ({"offset_range": 0, "bias": None, "mode": "replace"}, "has nothing to train; give a bias"),
         ({"mode": "mix"}, "mode='mix' is not a choice"),
         ({"stride": 0}, "stride=0 must be positive"),
     ],

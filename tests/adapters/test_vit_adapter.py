@@ -52,6 +52,20 @@ def test_a_depth_that_four_does_not_divide_is_split_evenly(depth):
     assert len(groups) == min(4, depth)
 
 
+def test_a_number_of_interactions_is_as_many_even_groups():
+    spec = Spec("timm-vit", 192, 12, 3, 16, 1)
+    for count in (1, 2, 4, 6, 12):
+        groups = ViTAdapterConfig(interactions=count).resolve(spec).interaction_indexes
+        assert groups == even_groups(12, count)
+        assert len(groups) == count
+    again = ViTAdapterConfig(interactions=6).resolve(spec)
+    assert again.resolve(spec) == again
+    with pytest.raises(ValueError, match="interactions=13 are more than the 12 blocks"):
+        ViTAdapterConfig(interactions=13).resolve(spec)
+    with pytest.raises(ValueError, match="interactions=2, and interaction_indexes has 1 ranges"):
+        ViTAdapterConfig(interactions=2, interaction_indexes=((0, 11),))
+
+
 @pytest.mark.parametrize("patch", [8, 14, 16, 32])
 @pytest.mark.parametrize("size", [(518, 518), (336, 560), (97, 131)])
 @torch.no_grad()
@@ -107,6 +121,41 @@ def test_without_injector_no_graph_goes_through_the_backbone():
     features = model(torch.randn(2, 3, 64, 64))
     assert not features.tokens.requires_grad
     assert all(m.requires_grad for m in features.maps)
+
+
+@torch.no_grad()
+def test_without_injector_and_extractor_a_level_is_the_prior_plus_the_tokens():
+    options = {
+        **SMALL,
+        "injector": False,
+        "extractor": False,
+        "add_vit_feature": "last",
+        "strides": [16],
+        "norm": "layer",
+    }
+    model = adaptkit.attach(host(), ("vit-adapter", options)).eval()
+    adapter, x = model.adapters["vit-adapter"], torch.randn(2, 3, 64, 64)
+    randomise(adapter)
+    _, _, c3, _ = adapter.spm(x)  # stride 16, that of the tokens: nothing is resized
+    tokens = model.backbone.forward_features(x)[:, 1:].transpose(1, 2).unflatten(2, (4, 4))  # its norm included
+    expected = adapter.norm3(c3 + adapter.level_embed[1][:, None, None] + tokens)
+    torch.testing.assert_close(model(x).maps[0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_switched_off_is_not_there():
+    def parts(**options):
+        adapter = adaptkit.attach(host(), ("vit-adapter", {**SMALL, **options})).adapters["vit-adapter"]
+        return {name.split(".")[2] for name, _ in adapter.named_parameters() if name.startswith("interactions")}
+
+    assert parts() == {"injector", "extractor", "extra_extractors"}
+    assert parts(extractor=False) == {"injector"}
+    assert parts(injector=False, extractor=False) == set()
+    trained = adaptkit.attach(host(), ("vit-adapter", {**SMALL, "extractor": False})).train()
+    assert trained(torch.randn(2, 3, 64, 64)).tokens.requires_grad
+    with pytest.raises(
+        ValueError, match="extractor=False leaves the tokens out of the pyramid, and add_vit_feature=None"
+    ):
+        ViTAdapterConfig(extractor=False, add_vit_feature=None)
 
 
 def test_dropping_the_prefix_runs_the_blocks_on_patches_alone():

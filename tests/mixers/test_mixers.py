@@ -64,6 +64,13 @@ def test_pool_of_a_constant_map_is_zero_to_the_border():
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_fourier_is_the_real_part_of_the_transform_over_the_places(grid):
+    x = maps(grid)
+    torch.testing.assert_close(build("fourier")(x), torch.fft.fft2(x, norm="ortho").real, atol=1e-5, rtol=1e-5)
+    assert not list(build("fourier").parameters())
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_rows_of_random_sum_to_one(grid):
     matrix = build("random").matrix(grid)
     n = grid[0] * grid[1]

@@ -34,7 +34,7 @@ def test_it_forwards_every_argument_untouched(monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["nope"], "no task is named 'nope'; the tasks are adavit, classify"),
+        (["nope"], "no task is named 'nope'; the tasks are ablate, adavit, classify"),
         (
             ["segment", "--train", "nowhere.parquet", "--num-classes", "3", "--random-backbone"],
             "there is no file nowhere.parquet",

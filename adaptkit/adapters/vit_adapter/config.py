@@ -22,7 +22,10 @@ class ViTAdapterConfig:
     """Every choice of the official code, with its default; ``None`` is the official value for the backbone's width."""
 
     injector: bool = True  #: False: extract only, no gradient through the backbone (as DINOv3's adapter does)
-    interaction_indexes: tuple[tuple[int, int], ...] | None = None  #: inclusive block ranges; None: four even groups
+    #: False: none of them, so the pyramid is the spatial prior plus the tokens (table 6, variants 1 and 2)
+    extractor: bool = True
+    interactions: int | None = None  #: N of table 6, even groups of blocks; None: 4, or those of interaction_indexes
+    interaction_indexes: tuple[tuple[int, int], ...] | None = None  #: inclusive block ranges; None: even groups
     conv_inplane: int = 64  #: channels of the spatial prior's stem
     n_points: int = 4  #: sampling points per head and level
     deform_num_heads: int | None = None
@@ -50,11 +53,20 @@ class ViTAdapterConfig:
         if self.interaction_indexes is not None:  # JSON knows lists only
             pairs = tuple((int(a), int(b)) for a, b in self.interaction_indexes)
             object.__setattr__(self, "interaction_indexes", pairs)
+            if self.interactions not in (None, len(pairs)):
+                raise ValueError(
+                    f"interactions={self.interactions}, and interaction_indexes has {len(pairs)} ranges; give one"
+                )
         object.__setattr__(self, "strides", check_strides(self.strides, STRIDES))
         if self.extra_extractors is True:  # the official switch is a bool and means two
             object.__setattr__(self, "extra_extractors", 2)
+        if not self.extractor and self.add_vit_feature is None:
+            raise ValueError(
+                "extractor=False leaves the tokens out of the pyramid, and add_vit_feature=None does too: nothing of "
+                "the backbone would be in it; give add_vit_feature='per-stage' or 'last'"
+            )
         check_numbers(self)
-        for option in ("n_points", "conv_inplane", "deform_num_heads", "deform_ratio", "cffn_ratio"):
+        for option in ("interactions", "n_points", "conv_inplane", "deform_num_heads", "deform_ratio", "cffn_ratio"):
             value = getattr(self, option)
             if value is not None and value <= 0:
                 raise ValueError(f"{option}={value} must be positive")
@@ -65,7 +77,9 @@ class ViTAdapterConfig:
         ratio = ratio if self.deform_ratio is None else self.deform_ratio
         width = int(spec.embed_dim * ratio)
         heads = self.deform_num_heads or (heads if width % heads == 0 else _heads(width))
-        groups = self.interaction_indexes or even_groups(spec.depth, 4)
+        groups = self.interaction_indexes or even_groups(spec.depth, self.interactions or 4)
+        if self.interactions is not None and len(groups) < self.interactions:
+            raise ValueError(f"interactions={self.interactions} are more than the {spec.depth} blocks; give fewer")
         _check_groups(groups, spec.depth)
         if width == 0 or width % heads:
             raise ValueError(

@@ -6,10 +6,11 @@ With tokens x of the ViT and multi-scale tokens c of the spatial prior, interact
     x = block(x)                                              for the frozen blocks of group i
     c = c + attn(norm(c), norm(x));  c = c + ffn(norm(c))     extractor
 
-The attention is multi-scale deformable; any other mixer of ``adaptkit.mixers`` can stand in its place, as table 7
-compares. The pyramid has strides 4, 8, 16 and 32. The image is padded to a multiple of the patch for the ViT and of 32
-for the prior, and both grids keep their place in it: a reference point is a position in pixels over the extent, in
-pixels, of the grid that is sampled.
+Without injectors and extractors what is left is the sum of the prior and the tokens, level by level, which table 6
+starts from. The attention is multi-scale deformable; any other mixer of ``adaptkit.mixers`` can stand in its place, as
+table 7 compares. The pyramid has strides 4, 8, 16 and 32. The image is padded to a multiple of the patch for the ViT
+and of 32 for the prior, and both grids keep their place in it: a reference point is a position in pixels over the
+extent, in pixels, of the grid that is sampled.
 
 Maps are channels-last in memory, so that tokens (B, h*w, D) and a map (B, D, h, w) are the same numbers in the same
 order.
@@ -176,8 +177,8 @@ class Interaction(nn.Module):
     def __init__(self, dim: int, config: ViTAdapterConfig, extra: int) -> None:
         super().__init__()
         self.injector = Injector(dim, config) if config.injector else None
-        self.extractor = Extractor(dim, config)
-        self.extra_extractors = nn.ModuleList(Extractor(dim, config) for _ in range(extra))
+        self.extractor = Extractor(dim, config) if config.extractor else None
+        self.extra_extractors = nn.ModuleList(Extractor(dim, config) for _ in range(extra if config.extractor else 0))
 
     def forward(
         self, x: Tensor, c: Tensor, blocks: Sequence[Fn], read: Fn, grids: Grids, run: Callable[..., Tensor]
@@ -191,8 +192,9 @@ class Interaction(nn.Module):
         for block in blocks:
             x = run(block, x)
         tokens = read(x)
-        for extractor in (self.extractor, *self.extra_extractors):
-            c = run(extractor, c, tokens, grids)
+        if self.extractor is not None:
+            for extractor in (self.extractor, *self.extra_extractors):
+                c = run(extractor, c, tokens, grids)
         return x, c, tokens
 
 
