@@ -24,8 +24,12 @@ def hierarchical():
     from timm.models.metaformer import MetaFormer
     from timm.models.swin_transformer import SwinTransformer
 
+    from adaptkit.models import DAT
+
     yield MetaFormer(dims=(16, 24, 32, 64), depths=(1, 1, 2, 1), num_classes=5)
     yield SwinTransformer(64, window_size=4, embed_dim=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), num_classes=5)
+    sizes = {"dim_stem": 8, "dims": (16, 24, 32, 64), "depths": (2, 2, 2, 2), "heads": (1, 2, 2, 4)}
+    yield DAT(**sizes, img_size=64, num_classes=5, window_sizes=(4, 3, 2, 2), groups=(-1, -1, 2, 2))
 
 
 def fits(adapter, host):
