@@ -11,8 +11,8 @@ from adaptkit.core import registry
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 RECIPE = {"ade20k": "segment", "cityscapes": "segment", "imagenet1k": "classify", "vtab": "vtab", "nyu": "depth"}
-RECIPE |= {"coco": "detect", "panoptic": "panoptic"}
-GIVEN = {"vtab": ["--data", "d"], "depth": ["--train", "t"]}
+RECIPE |= {"coco": "detect", "panoptic": "panoptic", "camvid": "segment"}
+GIVEN = {"camvid": ["--train", "t"], "vtab": ["--data", "d"], "depth": ["--train", "t"]}
 
 
 def test_alone_it_lists_the_tasks(capsys):
@@ -59,7 +59,7 @@ def test_every_configuration_that_ships_is_read_and_names_options_that_exist(pat
     if prefix not in RECIPE:
         pytest.skip("of another recipe")
     recipe = importlib.import_module(f"recipes.{RECIPE[prefix]}")
-    args = recipe.parse([*GIVEN.get(RECIPE[prefix], []), "--config", path.stem])
+    args = recipe.parse([*GIVEN.get(prefix, GIVEN.get(RECIPE[prefix], [])), "--config", path.stem])
     assert args.steps >= 1000
     for adapter in importlib.import_module("recipes.options").adapters(args):
         name, options = adapter if isinstance(adapter, tuple) else (adapter, {})
