@@ -55,7 +55,7 @@ METHODS: dict[str, list[str]] = {
     "vit-adapter": ["--adapter", "vit-adapter", "--head", "fpn"],
     "lora+vit-adapter": ["--adapter", "lora", "vit-adapter", "--head", "fpn"],
 }
-#: The best learning rate of each, found by --tune.
+#: Learning rates to start from; --tune finds those of a backbone and a set.
 RATES = {
     "linear": 3e-3, "fpn": 1e-3, "sfp": 1e-3, "lora": 1e-3, "adapter-plus": 1e-3, "vit-split": 3e-4, "plain-mask": 3e-4,
     "extractors": 1e-3, "vit-adapter": 1e-3, "lora+vit-adapter": 1e-3,
