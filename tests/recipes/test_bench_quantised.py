@@ -34,7 +34,6 @@ def test_bf16_is_half_of_float32_and_its_outputs_are_near(table):
     assert float(rows[0][2]) == pytest.approx(2 * float(rows[1][2]), abs=1)
     assert rows[0][4:] == ["0", "0"]
     assert all(0 < float(off) < 0.03 for off in rows[1][4:])
-    assert all(float(row[3]) > 0 for row in rows)
 
 
 @pytest.mark.full

@@ -125,7 +125,7 @@ def test_torchrun_starts_one_run(data, tmp_path):
 
 def test_no_recipe_is_left_out():
     found = {path.stem for path in (ROOT / "recipes").glob("*.py") if "\ndef main(" in path.read_text()}
-    assert found == {*ALL, "shapes", "evaluate", "compare"}  # which train nothing by themselves
+    assert found == {*ALL, "shapes", "evaluate", "compare", "ablate"}  # which train nothing by themselves
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
