@@ -91,9 +91,8 @@ def attach(
         )
     if options:
         if len(adapters) != 1 or not isinstance(adapters[0], str):
-            raise TypeError(
-                f"{', '.join(options)}: options go with one adapter given by name; otherwise use (name, {{...}})"
-            )
+            given = ", ".join(options)
+            raise TypeError(f"{given}: options go with one adapter given by name; otherwise use (name, {{...}})")
         adapters = ((adapters[0], options),)
     checked_name(name)
     with ordinarily():
@@ -103,8 +102,8 @@ def attach(
         if positions is not None:
             vit.follow(positions)
         existing = _existing(vit.backbone)
-        own = () if existing is None else (existing.config,)
-        built, loaded = build_set((*own, *adapters), head, vit, strict, train_backbone)
+        every = adapters if existing is None else (existing.config, *adapters)
+        built, loaded = build_set(every, head, vit, strict, train_backbone)
         if existing is not None:
             existing.share(built.adapters[existing.adapter])
         check_trained(vit, built, run)

@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args, rest = parse(argv)
     check_writable(args.out)
     out = Path(args.out)
-    os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // args.jobs))
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
     bench = Bench(out, ["--batch-size", "4", "--save-every", "0", *rest], args.window, args.jobs)
 
     rates = {method: RATES[method] for method in args.methods}

@@ -1,5 +1,7 @@
 """The bench of frozen methods: how rates are found, what is run, and what is shown."""
 
+import math
+
 import datasets
 import pytest
 
@@ -17,8 +19,6 @@ from recipes.bench import frozen
     ],
 )
 def test_a_best_rate_at_the_end_of_the_grid_asks_for_the_next(best, asked):
-    import math
-
     tried = []
 
     def scores(rates):
