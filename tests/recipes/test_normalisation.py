@@ -62,7 +62,7 @@ def silent(monkeypatch):
         backbone.pretrained_cfg = {"architecture": "test_vit"}
         return backbone
 
-    for recipe in ("channels", "depth", "detect", "panoptic", "fewshot", "mixers", "adavit_model"):
+    for recipe in ("channels", "fewshot", "mixers", "adavit_model"):
         monkeypatch.setattr(f"recipes.{recipe}.create_backbone", forgetful)
 
 
