@@ -7,8 +7,10 @@ the backbone gave for them. Both see the same samples in the same order, so they
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +32,11 @@ from .windows import Windows, check_recordable
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOGETHER = 64  #: images for which each block of an offloaded backbone is copied once
 SCALE = "_scale"  #: behind the name of what is kept in eight bits
+
+
+def name_of(block: int) -> str:
+    """What the tokens after this block are called in a cache."""
+    return f"after_{block}"
 
 
 def packed(name: str, tokens: Tensor, dtype: str) -> dict[str, Tensor]:
@@ -66,6 +73,7 @@ class Cached(Dataset):
     def __init__(self, rows: Rows, views: int, cache: FeatureCache, model: Any, windows: Windows | None = None) -> None:
         self.rows, self.views, self.cache, self.windows = rows, views, cache, windows
         (self.after, self.reads_image), self.patch = model.reads(), model.spec.patch_size
+        self.names = {"target", *(name + end for name in map(name_of, self.after) for end in ("", SCALE))}
         height, width = rows[0, 0][0].shape[-2:]
         self.size, self.pad = (height, width), model.pad
 
@@ -74,8 +82,8 @@ class Cached(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[CachedFeatures, Tensor]:
         epoch, index = key
-        kept = self.cache[epoch % self.views * len(self.rows) + index]
-        states = tuple(unpacked(f"after_{i}", kept)[None] for i in self.after)
+        kept = self.cache.read(epoch % self.views * len(self.rows) + index, self.names)
+        states = tuple(unpacked(name_of(i), kept)[None] for i in self.after)
         # The image is made anew where the adapter reads it: it takes more room than features, and less time.
         image = self.rows[epoch % self.views, index][0][None] if self.reads_image else None
         seen = CachedFeatures(states, self.after, self.size, self.patch, image, self.pad)
@@ -114,9 +122,20 @@ def key_of(rows: Any, size: tuple[int, ...], model: Any, args: argparse.Namespac
     }
 
 
+def opened(folder: str, samples: int, key: dict[str, Any]) -> FeatureCache:
+    """Open the cache of this key, or a whole one that is like it and holds more blocks than are asked for."""
+    path = Path(folder) / "cache.json"
+    after = json.loads(path.read_text()).get("after") if path.is_file() else None
+    if after and set(after) > set(key["after"]):
+        larger = FeatureCache(folder, samples, {**key, "after": after})
+        if not larger.missing():
+            return larger
+    return FeatureCache(folder, samples, key)
+
+
 def kept_of(seen: CachedFeatures, dtype: str) -> dict[str, Tensor]:
     """Features of a batch -> what is kept of them, on the CPU."""
-    each = (packed(f"after_{i}", tokens, dtype) for i, tokens in zip(seen.after, seen.states))
+    each = (packed(name_of(i), tokens, dtype) for i, tokens in zip(seen.after, seen.states))
     return {name: tensor.cpu() for kept in each for name, tensor in kept.items()}
 
 
@@ -173,7 +192,7 @@ def cached(rows: Rows, model: Any, accelerator: Accelerator, args: argparse.Name
         raise ValueError("--cache-features is for data whose transform can be told: segment, classify, depth")
     model = on_device(model, accelerator, args)
     key = key_of(rows, tuple(image.shape[-2:]), model, args)
-    cache = FeatureCache(args.cache_features, args.views * len(rows), key)
+    cache = opened(args.cache_features, args.views * len(rows), key)
     started = time.time()
     made = fill(cache, rows, model, accelerator, args)
     accelerator.wait_for_everyone()

@@ -29,8 +29,9 @@ VIEWS_HELP = """make K random views (crop, mirror, colour) of each image and com
 epoch e trains on view e modulo K; 0: a new view in every epoch"""
 CACHE_HELP = """run the frozen backbone once for each of the K views, keep its features in this folder and
 train on them, now and in later runs. For adapters that only read: none, linear, sfp, vit-split and
-vit-adapter with '{"injector": false}'. A run that is killed goes on where it was; features of
-another backbone, data, transform, size or seed are an error"""
+vit-adapter with '{"injector": false}'. A run that is killed goes on where it was, and a folder that
+holds more blocks than a run reads serves it too; features of another backbone, data, transform,
+size or seed are an error"""
 CACHE_DTYPE_HELP = """of the features that are kept. float32 keeps every bit, in twice the room of float16; int8
 takes 53 %% of float16's, with a scale for each 32 channels of a token: no value is off by more than
 1/253 of the largest of the 32, in quadratic mean by 0.5 to 1 %% of the features (float16: 0.02 %%),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,10 @@ class FeatureCache:
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Read one sample."""
+        return self.read(index)
+
+    def read(self, index: int, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Read one sample, or these of its tensors alone."""
         shard, row = divmod(index, self.shard)
         if shard not in self._open:
             if not self._path(shard).is_file():
@@ -121,7 +125,7 @@ class FeatureCache:
                 )
             self._open[shard] = safe_open(self._path(shard), "pt")
         file = self._open[shard]
-        return {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118
+        return {name: file.get_slice(name)[row] for name in file.keys() if names is None or name in names}  # noqa: SIM118
 
     def bytes(self) -> int:
         """Return the size on the disk."""

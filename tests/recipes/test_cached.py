@@ -100,6 +100,30 @@ def test_adapters_that_need_the_backbone_are_refused(folder, tmp_path, capsys):
     assert "--cache-features needs --views K" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_cache_that_holds_more_blocks_trains_the_same(folder, tmp_path, dtype):
+    views = ["--views", "2", "--steps", "3", "--cache-dtype", dtype, "--cache-features"]
+    train(folder, tmp_path / "own", *ADAPTERS["sfp"], *views, str(tmp_path / "last"))
+    train(folder, tmp_path / "larger", *ADAPTERS["extractor"], *views, str(tmp_path / "all"))
+    before = tree(tmp_path / "all")
+    train(folder, tmp_path / "other", *ADAPTERS["sfp"], *views, str(tmp_path / "all"))
+    assert len(kept_in(tmp_path / "all")) > len(kept_in(tmp_path / "last"))
+    assert tree(tmp_path / "all") == before
+    own, other = (adaptkit.load(tmp_path / run / "adapter").tensors for run in ("own", "other"))
+    assert all(torch.equal(other[key], tensor) for key, tensor in own.items())
+
+
+def test_a_cache_that_holds_fewer_blocks_or_is_not_whole_is_refused(folder, tmp_path):
+    views = ["--views", "2", "--steps", "1", "--cache-features"]
+    train(folder, tmp_path / "a", *ADAPTERS["sfp"], *views, str(tmp_path / "last"))
+    with pytest.raises(ValueError, match=r"were made with after=\[11\], now it is after=\["):
+        train(folder, tmp_path / "b", *ADAPTERS["extractor"], *views, str(tmp_path / "last"))
+    train(folder, tmp_path / "c", *ADAPTERS["extractor"], *views, str(tmp_path / "all"))
+    next((tmp_path / "all").glob("*.safetensors")).unlink()
+    with pytest.raises(ValueError, match=r"were made with after=\[.*\], now it is after=\[11\]"):
+        train(folder, tmp_path / "d", *ADAPTERS["sfp"], *views, str(tmp_path / "all"))
+
+
 # ------------------------------------------------------------------------------------------------------ eight bits
 
 
