@@ -28,7 +28,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,11 +63,8 @@ RATES = {
 GRID = (3e-4, 1e-3, 3e-3)  #: of learning rates
 FACTOR = 10**0.5  #: from one rate to the next
 LIMITS = (2e-5, 5e-2)  #: no rate beyond
-#: Methods that only read the backbone, and whose features they train on: the tokens of the last block, or their own.
-READS = {
-    "linear": "last", "fpn": "last", "sfp": "last", "vit-split": "vit-split", "plain-mask": "plain-mask",
-    "extractors": "extractors",
-}  # fmt: skip
+#: Methods that only read the backbone, and of which blocks: four, or the last of them. One cache serves them all.
+READS = {"extractors": 4, "vit-split": 4, "plain-mask": 4, "linear": 1, "fpn": 1, "sfp": 1}
 PIXELS = ["--loss", "cross-entropy", "dice"]  #: of heads that class pixels; plain-mask has its own
 
 
@@ -79,6 +76,7 @@ class Bench:
     common: list[str]  #: options of the recipe
     window: list[int] | None  #: of cached features
     jobs: int  #: runs at once
+    blocks: int = 4  #: whose features are kept, as `READS` says
 
     def run(self, runs: Sequence[Asked]) -> list[dict[str, Any]]:
         """Make the runs that are not there; returns their results, in order."""
@@ -95,10 +93,15 @@ class Bench:
         given = [str(word) for flag, value in options.items() for word in (f"--{flag}", value)]
         given += [] if method == "plain-mask" else PIXELS
         if self.window and method in READS:
-            folder = self.out / "features" / f"{Path(options['train']).stem}-{options['seed']}-{READS[method]}"
+            folder = self.out / "features" / f"{Path(options['train']).stem}-{options['seed']}-{self.blocks}"
             given += ["--views", "2", "--cache-features", str(folder), "--flip-features"]
             given += ["--crop-features", *map(str, self.window)]
         return Asked(method, int(options["seed"]), out, [*self.common, *METHODS[method], *given, "--out", str(out)])
+
+
+def ordered(methods: Iterable[str]) -> list[str]:
+    """Those first that read most of the backbone: their caches serve the others."""
+    return sorted(methods, key=lambda method: -READS.get(method, 0))
 
 
 def rate_text(rate: float) -> str:
@@ -147,16 +150,18 @@ def tune(bench: Bench, methods: Sequence[str], data: tuple[Path, Path], steps: i
         runs = [bench.asked("tune", method, f"lr{one['lr']}", one) for one in options]
         return [result["miou"] for result in bench.run(runs)]
 
-    return {method: tuned(lambda rates, m=method: scores(m, rates)) for method in methods}  # type: ignore[misc]
+    found = {method: tuned(lambda rates, m=method: scores(m, rates)) for method in ordered(methods)}  # type: ignore[misc]
+    return {method: found[method] for method in methods}
 
 
 def stage(bench: Bench, name: str, rates: dict[str, float], seeds: Sequence[int], options: dict[str, dict[str, Any]]
           ) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
     """Stages 2 and 3: return the results of each method, seed by seed."""
     # seed by seed, so that all methods can be compared after a third of the time
-    plan = [(method, seed) for seed in seeds for method in rates]
+    plan = [(method, seed) for seed in seeds for method in ordered(rates)]
     runs = [bench.asked(name, method, f"seed{seed}", {**options[method], "lr": rate_text(rates[method]), "seed": seed})
             for method, seed in plan]  # fmt: skip
+    bench.run([run for run in runs if run.adapter == runs[0].adapter])  # fills the caches that the others read
     results = bench.run(runs)
     return {method: [r for (m, _), r in zip(plan, results) if m == method] for method in rates}
 
@@ -243,7 +248,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     check_writable(args.out)
     out = Path(args.out)
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
-    bench = Bench(out, ["--batch-size", "4", "--save-every", "0", *rest], args.window, args.jobs)
+    common, blocks = ["--batch-size", "4", "--save-every", "0", *rest], max(READS.get(m, 0) for m in args.methods)
+    bench = Bench(out, common, args.window, args.jobs, blocks)
 
     rates = {method: RATES[method] for method in args.methods}
     if args.tune:
