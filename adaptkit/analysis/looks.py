@@ -16,7 +16,7 @@ from adaptkit.analysis.keys import query_keys
 from adaptkit.analysis.maps import attention_maps
 from adaptkit.analysis.patches import position_similarity, rgb_filters
 from adaptkit.analysis.pca import feature_pca
-from adaptkit.analysis.points import deformed_points
+from adaptkit.analysis.points import attended_keys, deformed_points
 from adaptkit.analysis.pyramids import feature_maps, gamma_by_depth
 from adaptkit.analysis.rollouts import rollout
 from adaptkit.analysis.spectra import spectrum
@@ -73,6 +73,7 @@ def _attention_maps(a: _Asked) -> Drawn:
 
 #: By name: what makes the figure.
 FIGURES: dict[str, Callable[[_Asked], Drawn]] = {
+    "attended_keys": lambda a: attended_keys(a.model, a.images[0], a.query),
     "attention_distance": lambda a: attention_distance(a.model, a.images, a.blocks),
     "attention_maps": _attention_maps,
     "deformed_points": lambda a: deformed_points(a.model, a.images[0]),

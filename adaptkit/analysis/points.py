@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ __all__ = [
     "sampling_points",
 ]
 
-MANY = 1000  #: points of a group, from which on they are drawn small
+MANY = 400  #: points of a group; where more are read, some of the queries are drawn
 COLUMNS = 4  #: panels in a row, at most
 
 
@@ -48,14 +49,19 @@ class DeformedPoints(Drawn):
 
     points: dict[str, Tensor]  #: by attention: (groups or heads, n, 2), as (y, x) in pixels of the image
     picture: np.ndarray
+    #: by attention: (h, w) of the queries, where each has n / (h * w) points of its own, query by query
+    grids: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def draw(self, figure: Any) -> None:
-        """A panel for each attention, a colour for each group; points outside of the image are not seen."""
+        """A panel for each attention, a colour for each group; points outside of the image are not seen.
+
+        Where queries have points of their own and a group more than `MANY`, every second query is drawn in each
+        direction, or third, ...
+        """
         axes = _panels(figure, self.picture, self.points)
-        for one, points in zip(axes, self.points.values()):
-            for group, at in enumerate(points):
-                size, edge = (9.0, 0.3) if len(at) <= MANY else (0.7, 0.0)
-                one.scatter(at[:, 1], at[:, 0], s=size, edgecolors="white", linewidths=edge, **_of_group(group))
+        for one, name in zip(axes, self.points):
+            for group, at in enumerate(_thinned(self.points[name], self.grids.get(name))):
+                one.scatter(at[:, 1], at[:, 0], s=9, edgecolors="white", linewidths=0.3, **_of_group(group))
         _legend(figure, axes)
 
 
@@ -106,7 +112,7 @@ def deformed_points(
     Args:
         model: :class:`~adaptkit.models.DAT` or another model with deformable attention in it, or one with the adapter
             ``"dat"``, ``"vit-adapter"`` or ``"metaformer"`` with the mixer ``msda`` or ``dat``. Where each query has
-            points of its own (``msda``) all of them are drawn, a colour for each head.
+            points of its own (``msda``) the colours are heads, and of many queries some are drawn.
         image: (C, H, W) or (1, C, H, W), normalised as the backbone wants it.
         source: how the image is normalised; None asks the model.
         path: where to write the figure as well, as ``DeformedPoints.save`` does.
@@ -114,7 +120,8 @@ def deformed_points(
     Raises ``TypeError`` for a model without deformable attention, ``ValueError`` for a batch.
     """
     seen, picture = _look(model, image, source)
-    found = DeformedPoints({name: _all_points(s).cpu() for name, s in seen.items()}, picture)
+    points = {name: _all_points(s).cpu() for name, s in seen.items()}
+    found = DeformedPoints(points, picture, {name: s.grid for name, s in seen.items() if len(s.points) > 1})
     if path is not None:
         found.save(path)
     return found
@@ -188,6 +195,14 @@ def _scored(seen: Seen, query: tuple[float, float] | None) -> tuple[Tensor, Tens
 
 
 # ---- drawing
+
+
+def _thinned(points: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    """Points (groups, n, 2) -> those of some queries, evenly over their grid, where there are many."""
+    if grid is None or points.shape[1] <= MANY:
+        return points
+    step = math.ceil(math.sqrt(points.shape[1] / MANY))
+    return points.unflatten(1, (*grid, -1))[:, step // 2 :: step, step // 2 :: step].flatten(1, 3)
 
 
 def draw_keys(
