@@ -224,11 +224,12 @@ def load(
 def _within_bounds(file: AdapterFile, model: AdaptedModel, recipe: dict[str, Any]) -> Network:
     """Build it as shapes alone, compare these with the file's, then build it."""
     tensors, where = file.tensors_of("head"), f"{file.path}, the network around the adapter"
+    own = model.vit.backbone  # as wide as what transformers builds before the pyramid takes its place
     try:
-        with torch.device("meta"), Bounded(tensors):
+        with torch.device("meta"), Bounded(tensors, own):
             plan = build(model, recipe)
         check_tensors(plan.pyramid.beside(plan.network), tensors, where)
-        with Bounded(tensors):
+        with Bounded(tensors, own):
             return build(model, recipe)
     except ImportError:
         raise

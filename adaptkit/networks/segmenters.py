@@ -56,8 +56,7 @@ def mask2former(
 def stand_in(pyramid: Pyramid) -> Any:
     """transformers builds a backbone by itself: give it the smallest of the pyramid's widths, to be replaced.
 
-    Of bottlenecks, 8 D^2 values: of plain 3x3 convolutions it would be 66 D^2, for a wide pyramid more than the whole
-    network, and more than a file may make (``model.saved.Bounded``).
+    Of bottlenecks it has 8 D^2 values; of plain 3x3 convolutions 66 D^2, for a wide pyramid more than the network.
     """
     from transformers import ResNetConfig
 
