@@ -330,7 +330,7 @@ def comes_back(out, image, scored, capsys, data):
     return answer
 
 
-@pytest.mark.parametrize("form", ["npy", "tif"])
+@pytest.mark.parametrize("form", ["npy", pytest.param("tif", marks=pytest.mark.full)])
 def test_depths_of_thirteen_bands(form, tmp_path, capsys):
     data = write_set(tmp_path / "set", form, images=3, size=(32, 48))
     (data / "depth").mkdir()
