@@ -5,15 +5,15 @@
     f <- f + s * ((d + f) W_f + b_f)                                W_f (D, D), s a scalar
     T_i = A_i B_i                                                   A_i (m, r), B_i (r, D)
 
-Section 3 of the paper. f are the tokens after block i but the first prefix token: a class token passes by, registers
-are refined as patches are; where a backbone has registers and no class token, the first register passes by. The first
-of the m tokens takes part in the softmax and not in the sum: a token of the image that looks at it is left alone. W_t
-and W_f are shared by all blocks, each block has its own T_i.
+f are the tokens after block i but the first prefix token: a class token passes by, registers are refined as patches
+are; where a backbone has registers and no class token, the first register passes by. The first of the m tokens takes
+part in the softmax and not in the sum: what looks at it gets so much less of the others. W_t and W_f are shared by all
+blocks, each block has its own T_i.
 
 It starts as the paper does, with s = 0.001, so that the output just attached is close to that of the frozen backbone,
 not equal to it; with ``zero_mlp_delta_f`` W_f = b_f = 0 and s = 1 is no parameter, and it is equal. Parameters are
-called as in the authors' files. Not here is the link of T_i to the queries of Mask2Former (section 3.3), which belongs
-to that head: its tokens go unused elsewhere.
+called as in the authors' files. Not here are the queries that the authors make of all T_i for Mask2Former: they are of
+that head alone. The authors decay no T_i; the recipes decay every matrix.
 """
 
 from __future__ import annotations
