@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from adaptkit.adapters.adavit import AdaViTConfig
     from adaptkit.adapters.dat import DATConfig
     from adaptkit.adapters.metaformer import MetaFormerConfig
+    from adaptkit.adapters.rein import ReinConfig
     from adaptkit.adapters.sfp import SimpleFeaturePyramidConfig
     from adaptkit.adapters.vit_adapter import ViTAdapterConfig
     from adaptkit.adapters.vit_split import ViTSplitConfig
@@ -57,6 +58,7 @@ __all__ = [
     "ManyTasks",
     "MetaFormerConfig",
     "PlainMaskHeadConfig",
+    "ReinConfig",
     "SimpleFeaturePyramidConfig",
     "Spec",
     "VPTConfig",
@@ -99,6 +101,7 @@ _NAMES = {
     "ManyTasks": "model.many",
     "MetaFormerConfig": "adapters.metaformer",
     "PlainMaskHeadConfig": "heads.plain_mask",
+    "ReinConfig": "adapters.rein",
     "SimpleFeaturePyramidConfig": "adapters.sfp",
     "Spec": "core.view",
     "VPTConfig": "adapters.vpt",

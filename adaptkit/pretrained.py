@@ -35,6 +35,7 @@ def from_pretrained(
     backbone: nn.Module | str | None = None,
     head: Any = None,
     strict: bool = False,
+    positions: str | None = None,
     revision: str | None = None,
     subfolder: str = "",
     allow_nonfinite: bool = False,
@@ -52,6 +53,8 @@ def from_pretrained(
             :func:`adaptkit.create.create_backbone`.
         head: where the saved one is a module of your own.
         strict: make other backbone weights than those it was trained on an error instead of a warning.
+        positions: the rule by which positions go to another grid, as :func:`adaptkit.attach` takes it: that of the file
+            where ``backbone=`` is of another library. None: as the backbone does it.
         revision: of the adapter's repository. The backbone is built at the revision that the file records.
         subfolder: of the folder or repository.
         allow_nonfinite: read weights that are NaN or infinite.
@@ -70,8 +73,8 @@ def from_pretrained(
         model = recorded(str(source), file.header, {k: v for k, v in download.items() if k != "force_download"})
     with normalised_by_file():
         if recipe_of(file) is not None and head is None:
-            return network_of(file, model, strict)
-        return attach(model, file, head=head, strict=strict).eval()
+            return network_of(file, model, strict, positions)
+        return attach(model, file, head=head, strict=strict, positions=positions).eval()
 
 
 def recorded(source: str, header: dict[str, Any], download: dict[str, Any]) -> nn.Module:

@@ -79,6 +79,16 @@ def trained_parts(backbone: nn.Module, args: argparse.Namespace) -> list[str]:
     return [*args.train_backbone, *([NEW] if expanded and NEW not in args.train_backbone else [])]
 
 
+def of_files(args: argparse.Namespace) -> int:
+    """Return as how many channels images are looked at before there is a backbone: ``--channels``, else three."""
+    return args.channels or CHANNELS
+
+
+def as_images(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with the ``path`` of a picture, as ``coco`` makes them -> rows with an ``image`` for :func:`settle`."""
+    return [{"image": {"bytes": None, "path": str(row["path"])}} for row in rows]
+
+
 def settle(args: argparse.Namespace, vit: Any, rows: Any, name: str) -> None:
     """Measure ``--mean`` and ``--std`` on training rows where nobody says them of more than three channels."""
     channels, source = vit.spec.channels, vit.source()

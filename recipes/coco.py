@@ -14,8 +14,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from adaptkit.core.near import beside
-from adaptkit.pictures import check_frame, framed, read
+from adaptkit.pictures import CHANNELS, check_frame, framed, read
 
+from .augment import colours
 from .labels import warn_unseen
 from .order import Rows
 from .summary import Summary, of_counts
@@ -47,18 +48,20 @@ def locate(name: str, images: str | None, flag: str) -> tuple[Path, Path]:
     return path, folder
 
 
-def open_instances(name: str, images: str | None, split: str, masks: bool, flag: str, skip: bool = False) -> Instances:
+def open_instances(
+    name: str, images: str | None, split: str, masks: bool, flag: str, skip: bool = False, channels: int = CHANNELS
+) -> Instances:
     """Read a split of boxes or masks, in COCO's format or in YOLO's, as :func:`read_instances` does."""
     from .yolo import is_yolo, read_yolo
 
     if not is_yolo(name):
         path, folder = locate(name, images, flag)
-        return read_instances(folder, path, masks, flag, skip)
+        return read_instances(folder, path, masks, flag, skip, channels)
     if images is not None:
         raise ValueError(
             f"{flag}-images is for COCO's format; {name} is in YOLO's, and data.yaml says where images are"
         )
-    return read_yolo(name, split, masks, flag, skip)
+    return read_yolo(name, split, masks, flag, skip, channels)
 
 
 def read_json(path: Path, keys: tuple[str, ...], flag: str) -> dict[str, Any]:
@@ -87,11 +90,13 @@ def check_images(rows: list[dict[str, Any]], flag: str) -> None:
     if lost:
         raise ValueError(f"{flag}: {len(lost)} of {len(rows)} images are missing, e.g. {lost[0]}")
     for row in rows[:MOST]:
-        check_frame(read(row["path"], pixels=False), (row["height"], row["width"]))
+        check_frame(read(row["path"], pixels=False, channels=channels_of(row)), size_of(row))
 
 
 @functools.lru_cache(maxsize=4)  # a run asks for each split several times
-def read_instances(images: Path, annotations: Path, masks: bool, flag: str, skip: bool = False) -> Instances:
+def read_instances(
+    images: Path, annotations: Path, masks: bool, flag: str, skip: bool = False, channels: int = CHANNELS
+) -> Instances:
     """Read ``annotations``, whose ``file_name``s lie in the folder ``images``.
 
     Args:
@@ -99,21 +104,29 @@ def read_instances(images: Path, annotations: Path, masks: bool, flag: str, skip
         masks: every instance must have a segmentation.
         flag: how the user named this split, for the errors.
         skip: leave out boxes and masks without area instead of refusing them.
+        channels: of an image.
 
     Raises ``ValueError`` for files that are missing or no images, for unknown images and categories, for numbers that
     are no box, masks of another size, and instances without area, naming the first.
     """
     data = read_json(annotations, ("images", "annotations", "categories"), flag)
-    return instances_of(data, images, annotations, masks, flag, skip)
+    return instances_of(data, images, annotations, masks, flag, skip, channels=channels)
 
 
 def instances_of(
-    data: dict[str, Any], images: Path, path: Path, masks: bool, flag: str, skip: bool, wheres: list[str] | None = None
+    data: dict[str, Any],
+    images: Path,
+    path: Path,
+    masks: bool,
+    flag: str,
+    skip: bool,
+    wheres: list[str] | None = None,
+    channels: int = CHANNELS,
 ) -> Instances:
     """Check what a file of COCO's format says, and make rows of it; ``wheres`` names its annotations for errors."""
     categories = sorted(data["categories"], key=lambda c: c["id"])
     label = {c["id"]: i + 1 for i, c in enumerate(categories)}
-    rows = {e["id"]: {**image_row(e, images, path, flag), "instances": []} for e in data["images"]}
+    rows = {e["id"]: {**image_row(e, images, path, flag, channels), "instances": []} for e in data["images"]}
     check_images(list(rows.values()), flag)
     if not data["annotations"]:
         raise ValueError(f"{flag}: {path} holds no annotations")
@@ -146,11 +159,12 @@ def instances_of(
     return Instances(list(rows.values()), categories, data)
 
 
-def image_row(entry: dict[str, Any], folder: Path, path: Path, flag: str) -> dict[str, Any]:
-    """An entry of ``images`` -> path, id, height, width."""
+def image_row(entry: dict[str, Any], folder: Path, path: Path, flag: str, channels: int) -> dict[str, Any]:
+    """An entry of ``images`` -> path, channels, id, height, width."""
     if not all(entry.get(k) for k in ("file_name", "height", "width")):
         raise ValueError(f"{flag}: {path}, image {entry['id']} needs a file_name, a height and a width: {entry}")
-    return {"path": folder / entry["file_name"], **{k: entry[k] for k in ("id", "height", "width")}}
+    sizes = {k: entry[k] for k in ("id", "height", "width")}
+    return {"path": folder / entry["file_name"], "channels": channels, **sizes}
 
 
 def clipped(bbox: Any, row: dict[str, Any], where: str) -> list[float]:
@@ -204,9 +218,14 @@ def size_of(row: dict[str, Any]) -> tuple[int, int]:
     return row["height"], row["width"]
 
 
+def channels_of(row: dict[str, Any]) -> int:
+    """Return the channels of the image; a row that does not say has three."""
+    return int(row.get("channels", CHANNELS))
+
+
 def picture_of(row: dict[str, Any]) -> tv_tensors.Image:
-    """Read the image of a row, (3, H, W)."""
-    return framed(read(row["path"]), size_of(row))
+    """Read the image of a row, (C, H, W)."""
+    return framed(read(row["path"], channels=channels_of(row)), size_of(row))
 
 
 # ------------------------------------------------------------------------------------------ a look before training
@@ -230,16 +249,16 @@ def summary_of(data: Any, unit: str, train: bool) -> Summary:
 
 
 class Detection(Rows):
-    """Samples (image (3, H, W) in 0..1, target) as torchvision's detectors take them; images keep their size.
+    """Samples (image (C, H, W) in 0..1, target) as torchvision's detectors take them; images keep their size.
 
     target: ``boxes`` (n, 4) as x1, y1, x2, y2 in pixels, ``labels`` (n,) from 1 on, ``image_id``, and ``masks``
-    (n, H, W) where asked for. Training samples are flipped and coloured.
+    (n, H, W) where asked for. Training samples are flipped and, of three channels, coloured.
     """
 
     def __init__(self, data: Instances, masks: bool, seed: int = 0, train: bool = False) -> None:
         super().__init__(data.rows, seed)
-        self.masks = masks
-        steps: list[Any] = [v2.RandomHorizontalFlip(), v2.ColorJitter(0.3, 0.3, 0.2, 0.05)] if train else []
+        self.masks, self.channels = masks, channels_of(data.rows[0])
+        steps: list[Any] = [v2.RandomHorizontalFlip(), *colours("medium", self.channels)] if train else []
         self.transform = v2.Compose([*steps, v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)])
 
     def make(self, row: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -23,7 +23,9 @@ import adaptkit
 from adaptkit.losses import silog_loss
 from adaptkit.pictures import Picture, check_pair, numbers, pair
 
-from .channels import backbone_of
+from . import channels
+from .augment import colours
+from .channels import backbone_of, trained_parts
 from .data import open_dataset
 from .drawn import rooms
 from .engine import run
@@ -54,6 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--bins", type=int, default=256, help="0: one channel, log depth")
     p.add_argument("--variance-focus", type=float, default=0.85, help="of the loss; 1: blind to a common scale")
     p.add_argument("--size", type=int, nargs=2, default=(240, 320), metavar=("H", "W"))
+    channels.options(p)
     args = read(p, argv)
     if args.depth_scale <= 0:
         p.error(f"--depth-scale {args.depth_scale}: give values per metre, above 0")
@@ -61,21 +64,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class DepthData(Rows):
-    """Pairs (image (3, H, W) normalised as the backbone wants it, depth (1, H, W) in metres, 0 where not measured).
+    """Pairs (image (C, H, W) normalised as the backbone wants it, depth (1, H, W) in metres, 0 where not measured).
 
-    Training samples are cut out at 8/9 of the image's scale, mirrored and coloured at random; none is rescaled, for
-    that would change what depth a size means.
+    Training samples are cut out at 8/9 of the image's scale, mirrored and, of three channels, coloured at random; none
+    is rescaled, for that would change what depth a size means.
     """
 
     def __init__(self, data: Any, source: Any, args: argparse.Namespace, train: bool) -> None:
         super().__init__(data, args.seed, "--train" if train else "--val")
+        self.channels = len(source.mean)
         self.scale, self.range = args.depth_scale, (args.min_depth, args.max_depth)
         size = tuple(args.size)
         steps: list[Any] = [v2.Resize(size, antialias=True)]
         if train:
             larger = [round(side * 9 / 8) for side in size]
             steps = [v2.Resize(larger, antialias=True), v2.RandomCrop(size), v2.RandomHorizontalFlip()]
-            steps += [v2.ColorJitter(0.3, 0.3, 0.2, 0.05)]
+            steps += colours("medium", self.channels)
         to_float = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
         self.transform = v2.Compose([to_float, *steps, normalise(source)])
 
@@ -104,7 +108,7 @@ def stored_depth(picture: Picture) -> np.ndarray:
 def build(args: argparse.Namespace) -> adaptkit.AdaptedModel:
     backbone = backbone_of(args)
     head = adaptkit.DepthHeadConfig(args.max_depth, args.min_depth, args.bins)
-    return adaptkit.attach(backbone, *adapters(args), head=head, train_backbone=args.train_backbone).train()
+    return adaptkit.attach(backbone, *adapters(args), head=head, train_backbone=trained_parts(backbone, args)).train()
 
 
 def data(args: argparse.Namespace, model: Any, train: bool) -> DepthData:
@@ -114,6 +118,8 @@ def data(args: argparse.Namespace, model: Any, train: bool) -> DepthData:
     else:
         columns = (args.image_column, args.depth_column)
         opened = open_dataset(name, split, columns, args.streaming, DEPTH_NAMES, args.depth_suffix)
+    if train:
+        channels.settle(args, model.vit, opened, option)
     rows = DepthData(opened, source_of(model.vit, args), args, train)
     if not args.streaming:
         check_depth(rows, option, args)

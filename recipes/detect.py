@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 import adaptkit
 
+from . import channels, network, queries
 from . import instances as by_queries
-from . import network, queries
-from .channels import backbone_of
+from .channels import backbone_of, trained_parts
 from .coco import (
     STATS,
     Detection,
@@ -64,6 +64,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--queries", type=int, default=200, help="of plain-mask")
     p.add_argument("--points", type=int, default=12544, help="of each mask that the loss of plain-mask looks at")
     queries.options(p)
+    channels.options(p)
     args = read(p, argv)
     args.head = args.model  # as the other recipes say it in result.json
     if args.streaming:
@@ -88,10 +89,12 @@ def masks(args: argparse.Namespace) -> bool:
     return args.model in ("mask-rcnn", queries.HEAD)
 
 
-def instances(args: argparse.Namespace, train: bool) -> Instances:
+def instances(args: argparse.Namespace, train: bool, count: int | None = None) -> Instances:
+    """Read a split, whose images have ``count`` channels; None: as the options say."""
     flag, name = ("--train", args.train) if train else ("--val", args.val)
     images, split = (args.train_images, "train") if train else (args.val_images, "validation")
-    return open_instances(name or args.train, images, split, masks(args), flag, args.skip_degenerate)
+    count = count or channels.of_files(args)
+    return open_instances(name or args.train, images, split, masks(args), flag, args.skip_degenerate, count)
 
 
 def build(args: argparse.Namespace) -> Any:
@@ -104,6 +107,7 @@ def build(args: argparse.Namespace) -> Any:
     if args.model == queries.HEAD:
         return queries.build(args, len(categories), "instance")
     backbone = backbone_of(args)
+    settle(args, adaptkit.view(backbone), data)
     source = source_of(adaptkit.view(backbone), args)
     recipe = {
         "network": args.model,
@@ -114,7 +118,13 @@ def build(args: argparse.Namespace) -> Any:
         "mean": list(source.mean),
         "std": list(source.std),
     }
-    return network.build(adaptkit.attach(backbone, *adapters(args), train_backbone=args.train_backbone), recipe).train()
+    adapted = adaptkit.attach(backbone, *adapters(args), train_backbone=trained_parts(backbone, args))
+    return network.build(adapted, recipe).train()
+
+
+def settle(args: argparse.Namespace, vit: Any, found: Instances) -> None:
+    """See :func:`recipes.channels.settle`."""
+    channels.settle(args, vit, channels.as_images(found.rows), "--train")
 
 
 def same(found: list[dict[str, Any]], known: list[dict[str, Any]]) -> bool:
@@ -130,7 +140,9 @@ def names(categories: list[dict[str, Any]]) -> str:
 
 
 def data(args: argparse.Namespace, model: Any, train: bool) -> Detection | by_queries.InstanceData:
-    found = instances(args, train)
+    found = instances(args, train, model.vit.spec.channels)
+    if train:
+        settle(args, model.vit, found)
     rows: Any
     if args.model == queries.HEAD:
         rows = by_queries.InstanceData(found, args.size, source_of(model.vit, args), args.seed, train)

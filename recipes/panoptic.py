@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import adaptkit
 from adaptkit.ops.queries import merge
 
-from . import network, queries
-from .channels import backbone_of
+from . import channels, network, queries
+from .channels import backbone_of, trained_parts
 from .coco import summary_of, warn_unseen_categories
 from .engine import run
 from .normalisation import source_of
@@ -43,6 +43,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--head", default="mask2former", choices=["mask2former", queries.HEAD], help=HEAD_HELP)
     network.mask2former_options(p)
     queries.options(p)
+    channels.options(p)
     p.add_argument("--object-threshold", type=float, default=0.8, help="least score of a query that is drawn")
     p.add_argument("--overlap-threshold", type=float, default=0.8, help="least share of its mask that must be visible")
     args = read(p, argv)
@@ -55,10 +56,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def segments(args: argparse.Namespace, train: bool) -> Segments:
+def segments(args: argparse.Namespace, train: bool, count: int | None = None) -> Segments:
+    """Read a split, whose images have ``count`` channels; None: as the options say."""
     flag, split = ("--train", "train") if train else ("--val", "val")
     places = locate(getattr(args, split), getattr(args, f"{split}_images"), getattr(args, f"{split}_maps"), flag)
-    return read_segments(*places, flag)
+    return read_segments(*places, flag, count or channels.of_files(args))
 
 
 def build(args: argparse.Namespace) -> Any:
@@ -74,7 +76,8 @@ def build(args: argparse.Namespace) -> Any:
         return queries.build(args, len(categories), "panoptic", things)
     backbone = backbone_of(args)
     recipe = {"network": "mask2former", **kept, **network.mask2former_recipe(args)}
-    return network.build(adaptkit.attach(backbone, *adapters(args), train_backbone=args.train_backbone), recipe).train()
+    adapted = adaptkit.attach(backbone, *adapters(args), train_backbone=trained_parts(backbone, args))
+    return network.build(adapted, recipe).train()
 
 
 def said_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -84,7 +87,9 @@ def said_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def data(args: argparse.Namespace, model: Any, train: bool) -> PanopticData:
-    found = segments(args, train)
+    found = segments(args, train, model.vit.spec.channels)
+    if train:
+        channels.settle(args, model.vit, channels.as_images(found.rows), "--train")
     rows = PanopticData(found, args.size, source_of(model.vit, args), args.seed, train)
     rows.summary = summary_of(found, "segments", train)
     return rows

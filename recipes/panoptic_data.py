@@ -13,8 +13,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from adaptkit.core.view import Source
-from adaptkit.pictures import read, turned
+from adaptkit.pictures import CHANNELS, read, turned
 
+from .augment import colours
 from .coco import MOST, check_images, image_row, picture_of, read_json, size_of
 from .normalisation import normalise
 from .order import Rows
@@ -43,8 +44,8 @@ def locate(name: str, images: str | None, maps: str | None, flag: str) -> tuple[
 
 
 @functools.lru_cache(maxsize=4)  # a run asks for each split several times
-def read_segments(path: Path, images: Path, maps: Path, flag: str) -> Segments:
-    """Read the JSON file ``path``, whose images lie in ``images`` and whose PNG files in ``maps``.
+def read_segments(path: Path, images: Path, maps: Path, flag: str, channels: int = CHANNELS) -> Segments:
+    """Read the JSON file ``path``, whose images of so many channels lie in ``images``, and whose PNG files in ``maps``.
 
     Raises ``ValueError`` for files that are missing or of another size, for unknown images and categories, and for
     segments that the JSON and the PNG file do not share.
@@ -57,7 +58,7 @@ def read_segments(path: Path, images: Path, maps: Path, flag: str) -> Segments:
             f"{flag}: {path}: category {lacking[0]} does not say isthing 0 or 1; is this a detection file?"
         )
     label = {c["id"]: i for i, c in enumerate(categories)}
-    entries = {e["id"]: image_row(e, images, path, flag) for e in data["images"]}
+    entries = {e["id"]: image_row(e, images, path, flag, channels) for e in data["images"]}
     rows = []
     for n, annotation in enumerate(data["annotations"]):
         where = f"{flag}: {path}, annotation number {n}"
@@ -102,17 +103,20 @@ def segment_ids(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
             f"{picture.name} has the mode {picture.image.mode}{' in 16 bits' if picture.wide else ''}: a panoptic map "
             "has colours of 8 bits (red + 256 green + 65536 blue is the id of a segment); is it a mask of classes?"
         )
-    colours = turned(np.asarray(picture.image.convert("RGB")), picture.turn).astype(np.int64)
-    if size is not None and colours.shape[:2] != size:
+    coded = turned(np.asarray(picture.image.convert("RGB")), picture.turn).astype(np.int64)
+    if size is not None and coded.shape[:2] != size:
         raise ValueError(
-            f"{picture.name} is {colours.shape[0]} x {colours.shape[1]} pixels, its image {size[0]} x {size[1]}; "
+            f"{picture.name} is {coded.shape[0]} x {coded.shape[1]} pixels, its image {size[0]} x {size[1]}; "
             "pair it with its own image"
         )
-    return colours @ np.array([1, 256, 65536])
+    return coded @ np.array([1, 256, 65536])
 
 
-def sized(size: tuple[int, int], train: bool) -> list[Any]:
-    """Steps from an image and its masks to one size; in training a random window of it, mirrored and coloured."""
+def sized(size: tuple[int, int], train: bool, channels: int) -> list[Any]:
+    """Steps from an image and its masks to one size; in training a random window of it, mirrored and coloured.
+
+    Of other than three channels the values stay as they are.
+    """
     steps: list[Any] = [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
     if not train:
         return [*steps, v2.Resize(size, antialias=True)]
@@ -121,7 +125,7 @@ def sized(size: tuple[int, int], train: bool) -> list[Any]:
         *steps,
         v2.RandomResizedCrop(size, scale=(0.4, 1.0), ratio=(0.8 * aspect, 1.25 * aspect), antialias=True),
         v2.RandomHorizontalFlip(),
-        v2.ColorJitter(0.3, 0.3, 0.2, 0.05),
+        *colours("medium", channels),
     ]
 
 
@@ -131,12 +135,12 @@ class Resized(Rows):
     def __init__(self, data: Any, size: tuple[int, int], source: Source, seed: int = 0, train: bool = False) -> None:
         """``data``: :class:`Segments`, or ``coco.Instances``."""
         super().__init__(data.rows, seed)
-        self.train = train
-        self.transform = v2.Compose([*sized(size, train), normalise(source)])
+        self.train, self.channels = train, len(source.mean)
+        self.transform = v2.Compose([*sized(size, train, self.channels), normalise(source)])
 
 
 class PanopticData(Resized):
-    """Samples (image (3, h, w) normalised, target), all resized to one size; ``target`` is a dict.
+    """Samples (image (C, h, w) normalised, target), all resized to one size; ``target`` is a dict.
 
     Training: ``masks`` (n, h, w) in 0..1 and ``labels`` (n,) of the segments that are left after crop and flip, crowds
     left out. Otherwise ``truth`` (H, W, 2), label and segment id of each pixel at the image's own size, label -1 where
@@ -167,6 +171,6 @@ class PanopticData(Resized):
 
 
 def stacked(batch: list[tuple[Tensor, Any]]) -> tuple[Tensor, list[Any]]:
-    """Samples -> (images (B, 3, h, w), list of targets)."""
+    """Samples -> (images (B, C, h, w), list of targets)."""
     images, targets = zip(*batch)
     return torch.stack(images), list(targets)

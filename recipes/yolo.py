@@ -16,7 +16,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from adaptkit.pictures import read
+from adaptkit.pictures import CHANNELS, read
 
 from .coco import Instances, instances_of
 from .layouts import SUFFIXES, pictures, split_of
@@ -167,7 +167,7 @@ def _object(label: int, values: list[float], size: tuple[int, int], where: str) 
 
 
 @functools.lru_cache(maxsize=4)  # a run asks for each split several times
-def read_yolo(name: str, split: str, masks: bool, flag: str, skip: bool = False) -> Instances:
+def read_yolo(name: str, split: str, masks: bool, flag: str, skip: bool = False, channels: int = CHANNELS) -> Instances:
     """Read a split of a set in YOLO's format.
 
     Args:
@@ -176,6 +176,7 @@ def read_yolo(name: str, split: str, masks: bool, flag: str, skip: bool = False)
         masks: every object must be a polygon.
         flag: how the user named this split, for the errors.
         skip: leave out boxes and polygons without area instead of refusing them.
+        channels: of an image, TIFF where they are not three: its trainers keep caches in ``.npy``.
 
     Raises ``ValueError`` for what is missing or wrong, naming the file and the line.
     """
@@ -192,14 +193,14 @@ def read_yolo(name: str, split: str, masks: bool, flag: str, skip: bool = False)
         _check_lonely(texts, flag)
     entries, annotations, wheres = [], [], []
     for number, image in enumerate(images, 1):
-        height, width = read(image, pixels=False).upright
+        height, width = read(image, pixels=False, channels=channels).upright
         entries.append({"id": number, "file_name": str(image.absolute()), "height": height, "width": width})
         for found, where in objects_of(texts[image], (height, width), len(names)):
             annotations.append({"id": len(annotations) + 1, "image_id": number, **found})
             wheres.append(f"{flag}: {where}")
     categories = [{"id": k, "name": name} for k, name in enumerate(names)]
     data = {"images": entries, "annotations": annotations, "categories": categories}
-    return instances_of(data, Path("/"), yaml, masks, flag, skip, wheres)
+    return instances_of(data, Path("/"), yaml, masks, flag, skip, wheres, channels)
 
 
 def _check_lonely(texts: dict[Path, Path], flag: str) -> None:

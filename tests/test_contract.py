@@ -56,6 +56,7 @@ METHODS = {
     "lora": ["lora"],
     "adapter-plus": ["adapter-plus"],
     "vpt": [("vpt", {"num_tokens": 3})],
+    "rein": [("rein", {"num_tokens": 5, "rank": 2})],
     "toy-bottleneck": ["toy-bottleneck"],
 }
 # Its other settings, and several at once, meet one backbone of each kind.
@@ -75,6 +76,7 @@ SETTINGS = {
                          ("vit-adapter", SMALL)],
     "adapter-plus-lora-init+vit-adapter": [("adapter-plus", {"init": "lora"}), ("vit-adapter", SMALL)],
     "vpt-shallow+vit-adapter": [("vpt", {"num_tokens": 3, "deep": False}), ("vit-adapter", SMALL)],
+    "rein-zero+vit-adapter": [("rein", {"num_tokens": 5, "rank": 0, "zero_mlp_delta_f": True}), ("vit-adapter", SMALL)],
     "metaformer-mona": [("metaformer", {"width": 8, "mixer": "mona", "mlp_ratio": 0, "residual": False})],
     "lora+adavit": ["lora", "adavit"],
     "lora+vit-split": ["lora", ("vit-split", {"select_layers": [1, 3], "out_indices": [0], "checkpoint": True,
@@ -90,8 +92,8 @@ assert set(adaptkit.list_adapters()) <= {
 
 
 #: Those that start elsewhere, as their papers have it: new tokens take part in the attention, or both matrices of the
-#: bottleneck are drawn with a deviation of 0.01.
-NOT_FROZEN_AT_FIRST = ("vpt", "vpt-shallow+vit-adapter", "adapter-plus")
+#: bottleneck are drawn with a deviation of 0.01, or what is added is drawn and scaled by 0.001.
+NOT_FROZEN_AT_FIRST = ("vpt", "vpt-shallow+vit-adapter", "adapter-plus", "rein")
 
 
 def fits(adapter, name):

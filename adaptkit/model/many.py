@@ -31,7 +31,11 @@ __all__ = ["ManyTasks", "attach_many"]
 
 
 def attach_many(
-    model: nn.Module, tasks: Mapping[str, Any], heads: Mapping[str, Any] | None = None, strict: bool = False
+    model: nn.Module,
+    tasks: Mapping[str, Any],
+    heads: Mapping[str, Any] | None = None,
+    strict: bool = False,
+    positions: str | None = None,
 ) -> ManyTasks:
     """Freeze ``model`` and attach a set of adapters and a head for each task.
 
@@ -41,6 +45,7 @@ def attach_many(
             adapter, or a list of these.
         heads: by name, as ``attach(head=...)``; a saved adapter brings its own.
         strict: as ``attach``.
+        positions: as ``attach``; one rule for all tasks, as they share the tokens. A file of another one is a warning.
 
     Raises ``ValueError`` and ``TypeError`` as ``attach``, for the task that is named, and ``ValueError`` for one that
     trains parts of the backbone: there is one backbone for all.
@@ -50,7 +55,7 @@ def attach_many(
     unknown = sorted((heads or {}).keys() - tasks.keys())
     if unknown:
         raise ValueError(f"heads are given for {', '.join(unknown)}, the tasks are {', '.join(tasks)}")
-    many = ManyTasks(attach(model))
+    many = ManyTasks(attach(model, positions=positions))
     try:
         for name, adapters in tasks.items():
             many.add(name, adapters, (heads or {}).get(name), strict)

@@ -188,13 +188,19 @@ def restore(model: Network, folder: str | os.PathLike[str]) -> None:
     model.pyramid.load(folder, model.network)
 
 
-def load(source: str | os.PathLike[str] | AdapterFile, backbone: nn.Module, strict: bool = False) -> Network:
+def load(
+    source: str | os.PathLike[str] | AdapterFile,
+    backbone: nn.Module,
+    strict: bool = False,
+    positions: str | None = None,
+) -> Network:
     """Build the network that was saved around a fresh backbone; in eval mode, ready to be asked.
 
     Args:
         source: a saved folder, ``"org/name"`` on the Hub, or what ``adaptkit.load`` returns.
         backbone: to put it around.
         strict: make other backbone weights than the file's an error instead of a warning.
+        positions: the rule by which positions go to another grid, as :func:`adaptkit.attach` takes it.
 
     Raises ``ValueError`` for a file without such a network, or of another backbone, and where the network that the
     header describes has other tensors than the file: before anything large is allocated.
@@ -204,7 +210,8 @@ def load(source: str | os.PathLike[str] | AdapterFile, backbone: nn.Module, stri
     if recipe is None:
         raise ValueError(f"{file.path} holds no network of {', '.join(BUILDERS)}; attach it with adaptkit.attach")
     inside = {k: v for k, v in file.tensors.items() if not k.startswith("head.")}
-    model = attach(backbone, replace(file, header={**file.header, "head": None}, tensors=inside), strict=strict)
+    adapter = replace(file, header={**file.header, "head": None}, tensors=inside)
+    model = attach(backbone, adapter, strict=strict, positions=positions)
     try:
         network = _within_bounds(file, model, recipe)
     except BaseException:
@@ -217,11 +224,12 @@ def load(source: str | os.PathLike[str] | AdapterFile, backbone: nn.Module, stri
 def _within_bounds(file: AdapterFile, model: AdaptedModel, recipe: dict[str, Any]) -> Network:
     """Build it as shapes alone, compare these with the file's, then build it."""
     tensors, where = file.tensors_of("head"), f"{file.path}, the network around the adapter"
+    own = model.vit.backbone  # as wide as what transformers builds before the pyramid takes its place
     try:
-        with torch.device("meta"), Bounded(tensors):
+        with torch.device("meta"), Bounded(tensors, own):
             plan = build(model, recipe)
         check_tensors(plan.pyramid.beside(plan.network), tensors, where)
-        with Bounded(tensors):
+        with Bounded(tensors, own):
             return build(model, recipe)
     except ImportError:
         raise

@@ -49,6 +49,7 @@ METHODS: dict[str, list[str]] = {
     "sfp": ["--adapter", "sfp", "--head", "fpn"],
     "lora": ["--adapter", "lora", "--head", "fpn"],
     "adapter-plus": ["--adapter", "adapter-plus", "--head", "fpn"],
+    "rein": ["--adapter", "rein", "--head", "fpn"],
     "vit-split": ["--adapter", "vit-split", "--head", "fpn"],
     "plain-mask": ["--adapter", "none", "--head", "plain-mask"],
     "extractors": ["--adapter", "vit-adapter", "--adapter-options", '{"injector": false}', "--head", "fpn"],
@@ -57,8 +58,8 @@ METHODS: dict[str, list[str]] = {
 }
 #: Learning rates to start from; --tune finds those of a backbone and a set.
 RATES = {
-    "linear": 3e-3, "fpn": 1e-3, "sfp": 1e-3, "lora": 1e-3, "adapter-plus": 1e-3, "vit-split": 3e-4, "plain-mask": 3e-4,
-    "extractors": 1e-3, "vit-adapter": 1e-3, "lora+vit-adapter": 1e-3,
+    "linear": 3e-3, "fpn": 1e-3, "sfp": 1e-3, "lora": 1e-3, "adapter-plus": 1e-3, "rein": 1e-3,
+    "vit-split": 3e-4, "plain-mask": 3e-4, "extractors": 1e-3, "vit-adapter": 1e-3, "lora+vit-adapter": 1e-3,
 }  # fmt: skip
 GRID = (3e-4, 1e-3, 3e-3)  #: of learning rates
 FACTOR = 10**0.5  #: from one rate to the next

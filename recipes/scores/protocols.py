@@ -31,7 +31,7 @@ from .depth import DepthScores, cropped
 from .recorded import labels_of
 from .segmentation import SemanticScores, extras, packed
 
-Alter = Callable[[Tensor, int], Tensor]  #: image (3, H, W) in 0..1 and its number -> what is looked at
+Alter = Callable[[Tensor, int], Tensor]  #: image (C, H, W) in 0..1 and its number -> what is looked at
 SCORE = {"segmentation": "miou", "classification": "top1", "depth": "delta1", "detection": "box_ap", "panoptic": "pq"}
 
 
@@ -118,7 +118,7 @@ def depth(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) -> d
 
     def images() -> Iterator[Tensor]:
         for i in range(len(data)):
-            row = read_row(data[i], f"--data: row {i}")
+            row = read_row(data[i], f"--data: row {i}", channels=model.vit.spec.channels)
             metres = metres_of(row["mask"], args.depth_scale, config.min_depth, config.max_depth)
             image, target = pair(row["image"], row["mask"], metres, "a depth map")
             truth.append(cropped(target, args.crop))
@@ -134,7 +134,8 @@ def detection(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) 
     """COCO's AP of boxes, and of masks where the detector makes them; by class."""
     recipe = getattr(model, "recipe", None)  # a head that makes objects has none, and makes masks
     with_masks = recipe is None or recipe["network"] == "mask-rcnn"
-    data = open_instances(args.data, args.images, args.split, with_masks, "--data")
+    channels = model.vit.spec.channels
+    data = open_instances(args.data, args.images, args.split, with_masks, "--data", channels=channels)
     _check_categories(model, data.categories)
 
     results = []
@@ -149,7 +150,7 @@ def detection(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) 
 def panoptic(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) -> dict[str, Any]:
     """Panoptic quality, its parts, and by class."""
     places = locate_segments(args.data, args.images, args.maps, "--data")
-    data = read_segments(*places, "--data")
+    data = read_segments(*places, "--data", model.vit.spec.channels)
     _check_categories(model, data.categories)
     transform = model.transform
     rows = PanopticData(data, (32, 32), Source(mean=transform.mean, std=transform.std))
@@ -177,7 +178,7 @@ def _check_categories(model: Any, categories: list[dict[str, Any]]) -> None:
 
 
 def _framed(rows: list[dict[str, Any]], alter: Alter) -> Iterator[Tensor]:
-    """Yield the images of rows of COCO's formats, (3, H, W) in 0..1."""
+    """Yield the images of rows of COCO's formats, (C, H, W) in 0..1."""
     for i, row in enumerate(rows):
         yield alter(floats(picture_of(row)), i)
 

@@ -14,6 +14,7 @@ from test_families import DINO, HF, image, rename, timm_vit
 
 import adaptkit
 from adaptkit.core.registry import view
+from adaptkit.networks import network
 
 transformers = pytest.importorskip("transformers")
 OTHER = (24, 40)
@@ -77,3 +78,56 @@ def test_a_file_of_the_other_rule_warns_and_says_how_to_follow_it(tmp_path):
         again = adaptkit.attach(ours, str(tmp_path), positions="bicubic")
     for a, b in zip(again(image(*OTHER)).maps, expected):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_from_pretrained_follows_the_rule_of_the_file(tmp_path):
+    ours, theirs = pair()
+    model = adaptkit.attach(theirs, "sfp").eval()
+    expected = model(image(*OTHER)).maps
+    model.save(tmp_path)
+    with pytest.warns(UserWarning, match=r"positions='bicubic'"):
+        other = adaptkit.from_pretrained(tmp_path, backbone=ours)
+    assert (other(image(*OTHER)).maps[0] - expected[0]).abs().max() > 1e-3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = adaptkit.from_pretrained(tmp_path, backbone=other.detach(), positions="bicubic")
+    for a, b in zip(again(image(*OTHER)).maps, expected):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="positions='nearest'"):
+        adaptkit.from_pretrained(tmp_path, backbone=again.detach(), positions="nearest")
+
+
+def test_from_pretrained_follows_it_in_a_network_too(tmp_path):
+    ours, theirs = pair()
+    recipe = {"network": "fcos", "categories": [{"id": 1}], "width": 64, "size": [32, 64], "anchor": 4.0}
+    normalised = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    network.build(adaptkit.attach(theirs, "sfp"), {**recipe, **normalised}).save(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = adaptkit.from_pretrained(tmp_path, backbone=ours, positions="bicubic")
+    assert again.vit.positions == "bicubic"
+
+
+@torch.no_grad()
+def test_many_tasks_follow_one_rule(tmp_path):
+    ours, theirs = pair()
+    expected = {}
+    for name, head in (("sfp", "fpn"), ("adapter-plus", "linear")):
+        model = adaptkit.attach(theirs, name, head=(head, {"num_classes": 3})).eval()
+        expected[name] = model(image(*OTHER)).logits
+        model.save(tmp_path / name)
+        model.detach()
+    tasks = {name: tmp_path / name for name in expected}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="task 'adapter-plus' has a pass of its own")
+        many = adaptkit.attach_many(ours, tasks, positions="bicubic")
+    found = many(image(*OTHER))
+    for name in tasks:
+        torch.testing.assert_close(found[name].logits, expected[name], atol=1e-4, rtol=1e-4)
+    with pytest.warns(UserWarning, match=r"positions='bicubic'"):
+        other = adaptkit.attach_many(many.detach(), tasks)
+    assert (other(image(*OTHER))["sfp"].logits - expected["sfp"]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="positions='nearest'"):
+        adaptkit.attach_many(other.detach(), tasks, positions="nearest")

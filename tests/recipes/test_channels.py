@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from argparse import Namespace
 
 import numpy as np
@@ -15,7 +16,7 @@ from adaptkit import bands
 from adaptkit.cli import main as adaptkit_main
 from adaptkit.pictures import colours, read
 from adaptkit.predict.pixels import pixels, shown
-from recipes import augment, channels, classify, segment
+from recipes import augment, channels, classify, coco, depth, detect, panoptic, segment, shapes
 
 RNG = np.random.default_rng(0)
 
@@ -41,11 +42,11 @@ def pair_of(count, kind, size=(40, 48)):
     return (image / 10 - 40 if kind == "float32" else image).astype(kind), mask
 
 
-def write_set(path, form, count=13, kind="uint16", images=5):
+def write_set(path, form, count=13, kind="uint16", images=5, size=(40, 48)):
     for folder in ("images", "masks"):
         (path / folder).mkdir(parents=True)
     for i in range(images):
-        image, mask = pair_of(count, kind)
+        image, mask = pair_of(count, kind, size)
         (path / "images" / f"{i}.{form}").write_bytes(stored(image, form))
         np.save(path / "masks" / f"{i}.npy", mask.astype(np.int64))
     return path
@@ -288,3 +289,112 @@ def test_a_backbone_of_one_channel_and_a_stream_need_no_options(tmp_path):
     model = adaptkit.from_pretrained(tmp_path / "run" / "adapter", backbone=str(tmp_path / "host"))
     assert model.transform.mean == (0.02,)
     assert model.predict(data / "images" / "0.npy").mask.shape == (40, 48)
+
+
+# --------------------------------------------------------------------------------------------- depth, boxes, panoptic
+
+
+SIDES = ["--size", "32", "48", "--batch-size", "2", "--steps", "2", "--save-every", "0"]
+NETWORK = [*SIDES, "--backbone", "demo", "--adapter", "sfp", "--channels", "13", "--width", "64"]
+
+
+def shapes_of(path, form, count=13):
+    """A set in COCO's formats with pictures of many bands: its colours, mixed, in units of their own."""
+    shapes.write(path, 3, 32, 48)
+    mix = RNG.integers(1, 20, (3, count))
+    for file in sorted((path / "images").iterdir()):
+        many = (np.asarray(Image.open(file)).astype(np.int64) @ mix).astype(np.uint16)
+        file.with_suffix(f".{form}").write_bytes(stored(many, form))
+        file.unlink()
+    for name in ("annotations.json", "panoptic.json"):
+        said = json.loads((path / name).read_text())
+        for one in said["images"]:
+            one["file_name"] = one["file_name"].replace(".png", f".{form}")
+        (path / name).write_text(json.dumps(said))
+    return path
+
+
+def comes_back(out, image, scored, capsys, data):
+    """The file of a run opens with its new rows, predicts, and ``eval`` says of it what the run said."""
+    file = adaptkit.load(out / "adapter")
+    assert [k for k in file.tensors if k.endswith("new_channels")]
+    assert len(file.header["metadata"]["mean"]) == 13
+    model = adaptkit.from_pretrained(out / "adapter", strict=True)
+    assert model.vit.spec.channels == 13
+    answer = model.predict(image)
+    capsys.readouterr()
+    ended = adaptkit_main(["eval", str(out / "adapter"), "--data", str(data), "--json", *scored[2:]])
+    said = capsys.readouterr()
+    assert ended == 0, said.err
+    assert json.loads(said.out.splitlines()[-1])[scored[0]] == pytest.approx(scored[1], abs=1e-4)
+    return answer
+
+
+@pytest.mark.parametrize("form", ["npy", pytest.param("tif", marks=pytest.mark.full)])
+def test_depths_of_thirteen_bands(form, tmp_path, capsys):
+    data = write_set(tmp_path / "set", form, images=3, size=(32, 48))
+    (data / "depth").mkdir()
+    for file in (data / "masks").iterdir():
+        Image.fromarray((np.load(file) * 2000 + 1000).astype(np.uint16)).save(data / "depth" / f"{file.stem}.png")
+    shutil.rmtree(data / "masks")
+    result = depth.main(["--train", str(data), "--val", str(data), "--out", str(tmp_path / "run"), "--max-depth", "10",
+                         "--backbone", "demo", "--adapter", "sfp", "--channels", "13", *SIDES])  # fmt: skip
+    assert "mean and std of 13 channels, measured on 3 images" in capsys.readouterr().out
+    assert result["delta1"] == result["delta1_reattached"]
+    scored = ("delta1", result["delta1"] / 100)
+    answer = comes_back(tmp_path / "run", data / "images" / f"0.{form}", scored, capsys, data)
+    assert answer.depth.shape == (32, 48)
+
+
+@pytest.mark.parametrize(("form", "model"), [("npy", "fcos"), ("tif", "plain-mask")])
+def test_boxes_of_thirteen_bands(form, model, tmp_path, capsys):
+    pytest.importorskip("faster_coco_eval")
+    data = shapes_of(tmp_path / "set", form)
+    told = [] if model == "fcos" else ["--adapter", "none", "--queries", "6", "--points", "64"]
+    argv = ["--train", str(data), "--val", str(data), "--out", str(tmp_path / "run"), "--model", model, *NETWORK]
+    result = detect.main([*argv, *told])
+    assert "mean and std of 13 channels, measured on 3 images" in capsys.readouterr().out
+    score = "box_ap" if model == "fcos" else "mask_ap"
+    assert result[score] == result[f"{score}_reattached"]
+    comes_back(tmp_path / "run", data / "images" / f"00000.{form}", (score, result[score] / 100), capsys, data)
+
+
+def test_segments_of_thirteen_bands(tmp_path, capsys):
+    pytest.importorskip("scipy")
+    data = shapes_of(tmp_path / "set", "npy")
+    argv = ["--train", str(data), "--val", str(data), "--out", str(tmp_path / "run"), *NETWORK, "--queries", "6",
+            "--layers", "1", "1", "--points", "64", "--object-threshold", "0.2"]  # fmt: skip
+    result = panoptic.main(argv)
+    assert "mean and std of 13 channels, measured on 3 images" in capsys.readouterr().out
+    assert result["pq"] == result["pq_reattached"]
+    scored = ("pq", result["pq"] / 100)
+    answer = comes_back(tmp_path / "run", data / "images" / "00000.npy", scored, capsys, data)
+    assert answer.segments.shape == (32, 48)
+
+
+@pytest.mark.parametrize("form", ["npy", "tif"])
+def test_what_has_more_channels_than_were_asked_for_says_which_option(form, tmp_path):
+    pytest.importorskip("faster_coco_eval")
+    data = shapes_of(tmp_path / "set", form)
+    argv = ["--train", str(data), "--val", str(data), "--out", str(tmp_path / "run"), *SIDES, "--backbone", "demo"]
+    for recipe in (detect, panoptic):
+        with pytest.raises(ValueError, match=r"the shape \(32, 48, 13\).* takes 3 channels.* --channels N"):
+            recipe.build(recipe.parse(argv))
+
+
+def test_values_of_many_bands_are_not_coloured_and_move_with_their_boxes(tmp_path):
+    pytest.importorskip("faster_coco_eval")
+    data = shapes_of(tmp_path / "set", "npy")
+    found = coco.read_instances(data / "images", data / "annotations.json", False, "--train", channels=13)
+    rows, plain = coco.Detection(found, False, 1, train=True), coco.Detection(found, False)
+    mirrored = 0
+    for i in range(3):
+        for epoch in range(4):
+            (image, target), (whole, true) = rows[epoch, i], plain[i]
+            if image.equal(whole):
+                assert target["boxes"].equal(true["boxes"])
+                continue
+            mirrored += 1
+            assert image.equal(whole.flip(-1))
+            assert target["boxes"][:, [0, 2]].equal(48 - true["boxes"][:, [2, 0]])
+    assert 0 < mirrored < 12
