@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from adaptkit.adapters.dat import DATConfig
     from adaptkit.adapters.metaformer import MetaFormerConfig
     from adaptkit.adapters.sfp import SimpleFeaturePyramidConfig
+    from adaptkit.adapters.tome import ToMeConfig
     from adaptkit.adapters.vit_adapter import ViTAdapterConfig
     from adaptkit.adapters.vit_split import ViTSplitConfig
     from adaptkit.adapters.vpt import VPTConfig
@@ -59,6 +60,7 @@ __all__ = [
     "PlainMaskHeadConfig",
     "SimpleFeaturePyramidConfig",
     "Spec",
+    "ToMeConfig",
     "VPTConfig",
     "ViTAdapterConfig",
     "ViTSplitConfig",
@@ -101,6 +103,7 @@ _NAMES = {
     "PlainMaskHeadConfig": "heads.plain_mask",
     "SimpleFeaturePyramidConfig": "adapters.sfp",
     "Spec": "core.view",
+    "ToMeConfig": "adapters.tome",
     "VPTConfig": "adapters.vpt",
     "ViTAdapterConfig": "adapters.vit_adapter",
     "ViTSplitConfig": "adapters.vit_split",
