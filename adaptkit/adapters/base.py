@@ -109,7 +109,7 @@ class BlockAdapter(Adapter):
     inside: ClassVar[bool] = False
     switches: ClassVar[tuple[str, ...]] = ()  #: attributes of one's own that a run of a block reads, but tensors
 
-    def check_blocks(self, view: View) -> None:  # noqa: B027
+    def check_blocks(self, view: View) -> None:
         """Raise ``TypeError`` where it cannot act in the blocks of this backbone, beside what ``inside`` says."""
 
     @abstractmethod

@@ -14,8 +14,8 @@ way, the next block goes on with the merged tokens themselves; else with the mea
 
 Rotary positions, which the authors have not: a merged token lies at the mean place of its patches, and keys are
 compared as they are turned. A bias for each pair of places (BEiT) has no merged form and is refused, as is what has
-windows. The matching has no gradient, and there is nothing to train: train another adapter beside it, or none. A file of
-this adapter alone has a config and no tensors. AdaViT steps inside the blocks too, so that only one of the two can act.
+windows. The matching has no gradient, and there is nothing to train: train another adapter beside it, or none. A file
+of this adapter alone has a config and no tensors. AdaViT steps inside the blocks too: only one of the two can act.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class ToMeConfig:
         if not -1 <= self.inflect <= 1:
             raise ValueError(f"inflect={self.inflect} would merge less than no token; give -1 to 1")
         if self.inflect and isinstance(self.r, tuple):
-            raise ValueError(f"inflect={self.inflect} bends one r, and r={list(self.r)} is a list: leave one of them out")
+            raise ValueError(
+                f"inflect={self.inflect} bends one r, and r={list(self.r)} is a list: leave out one of them"
+            )
 
 
 def schedule(config: ToMeConfig, depth: int) -> tuple[int, ...]:
@@ -103,7 +105,7 @@ class Stream(NamedTuple):
         trace.update({f"tome.{name}": x for name, x in self._asdict().items() if x is not None})
 
     def at(self, x: Tensor) -> Tensor:
-        """(B, P+N, D) as the next block gets them -> (B, T, D): means of the patches, where somebody has changed them."""
+        """(B, P+N, D) as the next block gets them -> (B, T, D): means of their patches, where they were changed."""
         if x is self.full:
             return self.tokens
         prefix, patches = x.tensor_split([x.shape[1] - self.token.shape[1]], dim=1)
@@ -198,25 +200,23 @@ class ToMe(BlockAdapter):
     @torch.no_grad()
     def check_blocks(self, view: View) -> None:
         """Refuse a backbone whose attention has positions that a merged token has not."""
+        if view.sharded:  # each block is looked at all the same when it runs
+            return
         name, side = type(view.backbone).__name__, 4 * view.spec.patch_size
         weight = next(view.backbone.parameters())
         image = torch.zeros(1, view.spec.channels, side, side, device=weight.device, dtype=weight.dtype)
         for block in view.blocks(image, (4, 4)):  # type: ignore[attr-defined]
-            if block.bias is not None:
-                raise TypeError(
-                    f"tome merges tokens, and {name} adds a bias for each pair of places to its attention, which "
-                    "merged tokens have not; attach 'adavit' to it, which leaves tokens out, or tome to a ViT with "
-                    "absolute or rotary positions"
-                )
-            if block.qkv_at is not None and block.rotate is None:
-                raise TypeError(
-                    f"tome moves tokens between places, and the rotary positions of this {name} are known at whole "
-                    "places alone; attach it to timm's or transformers' copy of these weights"
-                )
+            check(block, name)
+        if block.qkv_at is not None and block.rotate is not None:  # which knows only now whether it can
+            row, still = weight.new_zeros(1, 1, view.spec.embed_dim), torch.full((1,), -1, device=weight.device)
+            block.rotate(block.qkv_at(row, still)[0], torch.zeros(1, 2, device=weight.device))
 
     def wrap(self, block: Block, index: int, trace: Trace) -> Fn:
         """The backbone's own block before the first that merges; from there on with fewer tokens inside."""
-        return partial(self._run, block, index, trace) if any(self.r[: index + 1]) and not self.open else block
+        if self.open or not any(self.r[: index + 1]):
+            return block
+        check(block, "this backbone")
+        return partial(self._run, block, index, trace)
 
     def _run(self, block: Block, index: int, trace: Trace, x: Tensor) -> Tensor:
         if block.grid is None:
@@ -240,6 +240,21 @@ class ToMe(BlockAdapter):
         else:
             stream._replace(tokens=x, full=full).leave(trace)
         return full
+
+
+def check(block: Block, backbone: str) -> None:
+    """Raise ``TypeError`` for a block with positions that a merged token has not."""
+    if block.bias is not None:
+        raise TypeError(
+            f"tome merges tokens, and {backbone} adds a bias for each pair of places to its attention, which merged "
+            "tokens have not; attach 'adavit' to it, which leaves tokens out, or tome to a ViT with absolute or rotary "
+            "positions"
+        )
+    if block.qkv_at is not None and block.rotate is None:
+        raise TypeError(
+            f"tome merges tokens to places between patches, and the rotary positions of {backbone} are known at whole "
+            "patches alone; attach it to timm's or transformers' copy of these weights"
+        )
 
 
 def _begun(block: Block, grid: tuple[int, int], x: Tensor) -> Stream:
