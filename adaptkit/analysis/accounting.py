@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -77,8 +77,7 @@ def costs(model: AdaptedModel, size: tuple[int, int]) -> Costs:
 
     Raises ``TypeError`` where the model has no AdaViT gates and no ToMe.
     """
-    merging = [module for module in getattr(model, "adapters", model).modules() if isinstance(module, ToMe)]
-    adapter: AdaViT | ToMe = merging[0] if merging else AdaViT.of(model)
+    adapter = _saving(model)
     with torch.no_grad(), evaluating(model), adapter.opened():
         parameter = next(model.backbone.parameters())
         image = torch.zeros(1, model.spec.channels, *size, device=parameter.device, dtype=parameter.dtype)
@@ -90,6 +89,18 @@ def costs(model: AdaptedModel, size: tuple[int, int]) -> Costs:
         x, frozen = model.vit.begin(image)
         blocks = tuple(_block(adapter, i, block, x[:, -rows:], grid) for i, block in enumerate(frozen))
     return Costs(blocks, total - sum(block.dense(rows) for block in blocks), rows, prefix, adapter)
+
+
+def _saving(model: nn.Module) -> AdaViT | ToMe:
+    """What leaves work out in this model."""
+    acting = getattr(model, "adapters", model)  # of several named sets the active one
+    for module in acting.modules():
+        if isinstance(module, AdaViT | ToMe):
+            return module
+    raise TypeError(
+        f"this {type(model).__name__} has no AdaViT gates and no ToMe, so that each image costs what the dense model "
+        "does (adaptkit.analysis.accounting.counted); attach 'adavit' or 'tome' to it"
+    )
 
 
 def macs(costs: Costs, aux: Mapping[str, Tensor]) -> Tensor:
