@@ -131,7 +131,7 @@ class Matching(NamedTuple):
             mean = keys.mean(1)[:, prefix:]
             metric = F.normalize(mean.to(_wide(mean)), dim=-1)
             best, partner = (metric[:, first::2] @ metric[:, 1 - first :: 2].mT).max(-1)  # (B, a)
-        gone, stays = best.sort(dim=1, descending=True, stable=True).indices.tensor_split([r], dim=1)
+        gone, stays = best.sort(dim=1, descending=True).indices.tensor_split([r], dim=1)
         if prefix:  # the authors restore the order where there is a class token
             stays = stays.sort(dim=1).values
         return Matching(gone, stays, partner.gather(1, gone), first)
@@ -260,12 +260,12 @@ def check(block: Block, backbone: str) -> None:
 def _begun(block: Block, grid: tuple[int, int], x: Tensor) -> Stream:
     """Every patch of tokens (B, P+N, D) by itself."""
     count, wide = grid[0] * grid[1], _wide(x)
-    token = torch.arange(count, device=x.device).expand(len(x), -1)
+    token = torch.arange(count, device=x.device).expand(x.shape[0], -1)
     places = None
     if block.rotate is not None:
         y, across = token // grid[1], token % grid[1]
         places = torch.stack([y, across], dim=-1).to(wide)
-    return Stream(x, x.new_ones(len(x), count, 1, dtype=wide), token, places, x)
+    return Stream(x, x.new_ones(x.shape[0], count, 1, dtype=wide), token, places, x)
 
 
 def _qkv(block: Block, h: Tensor, stream: Stream | None) -> tuple[Tensor, Tensor, Tensor]:

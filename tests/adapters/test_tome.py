@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from families import DEPTH, DIM, HEADS, HOSTS, stirred
@@ -358,3 +359,21 @@ def test_macs_are_what_is_multiplied(name, r):
     plain = view(HOSTS[name].build().requires_grad_(False))
     assert costs.dense == accounting.counted(lambda: plain.logits(plain.features(x)))
     assert (float(spent) < costs.dense) == (r != 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["timm-dinov2-reg", "hf-dinov3", "timm-siglip"])
+def test_no_shape_depends_on_what_is_in_an_image_so_that_no_device_is_waited_for(name):
+    model, x = attach(name, dtype=torch.float32, r=3), image(name, dtype=torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # raises where a number is asked for
+        shapes = [tuple(y.shape) for y in (model(x + 0).tokens, model(x + 0).aux["token_size"])]
+    assert shapes == [(2, 16, DIM), (2, 16 - sum(model.adapters["tome"].counts(16)))]
+
+
+@pytest.mark.full
+def test_it_goes_to_onnx_with_an_open_batch(tmp_path):
+    pytest.importorskip("onnxruntime")
+    from adaptkit.export import to_onnx
+
+    model = attach("timm-dinov2-reg", dtype=torch.float32, r=3)
+    assert to_onnx(model, tmp_path / "tome.onnx", (56, 56)).exists()  # which has compared it with the model
