@@ -17,8 +17,8 @@ compared as they are turned. A bias for each pair of places (BEiT) has no merged
 windows. The matching has no gradient, and there is nothing to train: train another adapter beside it, or none. A file
 of this adapter alone has a config and no tensors. AdaViT steps inside the blocks too: only one of the two can act.
 
-ViT-S/16 at 224 pixels, 8 images in float32 on one CPU core, takes 0.74 of its CPU time with r = 8 and 0.50 with r = 16, and
-as much of its MACs (:mod:`adaptkit.analysis.accounting`).
+ViT-S/16 at 224 pixels, 8 images in float32 on one CPU core, takes 0.74 of its CPU time with r = 8 and 0.50 with
+r = 16, and as much of its MACs (:mod:`adaptkit.analysis.accounting`).
 """
 
 from __future__ import annotations
