@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from adaptkit.adapters.metaformer import MetaFormerConfig
     from adaptkit.adapters.rein import ReinConfig
     from adaptkit.adapters.sfp import SimpleFeaturePyramidConfig
+    from adaptkit.adapters.tome import ToMeConfig
     from adaptkit.adapters.vit_adapter import ViTAdapterConfig
     from adaptkit.adapters.vit_split import ViTSplitConfig
     from adaptkit.adapters.vpt import VPTConfig
@@ -61,6 +62,7 @@ __all__ = [
     "ReinConfig",
     "SimpleFeaturePyramidConfig",
     "Spec",
+    "ToMeConfig",
     "VPTConfig",
     "ViTAdapterConfig",
     "ViTSplitConfig",
@@ -104,6 +106,7 @@ _NAMES = {
     "ReinConfig": "adapters.rein",
     "SimpleFeaturePyramidConfig": "adapters.sfp",
     "Spec": "core.view",
+    "ToMeConfig": "adapters.tome",
     "VPTConfig": "adapters.vpt",
     "ViTAdapterConfig": "adapters.vit_adapter",
     "ViTSplitConfig": "adapters.vit_split",

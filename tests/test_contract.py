@@ -57,6 +57,7 @@ METHODS = {
     "adapter-plus": ["adapter-plus"],
     "vpt": [("vpt", {"num_tokens": 3})],
     "rein": [("rein", {"num_tokens": 5, "rank": 2})],
+    "tome": [("tome", {"r": 3}), "lora"],  # nothing in it is trained, so that by itself it has no gradients to promise
     "toy-bottleneck": ["toy-bottleneck"],
 }
 # Its other settings, and several at once, meet one backbone of each kind.
@@ -81,6 +82,7 @@ SETTINGS = {
     "lora+adavit": ["lora", "adavit"],
     "lora+vit-split": ["lora", ("vit-split", {"select_layers": [1, 3], "out_indices": [0], "checkpoint": True,
                                               "norm": "layer"})],
+    "tome+vit-adapter": [("tome", {"r": (2, 0, 3)}), ("vit-adapter", SMALL)],
     "toy-bottleneck+vit-adapter": ["toy-bottleneck", ("vit-adapter", SMALL)],
 }  # fmt: skip
 ADAPTERS = {**METHODS, **SETTINGS}
@@ -92,13 +94,16 @@ assert set(adaptkit.list_adapters()) <= {
 
 
 #: Those that start elsewhere, as their papers have it: new tokens take part in the attention, or both matrices of the
-#: bottleneck are drawn with a deviation of 0.01, or what is added is drawn and scaled by 0.001.
-NOT_FROZEN_AT_FIRST = ("vpt", "vpt-shallow+vit-adapter", "adapter-plus", "rein")
+#: bottleneck are drawn with a deviation of 0.01, or what is added is drawn and scaled by 0.001, or tokens are merged.
+NOT_FROZEN_AT_FIRST = ("vpt", "vpt-shallow+vit-adapter", "adapter-plus", "rein", "tome", "tome+vit-adapter")
 
 
 def fits(adapter, name):
-    """AdaViT, DAT-KV and prompts step inside the attention, so they need one that comes apart; their tests check the refusal."""
-    return HOSTS[name].splits or not adapter.startswith(("adavit", "dat", "lora+adavit", "vpt"))
+    """AdaViT, DAT-KV, prompts and ToMe step inside the attention, so they need one that comes apart, ToMe one without a
+    bias for pairs of places; their tests check the refusal."""
+    if adapter.startswith("tome") and "beit" in name:
+        return False
+    return HOSTS[name].splits or not adapter.startswith(("adavit", "dat", "lora+adavit", "vpt", "tome"))
 
 
 PROMISES = 5  # those that pairs are dealt out to, below

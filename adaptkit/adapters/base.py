@@ -109,6 +109,9 @@ class BlockAdapter(Adapter):
     inside: ClassVar[bool] = False
     switches: ClassVar[tuple[str, ...]] = ()  #: attributes of one's own that a run of a block reads, but tensors
 
+    def check_blocks(self, view: View) -> None:
+        """Raise ``TypeError`` where it cannot act in the blocks of this backbone, beside what ``inside`` says."""
+
     @abstractmethod
     def wrap(self, block: Block, index: int, trace: Trace) -> Fn:
         """Return what runs in place of block ``index``: (B, P+N, D) -> (B, P+N, D).

@@ -1,4 +1,4 @@
-"""What a decision costs: multiply-accumulates (MACs) of each image, from what AdaViT decided for it.
+"""What a decision costs: multiply-accumulates (MACs) of each image, from what AdaViT decided for it, or ToMe merged.
 
 With n rows kept (class and register tokens always among them), a share s of the heads, and the sub-layers m, a block
 of the frozen ViT costs::
@@ -8,6 +8,11 @@ of the frozen ViT costs::
 and its gates cost what they cost. ``qkv``, ``out`` and ``mlp`` are the MACs of one row, ``pair`` those of one query
 with one key; they are read off the backbone itself by torch's flop counter, so that any family is counted alike. Norms,
 softmax and activations are not counted, as everywhere in the literature.
+
+With ToMe, whose every image costs alike, n rows enter a block and r of their patch tokens, of which a and b are in the
+two sets that are matched, disappear before its FFN::
+
+    n * (qkv + out) + n^2 * pair + a * b * (size of a head) + (n - r) * mlp
 """
 
 from __future__ import annotations
@@ -16,11 +21,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaptkit.adapters.adavit import AdaViT
+from adaptkit.adapters.tome import ToMe
 from adaptkit.core.tree import evaluating
 from adaptkit.core.view import Block, Features
 from adaptkit.model.adapted import AdaptedModel
@@ -35,7 +41,8 @@ class BlockCosts(NamedTuple):
     out: float  #: of one row
     mlp: float  #: of one row
     pair: float  #: of one query with one key, both products, all heads
-    gates: float  #: of its gates and its bottleneck, which see every row; 0 before the first gated block
+    #: of its gates and its bottleneck, which see every row, 0 before the first gated block; or of ToMe's matching
+    gates: float
 
     def dense(self, rows: int) -> float:
         """Return the MACs of the frozen block by itself."""
@@ -49,11 +56,11 @@ class Costs(NamedTuple):
     other: float  #: outside the blocks: patches, head, and whatever a side adapter adds
     rows: int  #: tokens P+N
     prefix: int  #: of which are prefix tokens P
-    adapter: AdaViT
+    adapter: AdaViT | ToMe
 
     @property
     def dense(self) -> float:
-        """MACs of the same model without gates."""
+        """MACs of the same model without gates, or with nothing merged."""
         return self.other + sum(block.dense(self.rows) for block in self.blocks)
 
 
@@ -68,9 +75,9 @@ class Summary(NamedTuple):
 def costs(model: AdaptedModel, size: tuple[int, int]) -> Costs:
     """Count what one image of ``size`` (H, W) pixels costs, part by part; runs the model once.
 
-    Raises ``TypeError`` where the model has no AdaViT gates.
+    Raises ``TypeError`` where the model has no AdaViT gates and no ToMe.
     """
-    adapter = AdaViT.of(model)
+    adapter = _saving(model)
     with torch.no_grad(), evaluating(model), adapter.opened():
         parameter = next(model.backbone.parameters())
         image = torch.zeros(1, model.spec.channels, *size, device=parameter.device, dtype=parameter.dtype)
@@ -84,13 +91,29 @@ def costs(model: AdaptedModel, size: tuple[int, int]) -> Costs:
     return Costs(blocks, total - sum(block.dense(rows) for block in blocks), rows, prefix, adapter)
 
 
+def _saving(model: nn.Module) -> AdaViT | ToMe:
+    """What leaves work out in this model."""
+    acting = getattr(model, "adapters", model)  # of several named sets the active one
+    for module in acting.modules():
+        if isinstance(module, AdaViT | ToMe):
+            return module
+    raise TypeError(
+        f"this {type(model).__name__} has no AdaViT gates and no ToMe, so that each image costs what the dense model "
+        "does (adaptkit.analysis.accounting.counted); attach 'adavit' or 'tome' to it"
+    )
+
+
 def macs(costs: Costs, aux: Mapping[str, Tensor]) -> Tensor:
     """Return the MACs (B,) of each image, from ``Features.aux``; differentiable in the decisions.
 
     What is counted is the work that the decisions leave, whichever way it was executed; ``costs.dense`` is the same
-    model without gates. Raises ``KeyError`` where ``aux`` is not that of this model.
+    model without gates. With ToMe it is (1,), the same for every image, and ``aux`` is not read. Raises ``KeyError``
+    where ``aux`` is not that of this model.
     """
-    adapter, c = costs.adapter, costs.adapter.config
+    adapter = costs.adapter
+    if isinstance(adapter, ToMe):
+        return torch.tensor([costs.other + _merged(costs, adapter)], dtype=torch.float64)
+    c = adapter.config
     some = aux[f"{c.gates[0]}_keep"]
     one = some.new_ones(len(some))
     total = one * costs.other
@@ -101,6 +124,15 @@ def macs(costs: Costs, aux: Mapping[str, Tensor]) -> Tensor:
         msa, ffn = kept["layer"].unbind(1) if "layer" in kept else (one, one)
         only_prefix = c.last_block == "class" and i == len(costs.blocks) - 1
         total = total + _spent(block, costs.prefix, patches, share, msa, ffn, only_prefix, c.head_mode) + block.gates
+    return total
+
+
+def _merged(costs: Costs, adapter: ToMe) -> float:
+    """The second equation of the module's head, over the blocks."""
+    rows, total = costs.rows, 0.0
+    for block, r in zip(costs.blocks, adapter.counts(costs.rows - costs.prefix)):
+        total += block.dense(rows) - r * block.mlp + block.gates
+        rows -= r
     return total
 
 
@@ -133,18 +165,30 @@ def counted(run: Callable[[], Any]) -> float:
     return counter.get_total_flops() / 2
 
 
-def _block(adapter: AdaViT, index: int, block: Block, x: Tensor, grid: tuple[int, int]) -> BlockCosts:
+def _block(adapter: AdaViT | ToMe, index: int, block: Block, x: Tensor, grid: tuple[int, int]) -> BlockCosts:
     row, place = x[:, :1], torch.full((1,), -1, device=x.device)
     q = block.qkv(row)[0] if block.qkv_at is None else block.qkv_at(row, place)[0]  # (1, heads, 1, E)
-    name, gates = str(index), 0.0
-    if name in adapter.gates:
-        gates += counted(lambda: adapter.gates[name](x, x, grid))
-    if name in adapter.bottlenecks:
-        gates += counted(lambda: adapter.bottlenecks[name](x))
+    beside = _gates(adapter, str(index), x, grid) if isinstance(adapter, AdaViT) else _matching(adapter, index, q, grid)
     return BlockCosts(
         qkv=counted(lambda: block.qkv(row) if block.qkv_at is None else block.qkv_at(row, place)),
         out=counted(lambda: block.out(q)),
         mlp=counted(lambda: block.mlp(row)),
         pair=2.0 * q.shape[1] * q.shape[3],
-        gates=gates,
+        gates=beside,
     )
+
+
+def _gates(adapter: AdaViT, name: str, x: Tensor, grid: tuple[int, int]) -> float:
+    gates = 0.0
+    if name in adapter.gates:
+        gates += counted(lambda: adapter.gates[name](x, x, grid))
+    if name in adapter.bottlenecks:
+        gates += counted(lambda: adapter.bottlenecks[name](x))
+    return gates
+
+
+def _matching(adapter: ToMe, index: int, q: Tensor, grid: tuple[int, int]) -> float:
+    """Every patch token of one set with every one of the other, over the channels of a head."""
+    counts = adapter.counts(grid[0] * grid[1])
+    left = grid[0] * grid[1] - sum(counts[:index])
+    return float(left // 2 * (left - left // 2) * q.shape[3]) if counts[index] else 0.0

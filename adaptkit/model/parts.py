@@ -344,3 +344,4 @@ def _check_inside(built: dict[str, nn.Module], vit: View) -> None:
                 f"{name} steps inside the blocks, but {wrappers[place - 1][0]} was given before it and would be left "
                 f"out; name {name} first, and only one adapter of this kind"
             )
+        adapter.check_blocks(vit)
