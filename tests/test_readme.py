@@ -34,6 +34,7 @@ def test_what_readme_writes_as_an_attribute_is_there_after_importing_adaptkit_al
     # One fork for each name: what one of them imports must not help the next.
     code = """
 import operator, os, sys
+import peft, timm, torch  # by us nothing yet
 import adaptkit
 for path in sys.argv[1:]:
     if not os.fork():

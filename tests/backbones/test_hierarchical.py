@@ -85,6 +85,10 @@ OPTIONS = {
     "gate": {"width": 0, "mixer": "pool", "norm": "group1"},
 }
 hosts = pytest.mark.parametrize("name", HOSTS)
+#: tracing a host takes twenty seconds and more
+traced = pytest.mark.parametrize(
+    "name", [pytest.param(h, marks=[] if h == "swin" else pytest.mark.full) for h in HOSTS]
+)
 every = pytest.mark.parametrize(("name", "options"), [pytest.param(h, o, id=f"{h}-{n}") for h in HOSTS for n, o in OPTIONS.items()])  # fmt: skip
 
 
@@ -254,7 +258,7 @@ def test_any_input_size_gives_maps_of_the_image_size(name, options, size):
     assert all(m.isfinite().all() for m in features.maps)
 
 
-@hosts
+@traced
 def test_compiles_as_one_graph(name):
     torch._dynamo.reset()
     model = _randomise(attach(name, OPTIONS["hybrid"]), 3)
@@ -264,7 +268,7 @@ def test_compiles_as_one_graph(name):
         assert_rounds_to(a, b, *SUMS)
 
 
-@hosts
+@traced
 @torch.no_grad()
 def test_exports(name):
     model = _randomise(attach(name, OPTIONS["hybrid"]), 3)

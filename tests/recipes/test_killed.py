@@ -25,7 +25,8 @@ def run(script, *arguments):
     return done.stdout
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.full), 2])
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_three_kills_at_random_moments_change_no_byte_of_the_adapter(ranks, tmp_path):
     folder = write_folder(tmp_path / "data")
     said = run("killing.py", ranks, folder, tmp_path, random.randrange(10**6))
