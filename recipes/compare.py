@@ -14,11 +14,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import yaml
@@ -115,6 +118,31 @@ def state(asked: Asked, recipe: Any) -> list[str] | None:
     return [*asked.arguments, "--resume" if checkpoints.checkpoints(asked.out) else "--overwrite"]
 
 
+def ended(command: list[str]) -> int:
+    """Run a process to its end and return its status. When this process is asked to stop it is that one which stops.
+
+    SIGTERM is passed on, Ctrl-C reaches both from the terminal: either way a run has the time to keep a checkpoint.
+    """
+    if threading.current_thread() is not threading.main_thread():  # others are told of no signal
+        return subprocess.call(command)
+    asked, children = [], []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        for child in children if number == signal.SIGTERM else ():
+            child.send_signal(number)
+
+    former = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        children.append(child := subprocess.Popen(command))
+        if signal.SIGTERM in asked:  # before there was a child
+            child.send_signal(signal.SIGTERM)
+        return child.wait()
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
 def make(task: str, runs: list[tuple[Asked, list[str] | None]], after: Callable[[], Any] = lambda: None) -> list[str]:
     """Make the runs that are to be made, and call ``after`` when each has ended; returns the names that failed."""
     package, failed = __package__, []
@@ -123,7 +151,7 @@ def make(task: str, runs: list[tuple[Asked, list[str] | None]], after: Callable[
         print(f"[{n}/{len(runs)}] {asked.out.name} {verb}", flush=True)
         if arguments is None:
             continue
-        status = subprocess.call([sys.executable, "-m", f"{package}.{task}", *arguments])
+        status = ended([sys.executable, "-m", f"{package}.{task}", *arguments])
         if status in (130, 143, -2, -15):
             raise KeyboardInterrupt(f"stopped in {asked.out.name}; the same command goes on")
         failed += [asked.out.name] if status else []

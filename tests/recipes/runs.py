@@ -1,5 +1,7 @@
 """What tests of the recipes share: small data on disk, a command line, a fresh start, a run that is cut off."""
 
+import contextlib
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -74,3 +76,10 @@ def cut_off(real, at):
         return real(*args, **kwargs)
 
     return until
+
+
+def ended_by(monkeypatch, call):
+    """Let ``call(command)`` stand for the processes of `adaptkit compare` and `adaptkit train ablate`."""
+    for name in ("recipes.compare", "adaptkit.recipes.compare"):  # of a clone, installed
+        with contextlib.suppress(ImportError):
+            monkeypatch.setattr(importlib.import_module(name), "ended", call)

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import write_folder
+from runs import ended_by, write_folder
 
 from adaptkit import Spec
 from adaptkit.cli import main as cli
 from adaptkit.core import registry
 from adaptkit.report import Run
-from recipes import ablate, ablation, ablation_page, adavit, compare, segment
+from recipes import ablate, ablation, ablation_page, adavit, segment
 
 pytest.importorskip("matplotlib")
 
@@ -84,7 +84,7 @@ def calls(monkeypatch):
         fails = ""
 
     made = Made()
-    monkeypatch.setattr(compare.subprocess, "call", call)
+    ended_by(monkeypatch, call)
     return made
 
 

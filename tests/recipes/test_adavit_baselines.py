@@ -10,12 +10,14 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 from families import HOSTS, randomise
+from runs import ended_by
 
 import adaptkit
 from adaptkit.adapters.adavit import AdaViT, Random
 from adaptkit.analysis import accounting
-from recipes import ablation, adavit, adavit_baselines, compare
+from recipes import ablation, adavit, adavit_baselines
 from recipes.adavit_policies import WAYS, at_random, by_depth, prepared
 
 pytest.importorskip("matplotlib")
@@ -143,7 +145,7 @@ def test_several_budgets_are_a_table_of_runs_that_are_made_once(listed, tmp_path
         adavit.main(command[3:])
         return 0
 
-    monkeypatch.setattr(compare.subprocess, "call", call)
+    ended_by(monkeypatch, call)
     monkeypatch.setattr("recipes.adavit_model.create_backbone", lambda name: HOSTS["timm-vit"].build())
     out = tmp_path / "out"
     given = ["--data", listed, "--val", listed, "--size", "64", "--mean", "0.5", "--std", "0.5", "--steps", "1", "--head-steps", "1", "--batch-size", "2",

@@ -1,6 +1,9 @@
 """`adaptkit compare` makes each run once, goes on with those that were stopped, and puts all on one page."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,7 +11,7 @@ import pytest
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import write_folder
+from runs import ended_by, write_folder
 
 from adaptkit.cli import main as cli
 from recipes import compare, segment
@@ -36,7 +39,7 @@ def calls(monkeypatch):
         segment.main(command[3:])
         return 0
 
-    monkeypatch.setattr(compare.subprocess, "call", call)
+    ended_by(monkeypatch, call)
     return made
 
 
@@ -83,14 +86,14 @@ def test_a_run_that_fails_leaves_the_others(given, monkeypatch, tmp_path, capsys
         segment.main(command[3:])
         return 0
 
-    monkeypatch.setattr(compare.subprocess, "call", call)
+    ended_by(monkeypatch, call)
     assert cli(["compare", *given]) == 2
     assert "these runs failed, see above: metaformer-seed1" in capsys.readouterr().err
     assert "no adapter" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_stop_is_a_stop(given, monkeypatch, capsys):
-    monkeypatch.setattr(compare.subprocess, "call", lambda command: 130)
+    ended_by(monkeypatch, lambda command: 130)
     assert cli(["compare", *given]) == 130
     assert "stopped in none-seed1; the same command goes on" in capsys.readouterr().err
 
@@ -141,3 +144,32 @@ def test_in_processes_of_their_own(given, tmp_path):
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "report.html").is_file()
+
+
+CHILD = """
+import signal, sys, time
+def stop(number, frame):
+    time.sleep(0.5)  # a checkpoint takes its time
+    print("kept", number, flush=True)
+    sys.exit(128 + number)
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, stop)
+print("begun", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_comparison_that_is_stopped_lets_its_run_keep_a_checkpoint(number, tmp_path):
+    parent = f"import sys; from recipes.compare import ended; sys.exit(ended([sys.executable, '-c', {CHILD!r}]))"
+    group = subprocess.Popen(
+        [sys.executable, "-c", parent], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert group.stdout.readline() == "begun\n"
+    if number == signal.SIGINT:
+        os.killpg(group.pid, number)  # as a terminal does
+    else:
+        group.send_signal(number)
+    assert group.communicate()[0] == f"kept {number:d}\n"
+    assert group.returncode == 128 + number
