@@ -58,7 +58,7 @@ METHODS: dict[str, list[str]] = {
 }
 #: Learning rates to start from; --tune finds those of a backbone and a set.
 RATES = {
-    "linear": 3e-3, "fpn": 1e-3, "sfp": 1e-3, "lora": 1e-3, "adapter-plus": 1e-3, "rein": 1e-3,
+    "linear": 1e-2, "fpn": 1e-3, "sfp": 1e-3, "lora": 1e-3, "adapter-plus": 1e-3, "rein": 1e-3,
     "vit-split": 3e-4, "plain-mask": 3e-4, "extractors": 1e-3, "vit-adapter": 1e-3, "lora+vit-adapter": 1e-3,
 }  # fmt: skip
 GRID = (3e-4, 1e-3, 3e-3)  #: of learning rates

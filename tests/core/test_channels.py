@@ -102,10 +102,10 @@ def test_each_family_reads_them_off_its_host_and_equals_it(name, channels):
 def test_every_adapter_trains_saves_and_loads(adapter, name, channels, tmp_path):
     model, x = attached(name, adapter, channels), image(channels)
     features = model.train()(x)
-    sum(t.square().mean() for t in (features.tokens, *features.maps) if t.requires_grad).backward()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    torch.optim.SGD(trained, lr=0.1).step()
-    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in trained)
+    if trained := [p for p in model.parameters() if p.requires_grad]:
+        sum(t.square().mean() for t in (features.tokens, *features.maps) if t.requires_grad).backward()
+        torch.optim.SGD(trained, lr=0.1).step()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in trained) or adapter == "tome"
     model.save(tmp_path)
     again = adaptkit.attach(build(name, channels), str(tmp_path))
     with torch.no_grad():

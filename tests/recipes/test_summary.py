@@ -1,11 +1,14 @@
 """What is said of the data before training: counts that are right, and what is wrong with its remedy."""
 
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import adaptkit
+from adaptkit.create import create_backbone
 from recipes import classify, depth, detect, panoptic, segment, shapes
 from recipes.summary import ROWS, Summary, about, as_json, lines, of_counts
 
@@ -78,7 +81,7 @@ def test_boxes_segments_depths_and_images_are_counted_alike(tmp_path):
     found = {}
     for recipe, name in ((detect, "annotations"), (panoptic, "panoptic")):
         args = recipe.parse([f"--train={path}", f"--val={path}", *more])
-        model = type("Model", (), {"vit": None}) if recipe is detect else None
+        model = Namespace(vit=adaptkit.view(create_backbone("test_vit", pretrained=False)))
         if recipe is panoptic:
             model = recipe.build(
                 recipe.parse([f"--train={path}", f"--val={path}", *more, "--queries", "4", "--layers", "1", "1"])
