@@ -100,7 +100,7 @@ def test_adapters_that_need_the_backbone_are_refused(folder, tmp_path, capsys):
     assert "--cache-features needs --views K" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("int8", marks=pytest.mark.full)])
 def test_a_cache_that_holds_more_blocks_trains_the_same(folder, tmp_path, dtype):
     views = ["--views", "2", "--steps", "3", "--cache-dtype", dtype, "--cache-features"]
     train(folder, tmp_path / "own", *ADAPTERS["sfp"], *views, str(tmp_path / "last"))
