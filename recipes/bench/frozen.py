@@ -234,7 +234,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     p.add_argument("--val", required=True, help="the same, for the scores of stages 2 and 3")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     p.add_argument("--seeds", nargs="+", type=seed_of, default=[0, 1, 2])
-    p.add_argument("--steps", type=int, default=1000, help="of each run of stage 2 (default: 1000)")
+    p.add_argument("--steps", type=int, default=4000, help="of each run of stage 2 (default: 4000)")
     p.add_argument("--seconds", type=float, help="of training in stage 3; 0: leave the stage out")
     p.add_argument("--tune", action="store_true", help="find the learning rates first")
     p.add_argument("--window", nargs=2, type=int, metavar=("H", "W"),
