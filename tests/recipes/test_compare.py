@@ -155,7 +155,7 @@ def stop(number, frame):
 signal.signal(signal.SIGTERM, stop)
 signal.signal(signal.SIGINT, stop)
 print("begun", flush=True)
-time.sleep(600)
+time.sleep(60)
 """
 
 
