@@ -28,9 +28,9 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,7 @@ RATES = {
 GRID = (3e-4, 1e-3, 3e-3)  #: of learning rates
 FACTOR = 10**0.5  #: from one rate to the next
 LIMITS = (2e-5, 5e-2)  #: no rate beyond
-#: Methods that only read the backbone, and of which blocks: four, or the last of them. One cache serves them all.
-READS = {"extractors": 4, "vit-split": 4, "plain-mask": 4, "linear": 1, "fpn": 1, "sfp": 1}
+READS = ("extractors", "vit-split", "plain-mask", "linear", "fpn", "sfp")  #: those that only read the backbone
 PIXELS = ["--loss", "cross-entropy", "dice"]  #: of heads that class pixels; plain-mask has its own
 
 
@@ -77,7 +76,7 @@ class Bench:
     common: list[str]  #: options of the recipe
     window: list[int] | None  #: of cached features
     jobs: int  #: runs at once
-    blocks: int = 4  #: whose features are kept, as `READS` says
+    caches: dict[str, str] = field(default_factory=dict)  #: by method: the name of the cache that serves it
 
     def run(self, runs: Sequence[Asked]) -> list[dict[str, Any]]:
         """Make the runs that are not there; returns their results, in order."""
@@ -88,21 +87,35 @@ class Bench:
             raise SystemExit(f"failed, see above: {', '.join(failed)}; the same command makes them again")
         return [json.loads((run.out / "result.json").read_text()) for run in runs]
 
+    def ordered(self, methods: Iterable[str]) -> list[str]:
+        """Those first that fill a cache for others."""
+        order = list(self.caches)
+        return sorted(methods, key=lambda method: order.index(method) if method in order else len(order))
+
     def asked(self, stage: str, method: str, name: str, options: dict[str, Any]) -> Asked:
         """One run of a method in a stage."""
         out = self.out / stage / f"{method}-{name}"
         given = [str(word) for flag, value in options.items() for word in (f"--{flag}", value)]
         given += [] if method == "plain-mask" else PIXELS
-        if self.window and method in READS:
-            folder = self.out / "features" / f"{Path(options['train']).stem}-{options['seed']}-{self.blocks}"
+        if self.window and method in self.caches:
+            folder = self.out / "features" / f"{Path(options['train']).stem}-{options['seed']}-{self.caches[method]}"
             given += ["--views", "2", "--cache-features", str(folder), "--flip-features"]
             given += ["--crop-features", *map(str, self.window)]
         return Asked(method, int(options["seed"]), out, [*self.common, *METHODS[method], *given, "--out", str(out)])
 
 
-def ordered(methods: Iterable[str]) -> list[str]:
-    """Those first that read most of the backbone: their caches serve the others."""
-    return sorted(methods, key=lambda method: -READS.get(method, 0))
+def reads(method: str, common: Sequence[str]) -> frozenset[int]:
+    """Build the method's model and ask it after which blocks it reads the backbone."""
+    files = ["--train", "none", "--val", "none", "--random-backbone"]
+    model: Any = segment.build(segment.parse([*common, *METHODS[method], *files]))
+    return frozenset(model.reads()[0])
+
+
+def caches_of(blocks: Mapping[str, frozenset[int]]) -> dict[str, str]:
+    """Blocks that methods read -> the cache that serves each, ``"2-5-8-11"``; those first that fill one for others."""
+    order = sorted(blocks, key=lambda method: -len(blocks[method]))
+    serving = {method: next(blocks[one] for one in order if blocks[method] <= blocks[one]) for method in order}
+    return {method: "-".join(map(str, sorted(held))) for method, held in serving.items()}
 
 
 def rate_text(rate: float) -> str:
@@ -151,7 +164,7 @@ def tune(bench: Bench, methods: Sequence[str], data: tuple[Path, Path], steps: i
         runs = [bench.asked("tune", method, f"lr{one['lr']}", one) for one in options]
         return [result["miou"] for result in bench.run(runs)]
 
-    found = {method: tuned(lambda rates, m=method: scores(m, rates)) for method in ordered(methods)}  # type: ignore[misc]
+    found = {m: tuned(lambda rates, m=m: scores(m, rates)) for m in bench.ordered(methods)}  # type: ignore[misc]
     return {method: found[method] for method in methods}
 
 
@@ -159,10 +172,11 @@ def stage(bench: Bench, name: str, rates: dict[str, float], seeds: Sequence[int]
           ) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
     """Stages 2 and 3: return the results of each method, seed by seed."""
     # seed by seed, so that all methods can be compared after a third of the time
-    plan = [(method, seed) for seed in seeds for method in ordered(rates)]
+    plan = [(method, seed) for seed in seeds for method in bench.ordered(rates)]
     runs = [bench.asked(name, method, f"seed{seed}", {**options[method], "lr": rate_text(rates[method]), "seed": seed})
             for method, seed in plan]  # fmt: skip
-    bench.run([run for run in runs if run.adapter == runs[0].adapter])  # fills the caches that the others read
+    fills = {bench.caches[method]: method for method in reversed(bench.caches)}.values()
+    bench.run([run for run in runs if run.adapter in fills])  # the caches that others read, too
     results = bench.run(runs)
     return {method: [r for (m, _), r in zip(plan, results) if m == method] for method in rates}
 
@@ -249,8 +263,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     check_writable(args.out)
     out = Path(args.out)
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
-    common, blocks = ["--batch-size", "4", "--save-every", "0", *rest], max(READS.get(m, 0) for m in args.methods)
-    bench = Bench(out, common, args.window, args.jobs, blocks)
+    common = ["--batch-size", "4", "--save-every", "0", *rest]
+    caches = caches_of({m: reads(m, common) for m in args.methods if m in READS}) if args.window else {}
+    bench = Bench(out, common, args.window, args.jobs, caches)
 
     rates = {method: RATES[method] for method in args.methods}
     if args.tune:

@@ -1,6 +1,7 @@
 """The bench of frozen methods: how rates are found, what is run, and what is shown."""
 
 import math
+from pathlib import Path
 
 import datasets
 import pytest
@@ -41,7 +42,8 @@ def test_rates_are_found_on_images_that_come_after_those_that_are_trained_on(tmp
 @pytest.mark.parametrize("method", frozen.METHODS)
 def test_every_method_is_a_run_that_the_recipe_takes(method, window, tmp_path):
     common = ["--num-classes", "3", "--backbone", "test_vit", "--size", "64", "64"]
-    bench = frozen.Bench(tmp_path, common, window, 1)
+    caches = frozen.caches_of({method: frozenset([3])} if window and method in frozen.READS else {})
+    bench = frozen.Bench(tmp_path, common, window, 1, caches)
     data = {"train": "a.parquet", "val": "b.parquet", "steps": 7}
     first, second = (bench.asked("steps", method, f"seed{n}", {**data, "lr": "1.0e-03", "seed": n}) for n in range(2))
     args = segment.parse(first.arguments)
@@ -49,6 +51,19 @@ def test_every_method_is_a_run_that_the_recipe_takes(method, window, tmp_path):
     assert bool(args.cache_features) == (window is not None and method in frozen.READS)
     assert segment.parse(second.arguments).out != args.out
     assert args.cache_features is None or segment.parse(second.arguments).cache_features != args.cache_features
+
+
+def test_a_cache_serves_every_method_whose_blocks_it_holds_and_is_filled_first():
+    caches = frozen.caches_of({"linear": {11}, "extractors": {5, 11}, "vit-split": {2, 11}, "sfp": {11}})
+    assert caches == {"extractors": "5-11", "vit-split": "2-11", "linear": "5-11", "sfp": "5-11"}
+    bench = frozen.Bench(Path(), [], [32, 32], 1, caches)
+    assert bench.ordered(["lora", "linear", "vit-split", "extractors"]) == ["extractors", "vit-split", "linear", "lora"]
+
+
+@pytest.mark.parametrize("method", frozen.READS)
+def test_a_method_is_asked_which_blocks_it_reads(method):
+    common = ["--num-classes", "3", "--backbone", "demo", "--size", "64", "64"]
+    assert frozen.reads(method, common) == ({11} if method in ("linear", "fpn", "sfp") else {2, 5, 8, 11})
 
 
 def test_a_table_has_means_spreads_and_costs():
