@@ -139,6 +139,7 @@ def train(
             stopped = stop.agreed(accelerator, step + 1) if step + 1 < args.steps else 0
             if stopped:
                 raise Stopped(step + 1, None, stopped)
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # autocast is for training: what is scored is float32
 
 
 class Progress:
@@ -233,6 +234,8 @@ def finish(
         dense = score(everything)
     with gates.deciding(policy):
         own = score(everything)
+    kept = f"; saved {save(out, args, model, own, held, device)}" if policy is None else ""  # before it may be refuted
+    with gates.deciding(policy):
         off = model.verify(next(held.batches(everything, args.batch_size, source_of(model.vit, args), device))[0])
         rates = list(images_per_second(model, held, args, device))
     scores = {"dense": dense, POLICIES[args.policy]: own}
@@ -249,7 +252,6 @@ def finish(
     }  # fmt: skip
     if learned:
         result["random_macs"] = scores["random"].macs.mean
-    kept = f"; saved {save(out, args, model, own, held, device)}" if policy is None else ""
     write_atomic(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     say(args, result, scores)
     print(f"\npacked equals masked to {off:.1e}{kept}")

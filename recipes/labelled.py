@@ -30,7 +30,7 @@ PURE = 0.6  # least share of a crop that its class must cover
 
 
 class Labelled(NamedTuple):
-    """A whole set in memory, which is_supported the small sets that a frozen backbone is adapted to."""
+    """A whole set in memory, as suits the small sets that a frozen backbone is adapted to."""
 
     images: Tensor  # (K, 3, H, W) uint8, or float32 in 0..1 where an image has more than eight bits
     labels: Tensor  # (K,) int64

@@ -34,6 +34,21 @@ def test_it_ends_with_scores_at_the_budget(finished):
     assert result["packed_minus_masked"] <= 1e-5
 
 
+def test_what_was_trained_in_bfloat16_is_scored_in_float32(tmp_path):
+    adavit.main(["--data", "digits", *SMALL, "--mixed-precision", "bf16", "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "result.json").read_text())["packed_minus_masked"] <= 1e-5
+
+
+def test_a_file_is_there_even_where_the_proof_fails(tmp_path, monkeypatch):
+    def refuted(*args):
+        raise RuntimeError("packed execution differs")
+
+    monkeypatch.setattr(adaptkit.AdaptedModel, "verify", refuted)
+    with pytest.raises(RuntimeError, match="packed execution differs"):
+        adavit.main(["--data", "digits", *SMALL, "--out", str(tmp_path)])
+    assert adaptkit.attach(adaptkit.demo_backbone(), tmp_path / "adapter")
+
+
 def test_what_it_saved_attaches_to_a_fresh_backbone(finished):
     model = adaptkit.attach(adaptkit.demo_backbone(), finished / "adapter")
     features = model(torch.randn(2, 3, 32, 32))
