@@ -48,7 +48,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Open the file, and return what it scores. Raises what reading a file or data raises."""
-    model = from_pretrained(args.file, backbone=args.backbone).to(best_device(args.device))
+    model = from_pretrained(args.file, backbone=args.backbone, positions=args.positions)
+    model = model.to(best_device(args.device))
     described, channels = model.described(), model.vit.spec.channels
     if args.corruptions is not None and channels != CHANNELS:
         raise ValueError(f"--corruptions are of pictures in colours, and {args.file} takes {channels} channels")

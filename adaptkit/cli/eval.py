@@ -7,6 +7,7 @@ import importlib
 import json
 from typing import Any
 
+from adaptkit.cli._backbone import add_backbone
 from adaptkit.cli.predict import add_ways
 
 __all__ = ["CORRUPTIONS", "add", "add_options", "run"]
@@ -25,7 +26,7 @@ def add_options(p: Any) -> None:
     p.add_argument("file", help="a saved folder, or org/name on the Hub")
     p.add_argument("--data", required=True, help="as --val of the task's recipe")
     p.add_argument("--split", default="validation", help="of a Hub id, of Cityscapes, of the digits")
-    p.add_argument("--backbone", help="demo, a timm name, a folder, ... (default: as recorded)")
+    add_backbone(p)
     p.add_argument("--json", action="store_true", help="print one JSON object with all that was found")
     add_ways(p)
     p.add_argument("--image-column", help="default: the first column of images")

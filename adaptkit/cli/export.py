@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from adaptkit.cli._backbone import add_backbone
 from adaptkit.cli._show import table
 
 __all__ = ["add", "run"]
@@ -16,7 +17,7 @@ def add(commands: Any) -> None:
     parser.add_argument("file", help="a saved folder, or org/name on the Hub")
     parser.add_argument("--out", required=True, help="model.onnx, or model.pt2 for torch.export.load")
     parser.add_argument("--size", nargs=2, type=int, default=(224, 224), metavar=("H", "W"), help="pixels")
-    parser.add_argument("--backbone", help="as for doctor (default: the one that the file records)")
+    add_backbone(parser)
     parser.add_argument("--fixed-batch", action="store_true", help="two images at a time, no more and no fewer")
     parser.add_argument("--dynamic-size", action="store_true", help="leave the size open where the backbone allows it")
     parser.add_argument(
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     if suffix not in ("onnx", "pt2") or (args.aot and suffix != "pt2"):
         raise ValueError(f"--out {args.out}: give a name that ends in .onnx or .pt2{' (.pt2 with --aot)' * args.aot}")
     write = {"onnx": export.to_onnx, "pt2": export.to_aot_package if args.aot else export.to_exported_program}[suffix]
-    model = from_pretrained(args.file, backbone=args.backbone)
+    model = from_pretrained(args.file, backbone=args.backbone, positions=args.positions)
     opened = {"dynamic_batch": not args.fixed_batch, "dynamic_size": args.dynamic_size, "outputs": args.outputs}
     try:
         path = write(model, args.out, tuple(args.size), **opened)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from adaptkit.cli._backbone import add_backbone
+
 __all__ = ["add", "add_ways", "run", "ways_of"]
 
 
@@ -16,7 +18,7 @@ def add(commands: Any) -> None:
     parser.add_argument("file", help="a saved folder, or org/name on the Hub")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="pictures, folders, patterns or videos")
     parser.add_argument("--out", required=True, metavar="DIR", help="for NAME.png, NAME_overlay.png, predictions.json")
-    parser.add_argument("--backbone", help="demo, a timm name, a folder, ... (default: as recorded)")
+    add_backbone(parser)
     add_ways(parser)
     parser.add_argument("--threshold", type=float, default=0.5, help="least score of an object (default: %(default)s)")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="of the frames of a video")
@@ -71,7 +73,8 @@ def run(args: argparse.Namespace) -> None:
     given, out = found(args.images), Path(args.out).expanduser()
     check_apart(out, given)
     check_writable(out)
-    model = from_pretrained(args.file, backbone=args.backbone).to(best_device(args.device))
+    model = from_pretrained(args.file, backbone=args.backbone, positions=args.positions)
+    model = model.to(best_device(args.device))
     channels, written = model.vit.spec.channels, Written(out, draws=not args.no_overlay)
     numbers, seen = ids_of([one.path for one in given]), []
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from adaptkit.cli._backbone import add_backbone
+from adaptkit.core.arguments import Defaults
 from adaptkit.version import DISTRIBUTION
 
 __all__ = ["add", "run"]
@@ -15,10 +17,10 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "serve",
         help="one resident backbone, many adapters, over HTTP",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
     )
     parser.add_argument("adapters", nargs="*", metavar="name=FILE", help="a saved folder, or org/name on the Hub")
-    parser.add_argument("--backbone", help="as for doctor; without it the one that the first file records")
+    add_backbone(parser, "the one that the first file records")
     parser.add_argument("--strict", action="store_true", help="refuse files that were trained on other weights")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; without it a GPU where there is one")
     parser.add_argument("--threads", type=int, help="of torch on the CPU; without it torch's own choice")

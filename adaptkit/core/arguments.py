@@ -9,7 +9,15 @@ from typing import Any, NoReturn
 
 from adaptkit.core.near import hint, nearest
 
-__all__ = ["Parser"]
+__all__ = ["Defaults", "Parser"]
+
+
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that ends with the default of an option, where it has one and does not say it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default in (None, False, []) or "default" in (action.help or "").lower()
+        return action.help if silent else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

@@ -290,7 +290,9 @@ def check_fits(file: AdapterFile, vit: View, strict: bool = False) -> None:
 
 def _other_rule(rule: str, vit: View) -> str:
     known = rule in vit.position_rules
-    return f"attach(..., positions={rule!r})" if known else "take the library that it was trained in"
+    if known:
+        return f"attach(..., positions={rule!r}), in a command --positions {rule!r}"
+    return "take the library that it was trained in"
 
 
 def say_spec(spec: Spec | HierarchicalSpec) -> str:

@@ -102,15 +102,16 @@ class Mounts:
         backbone: is frozen and taken; move it to its device before.
         batching, most, metrics: see :class:`~adaptkit.serve.passes.Passes`.
         strict: make other backbone weights than a file's an error instead of a warning.
+        positions: as :func:`adaptkit.attach` takes it, for all files.
     """
 
     def __init__(
         self, backbone: nn.Module, batching: str = "exact", most: int = 8, metrics: Metrics | None = None,
-        strict: bool = False,
+        strict: bool = False, positions: str | None = None,
     ) -> None:  # fmt: skip
-        self.metrics, self.strict = metrics or Metrics(), strict
+        self.metrics, self.strict, self.positions = metrics or Metrics(), strict, positions
         self._plain = at_rest(skeleton(backbone))  # for networks: the same weights, and nothing of ours inside
-        self._many = ManyTasks(attach(backbone)).eval()
+        self._many = ManyTasks(attach(backbone, positions=positions)).eval()
         self.passes = Passes(self._many.model.vit, batching, most, self.metrics)
         self.all: Mapping[str, Mounted] = {}  #: replaced as a whole, so that other threads may read it
 
@@ -138,7 +139,7 @@ class Mounts:
         read = read or self.read(file)
         around = network.recipe_of(read) is not None
         if around:
-            model: Predicts = network.load(read, at_rest(skeleton(self._plain)), self.strict)
+            model: Predicts = network.load(read, at_rest(skeleton(self._plain)), self.strict, self.positions)
             why = "a network around the adapter: it calls the backbone itself"
         else:
             self._many.add(name, read, strict=self.strict)

@@ -43,7 +43,7 @@ def service_of(args: argparse.Namespace) -> Service:
         torch.set_num_threads(args.threads)
     read = {name: Mounts.read(file) for name, file in files.items()}
     backbone = _backbone(args.backbone, files, read).to(_device(args.device))
-    mounts = Mounts(backbone, args.batching, args.max_batch, strict=args.strict)
+    mounts = Mounts(backbone, args.batching, args.max_batch, strict=args.strict, positions=args.positions)
     for name, file in files.items():
         try:
             mounts.mount(name, file, read[name])

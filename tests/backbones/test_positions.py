@@ -1,5 +1,6 @@
 """Two libraries resample positions by two rules; the file says which, and the view can follow either."""
 
+import copy
 import sys
 import warnings
 from pathlib import Path
@@ -13,8 +14,10 @@ from families import HOSTS, randomise
 from test_families import DINO, HF, image, rename, timm_vit
 
 import adaptkit
+from adaptkit.cli import main
 from adaptkit.core.registry import view
 from adaptkit.networks import network
+from adaptkit.serve.mounts import Mounts
 
 transformers = pytest.importorskip("transformers")
 OTHER = (24, 40)
@@ -96,6 +99,35 @@ def test_from_pretrained_follows_the_rule_of_the_file(tmp_path):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="positions='nearest'"):
         adaptkit.from_pretrained(tmp_path, backbone=again.detach(), positions="nearest")
+
+
+@torch.no_grad()
+def test_commands_follow_the_rule_of_the_file(tmp_path, monkeypatch):
+    ours, theirs = pair()
+    model = adaptkit.attach(theirs, head=("linear", {"num_classes": 3})).eval()
+    expected = model(image(*OTHER).expand(2, -1, -1, -1)).logits
+    model.save(tmp_path / "a")
+    monkeypatch.setattr("adaptkit.pretrained.create_backbone", lambda name: copy.deepcopy(ours))  # it has no name
+    command = ["export", str(tmp_path / "a"), "--backbone", "ours", "--size", *map(str, OTHER), "--fixed-batch"]
+    off = {}
+    for name, more in (("own", []), ("file", ["--positions", "bicubic"])):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            assert main([*command, "--out", str(tmp_path / f"{name}.pt2"), "--outputs", "logits", *more]) == 0
+        assert any("--positions 'bicubic'" in str(one.message) for one in seen) == (not more)
+        found = torch.export.load(tmp_path / f"{name}.pt2").module()(image(*OTHER).expand(2, -1, -1, -1))
+        off[name] = (found[0] - expected).abs().max().item()
+    assert off["file"] < 1e-4 < 1e-3 < off["own"]
+
+
+def test_what_is_served_follows_the_rule_that_is_asked_for(tmp_path):
+    ours, theirs = pair()
+    adaptkit.attach(theirs, head=("linear", {"num_classes": 3})).save(tmp_path, mean=[0.5] * 3, std=[0.5] * 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mounts = Mounts(ours, positions="bicubic")
+        mounts.mount("seg", str(tmp_path))
+    assert mounts.passes.vit.positions == "bicubic"
 
 
 def test_from_pretrained_follows_it_in_a_network_too(tmp_path):
