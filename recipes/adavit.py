@@ -23,6 +23,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from torch import Tensor, nn
 
 from adaptkit.adapters.adavit import AdaViT, Random
 from adaptkit.analysis import accounting, kept_patches, usage_by_depth
+from adaptkit.analysis.difficulty import EasyAndHard, ends
+from adaptkit.analysis.style import pictured
 from adaptkit.hub.write import write_atomic
 from adaptkit.losses import agreement_loss, annealed_budget, check_budget, macs_loss, usage
 
@@ -55,7 +58,9 @@ from .order import folded
 from .stopping import Stop, Stopped
 
 #: What a run leaves.
-MADE = ("metrics.jsonl", "result.json", "config.yaml", "adapter", "kept_patches.png", "usage.png")
+MADE = ("metrics.jsonl", "result.json", "config.yaml", "adapter", "kept_patches.png", "usage.png", "easy_and_hard.png")
+
+SHOWN = 6  #: of the easiest images, and of the hardest
 
 POLICY_HELP = """what decides in training and after it: the gates; at random, at one rate that fits the budget; or
 static, the last sub-layers left out. The bottlenecks are trained in the same way"""
@@ -261,18 +266,21 @@ def save(out: Path, args: argparse.Namespace, model: Any, own: Score, held: Labe
     """Write the file, and what was kept as pictures; random decisions are in no file. Returns what was written."""
     scores = {"budget": args.budget, "accuracy": own.accuracy}
     folder = model.save(out / "adapter", task="image-classification", **normalisation.to_record(args), **scores)
-    image = next(held.batches(torch.arange(1), 1, source_of(model.vit, args), device))[0]
-    return f"{folder}; {draw(model, image, own.aux, out)}"
+    source = source_of(model.vit, args)
 
+    def images(which: Sequence[int]) -> Tensor:
+        return next(held.batches(torch.tensor(which), len(which), source, device))[0]
 
-def draw(model: Any, image: Tensor, aux: dict[str, Tensor], out: Path) -> str:
-    """Draw what one image keeps, and the usage of all; say where it is, or why not: the training is not lost by it."""
-    try:
-        kept_patches(model, image, out / "kept_patches.png")
-        usage_by_depth(aux, AdaViT.of(model).first).save(out / "usage.png")
+    try:  # the training is not lost by a picture
+        kept_patches(model, images([0]), out / "kept_patches.png")
+        usage_by_depth(own.aux, AdaViT.of(model).first).save(out / "usage.png")
+        if len(own.shares) > 1:
+            easy, hard = ends(own.shares, SHOWN)
+            pictures = pictured(images((*easy, *hard)), source)
+            EasyAndHard(own.shares, easy, hard, pictures).save(out / "easy_and_hard.png")
     except ImportError as error:
-        return f"no pictures: {error}"
-    return f"drew {out}/kept_patches.png and {out}/usage.png"
+        return f"{folder}; no pictures: {error}"
+    return f"{folder}; drew {', '.join(path.name for path in sorted(out.glob('*.png')))} beside it"
 
 
 def say(args: argparse.Namespace, result: dict[str, Any], scores: dict[str, Score]) -> None:

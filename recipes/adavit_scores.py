@@ -27,6 +27,7 @@ class Score(NamedTuple):
     macs: accounting.Summary  # share of the dense model's
     usage: dict[str, float]
     aux: dict[str, Tensor]  # decisions of all images
+    shares: Tensor  # (n,) MACs of each, of the dense model's; none where no gate decides
 
 
 @torch.no_grad()
@@ -42,8 +43,9 @@ def evaluate(model: Any, data: Labelled, order: Tensor, args: argparse.Namespace
             spent.append(accounting.macs(costs, features.aux) / costs.dense)
             kept.append({k: v for k, v in features.aux.items() if k.endswith("_keep")})
     aux = {k: torch.cat([part[k] for part in kept]).cpu() for k in (kept[0] if kept else {})}
-    macs = accounting.summary(torch.cat(spent)) if spent else accounting.Summary(1.0, 1.0, 1.0)
-    return Score(float(torch.cat(hits).float().mean()), macs, {k: float(v) for k, v in usage(aux).items()}, aux)
+    shares = torch.cat(spent).cpu() if spent else torch.zeros(0)
+    macs = accounting.summary(shares) if spent else accounting.Summary(1.0, 1.0, 1.0)
+    return Score(float(torch.cat(hits).float().mean()), macs, {k: float(v) for k, v in usage(aux).items()}, aux, shares)
 
 
 def random_at(model: Any, share: float, rates: dict[str, float], score: Callable[[Tensor], Score], count: int) -> Score:

@@ -6,6 +6,7 @@ A figure is a result with numbers in it, ``.figure()`` and ``.save("name.pdf")``
 
 from adaptkit.analysis import accounting
 from adaptkit.analysis.cam import grad_cam
+from adaptkit.analysis.difficulty import easy_and_hard
 from adaptkit.analysis.distance import attention_distance
 from adaptkit.analysis.kept import kept_patches, usage_by_depth
 from adaptkit.analysis.keys import offset_lengths, query_keys
@@ -24,6 +25,7 @@ __all__ = [
     "attention_distance",
     "attention_maps",
     "deformed_points",
+    "easy_and_hard",
     "feature_maps",
     "feature_pca",
     "gamma_by_depth",

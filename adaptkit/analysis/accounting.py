@@ -31,7 +31,7 @@ from adaptkit.core.tree import evaluating
 from adaptkit.core.view import Block, Features
 from adaptkit.model.adapted import AdaptedModel
 
-__all__ = ["BlockCosts", "Costs", "Summary", "costs", "counted", "macs", "summary"]
+__all__ = ["BlockCosts", "Costs", "Summary", "costs", "counted", "kept", "macs", "summary"]
 
 
 class BlockCosts(NamedTuple):
@@ -159,10 +159,46 @@ def summary(values: Tensor) -> Summary:
 
 def counted(run: Callable[[], Any]) -> float:
     """Return the MACs of ``run()``, counted operator by operator while it runs."""
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _Whole()
     # The counter does not know all fused attention kernels; the plain one is two products.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with counter, sdpa_kernel(SDPBackend.MATH):
         run()
     return counter.get_total_flops() / 2
+
+
+def kept(run: Callable[[], Any], model: nn.Module) -> int:
+    """Return the bytes that ``run()`` keeps for its backward pass, beside the weights of ``model``.
+
+    Every tensor that autograd saves is counted once, whatever views there are of it, on any device, fake tensors too.
+    It is most of what training takes above weights, gradients and optimiser; ``adaptkit plan`` measures all of it.
+    """
+    weights = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
+    held: dict[int, torch.UntypedStorage] = {}  # held, so that no other gets the place of one that is freed
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in weights:
+            held[storage._cdata] = storage
+        return x
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        run()
+    return sum(storage.nbytes() for storage in held.values())
+
+
+class _Whole:
+    """What the counter asks where an operator ran: in the model, as a whole.
+
+    Its own tracker hangs hooks on what modules are given, and a parameter among that (prompts) has none to hang them on
+    where no gradient is recorded.
+    """
+
+    parents = ("Global",)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 def _block(adapter: AdaViT | ToMe, index: int, block: Block, x: Tensor, grid: tuple[int, int]) -> BlockCosts:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from adaptkit.adapters.adavit import AdaViT
 from adaptkit.adapters.base import BlockAdapter
 from adaptkit.adapters.dat import DATKV, DATBlock
 from adaptkit.analysis.seen import Seen, moved
@@ -58,9 +59,10 @@ def attentions(
     strides, refused, shown = stages(host.vit.spec), {}, []
     deciding = [a for a in host.acting if isinstance(a, BlockAdapter) and a.inside and not isinstance(a, DATKV)]
     if deciding:
+        see = "see kept_patches, or " if isinstance(deciding[0], AdaViT) else ""
         raise TypeError(
-            f"{type(deciding[0]).__name__} decides for each image which tokens and heads attend, so the attention of "
-            "the frozen blocks is not what ran; see kept_patches, or look inside model.disable_adapter()"
+            f"{type(deciding[0]).__name__} changes which tokens attend in a block, so the attention of the frozen "
+            f"blocks is not what ran; {see}look inside model.disable_adapter()"
         )
     moving = next((a for a in host.acting if isinstance(a, DATKV)), None)
 
@@ -79,7 +81,10 @@ def attentions(
         run_watched(model, image, look)
     if refused and (blocks is not None or not shown):
         index, why = next(iter(refused.items()))
-        raise TypeError(f"block {index} of {host.vit.spec.family} does not show its attention: {why}")
+        raise TypeError(
+            f"block {index} of {host.vit.spec.family} does not show its attention: {why} (feature_pca and spectrum "
+            "look at what blocks give, whatever they do)"
+        )
 
 
 def _attention(vit: Any, block: Block, index: int, x: Tensor, stride: int, moving: DATKV | None) -> Attention:

@@ -74,7 +74,8 @@ def grad_cam(
             the last place whose patches have a say, the coarsest map first where the head reads maps. In a ViT that
             classifies by its class token that is the last block but one.
 
-    Raises ``TypeError`` for a model without logits, and ``ValueError`` where the place has no say in the score.
+    Raises ``TypeError`` for a model without logits, and ``ValueError`` where the place has no say in the score, and for
+    a class, a pixel or a mask that is none.
     """
     one = single(image)
     host = Host.of(model)
@@ -86,9 +87,9 @@ def grad_cam(
             cam = (slope.mean((0, 1)) * a).sum(-1).relu().detach().float().cpu()
             (picture,) = pictured([one[0]], source_of(model, one.shape[1]))
             return GradCAM(cam, score, leaf.name, leaf.stride, picture, said)
-    where = "no block" if at is None else f"at={at!r}"
+    where = "no block has a say" if at is None else f"at={at!r} has no say"
     raise ValueError(
-        f"{where} has a say in this score: the logits do not depend on the patches there. A class token reads the "
+        f"{where} in this score: the logits do not depend on the patches there. A class token reads the "
         "patches in the last block, so that what they are behind it counts for nothing; choose an earlier block"
     )
 
@@ -158,7 +159,11 @@ def _score(logits: Any, target: Any, pixels: Any, size: Sequence[int]) -> tuple[
             f"this model gives {what}; attach a head that classifies images (B, classes) or pixels (B, classes, H, W), "
             "or give as target a function of what it gives that returns one number"
         )
+    if target is not None and not 0 <= int(target) < logits.shape[1]:
+        raise ValueError(f"target={target}: this model knows {logits.shape[1]} classes, 0 to {logits.shape[1] - 1}")
     if logits.ndim == 2:
+        if pixels is not None:
+            raise ValueError("pixels= is for logits that are maps; this model classifies whole images: leave it out")
         chosen_class = int(logits[0].argmax()) if target is None else int(target)
         return logits[0, chosen_class], f"class {chosen_class}"
     if tuple(logits.shape[-2:]) != tuple(size):
@@ -179,6 +184,10 @@ def _mask(pixels: Any, size: Sequence[int], device: torch.device) -> Tensor | No
         if tuple(pixels.shape) != tuple(size):
             raise ValueError(f"pixels has shape {tuple(pixels.shape)} and the image {tuple(size)}; give a mask (H, W)")
         return pixels.to(device).bool()
+    if not all(0 <= at < side for at, side in zip(pixels, size)):
+        raise ValueError(
+            f"pixels={tuple(pixels)} is outside of an image of {size[0]}x{size[1]} pixels; give (y, x) inside"
+        )
     mask = torch.zeros(tuple(size), dtype=torch.bool, device=device)
     mask[pixels[0], pixels[1]] = True
     return mask

@@ -18,7 +18,7 @@ from adaptkit.core.tree import evaluating
 from adaptkit.losses import KINDS
 from adaptkit.model.adapted import AdaptedModel
 
-__all__ = ["KeptPatches", "UsageByDepth", "kept_patches", "usage_by_depth"]
+__all__ = ["KeptPatches", "UsageByDepth", "check_deciding", "kept_patches", "usage_by_depth"]
 
 COLUMNS = 6
 FADED = 0.8  #: how far an off patch goes towards white
@@ -83,12 +83,13 @@ def kept_patches(model: AdaptedModel, image: Tensor, path: str | os.PathLike[str
         image: (C, H, W) or (1, C, H, W), normalised as the backbone wants it.
         path: where to write the figure as well, as ``KeptPatches.save`` does.
 
-    Raises ``TypeError`` for a model without gates, ``ValueError`` for a batch.
+    Raises ``TypeError`` for a model without gates, ``ValueError`` for a batch and where the gates are switched off.
     """
     gates = AdaViT.of(model)
     image = single(image)
     with evaluating(model):
         features = model(image)
+    check_deciding(features.aux)
     kept = {
         index: {k: features.aux[f"{k}_keep"][0, index - gates.first[k]].cpu() for k in KINDS if gates.gated(k, index)}
         for index in sorted(int(name) for name in gates.gates)
@@ -99,6 +100,13 @@ def kept_patches(model: AdaptedModel, image: Tensor, path: str | os.PathLike[str
     if path is not None:
         found.save(path)
     return found
+
+
+def check_deciding(aux: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``Features.aux``; ``ValueError`` where no gate decided."""
+    if not any(name.endswith("_keep") for name in aux):
+        raise ValueError("the gates are switched off, so that everything is kept; look outside disable_adapter()")
+    return aux
 
 
 def _title(index: int, kept: Mapping[str, Tensor]) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.analysis.attention import Attention, attentions
-from adaptkit.analysis.seen import Seen, cell_of
+from adaptkit.analysis.seen import Seen, cell_of, check_query
 from adaptkit.analysis.style import WIDTH, Drawn, colour_bar, pictured, share, show, star
 from adaptkit.analysis.watch import single, source_of
 
@@ -110,7 +110,5 @@ def _row(attention: Attention, query: int) -> Tensor:
 
 def query_cell(query: tuple[float, float], seen: Seen, size: tuple[int, int]) -> int:
     """Return the index of the cell that holds a pixel (y, x). Raises ``ValueError`` for one outside of the image."""
-    (y, x), (height, width) = query, size
-    if not (0 <= y < height and 0 <= x < width):
-        raise ValueError(f"query {query} is outside of an image of {height}x{width} pixels; give (y, x) inside")
+    check_query(query, size)
     return cell_of(query, seen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -72,8 +72,10 @@ class PositionSimilarity(Drawn):
 def rgb_filters(model: nn.Module, count: int = 28) -> RGBFilters:
     """Return the first principal components of the patch projection's filters, their mean taken away.
 
-    The paper shows 28. Their sign is fixed: the largest weight is positive.
+    The paper shows 28. Their sign is fixed: the largest weight is positive. Raises ``ValueError`` for a count below 1.
     """
+    if count < 1:
+        raise ValueError(f"count={count} components make no picture; give at least 1")
     kernel = _kernel(Host.of(model).vit)  # (D, C, p, p)
     found = principal(kernel.detach().float().flatten(1), count)
     return RGBFilters(found.components.float().unflatten(1, kernel.shape[1:]), found.explained.float())
@@ -94,19 +96,30 @@ def position_similarity(model: nn.Module, size: Sequence[int] | None = None) -> 
     """
     vit = Host.of(model).vit
     if not isinstance(vit, ViT):
-        raise TypeError(f"{vit.spec.family} has stages, whose positions ({vit.positions}) are no table of patches")
+        raise TypeError(
+            f"{vit.spec.family} has stages, whose positions ({vit.positions}) are no table of patches; "
+            "attention_distance says how far its blocks look"
+        )
     height, width = size or next(iter(vit.sizes()), (224, 224))
+    if min(height, width) < 1:
+        raise ValueError(f"size={tuple(size or ())} is no image; give height and width in pixels")
     patch, parameter = vit.spec.patch_size, next(vit.backbone.parameters())
     grid = (cells(height, patch), cells(width, patch))
     black = torch.zeros(1, vit.spec.channels, grid[0] * patch, grid[1] * patch, device=parameter.device)
     noise = torch.randn(black.shape, generator=torch.Generator().manual_seed(0)).to(black)
     with evaluating(vit.backbone), reference():
         first, second = (_added(vit, image.to(parameter.dtype), grid) for image in (black, noise))
-    if first is None or second is None or not torch.allclose(first, second, rtol=1e-3, atol=1e-3):
+    # A sum in bfloat16 is right to a step of its larger part, the projected noise.
+    off = max(1e-3, torch.finfo(parameter.dtype).eps * (0.0 if second is None else float(second.patches.abs().max())))
+    if first is None or second is None or not torch.allclose(first.added, second.added, rtol=1e-3, atol=off):
         raise TypeError(f"{vit.spec.family} does more to its tokens than to add a table of positions ({vit.positions})")
-    if torch.allclose(first, first[:1].expand_as(first), atol=1e-5):
-        raise TypeError(f"{vit.spec.family} adds no table of positions to its tokens ({vit.positions})")
-    table = torch.nn.functional.normalize(first.double(), dim=1).cpu()
+    added = first.added
+    if torch.allclose(added, added[:1].expand_as(added), atol=1e-5):
+        raise TypeError(
+            f"{vit.spec.family} adds no table of positions to its tokens ({vit.positions}); attention_distance says "
+            "how far its blocks look"
+        )
+    table = torch.nn.functional.normalize(added.double(), dim=1).cpu()
     return PositionSimilarity((table @ table.T).float(), grid)
 
 
@@ -115,8 +128,15 @@ def _kernel(vit: Any) -> Tensor:
     return vit.fingerprint_tensors()["patch"]
 
 
-def _added(vit: ViT, image: Tensor, grid: tuple[int, int]) -> Tensor | None:
-    """Return what is added to the projected patches (N, D) before any norm over the tokens; None where that is odd."""
+class _Sum(NamedTuple):
+    """What becomes of the patches of an image before any norm over the tokens."""
+
+    patches: Tensor  #: (N, D), projected
+    added: Tensor  #: (N, D), what is added to them
+
+
+def _added(vit: ViT, image: Tensor, grid: tuple[int, int]) -> _Sum | None:
+    """Look at how tokens are made of an image; None where that is odd."""
     kernel = _kernel(vit)
     projections = [m for m in vit.backbone.modules() if getattr(m, "weight", None) is kernel]
     if not projections or kernel.ndim != 4:
@@ -133,4 +153,5 @@ def _added(vit: ViT, image: Tensor, grid: tuple[int, int]) -> Tensor | None:
             hook.remove()
     before = next((given for given, out in normed if out is x), x)  # CLIP norms its tokens once they have places
     patches = made[0] if made[0].ndim == 3 else map_to_tokens(made[0])
-    return before[0, before.shape[1] - patches.shape[1] :].float() - patches[0].float()
+    projected = patches[0].float()
+    return _Sum(projected, before[0, before.shape[1] - len(projected) :].float() - projected)

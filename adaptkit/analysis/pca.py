@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.analysis.principal import Principal, principal
-from adaptkit.analysis.style import WIDTH, Drawn, pictured, show
-from adaptkit.analysis.watch import Host, batch, source_of
+from adaptkit.analysis.style import Drawn, panels, pictured, show
+from adaptkit.analysis.watch import Host, batch, source_of, stages
 from adaptkit.core.layers import check_choice
 from adaptkit.core.tree import evaluating
 from adaptkit.model.adapted import AdaptedModel
@@ -41,22 +41,16 @@ class FeaturePCA(Drawn):
 
     def draw(self, figure: Any) -> None:
         """Each image, and below it its colours; the background is white."""
-        tall, wide = max(p.shape[0] / p.shape[1] for p in self.pictures), len(self.pictures)
-        columns = min(wide, 6)
-        groups = [range(i, min(i + columns, wide)) for i in range(0, wide, columns)]
-        side = min(WIDTH / columns, 2.2)
-        figure.set_size_inches(side * columns, 2 * len(groups) * side * tall + 0.05)
-        grid = figure.add_gridspec(2 * len(groups), columns)
-        for row, group in enumerate(groups):
-            for column, i in enumerate(group):
-                above, below = (figure.add_subplot(grid[2 * row + k, column]) for k in (0, 1))
-                above.set_axis_off()
-                below.set_axis_off()
-                show(above, self.pictures[i])
-                colours = torch.where(self.masks[i][..., None], self.maps[i], 1.0).numpy()
-                show(below, None, colours, self.stride, 1.0)
-                below.set_xlim(-0.5, self.pictures[i].shape[1] - 0.5)
-                below.set_ylim(self.pictures[i].shape[0] - 0.5, -0.5)
+        tall = max(p.shape[0] / p.shape[1] for p in self.pictures)
+        for i, tile in enumerate(panels(figure, len(self.pictures), 6, 2 * tall, title=0.02)):
+            above, below = (figure.add_subplot(half) for half in tile.get_subplotspec().subgridspec(2, 1))
+            above.set_axis_off()
+            below.set_axis_off()
+            show(above, self.pictures[i])
+            colours = torch.where(self.masks[i][..., None], self.maps[i], 1.0).numpy()
+            show(below, None, colours, self.stride, 1.0)
+            below.set_xlim(-0.5, self.pictures[i].shape[1] - 0.5)
+            below.set_ylim(self.pictures[i].shape[0] - 0.5, -0.5)
 
 
 @torch.no_grad()
@@ -93,18 +87,20 @@ def feature_pca(
         masks = [~mask for mask in masks]
     if sum(int(mask.sum()) for mask in masks) < 4:
         raise ValueError(
-            f"threshold={cut:g} leaves less than four patches in front; choose another, or foreground='all'"
+            f"threshold={cut:g} leaves less than four of {sum(map(len, masks))} patches in front; choose another, "
+            "foreground='all', or larger images"
         )
     basis = principal(torch.cat([t[m] for t, m in zip(tokens, masks)]), 3)
     values = [basis(t) for t in tokens]
     front = torch.cat([v[m] for v, m in zip(values, masks)])
     low, high = (front.quantile(q, dim=0) for q in (0.01, 0.99))
     colours = [((v - low) / (high - low).clamp_min(1e-12)).clamp(0, 1) * m[:, None] for v, m in zip(values, masks)]
+    pictures = pictured([i[0] for i in given], source_of(model, given[0].shape[1]))
     return FeaturePCA(
         tuple(c.float().unflatten(0, g) for c, g in zip(colours, grids)),
         tuple(m.unflatten(0, g) for m, g in zip(masks, grids)),
         tuple(p.float().unflatten(0, g) for p, g in zip(parts, grids)),
-        cut, basis, _stride(seen[0]), pictured([i[0] for i in given], source_of(model, given[0].shape[1])),
+        cut, basis, stages(Host.of(model).vit.spec)[-1], pictures,
     )  # fmt: skip
 
 
@@ -112,10 +108,6 @@ def features_of(model: nn.Module, image: Tensor) -> Any:
     """Run a model as in evaluation: image (1, C, H, W) -> Features."""
     with evaluating(model):
         return model(image) if isinstance(model, AdaptedModel) else Host.of(model).vit.features(image)
-
-
-def _stride(features: Any) -> int:
-    return -(-features.size[0] // features.grid[0])
 
 
 def _is_edge(masks: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.analysis.attention import centres
-from adaptkit.analysis.seen import Seen, cell_of, look
+from adaptkit.analysis.seen import Seen, cell_of, check_query, look
 from adaptkit.analysis.style import COLOURS, Drawn, panels, pictured, show, star
 from adaptkit.analysis.watch import single, source_of
 from adaptkit.core.view import Source
@@ -143,7 +143,11 @@ def attended_keys(
         query: (y, x) in pixels, drawn as a star: the keys of the cell that holds it, summed over the heads of each
             group. None sums over all queries as well; where each query has points of its own, it shows those of all.
         top: draw so many keys of each group only; 0: an eighth of them, at least 8.
+
+    Raises ``ValueError`` for a query outside of the image, and what :func:`deformed_points` raises.
     """
+    if query is not None:
+        check_query(query, single(image).shape[-2:])
     seen, picture = _look(model, image, source)
     scored = {name: _scored(s, query) for name, s in seen.items()}
     points = {name: at.cpu() for name, (at, _) in scored.items()}
@@ -177,13 +181,13 @@ def _look(model: nn.Module, image: Tensor, source: Source | None) -> tuple[dict[
 
 def _all_points(seen: Seen) -> Tensor:
     """Return the points of every query: (groups, n, 2), or (heads, n, 2) where each query has its own."""
-    return seen.points.transpose(0, 1).flatten(1, 3)
+    return seen.points.transpose(0, 1).flatten(1, 3).float()
 
 
 def _scored(seen: Seen, query: tuple[float, float] | None) -> tuple[Tensor, Tensor]:
     """Return points (g, n, 2) and the attention (g, n) on each, of all queries or of the one at a pixel (y, x)."""
     groups, shared = seen.points.shape[1], len(seen.points) == 1
-    weights = seen.weights.unflatten(1, (groups, -1)).sum(2)  # (Q, g, L, K)
+    weights = seen.weights.float().unflatten(1, (groups, -1)).sum(2)  # (Q, g, L, K)
     points = seen.points
     if query is not None:
         one = cell_of(query, seen)
@@ -191,7 +195,7 @@ def _scored(seen: Seen, query: tuple[float, float] | None) -> tuple[Tensor, Tens
         points = points if shared else points[one : one + 1]
     elif shared:
         weights = weights.sum(0, keepdim=True)
-    return points.transpose(0, 1).flatten(1, 3), weights.transpose(0, 1).flatten(1)
+    return points.transpose(0, 1).flatten(1, 3).float(), weights.transpose(0, 1).flatten(1)
 
 
 # ---- drawing

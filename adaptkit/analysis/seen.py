@@ -6,6 +6,7 @@ would hide what is between them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -51,6 +52,13 @@ def look(model: nn.Module, image: Tensor) -> dict[str, Seen]:
         if isinstance(model, AdaptedModel):
             seen |= _by_adapter(model, image)
     return seen
+
+
+def check_query(query: tuple[float, float], size: Sequence[int]) -> None:
+    """Raise ``ValueError`` for a pixel (y, x) outside of an image of ``size`` (H, W)."""
+    (y, x), (height, width) = query, size
+    if not (0 <= y < height and 0 <= x < width):
+        raise ValueError(f"query {query} is outside of an image of {height}x{width} pixels; give (y, x) inside")
 
 
 def cell_of(query: tuple[float, float], seen: Seen) -> int:

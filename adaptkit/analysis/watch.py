@@ -100,8 +100,9 @@ def batch(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
     if isinstance(images, Tensor):
         if images.ndim not in (3, 4):
             raise ValueError(f"images have shape {tuple(images.shape)}: give (C, H, W), (B, C, H, W) or a list of them")
-        return list((images[None] if images.ndim == 3 else images).split(1))
-    found = [one for image in images for one in batch(image)]
+        found = list((images[None] if images.ndim == 3 else images).split(1)) if len(images) else []
+    else:
+        found = [one for image in images for one in batch(image)]
     if not found:
         raise ValueError("no image was given")
     return found

@@ -19,6 +19,10 @@ def add(commands: Any) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="for NAME.png and NAME.pdf")
     parser.add_argument("--file", metavar="ADAPTER", help="a saved adapter to attach: a folder, or org/name")
     parser.add_argument("--size", type=int, metavar="SIDE", help="of the square cut from each picture (default: 224)")
+    parser.add_argument(
+        "--mean", type=float, nargs="+", metavar="R", help="of the images, in 0..1 (default: as recorded)"
+    )
+    parser.add_argument("--std", type=float, nargs="+", metavar="R", help="the same, standard deviation")
     parser.add_argument("--blocks", type=int, nargs="+", metavar="I", help="of the backbone (default: as fits)")
     parser.add_argument("--query", type=float, nargs=2, metavar=("Y", "X"), help="in pixels of the square")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of these figures alone")
@@ -49,7 +53,8 @@ def run(args: argparse.Namespace) -> None:
     else:
         model = create_backbone(args.model, classifier=True)
     model = model.to(device).eval()
-    images = _squares(model, [one.path for one in given], args.size)
+    normalised = {name: value for name, value in (("mean", args.mean), ("std", args.std)) if value is not None}
+    images = _squares(model, [one.path for one in given], args.size, normalised)
     out.mkdir(parents=True, exist_ok=True)
     query = tuple(args.query) if args.query else None
     made = looks(model, [i.to(device) for i in images], out, args.blocks, query, args.formats, args.only or ())
@@ -58,8 +63,8 @@ def run(args: argparse.Namespace) -> None:
         print(printable(f"{one.name}: {files}" if files else f"{one.name}: no, {one.why}"), flush=True)
 
 
-def _squares(model: Any, paths: list[Path], size: int | None) -> list[Any]:
-    """Read pictures, bring the shorter side to ``size`` and cut the middle, normalised as the backbone says."""
+def _squares(model: Any, paths: list[Path], size: int | None, normalised: dict[str, list[float]]) -> list[Any]:
+    """Read pictures, bring the shorter side to ``size`` and cut the middle; normalised so, or as the backbone says."""
     from adaptkit.analysis.watch import Host
     from adaptkit.predict.transform import transform_of
 
@@ -69,8 +74,13 @@ def _squares(model: Any, paths: list[Path], size: int | None) -> list[Any]:
     if side < patch:
         raise ValueError(f"--size {side} is less than one patch of {patch} pixels")
     side = round(side / patch) * patch
-    said = {**model.metadata, "size": side} if host.acting else {"size": side}
-    how = transform_of(host.vit.source(), said, "segmentation", host.vit.spec.channels)
+    said = {**(model.metadata if host.acting else {}), **normalised, "size": side}
+    source = host.vit.source()
+    if not all(said.get(name) or getattr(source, name) for name in ("mean", "std")):
+        raise ValueError(
+            f"nobody says how images are normalised for {type(host.vit.backbone).__name__}: --mean and --std"
+        )
+    how = transform_of(source, said, "segmentation", host.vit.spec.channels)
     return [how.normalise(_middle(how.frame(_pixels(path, host)), side)) for path in paths]
 
 

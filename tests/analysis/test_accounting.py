@@ -85,3 +85,33 @@ def test_the_summary_has_mean_median_and_the_95th_percentile():
 def test_a_model_without_gates_says_so():
     with pytest.raises(TypeError, match="no AdaViT gates"):
         accounting.costs(adaptkit.attach(HOSTS["timm-vit"].build(), "sfp"), (32, 32))
+
+
+@pytest.mark.parametrize("adapter", ["vpt", "rein", "lora", "adapter-plus", "vit-adapter"])
+def test_the_same_is_counted_whether_or_not_gradients_are_recorded(adapter):
+    """A module may be given a parameter: prompts, to the first norm."""
+    model, x = adaptkit.attach(HOSTS["timm-vit"].build(), adapter).eval(), images(2)
+    found = {}
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            found[mode] = accounting.counted(lambda: model(x))
+    assert found[torch.enable_grad] > 0
+    assert set(found.values()) == {found[torch.enable_grad]}
+
+
+def test_what_is_kept_for_backward_is_counted_once_and_weights_are_not():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU())
+    x = torch.randn(4, 8)
+    assert accounting.kept(lambda: model(x), model) == 4 * 4 * (8 + 16)  # the input, and what GELU was given
+    model[0].requires_grad_(False)
+    assert accounting.kept(lambda: model(x), model) == 0
+    assert accounting.kept(lambda: model(x.requires_grad_()), model) == 4 * 4 * 16  # a frozen layer needs no input
+    y = torch.randn(4, 8, requires_grad=True)
+    assert accounting.kept(lambda: (y * y[:2].repeat(2, 1)).sum(), model) == 2 * 4 * 4 * 8  # y, and what was repeated
+
+
+@torch.no_grad()
+def test_an_adapter_that_only_reads_keeps_less_than_one_that_writes():
+    side = accounting.kept(lambda: reading(images(1)), reading := adaptkit.attach(HOSTS["timm-vit"].build(), "sfp"))
+    both = accounting.kept(lambda: writing(images(1)), writing := adaptkit.attach(HOSTS["timm-vit"].build(), "lora"))
+    assert 0 < side < both

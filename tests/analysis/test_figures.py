@@ -237,6 +237,13 @@ def test_similarity_is_that_of_the_table(name):
     torch.testing.assert_close(position_similarity(host).similarity, table @ table.T, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["timm-vit", "hf-dinov2"])
+def test_a_table_is_read_off_a_backbone_in_bfloat16(name):
+    expected = position_similarity(build(name)).similarity
+    found = position_similarity(build(name).bfloat16()).similarity
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
+
+
 @pytest.mark.parametrize("name", ["timm-dinov3", "hf-dinov3", "timm-beit", "swin", "poolformer"])
 def test_positions_that_are_no_table_are_refused(name):
     with pytest.raises(TypeError, match="table"):
@@ -249,6 +256,15 @@ def test_filters_are_orthonormal_and_sorted(name):
     rows = found.filters.flatten(1)
     torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)), atol=1e-5, rtol=0)
     assert (found.explained.diff() <= 0).all()
+
+
+def test_what_is_no_size_and_no_count_is_refused():
+    with pytest.raises(ValueError, match=r"size=\(0, 3\) is no image"):
+        position_similarity(build("timm-vit"), (0, 3))
+    with pytest.raises(ValueError, match="count=0"):
+        rgb_filters(build("timm-vit"), 0)
+    with pytest.raises(ValueError, match="no image was given"):
+        feature_pca(build("timm-vit"), torch.randn(0, 3, 32, 32))
 
 
 def test_the_sign_of_a_component_is_fixed():
@@ -267,6 +283,24 @@ def test_tokens_become_colours_in_one_basis(name):
     assert [m.shape[:2] for m in one.maps] == [m.shape for m in one.masks]
     assert min(float(m.min()) for m in one.maps) == 0
     assert max(float(m.max()) for m in one.maps) == 1
+
+
+@pytest.mark.parametrize(("name", "stride"), [("timm-vit", 8), ("swin", 32)])
+def test_a_token_has_the_size_of_its_patch_where_the_last_one_reaches_over_the_edge(name, stride):
+    found = feature_pca(build(name), [torch.randn(3, 50, 83), torch.randn(3, 64, 64)], foreground="all")
+    assert found.stride == stride
+    assert [m.shape for m in found.maps] == [(-(-h // stride), -(-w // stride), 3) for h, w in ((50, 83), (64, 64))]
+
+
+def test_seven_images_stand_in_two_rows_without_an_empty_tile():
+    found = feature_pca(build("timm-vit"), torch.randn(7, 3, 32, 32), foreground="all").figure()
+    tiles = [axes.get_position() for axes in found.axes if axes.images]
+    assert len(tiles) == 14
+    rows = sorted({round(tile.y0, 3) for tile in tiles})
+    by_row = [[t for t in tiles if round(t.y0, 3) == y] for y in rows]
+    assert sorted(map(len, by_row)) == [3, 3, 4, 4]
+    for row in by_row:  # the shorter ones stand in the middle
+        assert min(t.x0 for t in row) + max(t.x1 for t in row) == pytest.approx(1, abs=0.03)
 
 
 def test_the_threshold_lies_between_two_heaps():
@@ -365,8 +399,12 @@ def test_the_slope_of_grad_cam_is_that_of_finite_differences(name):
 def test_a_class_token_reads_patches_in_the_last_block_so_the_last_but_one_is_taken():
     model = build("timm-vit")
     assert grad_cam(model, ODD[0], 1).at == "block 2"
-    with pytest.raises(ValueError, match="has a say"):
+    with pytest.raises(ValueError, match="at=3 has no say"):
         grad_cam(model, ODD[0], 1, at=3)
+    with pytest.raises(ValueError, match="target=99: this model knows 5 classes"):
+        grad_cam(model, ODD[0], 99)
+    with pytest.raises(ValueError, match="classifies whole images"):
+        grad_cam(model, ODD[0], 1, pixels=(5, 40))
 
 
 @pytest.mark.parametrize("adapter", ["sfp", "vit-adapter"])
@@ -380,6 +418,8 @@ def test_pixels_have_a_target_and_maps_are_a_place(adapter):
     assert grad_cam(model, ODD[0], 1, pixels=torch.ones(37, 53), at=1).stride == 14
     with pytest.raises(ValueError, match="map 8"):
         grad_cam(model, ODD[0], 1, at="map 5")
+    with pytest.raises(ValueError, match="outside of an image of 37x53 pixels"):
+        grad_cam(model, ODD[0], 1, pixels=(40, 5))
 
 
 @pytest.mark.parametrize("name", ["timm-vit", "hf-vit", "swin"])
@@ -563,3 +603,29 @@ def test_look_makes_what_applies_and_says_why_the_others_do_not(tmp_path, capsys
     ]  # fmt: skip
     assert main([*argv, "--only", "rolout"]) == 2
     assert "rollout" in capsys.readouterr().err
+
+
+def test_look_refuses_what_no_figure_could_show(tmp_path, capsys):
+    from PIL import Image
+
+    from adaptkit.cli import main
+
+    Image.fromarray(torch.zeros(40, 50, 3, dtype=torch.uint8).numpy()).save(tmp_path / "0.png")
+    argv = ["look", "demo", str(tmp_path), "--out", str(tmp_path / "out"), "--size", "32", "--only", "rgb_filters"]
+    for more, said in ((["--blocks", "99"], "give indices below 12"), (["--query", "40", "2"], "outside of an image")):
+        assert main([*argv, *more]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_look_takes_the_normalisation_of_a_folder_that_says_none(tmp_path, capsys):
+    from PIL import Image
+
+    from adaptkit.cli import main
+
+    HOSTS["hf-dinov2"].build().save_pretrained(tmp_path / "host")
+    Image.fromarray(torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8).numpy()).save(tmp_path / "0.png")
+    argv = ["look", str(tmp_path / "host"), str(tmp_path / "0.png"), "--out", str(tmp_path / "out"), "--size", "32"]
+    assert main([*argv, "--only", "attention_maps", "--formats", "svg"]) == 2
+    assert "--mean and --std" in capsys.readouterr().err
+    assert main([*argv, "--only", "attention_maps", "--formats", "svg", "--mean", *"000", "--std", *"111"]) == 0
+    assert (tmp_path / "out" / "attention_maps.svg").is_file()

@@ -12,7 +12,7 @@ from families import HOSTS
 
 import adaptkit
 from adaptkit.adapters.adavit import Decision
-from adaptkit.analysis import kept_patches, usage_by_depth
+from adaptkit.analysis import easy_and_hard, kept_patches, usage_by_depth
 
 
 def left_half(index, own):
@@ -59,3 +59,44 @@ def test_usage_by_depth_draws_one_line_per_kind_at_its_blocks():
     assert list(lines["layer"].get_xdata()) == [1, 2, 3]
     assert lines["patch"].get_ydata() == pytest.approx(100 * aux["patch_keep"].mean((0, 2)).numpy())
     assert len({line.get_color() for line in lines.values()}) == 2
+
+
+def test_inside_disable_adapter_there_is_nothing_that_is_kept():
+    model = adaptkit.attach(HOSTS["timm-vit"].build(), "adavit")
+    for look in (kept_patches, lambda m, x: easy_and_hard(m, x.expand(2, -1, -1, -1))):
+        with model.disable_adapter(), pytest.raises(ValueError, match="gates are switched off"):
+            look(model, torch.zeros(1, 3, 32, 32))
+
+
+def test_easy_images_cost_least_and_hard_ones_most(tmp_path):
+    pytest.importorskip("matplotlib")
+    model = adaptkit.attach(HOSTS["timm-vit"].build(), "adavit").train()
+    wanted = [3, 16, 8, 1, 12]
+    served = iter(wanted)
+
+    def decide(index, own):
+        if index == min(first.values()):
+            decide.now = next(served)
+        return Decision((torch.arange(own.patch.shape[1]) < decide.now).float()[None], own.head, own.layer)
+
+    first = model.adapters["adavit"].first
+    with model.adapters["adavit"].deciding(decide):
+        found = easy_and_hard(model, torch.randn(5, 3, 32, 32), count=2)
+    assert found.shares.argsort().tolist() == [3, 0, 2, 4, 1]
+    assert (found.easy, found.hard) == ((3, 0), (1, 4))
+    assert float(found.shares.min()) < 0.5 < float(found.shares.max())
+    figure = found.figure()
+    assert len([axes for axes in figure.axes if axes.images]) == 4
+    assert found.save(tmp_path / "a.pdf").stat().st_size > 1000
+    assert model.training
+
+
+def test_of_few_images_none_is_easy_and_hard_at_once():
+    model = adaptkit.attach(HOSTS["timm-vit"].build(), "adavit")
+    found = easy_and_hard(model, [torch.randn(3, 32, 32), torch.randn(3, 24, 40), torch.randn(3, 32, 32)])
+    assert len(found.easy) == len(found.hard) == 1
+    assert found.easy != found.hard
+    with pytest.raises(ValueError, match="give two or more"):
+        easy_and_hard(model, torch.randn(3, 32, 32))
+    with pytest.raises(TypeError, match="no AdaViT gates"):
+        easy_and_hard(HOSTS["timm-vit"].build(), torch.randn(2, 3, 32, 32))

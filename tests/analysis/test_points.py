@@ -243,3 +243,16 @@ def test_on_a_hierarchical_backbone_points_are_in_pixels_of_each_stage():
     )
     strides = [(one.queries[0, 0] * 2).item() for one in seen.values()]
     assert strides == [4, 8]
+
+
+def test_a_query_outside_of_the_image_is_refused():
+    model = adaptkit.attach(HOSTS["timm-vit"].build(), "dat")
+    for query in ((32.0, 3.0), (3.0, -1.0)):
+        with pytest.raises(ValueError, match="outside of an image of 32x40 pixels"):
+            attended_keys(model, torch.randn(3, 32, 40), query)
+
+
+def test_points_and_keys_of_a_model_in_bfloat16_can_be_drawn():
+    model = adaptkit.attach(HOSTS["timm-vit"].build(), "dat").bfloat16()
+    x = torch.randn(3, 32, 40).bfloat16()
+    assert len(attended_keys(model, x).figure().axes) == len(deformed_points(model, x).figure().axes) == 4
