@@ -268,11 +268,11 @@ class Routed(nn.Module):
         return self.__dict__["wrappers"]
 
     def alone(self) -> Any:
-        """Return the wrapper of the one task that has the whole batch; None where that is the plain layer's."""
+        """Return the wrapper of the one task that has the whole batch; None where every row is the plain layer's."""
         routes = _ROUTES.get()
-        if len(routes) > 1:
+        if len(routes) > 1 and any(route.task in self.wrappers for route in routes):
             raise RuntimeError("the weight of this layer is read, not called: its tasks cannot share a batch")
-        return self.wrappers.get(routes[0].task) if routes else None
+        return self.wrappers.get(routes[0].task) if len(routes) == 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B * n, ...) -> (B * n, ...): rows come image by image, n for each (windows of an image, for instance)."""

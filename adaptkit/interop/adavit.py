@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from adaptkit.core import registry
 from adaptkit.core.registry import view
 from adaptkit.core.view import Spec
+from adaptkit.interop.loading import REMEDY, filled
 from adaptkit.interop.vit_adapter import resampled_positions
 from adaptkit.losses import KINDS
-from adaptkit.model.adapted import AdaptedModel, attach
+from adaptkit.model.adapted import AdaptedModel
 from adaptkit.model.parts import check_tensors
 
 _GATE = re.compile(r"blocks\.(\d+)\.(?:attn\.token_select|(head|layer)_select)\.mlp_head\.(weight|bias)$")
@@ -47,13 +49,9 @@ def adavit(
     if given:
         name, value = next(iter(given.items()))
         raise ValueError(f"{name}={value!r}, but the checkpoint's tensors say {told[name]!r}; leave it out")
-    if load_backbone:
-        _load_deit(state_dict, backbone)
-    model = attach(backbone, registry.adapters()["adavit"].configure({**OFFICIAL, **options, **told}))
-    adapter = model.adapters["adavit"]
-    check_tensors({k: v for k, v in adapter.state_dict().items() if k.startswith("gates.")}, own, "the checkpoint")
-    adapter.load_state_dict(own, strict=False)  # a bottleneck is ours alone and starts at zero
-    return model.eval()
+    config = registry.adapters()["adavit"].configure({**OFFICIAL, **options, **told})
+    load = partial(_load_deit, state_dict, backbone) if load_backbone else None
+    return filled(backbone, config, own, only="gates.", load=load)  # a bottleneck is ours alone and starts at zero
 
 
 def _gates(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -107,5 +105,5 @@ def _load_deit(state_dict: dict[str, Tensor], backbone: nn.Module) -> None:
             own[key] = torch.cat([state_dict[name] for name in apart])
     if "pos_embed" in own:
         own["pos_embed"] = resampled_positions(own["pos_embed"], vit)
-    check_tensors(target, own, "the DeiT part of the official checkpoint")
+    check_tensors(target, own, "the DeiT part of the official checkpoint", REMEDY)
     vit.load_state_dict(own)

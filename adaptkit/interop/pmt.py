@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from adaptkit.core import registry
@@ -13,8 +12,8 @@ from adaptkit.core.registry import view
 from adaptkit.core.view import Spec, ViT
 from adaptkit.heads.plain_mask import PlainMaskHeadConfig, even_layers
 from adaptkit.heads.plain_mask.config import LEVELS
-from adaptkit.model.adapted import AdaptedModel, attach
-from adaptkit.model.parts import check_tensors
+from adaptkit.interop.loading import REMEDY, Checkpoint, filled
+from adaptkit.model.adapted import AdaptedModel
 
 # What their files hold beside the decoder and the norms of its levels, and what older ones had.
 _ASIDE = re.compile(
@@ -36,7 +35,7 @@ def pmt(
             "load_backbone=True: the authors' decoders are published without their encoder, a DINOv3 or DINOv2 as it "
             "was released; load its weights into the backbone yourself"
         )
-    own = _unfused(_decoder(state_dict))
+    own = Checkpoint(_unfused(_decoder(state_dict)))
     if "q.weight" not in own or "class_head.weight" not in own:
         raise ValueError("the state dict has no 'decoder.q.weight' and 'decoder.class_head.weight', so it is no PMT")
     vit = view(backbone)
@@ -47,18 +46,13 @@ def pmt(
         raise ValueError(
             f"the checkpoint has dim={dim}, the backbone dim={vit.spec.embed_dim}; give a ViT of that width"
         )
-    model = attach(backbone, head=_config(own, vit.spec, dict(options)))
-    head: Any = model.head
-    for key, tensor in head.state_dict().items():  # a counter that inference does not need
-        if key.endswith("num_batches_tracked"):
-            own.setdefault(key, torch.zeros_like(tensor))
-    try:
-        check_tensors(head.state_dict(), own, "the official checkpoint")
-    except ValueError:
-        model.detach()
-        raise
-    head.load_state_dict(own)
-    return model.eval()
+    config = _config(own, vit.spec, dict(options))
+    for key, probabilities in state_dict.items():
+        if key.endswith("attn_mask_probs") and len(probabilities) != config.num_blocks:
+            raise ValueError(
+                f"{key} is of {len(probabilities)} blocks, and there are tensors of {config.num_blocks}: {REMEDY}"
+            )
+    return filled(backbone, None, {}, config, own)
 
 
 def _decoder(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -122,7 +116,7 @@ def _told(own: dict[str, Tensor]) -> dict[str, Any]:
     """What the shapes say."""
 
     def count(prefix: str) -> int:
-        return len({key.split(".")[1] for key in own if key.startswith(prefix + ".")})
+        return 1 + max((int(key.split(".")[1]) for key in own if key.startswith(prefix + ".")), default=-1)
 
     kinds = {key.partition(".")[2].partition(".")[2] for key in own if key.startswith("lateral_projections.")}
     return {

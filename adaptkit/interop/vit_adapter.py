@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from adaptkit.adapters.vit_adapter import ViTAdapterConfig, even_groups
 from adaptkit.core import registry
 from adaptkit.core.registry import view
 from adaptkit.core.view import Spec
-from adaptkit.model.adapted import AdaptedModel, attach
+from adaptkit.interop.loading import REMEDY, Checkpoint, filled
+from adaptkit.model.adapted import AdaptedModel
 from adaptkit.model.parts import check_tensors
 
 # The adapter's keys, anchored: `norm1.` at the top is the pyramid's, `blocks.0.norm1.` is the ViT's.
@@ -28,7 +30,7 @@ def vit_adapter(
     """Attach the authors' ViT-Adapter; see :func:`adaptkit.interop.from_official`."""
     if any(k.startswith("backbone.") for k in state_dict):
         state_dict = {k[len("backbone.") :]: v for k, v in state_dict.items() if k.startswith("backbone.")}
-    own = {_our_key(k): v for k, v in state_dict.items() if _ADAPTER_KEY.match(k)}
+    own = Checkpoint({_our_key(k): v for k, v in state_dict.items() if _ADAPTER_KEY.match(k)})
     if "level_embed" not in own:
         raise ValueError("the state dict has no 'level_embed', so it is no ViT-Adapter checkpoint")
     vit = view(backbone)
@@ -42,16 +44,8 @@ def vit_adapter(
             "add_vit_feature is not in the tensors: pass add_vit_feature='last' (the authors' detection models), "
             "'per-stage' (their segmentation models) or None"
         )
-    if load_backbone:
-        _load_vit(state_dict, backbone)
-    model = attach(backbone, _vit_adapter_config(own, vit.spec, options))
-    adapter = model.adapters["vit-adapter"]
-    for key, tensor in adapter.state_dict().items():  # a counter that inference does not need
-        if key.endswith("num_batches_tracked"):
-            own.setdefault(key, torch.zeros_like(tensor))
-    check_tensors(adapter.state_dict(), own, "the official checkpoint")
-    adapter.load_state_dict(own)
-    return model.eval()
+    load = partial(_load_vit, state_dict, backbone) if load_backbone else None
+    return filled(backbone, _vit_adapter_config(own, vit.spec, options), own, load=load)
 
 
 def _our_key(key: str) -> str:
@@ -60,7 +54,9 @@ def _our_key(key: str) -> str:
 
 def _vit_adapter_config(own: dict[str, Tensor], spec: Spec, options: dict[str, Any]) -> ViTAdapterConfig:
     """Read the config off the tensors' shapes; ``options`` adds the rest and must not contradict them."""
-    groups = 1 + max(int(k.split(".")[1]) for k in own if k.startswith("interactions."))
+    groups = 1 + max((int(k.split(".")[1]) for k in own if k.startswith("interactions.")), default=-1)
+    if not groups:
+        raise ValueError(f"the official checkpoint has no 'interactions.*': {REMEDY}")
     last = f"interactions.{groups - 1}."
     width = own[last + "extractor.attn.value_proj.weight"].shape[0]
     samples = own[last + "extractor.attn.attention_weights.weight"].shape[0]  # heads * points
@@ -72,7 +68,7 @@ def _vit_adapter_config(own: dict[str, Tensor], spec: Spec, options: dict[str, A
             "pass deform_num_heads= or n_points="
         )
     told = {
-        "injector": last + "injector.gamma" in own,
+        "injector": any(".injector." in key for key in own),
         "conv_inplane": own["spm.stem.0.weight"].shape[0],
         "n_points": points,
         "deform_num_heads": samples // points,
@@ -125,7 +121,7 @@ def _load_vit(state_dict: dict[str, Tensor], backbone: nn.Module) -> None:
     if "pos_embed" in state_dict:
         own["pos_embed"] = resampled_positions(state_dict["pos_embed"], vit)
     needed = {k: v for k, v in target.items() if k.startswith(("patch_embed.", "blocks.", "pos_embed"))}
-    check_tensors(needed, own, "the ViT part of the official checkpoint")
+    check_tensors(needed, own, "the ViT part of the official checkpoint", REMEDY)
     vit.load_state_dict(own, strict=False)
 
 

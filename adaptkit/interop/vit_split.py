@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,8 +12,9 @@ from adaptkit.adapters.vit_split import ViTSplitConfig
 from adaptkit.core import registry
 from adaptkit.core.registry import view
 from adaptkit.core.view import Spec
+from adaptkit.interop.loading import REMEDY, Checkpoint, filled
 from adaptkit.interop.vit_adapter import resampled_positions
-from adaptkit.model.adapted import AdaptedModel, attach
+from adaptkit.model.adapted import AdaptedModel
 from adaptkit.model.parts import check_tensors
 
 # `backbone.bn_norm` is built and saved by the authors, and never used.
@@ -27,27 +29,25 @@ def vit_split(
 ) -> AdaptedModel:
     """Attach the authors' ViT-Split; see :func:`adaptkit.interop.from_official`."""
     state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
-    head = {k.removeprefix("decode_head."): v for k, v in state_dict.items() if _HEAD.match(k)}
+    state_head = {k: v for k, v in state_dict.items() if _HEAD.match(k)}
+    head = {k.removeprefix("decode_head."): v for k, v in state_head.items()}
     if any(k.startswith("backbone.split_head.") for k in state_dict):
         state_dict = {k[len("backbone.") :]: v for k, v in state_dict.items() if k.startswith("backbone.")}
-    official = {_our_key(k): v for k, v in state_dict.items()}
-    own = {k: v for k, v in official.items() if _OWN.match(k)}
+    official = Checkpoint({_our_key(k): v for k, v in state_dict.items()})
+    own = Checkpoint({k: v for k, v in official.items() if _OWN.match(k)})
     spec = view(backbone).spec
     _check_known(own, official, spec)
     asked = registry.adapters()["vit-split"].configure({k: v for k, v in options.items() if k not in _SAID})
     config = _config(own, spec, asked, options)
+    load = None
     if load_backbone:
-        _load_dinov2({k[len("backbone.") :]: v for k, v in official.items() if k.startswith("backbone.")}, backbone)
-    classes = {"num_classes": len(head["conv_seg.bias"]), "dropout": 0.0, "resize": False} if head else None
-    model = attach(backbone, config, head=("upsample", classes) if classes else None)
-    for module, tensors, where in (
-        (model.adapters["vit-split"], own, "the checkpoint"),
-        (model.head, head, "the head of the checkpoint"),
-    ):
-        if module is not None:
-            check_tensors(module.state_dict(), tensors, where)
-            module.load_state_dict(tensors)
-    return model.eval()
+        frozen = Checkpoint({k[len("backbone.") :]: v for k, v in official.items() if k.startswith("backbone.")})
+        load = partial(_load_dinov2, frozen, backbone)
+    if not head:
+        return filled(backbone, config, own, load=load)
+    classes = len(Checkpoint(state_head)["decode_head.conv_seg.bias"])
+    upsample = ("upsample", {"num_classes": classes, "dropout": 0.0, "resize": False})
+    return filled(backbone, config, own, upsample, head, load=load)
 
 
 def _our_key(key: str) -> str:
@@ -66,7 +66,7 @@ def _check_known(own: dict[str, Tensor], official: dict[str, Tensor], spec: Spec
             "the checkpoint mixes all layers by a learnable gate ('learnable_gate.scores'); the variant with chosen "
             "layers (out_indices) is known here"
         )
-    if "frozen_conv.2.deform_conv.weight" not in own:
+    if "frozen_conv.2.weight" in own:
         raise ValueError(
             "the checkpoint has plain convolutions in the place of deformable ones (the authors' LLaVA variant); their "
             "dense models are known here"
@@ -137,5 +137,6 @@ def _load_dinov2(official: dict[str, Tensor], backbone: nn.Module) -> None:
     else:
         own["pos_embed"] = resampled_positions(positions, vit)
     needed = {k: v for k, v in target.items() if not k.startswith(("head.", "fc_norm."))}
-    check_tensors(needed, {k: v for k, v in own.items() if k in needed}, "the DINOv2 part of the official checkpoint")
+    given = {k: v for k, v in own.items() if k in needed}
+    check_tensors(needed, given, "the DINOv2 part of the official checkpoint", REMEDY)
     vit.load_state_dict(own, strict=False)

@@ -31,8 +31,8 @@ def shares_of(names: Sequence[str], weights: Sequence[float] | None) -> dict[str
         raise ValueError(f"an ensemble of {list(names)}: give the names of sets, each once")
     if len(given) != len(names):
         raise ValueError(f"{len(given)} weights for {len(names)} sets ({', '.join(names)}): give one for each")
-    if not all(0 <= w < math.inf for w in given) or not any(given):
-        raise ValueError(f"weights={given}: give numbers of 0 or more, not all 0")
+    if not all(0 <= w < math.inf for w in given) or not 0 < sum(given) < math.inf:
+        raise ValueError(f"weights={given}: give numbers of 0 or more, not all 0, whose sum is finite")
     return {name: w / sum(given) for name, w in zip(names, given)}
 
 

@@ -14,6 +14,7 @@ frozen, and are saved in the adapter's file, which also says how they began, for
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -76,6 +77,8 @@ def expand_channels(
     spec = view(backbone).spec
     if spec.channels != 3:
         raise ValueError(f"this {type(backbone).__name__} reads {spec.channels} channels, and only three are expanded")
+    if not isinstance(n, int) or isinstance(n, bool):
+        raise TypeError(f"n={n!r} is no number of channels; give an int of 4 or more")
     if n <= 3:
         raise ValueError(f"n={n} is not more than the three channels of {type(backbone).__name__}: give 4 or more")
     path, conv = _patch_embedding(backbone)
@@ -111,6 +114,8 @@ def _rows(kernel: Tensor, more: int, how: How, wavelengths: Sequence[float] | No
         raise ValueError(
             f"{len(wavelengths)} wavelengths for {more} further channels: give one for each, in nanometres"
         )
+    elif not all(0 < w < math.inf for w in map(float, wavelengths)):
+        raise ValueError(f"wavelengths={list(wavelengths)}: give nanometres, above 0")
     else:
         mix = torch.stack([_between_colours(float(w)) for w in wavelengths]).to(kernel)
     return torch.einsum("mc,dcij->dmij", mix, kernel).contiguous()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.hub.card import card_beside
+from adaptkit.hub.digest import other_blocks, other_layers
 from adaptkit.hub.file import FLOATS, AdapterFile, say_spec, write_folder
 from adaptkit.model.parts import as_file, differences
 
@@ -82,6 +83,20 @@ def _check_headers(a: AdapterFile, b: AdapterFile) -> None:
             what = "weights of the backbone" if key == "fingerprint" else key
             names = [f"{what} of {s['source'] or s['class']}: {str(s[key])[:80]}" for s in saved]
             _refuse(a, names[0], b, names[1], "both need the same backbone and images")
+    layers = _other_layers(a, saved[0], saved[1])
+    if layers:
+        listed = ", ".join(layers[:4]) + " and more" * (len(layers) > 4)
+        name = saved[0]["source"] or saved[0]["class"]
+        _refuse(a, f"been trained on {listed} of {name}", b, "on other weights there", "both need the same backbone")
+
+
+def _other_layers(a: AdapterFile, one: Any, two: Any) -> list[str]:
+    """Return the layers of two recorded backbones whose weights differ; where one is in other precision, the blocks."""
+    classifier = a.header["head"] is None and one.get("classes", 0) > 0  # it speaks where the adapter has no head
+    other, complete = other_layers(one.get("digest") or {}, two.get("digest") or {}, classifier)
+    if not complete and one.get("sums") and two.get("sums"):
+        other += [f"block {i}" for i in other_blocks(one["sums"], two["sums"])]
+    return other
 
 
 def _check_tensors(a: AdapterFile, b: AdapterFile) -> None:

@@ -122,7 +122,12 @@ class Bounded(TorchFunctionMode):
         return made
 
 
-def check_tensors(own: Mapping[str, Tensor], given: Mapping[str, Tensor], where: str) -> None:
+def check_tensors(
+    own: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    where: str,
+    remedy: str = "the file does not match its own header: save it again",
+) -> None:
     """Raise ``ValueError`` where the keys, shapes or dtypes of ``given`` are not those of ``own``.
 
     One floating-point type may stand for another, as for a model in half precision; no number becomes another kind.
@@ -131,7 +136,7 @@ def check_tensors(own: Mapping[str, Tensor], given: Mapping[str, Tensor], where:
     if missing or unexpected:
         raise ValueError(
             f"{where}: {len(missing)} tensors are missing ({', '.join(missing[:3])}), {len(unexpected)} are not "
-            f"expected ({', '.join(unexpected[:3])}); the file does not match its own header: save it again"
+            f"expected ({', '.join(unexpected[:3])}); {remedy}"
         )
     for key, tensor in own.items():
         there = given[key]

@@ -91,6 +91,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(image, tmp_path):
         ([], None, "each once"),
         (["a", "b"], [1], "1 weights for 2 sets"),
         (["a", "b"], [0, 0], "not all 0"),
+        (["a", "b"], [1e308, 1e308], "whose sum is finite"),
         (["a", "b"], [-1, 2], "0 or more"),
         (["a", "x"], None, "no adapters are named 'x'"),
         ("a", [1], "they are for several names"),

@@ -96,3 +96,12 @@ def test_what_cannot_be_expanded_says_what_it_is():
         adaptkit.expand_channels(backbone, 4, "wavelength")
     with pytest.raises(ValueError, match="reads 4 channels, and only three are expanded"):
         adaptkit.expand_channels(adaptkit.expand_channels(backbone, 4), 13)
+
+
+def test_what_is_no_number_of_channels_and_no_wavelength_is_refused():
+    for n in (4.0, "4", True):
+        with pytest.raises(TypeError, match="is no number of channels"):
+            adaptkit.expand_channels(HOSTS["timm-vit"].build(), n)
+    for wavelength in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(ValueError, match="give nanometres"):
+            adaptkit.expand_channels(HOSTS["timm-vit"].build(), 4, "wavelength", [wavelength])

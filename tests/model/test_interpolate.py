@@ -67,15 +67,17 @@ def test_a_last_layer_alone_is_interpolated_in_its_answers_too(tmp_path):
         ({"head": ("linear", {"num_classes": 4})}, "num_classes=3, .* has num_classes=4"),
         ({"classes": ["x", "y", "z"]}, r"classes=None, .* has classes=\['x', 'y', 'z'\]"),
         ({"mean": [0.1] * 3, "std": [0.2] * 3}, "mean="),
-        ({"backbone": "other"}, "weights of the backbone of"),
+        ({"backbone": "patch_embed.proj"}, "weights of the backbone of"),
+        ({"backbone": "blocks.0.attn.proj"}, r"been trained on blocks\.0 of .* on other weights there"),
     ],
 )
 def test_what_does_not_lie_on_one_line_is_refused_with_both_sides(other, message, tmp_path):
     saved(tmp_path / "a")
     host = None
-    if other.pop("backbone", None):
+    changed = other.pop("backbone", None)
+    if changed:
         host = HOSTS["timm-vit"].build()
-        torch.nn.init.normal_(host.patch_embed.proj.weight)
+        torch.nn.init.normal_(host.get_submodule(changed).weight)
     adapters = other.pop("adapters", ())
     saved(tmp_path / "b", *adapters, host=host, **other)
     with pytest.raises(ValueError, match=message):

@@ -184,3 +184,23 @@ def test_mistakes_name_the_task_and_leave_the_backbone():
         adaptkit.attach_many(backbone, {"a": "sfp"}, {"c": ("linear", {"num_classes": 2})})
     with pytest.raises(ValueError, match="no tasks are given"):
         adaptkit.attach_many(backbone, {})
+
+
+@torch.no_grad()
+def test_rows_of_readers_pass_a_layer_whose_weight_is_read_and_that_lora_has_wrapped():
+    """timm's Eva reads the weight of a fused qkv with biases of its own, which no wrapper sees."""
+    from timm.models.eva import Eva
+
+    sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+    head = ("linear", {"num_classes": 3})
+    many = adaptkit.attach_many(
+        Eva(**sizes, use_rot_pos_emb=True, qkv_bias=True), {"a": [], "b": [], "lora": ["lora"]},
+        heads=dict.fromkeys(("a", "b", "lora"), head),
+    ).eval()  # fmt: skip
+    x = torch.randn(2, 3, 32, 32)
+    for _ in range(2):
+        rows = many(x, tasks=["a", "b"])
+        for i, name in enumerate(("a", "b")):
+            torch.testing.assert_close(rows[name].logits, many(x)[name].logits[i : i + 1], atol=1e-5, rtol=1e-5)
+        if "lora" in many.active:
+            many.remove("lora")
