@@ -231,7 +231,7 @@ def test_by_class_is_the_score_of_each_class_alone(folder):
 def test_eval_of_the_file_says_what_the_run_said(trained, folder, monkeypatch):
     argv, out, result = trained
 
-    def opened(file, backbone=None):
+    def opened(file, backbone=None, positions=None):
         torch.manual_seed(detect.parse(argv).seed)
         return from_pretrained(file, backbone=create_backbone("test_vit", pretrained=False))
 

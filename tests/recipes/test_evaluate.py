@@ -32,7 +32,9 @@ def backbone():
 def fixed_backbone(monkeypatch):
     """A file's recorded backbone would be drawn anew, for no weights can be downloaded."""
     opened = evaluate.from_pretrained
-    monkeypatch.setattr(evaluate, "from_pretrained", lambda file, backbone=None: opened(file, backbone=backbone_of()))
+    monkeypatch.setattr(
+        evaluate, "from_pretrained", lambda file, backbone=None, **more: opened(file, backbone=backbone_of(), **more)
+    )
 
 
 def backbone_of():

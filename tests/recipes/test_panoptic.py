@@ -74,7 +74,7 @@ def test_training_lowers_the_loss_and_the_file_scores_as_the_run_did(trained):
 def test_eval_of_the_file_says_what_the_run_said(trained, folder, monkeypatch):
     argv, out, result = trained
 
-    def opened(file, backbone=None):
+    def opened(file, backbone=None, positions=None):
         torch.manual_seed(panoptic.parse(argv).seed)
         return adaptkit.from_pretrained(file, backbone=create_backbone("test_vit", pretrained=False))
 

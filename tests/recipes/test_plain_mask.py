@@ -63,7 +63,7 @@ def test_it_trains_scores_saves_predicts_and_is_evaluated(task, folders, tmp_pat
         ]
         assert model.transform.size == (32, 48)
     # at the images' own size and as trained the scores are the run's
-    monkeypatch.setattr("recipes.evaluate.from_pretrained", lambda file, backbone: model)
+    monkeypatch.setattr("recipes.evaluate.from_pretrained", lambda file, **options: model)
     data = str(folders / ("semantic" if task == "semantic" else "shapes"))
     again = evaluate(argv=[str(tmp_path / "adapter"), "--data", data, "--json"])
     assert 100 * again[score] == pytest.approx(result[score], abs=0.01)
