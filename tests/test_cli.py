@@ -13,6 +13,7 @@ from families import HOSTS
 import adaptkit
 from adaptkit.cli import main
 from adaptkit.cli._show import table
+from adaptkit.core.arguments import Defaults, Parser
 from adaptkit.core.printable import printable
 
 
@@ -132,3 +133,13 @@ def test_python_dash_m_is_the_command_line(module):
 
     done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"adaptkit {adaptkit.__version__}\n")
+
+
+def test_help_tells_a_default_that_is_zero_and_none_that_is_nothing():
+    parser = Parser(formatter_class=Defaults)
+    parser.add_argument("--port", type=int, default=0, help="to listen on")
+    parser.add_argument("--name", help="of it")
+    parser.add_argument("--strict", action="store_true", help="refuse")
+    said = parser.format_help()
+    assert "to listen on (default: 0)" in said
+    assert said.count("default") == 1

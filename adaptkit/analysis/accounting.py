@@ -182,7 +182,7 @@ def kept(run: Callable[[], Any], model: nn.Module) -> int:
             held[storage._cdata] = storage
         return x
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    with torch.inference_mode(False), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         run()
     return sum(storage.nbytes() for storage in held.values())
 

@@ -20,7 +20,11 @@ def add(commands: Any) -> None:
     parser.add_argument("--file", metavar="ADAPTER", help="a saved adapter to attach: a folder, or org/name")
     parser.add_argument("--size", type=int, metavar="SIDE", help="of the square cut from each picture (default: 224)")
     parser.add_argument(
-        "--mean", type=float, nargs="+", metavar="R", help="of the images, in 0..1 (default: as recorded)"
+        "--mean",
+        type=float,
+        nargs="+",
+        metavar="R",
+        help="of the images in 0..1, for each channel or for all (default: as recorded)",
     )
     parser.add_argument("--std", type=float, nargs="+", metavar="R", help="the same, standard deviation")
     parser.add_argument("--blocks", type=int, nargs="+", metavar="I", help="of the backbone (default: as fits)")
@@ -74,13 +78,16 @@ def _squares(model: Any, paths: list[Path], size: int | None, normalised: dict[s
     if side < patch:
         raise ValueError(f"--size {side} is less than one patch of {patch} pixels")
     side = round(side / patch) * patch
-    said = {**(model.metadata if host.acting else {}), **normalised, "size": side}
-    source = host.vit.source()
+    channels, source = host.vit.spec.channels, host.vit.source()
+    given = {name: values * (channels if len(values) == 1 else 1) for name, values in normalised.items()}
+    if min(given.get("std", [1.0])) <= 0:
+        raise ValueError(f"--std {' '.join(map(str, given['std']))}: a standard deviation is above 0")
+    said = {**(model.metadata if host.acting else {}), **given, "size": side}
     if not all(said.get(name) or getattr(source, name) for name in ("mean", "std")):
         raise ValueError(
             f"nobody says how images are normalised for {type(host.vit.backbone).__name__}: --mean and --std"
         )
-    how = transform_of(source, said, "segmentation", host.vit.spec.channels)
+    how = transform_of(source, said, "segmentation", channels)
     return [how.normalise(_middle(how.frame(_pixels(path, host)), side)) for path in paths]
 
 

@@ -16,7 +16,8 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
     """Help that ends with the default of an option, where it has one and does not say it itself."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default in (None, False, []) or "default" in (action.help or "").lower()
+        nothing = action.default is None or action.default is False or action.default == []
+        silent = nothing or "default" in (action.help or "").lower()
         return action.help if silent else super()._get_help_string(action)
 
 

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adaptkit.interop.loading import REMEDY
 from adaptkit.mixers.dat import DeformableAttention
+from adaptkit.model.parts import check_tensors
 
 KERNELS = (9, 7, 5, 3)  # of the offset network, by the authors' stage_idx
 
@@ -27,13 +29,7 @@ def dat(state_dict: dict[str, Tensor], backbone: nn.Module | None, load_backbone
     else:
         model = DAT(**options) if backbone is None else backbone
         state_dict = _fitting_head(state_dict, model)
-    own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"the checkpoint lacks {len(missing)} tensors of this model ({', '.join(missing[:3])}) and has "
-            f"{len(unexpected)} others ({', '.join(unexpected[:3])}); give the configuration it was trained with"
-        )
+    check_tensors(model.state_dict(), state_dict, "the official checkpoint", REMEDY)
     model.load_state_dict(state_dict)
     return model.eval()
 
@@ -41,6 +37,10 @@ def dat(state_dict: dict[str, Tensor], backbone: nn.Module | None, load_backbone
 def _attention(config: dict[str, Any]) -> DeformableAttention:
     """Build one attention from the authors' arguments: heads, head_dim, groups, hw, stride, offset_range_factor."""
     config = dict(config)
+    needed = ("heads", "head_dim", "groups", "hw", "stage_idx" if config.get("kernel") is None else "kernel")
+    missing = [name for name in needed if name not in config]
+    if missing:
+        raise ValueError(f"{', '.join(missing)}: not in the tensors of a single attention; pass them as options")
     kernel = config.pop("kernel", None) or KERNELS[config.pop("stage_idx")]
     size = config.pop("hw")
     return DeformableAttention(

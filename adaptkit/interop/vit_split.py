@@ -29,8 +29,7 @@ def vit_split(
 ) -> AdaptedModel:
     """Attach the authors' ViT-Split; see :func:`adaptkit.interop.from_official`."""
     state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
-    state_head = {k: v for k, v in state_dict.items() if _HEAD.match(k)}
-    head = {k.removeprefix("decode_head."): v for k, v in state_head.items()}
+    head = Checkpoint({k.removeprefix("decode_head."): v for k, v in state_dict.items() if _HEAD.match(k)})
     if any(k.startswith("backbone.split_head.") for k in state_dict):
         state_dict = {k[len("backbone.") :]: v for k, v in state_dict.items() if k.startswith("backbone.")}
     official = Checkpoint({_our_key(k): v for k, v in state_dict.items()})
@@ -45,8 +44,7 @@ def vit_split(
         load = partial(_load_dinov2, frozen, backbone)
     if not head:
         return filled(backbone, config, own, load=load)
-    classes = len(Checkpoint(state_head)["decode_head.conv_seg.bias"])
-    upsample = ("upsample", {"num_classes": classes, "dropout": 0.0, "resize": False})
+    upsample = ("upsample", {"num_classes": len(head["conv_seg.bias"]), "dropout": 0.0, "resize": False})
     return filled(backbone, config, own, upsample, head, load=load)
 
 

@@ -103,6 +103,8 @@ def test_what_is_kept_for_backward_is_counted_once_and_weights_are_not():
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU())
     x = torch.randn(4, 8)
     assert accounting.kept(lambda: model(x), model) == 4 * 4 * (8 + 16)  # the input, and what GELU was given
+    with torch.inference_mode():
+        assert accounting.kept(lambda: model(x), model) == 4 * 4 * (8 + 16)
     model[0].requires_grad_(False)
     assert accounting.kept(lambda: model(x), model) == 0
     assert accounting.kept(lambda: model(x.requires_grad_()), model) == 4 * 4 * 16  # a frozen layer needs no input

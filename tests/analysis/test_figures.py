@@ -627,5 +627,7 @@ def test_look_takes_the_normalisation_of_a_folder_that_says_none(tmp_path, capsy
     argv = ["look", str(tmp_path / "host"), str(tmp_path / "0.png"), "--out", str(tmp_path / "out"), "--size", "32"]
     assert main([*argv, "--only", "attention_maps", "--formats", "svg"]) == 2
     assert "--mean and --std" in capsys.readouterr().err
-    assert main([*argv, "--only", "attention_maps", "--formats", "svg", "--mean", *"000", "--std", *"111"]) == 0
+    assert main([*argv, "--mean", "0", "--std", "0"]) == 2
+    assert "a standard deviation is above 0" in capsys.readouterr().err
+    assert main([*argv, "--only", "attention_maps", "--formats", "svg", "--mean", "0.5", "--std", *"111"]) == 0
     assert (tmp_path / "out" / "attention_maps.svg").is_file()

@@ -52,7 +52,9 @@ def test_another_number_of_classes_is_an_error_with_its_remedy():
 
 def test_another_configuration_is_an_error_that_names_tensors():
     _, official, _ = golden("dat_model_a")
-    with pytest.raises(ValueError, match="the checkpoint lacks .* tensors of this model"):
+    with pytest.raises(
+        ValueError, match="tensors are missing .*; give the whole checkpoint, and the options that it was trained with"
+    ):
         from_official("dat", official, timm.create_model("dat_tiny", num_classes=10))
 
 
@@ -64,3 +66,8 @@ def test_a_checkpoint_of_the_second_version_is_refused():
 def test_an_adapter_checkpoint_needs_its_backbone():
     with pytest.raises(ValueError, match="'adavit' needs the backbone"):
         from_official("adavit", {})
+
+
+def test_what_the_tensors_of_one_attention_do_not_tell_is_asked_for_by_name():
+    with pytest.raises(ValueError, match="head_dim, hw, stage_idx: not in the tensors of a single attention"):
+        from_official("dat", {"proj_q.weight": torch.zeros(8, 8, 1, 1)}, heads=2, groups=1)
