@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -59,11 +59,16 @@ def from_official(
             masked=True)`` has the predictions before each block too, in either mode.
 
     Returns the attached model in eval mode; for ``"dat"`` the DAT, or the one attention. Raises ``ValueError`` where
-    tensors are missing or do not fit the backbone, or where an option is needed, by name.
+    tensors are missing or do not fit the backbone, or where an option is needed, by name, ``TypeError`` for what is no
+    state dict; the backbone is then as it was.
     """
     if method not in _METHODS:
         known = ", ".join(sorted(_METHODS))
         raise ValueError(f"no official checkpoints are known for {method!r}{hint(method, _METHODS)}; known: {known}")
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"the checkpoint is a {type(state_dict).__name__}; give the authors' tensors by name, a state dict"
+        )
     if backbone is None and method != "dat":
         raise ValueError(f"{method!r} needs the backbone that the checkpoint is attached to; give a ViT")
     for whole in ("state_dict_ema", "state_dict", "model"):

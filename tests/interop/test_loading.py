@@ -97,3 +97,8 @@ def test_a_tensor_of_another_shape_is_named_too(build):
     for key in [k for k, v in state.items() if v.ndim][::5]:
         error = tried(made, {**state, key: torch.cat([state[key], state[key]])})
         assert error is not None, key
+
+
+def test_what_is_no_state_dict_is_refused():
+    with pytest.raises(TypeError, match="the checkpoint is a list"):
+        from_official("pmt", [torch.ones(1)], test_pmt.host())
