@@ -17,6 +17,7 @@ __all__ = [
     "check_budget",
     "dice_loss",
     "focal_loss",
+    "lovasz_loss",
     "macs_loss",
     "pixel_loss",
     "silog_loss",
@@ -174,6 +175,26 @@ def dice_loss(logits: Tensor, target: Tensor, ignore_index: int = 255, weight: T
     return (weights * (1 - dice)).sum() / weights.sum().clamp(min=1e-12)
 
 
+def lovasz_loss(logits: Tensor, target: Tensor, ignore_index: int = 255, weight: Tensor | None = None) -> Tensor:
+    """Return the Lovász-softmax loss (Berman et al. 2018, eq. 8 to 11): the mean over the classes in ``target``.
+
+    Of each class it is the Lovász extension of the Jaccard loss 1 - IoU, over the pixels with a label of the whole
+    batch. The error of a pixel is m_i = 1 - p_i where it is of the class, p_i elsewhere, p the softmax of the logits.
+    The extension takes the pixels from the largest error down: sum_k m_k (J_k - J_(k-1)), J_k the Jaccard loss where
+    the first k are wrong and all others right. Where p is 0 or 1 it is 1 - IoU itself. Arguments as of
+    :func:`pixel_loss`; ``weight`` of the classes in the mean. 0 where no pixel has a label.
+    """
+    known = target != ignore_index
+    truth = F.one_hot(torch.where(known, target, 0), logits.shape[1]).movedim(-1, 0) * known  # (K, B, H, W)
+    p = logits.softmax(1).movedim(1, 0) * known
+    errors = (truth - p).abs()
+    # Class by class, so that no more than one is sorted at a time. The order has no gradient.
+    steps = torch.stack([_jaccard_steps(error, true) for error, true in zip(errors.detach(), truth)])
+    weights = truth.sum((1, 2, 3)).gt(0) * (1.0 if weight is None else weight)
+    each = (errors * steps).sum((1, 2, 3))
+    return (weights * each).sum() / weights.sum().clamp(min=1e-12)
+
+
 def balanced_weights(pixels: Tensor) -> Tensor:
     """Return N / (K n_k) for each of the K classes, n_k its pixels and N those of all (King and Zeng 2001, section 3).
 
@@ -193,3 +214,19 @@ def _weights(target: Tensor, ignore_index: int, weight: Tensor | None) -> Tensor
     """The weight of each pixel, 0 where it is ignored."""
     known = target != ignore_index
     return known if weight is None else weight[torch.where(known, target, 0)] * known
+
+
+def _jaccard_steps(errors: Tensor, truth: Tensor) -> Tensor:
+    """J_k - J_(k-1) of each pixel, in the pixels' own order; of one class, (B, H, W).
+
+    With G pixels of the class, c of them and n others among the first k, J_k = 1 - (G - c) / (G + n). A pixel of the
+    class adds 1 / (G + n), another (G - c) / ((G + n) (G + n - 1)), which keeps the digits that a difference of two
+    Jaccard losses loses.
+    """
+    order = errors.flatten().argsort(descending=True)
+    true = truth.flatten()[order]
+    found = true.cumsum(0)
+    left = true.sum() - found  # G - c
+    union = left + torch.arange(1, len(true) + 1, device=true.device)  # G + n
+    step = torch.where(true > 0, 1, left.to(errors.dtype) / (union - 1).clamp(min=1)) / union
+    return torch.empty_like(errors).view(-1).scatter_(0, order, step).view_as(errors)

@@ -21,7 +21,7 @@ import torch.nn.functional as F  # noqa: F401  tests stop a run in it
 from torch import Tensor, nn
 
 import adaptkit
-from adaptkit.losses import balanced_weights, dice_loss, focal_loss, pixel_loss
+from adaptkit.losses import balanced_weights, dice_loss, focal_loss, lovasz_loss, pixel_loss
 from adaptkit.predict.tasks import Asked
 
 from . import augment, channels, names, native, network, queries, semantic
@@ -37,8 +37,8 @@ from .order import Rows
 from .scores.segmentation import SemanticScores, confusion, extras, packed
 from .task import Task
 
-LOSSES = {"cross-entropy": pixel_loss, "dice": dice_loss, "focal": focal_loss}
-LOSS_HELP = """one or several of cross-entropy, dice and focal, added up: --loss cross-entropy dice=0.5"""
+LOSSES = {"cross-entropy": pixel_loss, "dice": dice_loss, "focal": focal_loss, "lovasz": lovasz_loss}
+LOSS_HELP = """one or several of cross-entropy, dice, focal and lovasz, added up: --loss cross-entropy dice=0.5"""
 WEIGHTS_HELP = """of the classes in the loss: a number for each, or balanced, from the pixels of the training masks
 (the fewer, the more: all classes weigh the same as a whole)"""
 

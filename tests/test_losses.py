@@ -6,6 +6,7 @@ import torch
 from adaptkit import losses
 from adaptkit.losses import agreement_loss, annealed_budget, macs_loss, usage, usage_loss
 
+PIXEL_LOSSES = [losses.pixel_loss, losses.focal_loss, losses.dice_loss, losses.lovasz_loss]
 AUX = {
     "patch_keep": torch.tensor([[[1.0, 1, 0, 0]], [[1, 0, 0, 0]]]),  # mean 3/8
     "head_keep": torch.tensor([[[1.0, 1]], [[1, 0]]]),  # 3/4
@@ -118,7 +119,36 @@ def test_the_dice_loss_is_its_formula_class_by_class_over_those_that_are_there()
     torch.testing.assert_close(losses.dice_loss(logits, target), 1 - sum(scores) / 3)
 
 
-@pytest.mark.parametrize("loss", [losses.pixel_loss, losses.focal_loss, losses.dice_loss])
+def test_the_lovasz_loss_is_the_extension_of_the_jaccard_loss_step_by_step():
+    logits, target = pixels_of()
+    target[target == 3] = 0
+    p, known = logits.softmax(1), target != 255
+    scores = []
+    for k in (0, 1, 2):
+        mine, truth = p[:, k][known].tolist(), (target == k)[known].tolist()
+        errors = sorted(((1 - q if true else q), true) for q, true in zip(mine, truth))[::-1]
+        missed, invented, jaccard, total = 0, 0, 0.0, 0.0
+        for error, true in errors:
+            missed, invented = missed + true, invented + (not true)
+            now = 1 - (sum(truth) - missed) / (sum(truth) + invented)
+            total, jaccard = total + error * (now - jaccard), now
+        scores.append(total)
+    torch.testing.assert_close(losses.lovasz_loss(logits, target), torch.tensor(sum(scores) / 3, dtype=torch.float64))
+    weight = torch.tensor([0.5, 2.0, 0.0, 1.0], dtype=torch.float64)
+    want = torch.tensor((0.5 * scores[0] + 2 * scores[1]) / 2.5, dtype=torch.float64)
+    torch.testing.assert_close(losses.lovasz_loss(logits, target, weight=weight), want)
+
+
+def test_the_lovasz_loss_of_a_sure_answer_is_one_minus_the_mean_iou():
+    _, target = pixels_of()
+    answer = torch.randint(0, 4, target.shape, generator=torch.Generator().manual_seed(5))
+    known = target != 255
+    ious = [((answer == k) & (target == k))[known].sum() / ((answer == k) | (target == k))[known].sum() for k in range(4)]
+    logits = 1000 * torch.nn.functional.one_hot(answer, 4).movedim(-1, 1).float()
+    assert losses.lovasz_loss(logits, target).item() == pytest.approx(1 - sum(ious).item() / 4, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", PIXEL_LOSSES)
 def test_a_loss_of_pixels_is_zero_where_nothing_is_known_and_has_the_gradient_of_its_formula(loss):
     logits, target = pixels_of()
     x = logits.clone().requires_grad_()
@@ -132,7 +162,7 @@ def test_a_loss_of_pixels_is_zero_where_nothing_is_known_and_has_the_gradient_of
 def test_a_perfect_answer_costs_nothing_and_has_a_finite_gradient():
     _, target = pixels_of()
     logits = 1000 * torch.nn.functional.one_hot(target.clamp(max=3), 4).movedim(-1, 1).float()
-    for loss in (losses.pixel_loss, losses.focal_loss, losses.dice_loss):
+    for loss in PIXEL_LOSSES:
         x = logits.clone().requires_grad_()
         loss(x, target).backward()
         assert loss(x, target).item() == pytest.approx(0, abs=1e-6)
