@@ -23,7 +23,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from . import normalisation, record
 from .adavit_model import build
 from .adavit_policies import POLICIES, WAYS, prepared
 from .adavit_scores import Score, calibrate, evaluate, images_per_second, random_at
-from .devices import BACKEND, together
+from .devices import BACKEND, sent, together
 from .finite import Finite
 from .folder import begin, occupied
 from .help import RecipeParser
@@ -116,21 +116,22 @@ def train(
     gates, source = AdaViT.of(model), source_of(adapted.vit, args)
     costs, learned = accounting.costs(adapted, (args.size, args.size)), args.policy == "learned"
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
-    model = torch.compile(model, backend=BACKEND, mode=args.compile) if args.compile else model
-    model, optimizer = accelerator.prepare(model, optimizer)
     generator = torch.Generator().manual_seed(folded(args.seed * 1000 + accelerator.process_index))
     order = torch.randint(len(data.labels), (args.steps * args.batch_size,), generator=generator)
+    seen, places = order.unique(return_inverse=True)
+    full = dense_logits(model, data.batches(seen, args.batch_size, source, accelerator.device), accelerator)
+    model = torch.compile(model, backend=BACKEND, mode=args.compile) if args.compile else model
+    model, optimizer = accelerator.prepare(model, optimizer)
     batches, finite = data.batches(order, args.batch_size, source, accelerator.device), Finite(accelerator)
+    batches = zip(batches, sent(places, accelerator.device).split(args.batch_size))
     with Progress(accelerator, args) as progress, Stop() as stop:
-        for step, (image, label) in enumerate(batches):
+        for step, ((image, label), place) in enumerate(batches):
             optimizer.param_groups[0]["lr"] = args.lr * cosine(step, args.steps, 0.05)
-            with gates.opened(), torch.no_grad(), accelerator.autocast():
-                full = model(image).logits.float()
             with gates.deciding(policy):
                 features = model(image)
             logits, spent = features.logits.float(), accounting.macs(costs, features.aux)
             budget = annealed_budget(step, args.steps // 2, args.budget) if learned else args.budget
-            task = F.cross_entropy(logits, label) + agreement_loss(logits, full)
+            task = F.cross_entropy(logits, label) + agreement_loss(logits, full[place])
             loss = task + args.weight * macs_loss(spent, costs.dense, budget) if learned else task
             finite.see(step, loss)
             optimizer.zero_grad()
@@ -145,6 +146,13 @@ def train(
             if stopped:
                 raise Stopped(step + 1, None, stopped)
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # autocast is for training: what is scored is float32
+
+
+@torch.no_grad()
+def dense_logits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], accelerator: Accelerator) -> Tensor:
+    """Return what the model says with all gates open: the frozen classifier, so once for each image. (K, classes)."""
+    with AdaViT.of(model).opened(), accelerator.autocast():
+        return torch.cat([model(image).logits.float() for image, _ in batches])
 
 
 class Progress:

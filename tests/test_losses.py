@@ -143,7 +143,9 @@ def test_the_lovasz_loss_of_a_sure_answer_is_one_minus_the_mean_iou():
     _, target = pixels_of()
     answer = torch.randint(0, 4, target.shape, generator=torch.Generator().manual_seed(5))
     known = target != 255
-    ious = [((answer == k) & (target == k))[known].sum() / ((answer == k) | (target == k))[known].sum() for k in range(4)]
+    ious = [
+        ((answer == k) & (target == k))[known].sum() / ((answer == k) | (target == k))[known].sum() for k in range(4)
+    ]
     logits = 1000 * torch.nn.functional.one_hot(answer, 4).movedim(-1, 1).float()
     assert losses.lovasz_loss(logits, target).item() == pytest.approx(1 - sum(ious).item() / 4, abs=1e-6)
 

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from fake_cuda import Stalls
 
 import adaptkit
+from adaptkit.losses import agreement_loss
 from recipes import adavit
 from recipes.labelled import open_labelled
 
@@ -106,6 +107,31 @@ def test_a_compiled_run_trains_the_same_gates(tmp_path, monkeypatch):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     torch.compiler.reset()
     torch.testing.assert_close(trained[1], trained[0], atol=1e-5, rtol=1e-4)
+
+
+def test_the_gates_learn_from_the_frozen_classifier_which_sees_each_image_once(tmp_path, monkeypatch):
+    data, told = open_labelled("digits", "train", 32), []
+    args = adavit.parse(["--data", "digits", *SMALL, "--out", str(tmp_path)])
+    model = adavit.build(data, args, torch.device("cpu"))
+    seen = [
+        image for image, _ in data.batches(torch.arange(len(data.labels)), 256, model.vit.source(), torch.device("cpu"))
+    ]
+    with torch.no_grad(), adavit.AdaViT.of(model).opened():
+        frozen = torch.cat([model(image).logits for image in seen])
+    made, dense = [], adavit.dense_logits
+
+    def kept(*args):
+        made.append(dense(*args))
+        return made[-1]
+
+    monkeypatch.setattr(adavit, "dense_logits", kept)
+    monkeypatch.setattr(
+        adavit, "agreement_loss", lambda logits, full: told.append(full) or agreement_loss(logits, full)
+    )
+    adavit.train(model, data, Accelerator(cpu=True), args)
+    order = torch.randint(len(data.labels), (args.steps * args.batch_size,), generator=torch.Generator().manual_seed(0))
+    assert [len(one) for one in made] == [len(order.unique())]
+    torch.testing.assert_close(torch.cat(told), frozen[order], atol=1e-4, rtol=1e-4)
 
 
 def test_a_loss_that_is_not_finite_is_named(tmp_path, monkeypatch):
