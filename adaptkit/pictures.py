@@ -80,7 +80,7 @@ def read(stored: Any, name: str = "", pixels: bool = True, channels: int = CHANN
         raise ValueError(f"{name} holds no picture; fill it, or take the row out")
     name = (f"{name} ({path})" if path else name) if data is not None else str(path)
     try:
-        data = _bytes(path) if data is None else data
+        data = stored_bytes(stored)
     except OSError as error:
         raise ValueError(f"{name} cannot be read ({error}); {AGAIN}") from error
     if not data:
@@ -157,7 +157,11 @@ def _is_picture(value: Any, column: str, where: str) -> bool:
     return isinstance(value, Image.Image) or (isinstance(value, dict) and value.keys() == {"bytes", "path"})
 
 
-def _bytes(path: str) -> bytes:
+def stored_bytes(stored: dict[str, Any]) -> bytes:
+    """Return the bytes of a row's ``{"bytes", "path"}``: those that it holds, else those of the file that it names."""
+    data, path = stored["bytes"], stored["path"]
+    if data is not None:
+        return bytes(data)
     if "://" not in path:
         return Path(path).read_bytes()
     import fsspec  # inside an archive, or on the Hub, when a set is streamed

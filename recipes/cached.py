@@ -25,6 +25,7 @@ from adaptkit.features.cache import FeatureCache, checksum
 from adaptkit.features.cached import CachedFeatures
 from adaptkit.model.offloading import extract_each
 
+from . import content
 from .devices import on_device, sent
 from .order import Rows
 from .windows import Windows, check_recordable
@@ -110,7 +111,8 @@ def key_of(rows: Any, size: tuple[int, ...], model: Any, args: argparse.Namespac
     """What the features are made of: any other value makes other features."""
     return {
         "backbone": checksum(model.vit.backbone),
-        "data": getattr(rows.data, "_fingerprint", args.train),
+        "data": content.digest(rows.data),
+        "reading": rows.reading(),
         "transform": repr(rows.transform),
         "size": list(size),
         "seed": args.seed,

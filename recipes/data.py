@@ -187,6 +187,9 @@ class SegmentationData(Rows):
         steps += of_pixels(augment if train else "none", size, ignore, self.channels)
         self.transform = v2.Compose([*steps, normalise(source)])
 
+    def reading(self) -> dict[str, Any]:
+        return {"labels": self.labels.digest(), "ignore": self.ignore}
+
     def make(self, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Row with image and mask -> (image (C, H, W) float, mask (H, W) int64)."""
         ids = self.labels.ids(row["mask"])

@@ -83,6 +83,9 @@ class DepthData(Rows):
         to_float = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
         self.transform = v2.Compose([to_float, *steps, normalise(source)])
 
+    def reading(self) -> dict[str, Any]:
+        return {"scale": self.scale, "range": list(self.range)}
+
     def make(self, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Row with image and depth map -> (image, depth)."""
         image, depth = pair(row["image"], row["mask"], self.metres(row["mask"]), "a depth map")

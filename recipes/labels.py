@@ -7,6 +7,7 @@ that is not listed is an error, never a class. A mask that is stored in three eq
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import warnings
@@ -57,6 +58,12 @@ class Reading(NamedTuple):
 
     table: Tensor | None = None  #: what each label becomes (:func:`label_table`)
     colours: Colours | None = None
+
+    def digest(self) -> str:
+        """Return 16 hexadecimal digits: of another meaning of the values, others."""
+        table = [] if self.table is None else self.table.tolist()
+        listed = None if self.colours is None else (sorted(self.colours.classes.items()), self.colours.always)
+        return hashlib.blake2b(repr((table, listed)).encode(), digest_size=8).hexdigest()
 
     def ids(self, mask: Picture) -> np.ndarray:
         """Mask -> class ids (H, W)."""

@@ -36,6 +36,10 @@ class Rows(Dataset, ABC):
         Random numbers come from torch's state.
         """
 
+    def reading(self) -> dict[str, Any]:
+        """Say what :meth:`make` does to a row beside its ``transform``, as JSON: another value makes other samples."""
+        return {}
+
     def read(self, row: dict[str, Any], index: int, pixels: bool = True) -> dict[str, Any]:
         """Read the pictures of the row, or their sizes alone; an error names the set, the row and the column."""
         if not isinstance(row, dict):

@@ -1,11 +1,15 @@
 """Cached features: the backbone runs once per view, the training is the same, and nothing stale is read."""
 
+import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -14,7 +18,8 @@ from runs import cut_off, tree, write_folder  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import adaptkit  # noqa: E402
-from recipes import segment  # noqa: E402
+from adaptkit.core.view import Source  # noqa: E402
+from recipes import depth, segment  # noqa: E402
 from recipes.cached import unpacked  # noqa: E402
 
 ADAPTERS = {
@@ -82,6 +87,8 @@ def test_a_second_run_reads_the_cache_and_a_cut_one_makes_what_is_missing(folder
         (["--views", "3"], "samples"),
         (["--cache-dtype", "float32"], "dtype"),
         (["--cache-dtype", "int8"], "dtype"),
+        (["--label-map", '{"0": 1, "1": 0, "2": 2}'], "reading"),
+        (["--ignore-index", "2"], "reading"),
         (["--seed", "1"], "backbone"),  # a random backbone of another seed
     ],
 )
@@ -90,6 +97,29 @@ def test_features_of_something_else_are_never_read(more, what, folder, tmp_path)
     train(folder, tmp_path / "a", *keep)
     with pytest.raises(ValueError, match=rf"were made with {what}=.*now it is .*choose another folder"):
         train(folder, tmp_path / "b", *keep, *more)
+
+
+def test_a_set_that_moved_is_known_and_one_that_changed_is_not(folder, tmp_path, capsys):
+    """By what the files hold: where they lie and when they were written does not matter."""
+    keep = [*ADAPTERS["none"], "--views", "2", "--cache-features", str(tmp_path / "cache"), "--steps", "1"]
+    train(folder, tmp_path / "a", *keep)
+    moved = shutil.copytree(folder, tmp_path / "elsewhere" / "set", copy_function=shutil.copyfile)
+    train(moved, tmp_path / "b", *keep)
+    assert "10 were there" in capsys.readouterr().out
+    mask = sorted((moved / "masks").iterdir())[3]
+    ids = np.array(Image.open(mask))
+    Image.fromarray(np.where(ids == 1, 2, ids).astype(ids.dtype)).save(mask)
+    with pytest.raises(ValueError, match="were made with data="):
+        train(moved, tmp_path / "c", *keep)
+
+
+def test_depth_maps_that_are_read_in_another_way_are_told_apart():
+    options = argparse.Namespace(seed=0, size=(8, 8), depth_scale=1000.0, min_depth=0.001, max_depth=10.0)
+    source = Source(mean=(0.5,) * 3, std=(0.5,) * 3)
+    told = depth.DepthData([], source, options, train=True).reading()
+    for name, value in (("depth_scale", 256.0), ("min_depth", 1.0), ("max_depth", 80.0)):
+        other = argparse.Namespace(**{**vars(options), name: value})
+        assert depth.DepthData([], source, other, train=True).reading() != told
 
 
 def test_adapters_that_need_the_backbone_are_refused(folder, tmp_path, capsys):
@@ -169,7 +199,20 @@ def test_caches_of_before_there_were_eight_bits_still_open(folder, tmp_path):
     keep = [*ADAPTERS["none"], "--views", "2", "--steps", "1", "--cache-features"]
     train(folder, tmp_path / "a", *keep, str(tmp_path / "float16"))
     said = json.loads((tmp_path / "float16" / "cache.json").read_text())
-    of_it = {"format", "samples", "shard", "backbone", "data", "transform", "size", "seed", "views", "after", "dtype"}
+    of_it = {
+        "format",
+        "samples",
+        "shard",
+        "backbone",
+        "data",
+        "reading",
+        "transform",
+        "size",
+        "seed",
+        "views",
+        "after",
+        "dtype",
+    }
     assert said.keys() == of_it
     assert said["format"] == 1
     assert set(kept_in(tmp_path / "float16")) == {f"after_{i}" for i in said["after"]} | {"target"}
