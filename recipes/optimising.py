@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -12,25 +13,29 @@ from torch import nn
 from adaptkit.adapters.base import Adapter
 from adaptkit.model.trained import TrainedBackbone
 
+from .muon import Muon, matrices
+
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, lr: float = 0.0, layer_decay: float = 1.0
+    model: nn.Module, weight_decay: float, lr: float = 0.0, layer_decay: float = 1.0, orthogonal: Set[int] = frozenset()
 ) -> list[dict[str, Any]]:
     """No weight decay on vectors: norms, biases, and gamma, which decay would hold at zero.
 
     ``layer_decay``: what is trained of the backbone learns by ``lr * layer_decay ** n``, n the blocks above it (Clark
     et al. 2020, ELECTRA, section 3.2; as BEiT and MAE are fine-tuned). Parts of adapters learn at the rates that their
-    authors give them (``Adapter.learning_rates``).
+    authors give them (``Adapter.learning_rates``). Parameters whose ids are in ``orthogonal`` have groups of their own,
+    for :class:`~recipes.muon.Muon`.
     """
     above, factors = blocks_above(model), slower_parts(model)
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
+    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {(1.0, True, False): [], (1.0, False, False): []}
     for parameter in (p for p in model.parameters() if p.requires_grad):
         rate = factors.get(id(parameter), 1.0) * layer_decay ** above.get(id(parameter), 0)
-        groups.setdefault((rate, parameter.ndim > 1), []).append(parameter)
-    return [
-        {"params": p, "weight_decay": weight_decay if matrix else 0.0, **({} if rate == 1 else {"lr": lr * rate})}
-        for (rate, matrix), p in groups.items()
-    ]
+        groups.setdefault((rate, parameter.ndim > 1, id(parameter) in orthogonal), []).append(parameter)
+    found: list[dict[str, Any]] = []
+    for (rate, decays, muon), parameters in groups.items():
+        found.append({"params": parameters, "weight_decay": weight_decay if decays else 0.0})
+        found[-1] |= ({} if rate == 1 else {"lr": lr * rate}) | ({"orthogonal": True} if muon else {})
+    return found
 
 
 def slower_parts(model: nn.Module) -> dict[int, float]:
@@ -53,11 +58,12 @@ def blocks_above(model: nn.Module) -> dict[int, int]:
 
 
 def optimizer_of(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """Return AdamW, or SGD with momentum as ViT is fine-tuned."""
-    groups = parameter_groups(model, args.weight_decay, args.lr, args.layer_decay)
+    """Return AdamW, Muon, or SGD with momentum as ViT is fine-tuned."""
+    found = matrices(model) if args.optimizer == "muon" else set()
+    groups = parameter_groups(model, args.weight_decay, args.lr, args.layer_decay, found)
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=args.lr)
+    return (Muon if args.optimizer == "muon" else torch.optim.AdamW)(groups, lr=args.lr)
 
 
 def cosine(step: int, steps: int, warmup: float) -> float:

@@ -62,6 +62,8 @@ processor that does not, bf16 takes two to three times as long as float32"""
 
 INIT_HELP = """a saved adapter to start from, of the same --adapter: a folder or a Hub id. Its head is taken too where
 it is the same; a warning says why not"""
+OPTIMIZER_HELP = """adamw; muon: orthogonal updates for matrices and convolutions, AdamW for the rest, at the rates of
+AdamW; sgd: momentum 0.9"""
 CHANGE_HELP = """options that may differ from those of the run that --resume goes on with: steps lr schedule warmup
 weight-decay clip patience keep-best. Data, model and loss may not"""
 KEEP_HELP = """keep the adapter with the best METRIC of all evaluations in OUT/best; none: do not. Default: the
@@ -147,7 +149,7 @@ def parser(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentPars
     p.add_argument("--steps", type=int, default=400, help="optimiser steps")
     p.add_argument("--batch-size", type=batch_of, default=8, metavar="N", help=BATCH_HELP)
     p.add_argument("--accumulate", type=int, default=1, help="batches per optimiser step")
-    p.add_argument("--optimizer", default="adamw", choices=["adamw", "sgd"], help="sgd: momentum 0.9")
+    p.add_argument("--optimizer", default="adamw", choices=["adamw", "muon", "sgd"], help=OPTIMIZER_HELP)
     p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument("--schedule", default="cosine", choices=["cosine", "linear"], help="of the learning rate, to zero")
     p.add_argument("--weight-decay", type=float, default=0.01)

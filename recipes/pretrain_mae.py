@@ -231,14 +231,14 @@ def sine_positions(rows: int, columns: int, dim: int) -> Tensor:
 # Optimiser
 
 
-def optimisers(args: argparse.Namespace, model: MaskedAutoencoder) -> list[torch.optim.Optimizer]:
+def optimiser(args: argparse.Namespace, model: MaskedAutoencoder) -> Muon:
     """Muon for the matrices inside the blocks, AdamW for everything else."""
     inner = [*model.encoder.blocks.parameters(), *model.decoder.parameters()]
     matrices = [p for p in inner if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
-    muon = Muon(matrices, lr=args.lr, weight_decay=args.weight_decay)
-    return [muon, torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)]
+    inside = {"params": matrices, "orthogonal": True, "weight_decay": args.weight_decay}
+    return Muon([inside, {"params": others}], lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
 
 
 # Loop
@@ -271,7 +271,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) 
     pictures = Pictures(args, accelerator.process_index, accelerator.device)
     if args.compile:
         model.compile(backend=BACKEND, mode=args.compile)  # in place: names stay as they are
-    model, *optimizers = accelerator.prepare(model, *optimisers(args, model))
+    model, optimizer = accelerator.prepare(model, optimiser(args, model))
     run = restore(args, accelerator) if args.resume else None
     if run is None:
         run = {"step": 0, "seconds": 0.0, "losses": {}}
@@ -287,7 +287,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) 
     model.train()
     with Stop() as stop:
         for step in range(first, args.steps):
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, step)
             view, noise = pictures.batch(step)
             with accelerator.autocast():
@@ -295,9 +295,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) 
                 loss = losses["pixels"] + args.dense_weight * (losses["family"] + losses["border"] + losses["depth"])
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
 
             bar.update(images)
             if step % 50 == 0 or step == args.steps - 1:
