@@ -71,9 +71,16 @@ ON_TRANSFORMERS = (
     "metaformer-msda",
     "lora",
 )
+
+
+def full(number, name=""):
+    """Of mixers and of what transformers has, every other one comes with each run of the tests."""
+    return pytest.mark.full if number % 2 and (not name or name.startswith("metaformer-")) else ()
+
+
 CASES = [
-    *(pytest.param(name, "timm-vit", "fpn", id=name) for name in ADAPTERS),
-    *(pytest.param(name, "hf-dinov2", "fpn", id=f"hf-{name}") for name in ON_TRANSFORMERS),
+    *(pytest.param(name, "timm-vit", "fpn", id=name, marks=full(i, name)) for i, name in enumerate(ADAPTERS)),
+    *(pytest.param(name, "hf-dinov2", "fpn", id=f"hf-{name}", marks=full(i)) for i, name in enumerate(ON_TRANSFORMERS)),
     *(pytest.param("lora", "timm-vit", head, id=f"lora-{head}") for head in HEADS),
 ]
 every = pytest.mark.parametrize(("adapter", "host", "head"), CASES)

@@ -15,6 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
+from dealt import dealt
 from families import DEPTH, HOSTS
 from reference import State, distance, equal, image, outputs, plain, said, stir, stirred
 
@@ -659,9 +660,7 @@ def any_image(name):
     return image(64) if name == "swin" else x_of(name)
 
 
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("targets", ["default", "attention", "mlp"])
+@pytest.mark.parametrize(("name", "kind", "targets"), dealt(KINDS, TYPES, ["default", "attention", "mlp"], share=3))
 def test_a_method_reaches_its_layers_with_output_gradient_and_merge_or_is_refused_by_name(name, kind, targets):
     backbone, images = any_host(name), any_image(name)
     before, bare = State(backbone), plain(any_host(name), images)
@@ -844,9 +843,10 @@ def graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("how", ["around", "in place"])
-@pytest.mark.parametrize("name", ["timm-vit", "timm-eva02", "hf-dinov2", "hf-vit"])
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("how", "name", "when"),
+    dealt(["around", "in place"], ["timm-vit", "timm-eva02", "hf-dinov2", "hf-vit"], ["before", "after"]),
+)
 def test_blocks_compiled_one_by_one_say_the_plain_backbone_while_disabled_and_switching_compiles_nothing_new(
     name, how, when
 ):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from dealt import dealt
 from families import HOSTS
 
 import adaptkit
@@ -57,12 +58,9 @@ def adapted(layers, method):
 
 
 @pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension", "ignore:Setting boft_n_butterfly_factor")
-@pytest.mark.parametrize(
-    ("layers", "training"),
-    [pytest.param(name, mode, id=f"{name}-{'train' if mode else 'eval'}") for name, mode in TRACED],
-)
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_one_graph_in_training_and_in_eval_mode(method, layers, training):
+@pytest.mark.parametrize(("method", "layers_and_mode"), dealt(METHODS, TRACED))
+def test_every_method_is_one_graph_in_training_and_in_eval_mode(method, layers_and_mode):
+    layers, training = layers_and_mode
     torch._dynamo.reset()
     model, x = adapted(layers, method)
     model.train(training)

@@ -4,7 +4,9 @@ import importlib
 import os
 import re
 import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from dealt import dealt
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
@@ -87,11 +92,7 @@ def assert_lean(kernel, tmp_path):
     assert registers <= REGISTERS
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("levels", LEVELS)
-@pytest.mark.parametrize("dim", [32, 48, 64])
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "arch", "dim", "levels", "dtype"), dealt(WAYS, [80, 90], [32, 48, 64], LEVELS, DTYPES))
 def test_no_kernel_spills(way, arch, dim, levels, dtype, monkeypatch, tmp_path):
     assert_lean(compiled(monkeypatch, way, arch, dim=dim, levels=levels, dtype=dtype), tmp_path)
 

@@ -14,10 +14,19 @@ from fake_cuda import Stalls
 
 import adaptkit
 from adaptkit.losses import agreement_loss
-from recipes import adavit
+from recipes import adavit, labelled
 from recipes.labelled import open_labelled
 
 SMALL = ["--size", "32", "--steps", "4", "--head-steps", "20", "--batch-size", "16"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fewer_digits():
+    """Every third of them."""
+    whole = labelled._digits_of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(labelled, "_digits_of", lambda split: tuple(part[::3] for part in whole(split)))
+        yield
 
 
 @pytest.fixture(scope="module")
