@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,19 +27,32 @@ class Muon(torch.optim.AdamW):
         """Update everything that has a gradient."""
         groups = self.param_groups
         for group in (g for g in groups if g.get("orthogonal")):
-            for p in (p for p in group["params"] if p.grad is not None):
-                if not self.state[p]:  # AdamW asks for the step of each parameter when it reads a checkpoint
-                    self.state[p].update(step=torch.tensor(0.0), mean=torch.zeros_like(p))
-                mean = self.state[p]["mean"]
-                mean.lerp_(p.grad, 1 - MOMENTUM)
-                update = orthogonal(p.grad.lerp(mean, MOMENTUM).flatten(1))
-                size = 0.2 * max(update.shape) ** 0.5
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.view_as(p), alpha=group["lr"] * size)
+            for alike in by_shape(p for p in group["params"] if p.grad is not None):
+                updates = orthogonal(torch.stack([self.momentum(p).flatten(1) for p in alike]))
+                size = 0.2 * max(updates.shape[1:]) ** 0.5
+                for p, update in zip(alike, updates):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(update.view_as(p), alpha=group["lr"] * size)
         try:
             self.param_groups = [g for g in groups if not g.get("orthogonal")]
             super().step()
         finally:
             self.param_groups = groups
+
+    def momentum(self, p: Tensor) -> Tensor:
+        """Take the gradient into the momentum; returns what of both is made orthogonal (Nesterov's)."""
+        if not self.state[p]:  # AdamW asks for the step of each parameter when it reads a checkpoint
+            self.state[p].update(step=torch.tensor(0.0), mean=torch.zeros_like(p))
+        mean: Tensor = self.state[p]["mean"].lerp_(p.grad, 1 - MOMENTUM)
+        return torch.lerp(p.grad, mean, MOMENTUM)
+
+
+def by_shape(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Those of one shape together: a GPU multiplies many small matrices as fast as one."""
+    found: dict[torch.Size, list[Tensor]] = {}
+    for p in parameters:
+        found.setdefault(p.shape, []).append(p)
+    return list(found.values())
 
 
 def matrices(model: nn.Module) -> set[int]:
@@ -48,12 +62,12 @@ def matrices(model: nn.Module) -> set[int]:
     return {id(w) for w in weights if w.ndim > 1 and min(w.flatten(1).shape) >= LEAST}
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """Bring all singular values near one by five Newton-Schulz steps of degree five."""
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide / (wide.norm() + 1e-7)
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Bring all singular values of (..., D, C) near one by five Newton-Schulz steps of degree five."""
+    wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
+    x = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
     x = x.bfloat16() if x.is_cuda else x.float()  # the steps correct themselves, so few digits do
     for _ in range(5):
-        a = x @ x.T
+        a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return (x if wide is matrix else x.T).to(matrix.dtype)
+    return (x if wide is matrices else x.mT).to(matrices.dtype)

@@ -14,7 +14,8 @@ Each stage is a folder of ordinary runs of `recipes.segment` below --out:
 
 Methods that only read the backbone train on cached features: the backbone sees each of two views of a whole image once
 (--size), and each step reads a new window of it (--window), mirrored every other time. The others run the backbone in
-each step, on whole images. The heads of pixels learn by cross-entropy and dice alike.
+each step, on whole images. The heads of pixels learn by cross-entropy and dice alike, all methods with Muon, which
+leaves a linear head and other small matrices to AdamW; ``--optimizer adamw`` is the recipes' default.
 
 Runs that have ended are not made again: the same command goes on. Every further option is the recipe's, see
 `adaptkit train segment --help`. The authors' data flow of ViT-Adapter is the same function, so that its score is the
@@ -263,7 +264,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     check_writable(args.out)
     out = Path(args.out)
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
-    common = ["--batch-size", "4", "--save-every", "0", *rest]
+    common = ["--batch-size", "4", "--save-every", "0", "--optimizer", "muon", *rest]
     caches = caches_of({m: reads(m, common) for m in args.methods if m in READS}) if args.window else {}
     bench = Bench(out, common, args.window, args.jobs, caches)
 
