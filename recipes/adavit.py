@@ -236,10 +236,10 @@ def finish(
     data, held = sets
     gates, learned = AdaViT.of(model), args.policy == "learned"
     shift = calibrate(model, data, args, device) if learned else 0.0
-    everything = torch.arange(len(held.labels))
+    everything, costs = torch.arange(len(held.labels)), accounting.costs(model, (args.size, args.size))
 
     def score(order: Tensor) -> Score:
-        return evaluate(model, held, order, args, device)
+        return evaluate(model, held, order, args, device, costs)
 
     if policy is not None:
         policy = Random(*policy.rates, seed=0)  # of every run the same draws
@@ -255,7 +255,6 @@ def finish(
     scores = {"dense": dense, POLICIES[args.policy]: own}
     if learned:
         scores["random"] = random_at(model, own.macs.mean, own.usage, score, len(everything))
-    costs = accounting.costs(model, (args.size, args.size))
     result = {
         "data": args.data, "images": [len(data.labels), len(held.labels)], "classes": len(data.classes),
         "gmacs": costs.dense / 1e9, "budget": args.budget, "shift": shift, "trained": POLICIES[args.policy],

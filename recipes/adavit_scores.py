@@ -31,10 +31,11 @@ class Score(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: Any, data: Labelled, order: Tensor, args: argparse.Namespace, device: torch.device) -> Score:
-    """Run the images in this order, as the model decides."""
+def evaluate(
+    model: Any, data: Labelled, order: Tensor, args: argparse.Namespace, device: torch.device, costs: accounting.Costs
+) -> Score:
+    """Run the images in this order, as the model decides; ``costs`` are those of its parts."""
     model.eval()
-    costs = accounting.costs(model, (args.size, args.size))
     hits, spent, kept = [], [], []
     for image, label in data.batches(order, args.batch_size, source_of(model.vit, args), device):
         features = model(image)
@@ -89,13 +90,14 @@ def calibrate(model: Any, data: Labelled, args: argparse.Namespace, device: torc
     """
     gates = AdaViT.of(model)
     order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(args.seed))[:most]
+    costs = accounting.costs(model, (args.size, args.size))
     biases = [(p, p.clone()) for name, p in gates.gates.named_parameters() if name.endswith("bias")]
     low, high, shift = -16.0, 16.0, 0.0
     for _ in range(14):  # to 0.002
         shift = (low + high) / 2
         for parameter, value in biases:
             parameter.copy_(value + shift)
-        if evaluate(model, data, order, args, device).macs.mean > args.budget:
+        if evaluate(model, data, order, args, device, costs).macs.mean > args.budget:
             high = shift
         else:
             low = shift
