@@ -62,17 +62,19 @@ def test_the_average_follows_its_formula_and_leaves_the_weights_as_they_were():
     assert p.item() == 8.0
 
 
-def test_a_run_with_an_average_saves_it_and_resumes_to_the_byte(pictures, tmp_path, monkeypatch):
-    more = ["--steps", "5", "--save-every", "2", "--eval-every", "3"]
-    for name, ema in (("plain", []), ("whole", ["--ema", "0.9"])):
-        segment.main(command_line(pictures, tmp_path / name, *more, *ema))
+@pytest.mark.parametrize("asked", [["--ema", "0.9"], ["--optimizer", "muon"]], ids=["average", "muon"])
+def test_a_run_with_an_average_or_with_muon_resumes_to_the_byte(asked, pictures, tmp_path, monkeypatch):
+    wide = ["--adapter-options", '{"width": 16}']  # the least that Muon takes for a matrix
+    more = ["--steps", "5", "--save-every", "2", "--eval-every", "3", *wide]
+    for name, own in (("plain", []), ("whole", asked)):
+        segment.main(command_line(pictures, tmp_path / name, *more, *own))
     assert weights(tmp_path / "plain") != weights(tmp_path / "whole")
 
     with monkeypatch.context() as patch:
         patch.setattr("recipes.segment.F.cross_entropy", cut_off(segment.F.cross_entropy, 4))
         with pytest.raises(KeyboardInterrupt):
-            segment.main(command_line(pictures, tmp_path / "cut", *more, "--ema", "0.9"))
-    segment.main(command_line(pictures, tmp_path / "cut", *more, "--ema", "0.9", "--resume"))
+            segment.main(command_line(pictures, tmp_path / "cut", *more, *asked))
+    segment.main(command_line(pictures, tmp_path / "cut", *more, *asked, "--resume"))
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
     rows = [
         [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
