@@ -223,7 +223,7 @@ def _jaccard_steps(errors: Tensor, truth: Tensor) -> Tensor:
     class adds 1 / (G + n), another (G - c) / ((G + n) (G + n - 1)), which keeps the digits that a difference of two
     Jaccard losses loses.
     """
-    order = errors.flatten().argsort(descending=True)
+    order = errors.flatten().argsort(descending=True, stable=True)  # of equal errors the same in every run
     true = truth.flatten()[order]
     found = true.cumsum(0)
     left = true.sum() - found  # G - c

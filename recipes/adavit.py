@@ -247,9 +247,8 @@ def finish(
         dense = score(everything)
     with gates.deciding(policy):
         own = score(everything)
-        kept = (
-            f"; saved {save(out, args, model, own, held, device)}" if policy is None else ""
-        )  # before the proof may fail
+        # saved before the proof, which may fail
+        kept = f"; saved {save(out, args, model, own, held, device)}" if policy is None else ""
         off = model.verify(next(held.batches(everything, args.batch_size, source_of(model.vit, args), device))[0])
         rates = list(images_per_second(model, held, args, device))
     scores = {"dense": dense, POLICIES[args.policy]: own}
