@@ -120,7 +120,7 @@ def key_of(rows: Any, size: tuple[int, ...], model: Any, args: argparse.Namespac
         "after": list(model.reads()[0]),
         "dtype": args.cache_dtype,
         **({"group": int8.GROUP} if args.cache_dtype == "int8" else {}),
-        **({} if model.pad == "corner" else {"pad": model.pad}),  # caches of before say none
+        "pad": model.pad,
     }
 
 
