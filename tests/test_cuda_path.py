@@ -75,7 +75,8 @@ ON_TRANSFORMERS = (
 
 def full(number, name=""):
     """Of mixers and of what transformers has, every other one comes with each run of the tests."""
-    return pytest.mark.full if number % 2 and (not name or name.startswith("metaformer-")) else ()
+    mixers = {f"{adapter}-{mixer}" for adapter in ("vit-adapter", "metaformer") for mixer in list_mixers()}
+    return pytest.mark.full if number % 2 and (not name or name in mixers) else ()
 
 
 CASES = [

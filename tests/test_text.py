@@ -211,10 +211,10 @@ def test_a_checkpoint_around_the_model_gives_the_same_gradients(adapter, reentra
 # -------------------------------------------------------------------------------------------------------- compilers
 
 # The C++ of a ViT-Adapter takes minutes to compile: its graphs, forward and backward, are run as they are.
-ONE_OF_EACH = ("dat-add-table", "lora")
+ONE = "dat-add-table"
 COMPILED = [
     pytest.param("vit-adapter", "aot_eager", id="vit-adapter-aot_eager"),
-    *(pytest.param(a, "inductor", id=a, marks=[] if a in ONE_OF_EACH else pytest.mark.full) for a in ADAPTERS),
+    *(pytest.param(a, "inductor", id=a, marks=[] if a == ONE else pytest.mark.full) for a in ADAPTERS),
 ]
 
 

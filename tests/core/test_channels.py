@@ -114,7 +114,7 @@ def test_every_adapter_trains_saves_and_loads(adapter, name, channels, tmp_path)
     assert adaptkit.load(tmp_path).spec.channels == channels
 
 
-@pytest.mark.parametrize(("adapter", "name"), dealt(ADAPTERS, ["timm-vit", "hf-dinov2"]))
+@pytest.mark.parametrize(("adapter", "name"), dealt(ADAPTERS, ["timm-vit", "hf-dinov2"], share=3))
 def test_every_adapter_is_exported(adapter, name, tmp_path):
     light = {"interaction_indexes": ((0, 1),), "with_cffn": False, "extra_extractors": 0, "strides": (16,)}
     options = {"vit-adapter": light, "dat": {"blocks": (1,)}}
