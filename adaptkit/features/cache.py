@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from adaptkit.hub.write import check_writable, write_atomic
 __all__ = ["FeatureCache", "checksum"]
 
 FORMAT = 1
+DIGEST = re.compile("[0-9a-f]{32,}")
 
 
 def checksum(module: nn.Module) -> str:
@@ -63,8 +65,8 @@ class FeatureCache:
             for name in sorted(said.keys() | found.keys()):
                 if said.get(name) != found.get(name):
                     raise ValueError(
-                        f"the features in {self.folder} were made with {name}={found.get(name)!r}, now it is "
-                        f"{name}={said.get(name)!r}: choose another folder, or delete this one"
+                        f"the features in {self.folder} were made with {_difference(name, found, said)}: "
+                        "choose another folder, or delete this one"
                     )
         else:
             write_atomic(path, (json.dumps(said, indent=2, sort_keys=True) + "\n").encode())
@@ -145,6 +147,16 @@ class FeatureCache:
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"{self._name(shard)}.safetensors"
+
+
+def _difference(name: str, found: Mapping[str, Any], said: Mapping[str, Any]) -> str:
+    """What was so then and is not so now; a reader can tell two checksums apart by their first digits."""
+    if name not in found:
+        return f"an earlier version, which did not record {name}"
+    then, now = found[name], said.get(name)
+    if isinstance(then, str) and isinstance(now, str) and DIGEST.fullmatch(then) and DIGEST.fullmatch(now):
+        return f"{name} whose checksum was {then[:8]}, now it is {now[:8]}"
+    return f"{name}={then!r}, now it is {name}={now!r}"
 
 
 def _stacked(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

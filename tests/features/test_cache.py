@@ -47,6 +47,8 @@ def test_a_cache_of_something_else_and_a_missing_shard_are_errors(tmp_path):
         cache.write(2, [sample(0), sample(1)])
     with pytest.raises(ValueError, match="were made with backbone='b', now it is backbone='c': choose another folder"):
         FeatureCache(tmp_path, 5, {"backbone": "c"}, shard=2)
+    with pytest.raises(ValueError, match="were made with an earlier version, which did not record data: choose"):
+        FeatureCache(tmp_path, 5, {"backbone": "b", "data": "d"}, shard=2)
 
 
 def test_what_was_kept_of_a_shard_is_found_again_and_goes_when_it_is_whole(tmp_path):

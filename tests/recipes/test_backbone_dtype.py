@@ -45,7 +45,7 @@ def test_a_run_trains_caches_and_reads_its_file_again_which_fits_full_precision(
     full = segment.build(segment.parse(arguments(folder, tmp_path / "other"))).detach()
     adaptkit.attach(full, tmp_path / "run" / "adapter", strict=True)
     reset()
-    with pytest.raises(ValueError, match="were made with backbone="):
+    with pytest.raises(ValueError, match="were made with backbone whose checksum was"):
         segment.main(arguments(folder, tmp_path / "full", *keep))
 
 
