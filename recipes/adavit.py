@@ -5,10 +5,13 @@
     accelerate launch -m recipes.adavit --data imagenet-1k --backbone deit_small_patch16_224 --size 224
 
 1. The classifier: the backbone's own where it has the right classes, else a linear head on its frozen features.
-2. The gates, everything else frozen: cross-entropy, KL to the same model with all gates open, and the distance from
-   the budget in MACs, which comes down from 1 in the first half of the run.
-3. One shift of all gates' biases, found on training images, brings the thresholded decisions to the budget.
-4. The table: dense, adaptive, and random decisions of the same cost.
+2. The gates and their bottlenecks, everything else frozen: cross-entropy, KL to the same model with all gates open, and
+   the distance from the budget in MACs, which comes down from 1 in the first quarter of the run.
+3. From the middle of the run on the gates decide without noise, as in evaluation, and are trained no further: the
+   bottlenecks learn what goes with these decisions, as a pruned network is tuned. One shift of the patch gates' biases
+   holds the budget.
+4. Such a shift, found on training images, brings the decisions to the budget in the end.
+5. The table: dense, adaptive, and random decisions of the same cost.
 
 Several budgets or seeds are a comparison (recipes/adavit_baselines.py): at each budget the gates, each kind of them
 alone, the same training under random decisions, and with the last sub-layers left out; a table, and a chart of accuracy
@@ -23,39 +26,34 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from io import FileIO
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import Tensor
 
 from adaptkit.adapters.adavit import AdaViT, Random
 from adaptkit.analysis import accounting, kept_patches, usage_by_depth
 from adaptkit.analysis.difficulty import EasyAndHard, ends
 from adaptkit.analysis.style import pictured
 from adaptkit.hub.write import write_atomic
-from adaptkit.losses import agreement_loss, annealed_budget, check_budget, macs_loss, usage
+from adaptkit.losses import check_budget
 
 from . import normalisation, record
 from .adavit_model import build
 from .adavit_policies import POLICIES, WAYS, prepared
 from .adavit_scores import Score, calibrate, evaluate, images_per_second, random_at
-from .devices import BACKEND, sent, together
-from .finite import Finite
+from .adavit_training import train
+from .devices import together
 from .folder import begin, occupied
 from .help import RecipeParser
 from .labelled import Labelled, open_labelled
-from .log import EVERY, append
 from .normalisation import source_of
-from .optimising import cosine
 from .options import MODES, OVERWRITE_HELP, PRECISION_HELP, command, precision, seed_of
 from .order import folded
-from .stopping import Stop, Stopped
 
 #: What a run leaves.
 MADE = ("metrics.jsonl", "result.json", "config.yaml", "adapter", "kept_patches.png", "usage.png", "easy_and_hard.png")
@@ -100,95 +98,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.steps < 1 or args.batch_size < 1:
         p.error("--steps and --batch-size must be at least 1")
     return args
-
-
-# -------------------------------------------------------------------------------------------------------- training
-
-
-def train(
-    model: nn.Module, data: Labelled, accelerator: Accelerator, args: argparse.Namespace, policy: Random | None = None
-) -> None:
-    """Train what requires a gradient: the gates, and the bottlenecks where there are any.
-
-    ``policy`` decides in place of the gates; theirs alone are pulled to the budget.
-    """
-    adapted: Any = model
-    gates, source = AdaViT.of(model), source_of(adapted.vit, args)
-    costs, learned = accounting.costs(adapted, (args.size, args.size)), args.policy == "learned"
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(folded(args.seed * 1000 + accelerator.process_index))
-    order = torch.randint(len(data.labels), (args.steps * args.batch_size,), generator=generator)
-    seen, places = order.unique(return_inverse=True)
-    full = dense_logits(model, data.batches(seen, args.batch_size, source, accelerator.device), accelerator)
-    model = torch.compile(model, backend=BACKEND, mode=args.compile) if args.compile else model
-    model, optimizer = accelerator.prepare(model, optimizer)
-    batches, finite = data.batches(order, args.batch_size, source, accelerator.device), Finite(accelerator)
-    batches = zip(batches, sent(places, accelerator.device).split(args.batch_size))
-    with Progress(accelerator, args) as progress, Stop() as stop:
-        for step, ((image, label), place) in enumerate(batches):
-            optimizer.param_groups[0]["lr"] = args.lr * cosine(step, args.steps, 0.05)
-            with gates.deciding(policy):
-                features = model(image)
-            logits, spent = features.logits.float(), accounting.macs(costs, features.aux)
-            budget = annealed_budget(step, args.steps // 2, args.budget) if learned else args.budget
-            task = F.cross_entropy(logits, label) + agreement_loss(logits, full[place])
-            loss = task + args.weight * macs_loss(spent, costs.dense, budget) if learned else task
-            finite.see(step, loss)
-            optimizer.zero_grad()
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            if step % EVERY == 0 or step == args.steps - 1:
-                finite.check(step + 1)
-                progress.write(step, task, features.aux, gates, spent.detach().mean() / costs.dense, budget)
-            progress.advance()
-            stopped = stop.agreed(accelerator, step + 1) if step + 1 < args.steps else 0
-            if stopped:
-                raise Stopped(step + 1, None, stopped)
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # autocast is for training: what is scored is float32
-
-
-@torch.no_grad()
-def dense_logits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], accelerator: Accelerator) -> Tensor:
-    """Return what the model says with all gates open: the frozen classifier, so once for each image. (K, classes)."""
-    with AdaViT.of(model).opened(), accelerator.autocast():
-        return torch.cat([model(image).logits.float() for image, _ in batches])
-
-
-class Progress:
-    """A progress bar, and metrics.jsonl with usage as it was sampled and as it would be thresholded."""
-
-    def __init__(self, accelerator: Accelerator, args: argparse.Namespace) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        self.main = accelerator.is_main_process
-        columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[say]}"))
-        self.bar = Bar(*columns, TimeRemainingColumn(), disable=not self.main)
-        self.task = self.bar.add_task("train", total=args.steps, say="")
-        self.path = Path(args.out) / "metrics.jsonl"
-
-    def __enter__(self) -> Progress:
-        self.bar.start()
-        self.file = FileIO(self.path, "w") if self.main else None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-        if self.file is not None:
-            self.file.close()
-
-    def advance(self) -> None:
-        self.bar.advance(self.task)
-
-    def write(self, step: int, task: Tensor, aux: Any, gates: AdaViT, share: Tensor, budget: float) -> None:
-        loss, macs = task.item(), share.item()
-        self.bar.update(self.task, say=f"loss {loss:.3f}  MACs {macs:.0%} for {budget:.0%}")
-        row = {"step": step, "loss": loss, "macs": macs, "budget": budget}
-        for name, decisions in (("sampled", usage(aux)), ("thresholded", usage(gates.thresholded(aux)))):
-            row.update({f"{name}_{kind}": kept.item() for kind, kept in decisions.items()})
-        if self.file is not None:
-            append(self.file, row)
 
 
 # ------------------------------------------------------------------------------------------------------------ main

@@ -6,18 +6,20 @@ import argparse
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptkit.adapters.adavit import AdaViT, Random
 from adaptkit.analysis import accounting
-from adaptkit.losses import usage
+from adaptkit.losses import KINDS, usage
 
 from .labelled import Labelled
 from .normalisation import source_of
+
+REACH = 16.0  #: farthest that biases are shifted
 
 
 class Score(NamedTuple):
@@ -83,24 +85,47 @@ def images_per_second(model: Any, data: Labelled, args: argparse.Namespace, devi
 
 @torch.no_grad()
 def calibrate(model: Any, data: Labelled, args: argparse.Namespace, device: torch.device, most: int = 512) -> float:
-    """Shift all gates' biases by one number so that the thresholded decisions spend the budget; returns the shift.
+    """Shift the gates by one number (see :func:`shifted`) so that the thresholded decisions spend the budget.
 
     Sampled decisions with a rate of one half and thresholded ones are not the same, so the budget that was trained
-    for is not quite what evaluation spends. Bisection on training images mends that.
+    for is not quite what evaluation spends. Bisection on training images mends that. Returns the shift.
     """
     gates = AdaViT.of(model)
     order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(args.seed))[:most]
-    costs = accounting.costs(model, (args.size, args.size))
-    biases = [(p, p.clone()) for name, p in gates.gates.named_parameters() if name.endswith("bias")]
-    low, high, shift = -16.0, 16.0, 0.0
-    for _ in range(14):  # to 0.002
-        shift = (low + high) / 2
-        for parameter, value in biases:
-            parameter.copy_(value + shift)
-        if evaluate(model, data, order, args, device, costs).macs.mean > args.budget:
-            high = shift
-        else:
-            low = shift
-    for parameter, value in biases:
-        parameter.copy_(value + low)  # never above the budget
-    return low
+    costs, found = accounting.costs(model, (args.size, args.size)), 0.0
+    for biases in (shifted(gates), biases_of(gates, KINDS)):
+        values = [bias.clone() for bias in biases]
+        found, high = -REACH, REACH
+        for _ in range(14):  # to 0.002
+            middle = (found + high) / 2
+            move(biases, values, middle)
+            if evaluate(model, data, order, args, device, costs).macs.mean > args.budget:
+                high = middle
+            else:
+                found = middle
+        move(biases, values, found)  # never above the budget
+        if found > -REACH:
+            break
+        move(biases, values, 0.0)  # patches alone cannot spend so little: all gates
+    return found
+
+
+def move(biases: Iterable[Tensor], values: Iterable[Tensor], by: float) -> None:
+    """Set biases to these values and one number more."""
+    for bias, value in zip(biases, values):
+        bias.copy_(value + by)
+
+
+def shifted(gates: AdaViT) -> list[nn.Parameter]:
+    """Return the biases that one number is added to, to spend more or less: of the patch gates where there are any.
+
+    A patch more or less changes little. A head or sub-layer is often decided alike for all images, so that a shift of
+    its gate switches it for all of them at once.
+    """
+    return biases_of(gates, ("patch",)) or biases_of(gates, KINDS)
+
+
+def biases_of(gates: AdaViT, kinds: Iterable[str]) -> list[nn.Parameter]:
+    """Return the biases of all gates of these kinds."""
+    heads = [getattr(one, kind) for kind in kinds for one in gates.gates.values()]
+    return [head.bias for head in heads if head is not None]

@@ -14,7 +14,7 @@ from fake_cuda import Stalls
 
 import adaptkit
 from adaptkit.losses import agreement_loss
-from recipes import adavit, labelled
+from recipes import adavit, adavit_scores, adavit_training, labelled
 from recipes.labelled import open_labelled
 
 SMALL = ["--size", "32", "--steps", "4", "--head-steps", "20", "--batch-size", "16"]
@@ -101,7 +101,7 @@ def test_training_asks_the_device_at_its_looks_at_the_loss_alone(tmp_path):
 @pytest.mark.full
 def test_a_compiled_run_trains_the_same_gates(tmp_path, monkeypatch):
     """Backend eager: what is compiled is run as it is, so sampled decisions are the same."""
-    monkeypatch.setattr(adavit, "BACKEND", "eager")
+    monkeypatch.setattr(adavit_training, "BACKEND", "eager")
     data, trained = open_labelled("digits", "train", 32), []
     for more in ([], ["--compile"]):
         torch.compiler.reset()
@@ -127,15 +127,15 @@ def test_the_gates_learn_from_the_frozen_classifier_which_sees_each_image_once(t
     ]
     with torch.no_grad(), adavit.AdaViT.of(model).opened():
         frozen = torch.cat([model(image).logits for image in seen])
-    made, dense = [], adavit.dense_logits
+    made, dense = [], adavit_training.dense_logits
 
     def kept(*args):
         made.append(dense(*args))
         return made[-1]
 
-    monkeypatch.setattr(adavit, "dense_logits", kept)
+    monkeypatch.setattr(adavit_training, "dense_logits", kept)
     monkeypatch.setattr(
-        adavit, "agreement_loss", lambda logits, full: told.append(full) or agreement_loss(logits, full)
+        adavit_training, "agreement_loss", lambda logits, full: told.append(full) or agreement_loss(logits, full)
     )
     adavit.train(model, data, Accelerator(cpu=True), args)
     order = torch.randint(len(data.labels), (args.steps * args.batch_size,), generator=torch.Generator().manual_seed(0))
@@ -143,8 +143,67 @@ def test_the_gates_learn_from_the_frozen_classifier_which_sees_each_image_once(t
     torch.testing.assert_close(torch.cat(told), frozen[order], atol=1e-4, rtol=1e-4)
 
 
+def trained(tmp_path, monkeypatch, *more):
+    """Train six steps; returns the gates after each, by name, whether they sampled, and the model."""
+    data, states, modes = open_labelled("digits", "train", 32), [], []
+    args = adavit.parse(["--data", "digits", *SMALL, "--out", str(tmp_path), "--steps", "6", *more])
+    model = adavit.build(data, args, torch.device("cpu"))
+    gates = adavit.AdaViT.of(model).gates
+
+    class Optimiser(torch.optim.AdamW):
+        def step(self, *args):
+            super().step(*args)
+            states.append({name: p.detach().clone() for name, p in gates.named_parameters()})
+            modes.append(gates.training)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Optimiser)
+    adavit_training.train(model, data, Accelerator(cpu=True), args)
+    states.append({name: p.detach().clone() for name, p in gates.named_parameters()})
+    return states, modes, model
+
+
+def test_half_way_the_gates_settle_and_one_shift_holds_the_budget(tmp_path, monkeypatch):
+    states, modes, model = trained(tmp_path, monkeypatch, "--budget", "0.2")
+    assert modes == [True] * 3 + [False] * 3
+    assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0] if name.endswith("weight"))
+    moved = {name: states[-1][name] - states[2][name] for name in states[0]}
+    assert all(not change.any() for name, change in moved.items() if name.endswith("weight"))
+    assert all(not moved[name].any() for name in moved if "patch" not in name)
+    shifts = torch.cat([moved[name] for name in moved if name.endswith("patch.bias")])
+    assert shifts.max() < -1.0  # three times of almost 0.8, for almost nothing is off so early
+    torch.testing.assert_close(shifts, shifts[:1].expand_as(shifts), atol=1e-5, rtol=0)
+    assert any(p.abs().max() > 0 for p in adavit.AdaViT.of(model).bottlenecks.parameters())
+
+
+@pytest.mark.parametrize("options", ["{}", '{"first_patch_block": 11}', '{"gates": ["layer"]}'])
+def test_the_budget_is_met_by_the_patches_where_they_can_and_by_all_gates_where_not(options, tmp_path):
+    data, cpu = open_labelled("digits", "train", 32), torch.device("cpu")
+    args = adavit.parse(["--data", "digits", *SMALL, "--out", str(tmp_path), "--budget", "0.4", "--options", options])
+    model = adavit.build(data, args, cpu)
+    gates = adavit.AdaViT.of(model)
+    with torch.no_grad():
+        for p in gates.gates.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    before = {name: p.clone() for name, p in gates.gates.named_parameters()}
+    by = adavit_scores.calibrate(model, data, args, cpu)
+    score = adavit_scores.evaluate(
+        model, data, torch.arange(len(data.labels)), args, cpu, adavit.accounting.costs(model, (32, 32))
+    )
+    assert 0.3 < score.macs.mean < 0.42
+    moved = {name.split(".")[1] for name, p in gates.gates.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == ({"patch"} if options == "{}" else set(gates.config.gates))
+    assert by > -adavit_scores.REACH
+
+
+def test_without_bottlenecks_the_gates_learn_to_the_end(tmp_path, monkeypatch):
+    states, modes, _ = trained(tmp_path, monkeypatch, "--options", "{}")
+    assert modes == [True] * 6
+    weights = [name for name in states[0] if name.endswith("weight")]
+    assert any(not torch.equal(states[4][name], states[5][name]) for name in weights)
+
+
 def test_a_loss_that_is_not_finite_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(adavit, "agreement_loss", lambda *args: torch.tensor(float("nan")))
+    monkeypatch.setattr(adavit_training, "agreement_loss", lambda *args: torch.tensor(float("nan")))
     with pytest.raises(SystemExit, match="the loss is not finite at step 0: stopped after step 0"):
         adavit.main(["--data", "digits", *SMALL, "--out", str(tmp_path)])
 
