@@ -9,7 +9,7 @@
    the distance from the budget in MACs, which comes down from 1 in the first quarter of the run.
 3. From the middle of the run on the gates decide without noise, as in evaluation, and are trained no further: the
    bottlenecks learn what goes with these decisions, as a pruned network is tuned. One shift of the patch gates' biases
-   holds the budget.
+   (of all, where not every gated block has a patch gate) holds the budget.
 4. Such a shift, found on training images, brings the decisions to the budget in the end.
 5. The table: dense, adaptive, and random decisions of the same cost.
 

@@ -6,7 +6,8 @@ import argparse
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,6 @@ from adaptkit.losses import KINDS, usage
 
 from .labelled import Labelled
 from .normalisation import source_of
-
-REACH = 16.0  #: farthest that biases are shifted
 
 
 class Score(NamedTuple):
@@ -92,40 +91,32 @@ def calibrate(model: Any, data: Labelled, args: argparse.Namespace, device: torc
     """
     gates = AdaViT.of(model)
     order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(args.seed))[:most]
-    costs, found = accounting.costs(model, (args.size, args.size)), 0.0
-    for biases in (shifted(gates), biases_of(gates, KINDS)):
-        values = [bias.clone() for bias in biases]
-        found, high = -REACH, REACH
-        for _ in range(14):  # to 0.002
-            middle = (found + high) / 2
-            move(biases, values, middle)
-            if evaluate(model, data, order, args, device, costs).macs.mean > args.budget:
-                high = middle
-            else:
-                found = middle
-        move(biases, values, found)  # never above the budget
-        if found > -REACH:
-            break
-        move(biases, values, 0.0)  # patches alone cannot spend so little: all gates
-    return found
+    costs = accounting.costs(model, (args.size, args.size))
+    biases = [(bias, bias.clone()) for bias in shifted(gates)]
 
+    def move(by: float) -> None:
+        for bias, value in biases:
+            bias.copy_(value + by)
 
-def move(biases: Iterable[Tensor], values: Iterable[Tensor], by: float) -> None:
-    """Set biases to these values and one number more."""
-    for bias, value in zip(biases, values):
-        bias.copy_(value + by)
+    low, high = -16.0, 16.0
+    for _ in range(14):  # to 0.002
+        middle = (low + high) / 2
+        move(middle)
+        if evaluate(model, data, order, args, device, costs).macs.mean > args.budget:
+            high = middle
+        else:
+            low = middle
+    move(low)  # never above the budget
+    return low
 
 
 def shifted(gates: AdaViT) -> list[nn.Parameter]:
-    """Return the biases that one number is added to, to spend more or less: of the patch gates where there are any.
+    """Return the biases that one number is added to, to spend more or less.
 
-    A patch more or less changes little. A head or sub-layer is often decided alike for all images, so that a shift of
-    its gate switches it for all of them at once.
+    They are those of the patch gates where every gated block has one: a patch more or less changes little, while a head
+    or sub-layer is often decided alike for all images, so that a shift of its gate switches it for all of them at once.
+    Otherwise those of all gates, for patches alone may then not spend little enough.
     """
-    return biases_of(gates, ("patch",)) or biases_of(gates, KINDS)
-
-
-def biases_of(gates: AdaViT, kinds: Iterable[str]) -> list[nn.Parameter]:
-    """Return the biases of all gates of these kinds."""
-    heads = [getattr(one, kind) for kind in kinds for one in gates.gates.values()]
-    return [head.bias for head in heads if head is not None]
+    heads = {kind: [getattr(one, kind) for one in gates.gates.values()] for kind in KINDS}
+    chosen = [*chain(*heads.values())] if None in heads["patch"] else heads["patch"]
+    return [head.bias for head in chosen if head is not None]

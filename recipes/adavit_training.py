@@ -49,7 +49,8 @@ def train(
     gates, source = AdaViT.of(model), source_of(adapted.vit, args)
     costs, learned = accounting.costs(adapted, (args.size, args.size)), args.policy == "learned"
     of_gates = [p for p in gates.gates.parameters() if p.requires_grad]
-    others = [p for p in model.parameters() if p.requires_grad and all(p is not own for own in of_gates)]
+    known = set(map(id, of_gates))
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     settled = args.steps // 2 if learned and others else args.steps
     optimizer = torch.optim.AdamW([{"params": of_gates}, {"params": others}], lr=args.lr, weight_decay=0.0)
     generator = torch.Generator().manual_seed(folded(args.seed * 1000 + accelerator.process_index))

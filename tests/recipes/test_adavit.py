@@ -185,14 +185,13 @@ def test_the_budget_is_met_by_the_patches_where_they_can_and_by_all_gates_where_
         for p in gates.gates.parameters():
             p.add_(0.3 * torch.randn_like(p))
     before = {name: p.clone() for name, p in gates.gates.named_parameters()}
-    by = adavit_scores.calibrate(model, data, args, cpu)
+    adavit_scores.calibrate(model, data, args, cpu)
     score = adavit_scores.evaluate(
         model, data, torch.arange(len(data.labels)), args, cpu, adavit.accounting.costs(model, (32, 32))
     )
     assert 0.3 < score.macs.mean < 0.42
     moved = {name.split(".")[1] for name, p in gates.gates.named_parameters() if not torch.equal(p, before[name])}
     assert moved == ({"patch"} if options == "{}" else set(gates.config.gates))
-    assert by > -adavit_scores.REACH
 
 
 def test_without_bottlenecks_the_gates_learn_to_the_end(tmp_path, monkeypatch):
