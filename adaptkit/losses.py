@@ -75,7 +75,7 @@ def macs_loss(macs: Tensor, dense: float, budget: float, form: Form = "absolute"
 
     Returns a scalar. Raises ``ValueError`` for a budget outside (0, 1] or an unknown form.
     """
-    return usage_loss({"layer": macs / dense}, {"layer": budget}, form)
+    return usage_loss({"layer": macs / dense}, {"layer": check_budget(budget)}, form)
 
 
 def agreement_loss(logits: Tensor, full: Tensor, temperature: float = 1.0) -> Tensor:

@@ -52,6 +52,8 @@ def test_a_budget_outside_zero_to_one_says_so(budget):
     ):
         with pytest.raises(ValueError, match=r"lies in \(0, 1\]"):
             call()
+    with pytest.raises(ValueError, match="^the budget is "):  # not of layers
+        macs_loss(torch.ones(2), 1.0, budget)
 
 
 def test_a_budget_for_a_kind_without_gates_names_both():
