@@ -1,6 +1,6 @@
 """What each process of ``test_distributed.py`` does: ``torchrun --nproc_per_node 2 ranks.py METHOD OUT``.
 
-Trains one method for twenty steps on its share of each batch, under DDP and under FSDP2, and writes what it saw. With
+Trains one method for a few steps on its share of each batch, under DDP and under FSDP2, and writes what it saw. With
 one process (``reference``) the same on the whole batch.
 """
 
@@ -17,7 +17,7 @@ from families import HOSTS
 import adaptkit
 from adaptkit.adapters.adavit import AdaViT
 
-STEPS, BATCH, CLASSES = 20, 4, 3
+STEPS, BATCH, CLASSES = 8, 4, 3
 SIDE = {"conv_inplane": 8, "norm": "sync", "drop_path": 0.0}
 METHODS = {
     "vit-adapter": [("vit-adapter", SIDE)],

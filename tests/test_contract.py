@@ -262,11 +262,11 @@ def test_any_input_size_gives_maps_of_the_image_size(adapter, name, cells, extra
 
 # Tracing every pair would take minutes and say little more: the blocks of every family are traced under a block
 # adapter, and every method on one backbone of each position scheme. Each method on a plain ViT, and the blocks of every
-# fifth family, come with each run of the tests; the others with `-m full`.
+# tenth family, come with each run of the tests; the others with `-m full`.
 TRACED = [("toy-bottleneck", h) for h in sorted(HOSTS)] + [
     (a, h) for a in ADAPTERS for h in ("timm-vit", "timm-dinov3", "hf-dinov2") if a in METHODS or h == "timm-vit"
 ]
-QUICK = {("toy-bottleneck", h) for h in sorted(HOSTS)[::5]} | {(a, "timm-vit") for a in METHODS}
+QUICK = {("toy-bottleneck", h) for h in sorted(HOSTS)[::10]} | {(a, "timm-vit") for a in METHODS}
 traced = pytest.mark.parametrize(
     ("adapter", "name"),
     [

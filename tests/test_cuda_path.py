@@ -219,7 +219,12 @@ def test_the_walk_over_the_graph_is_autograd():
 
 
 @pytest.mark.parametrize(
-    "adapter", [a for a in ADAPTERS if a.startswith(("vit-adapter", "dat", "metaformer-msda", "sfp"))]
+    "adapter",
+    [
+        pytest.param(name, marks=full(i, name))
+        for i, name in enumerate(ADAPTERS)
+        if name.startswith(("vit-adapter", "dat", "metaformer-msda", "sfp"))
+    ],
 )
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_the_text_says_what_the_fast_paths_of_a_cpu_say(adapter, training):

@@ -58,7 +58,7 @@ def adapted(layers, method):
 
 
 @pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension", "ignore:Setting boft_n_butterfly_factor")
-@pytest.mark.parametrize(("method", "layers_and_mode"), dealt(METHODS, TRACED))
+@pytest.mark.parametrize(("method", "layers_and_mode"), dealt(METHODS, TRACED, share=3))
 def test_every_method_is_one_graph_in_training_and_in_eval_mode(method, layers_and_mode):
     layers, training = layers_and_mode
     torch._dynamo.reset()

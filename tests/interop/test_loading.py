@@ -57,6 +57,7 @@ def gates():
 
 
 BUILDS = {"vit-split": split, "pmt": masks, "vit-adapter": adapter, "adavit": gates}
+QUERIES = "network.decoder.q.weight"  # of any number: nothing else in a PMT says how many
 
 
 def tried(made, state):
@@ -77,7 +78,7 @@ def tried(made, state):
     return None
 
 
-@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.full)])
 @pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS.keys())
 def test_any_tensor_that_is_missing_is_named_and_the_backbone_is_as_it_was(build, every):
     made = build()
@@ -96,7 +97,7 @@ def test_any_tensor_that_is_missing_is_named_and_the_backbone_is_as_it_was(build
 def test_a_tensor_of_another_shape_is_named_too(build):
     made = build()
     state = made[1]
-    for key in [k for k, v in state.items() if v.ndim][::5]:
+    for key in [k for k, v in state.items() if v.ndim and k != QUERIES][::9]:
         error = tried(made, {**state, key: torch.cat([state[key], state[key]])})
         assert error is not None, key
 
