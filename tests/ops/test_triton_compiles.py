@@ -92,7 +92,9 @@ def assert_lean(kernel, tmp_path):
     assert registers <= REGISTERS
 
 
-@pytest.mark.parametrize(("way", "arch", "dim", "levels", "dtype"), dealt(WAYS, [80, 90], [32, 48, 64], LEVELS, DTYPES, share=4))
+@pytest.mark.parametrize(
+    ("way", "arch", "dim", "levels", "dtype"), dealt(WAYS, [80, 90], [32, 48, 64], LEVELS, DTYPES, share=4)
+)
 def test_no_kernel_spills(way, arch, dim, levels, dtype, monkeypatch, tmp_path):
     assert_lean(compiled(monkeypatch, way, arch, dim=dim, levels=levels, dtype=dtype), tmp_path)
 
