@@ -15,6 +15,7 @@ from pathlib import Path
 import datasets  # noqa: F401  here, so that no fork imports it anew
 import timm  # noqa: F401
 import torch
+from runs import TINY
 
 from recipes import engine, segment
 from recipes.checkpoints import checkpoints
@@ -27,7 +28,7 @@ def run(ranks, data, out, to_be_killed=False):
 
     One that is to be killed waits for it before its last step, however busy the machine and late the kill.
     """
-    argv = ["--train", data, "--val", data, "--num-classes", "3", "--random-backbone", "--size", "32", "48",
+    argv = ["--train", data, "--val", data, "--num-classes", "3", *TINY, "--size", "32", "48",
             "--batch-size", "1", "--adapter", "lora", "vit-adapter", "--steps", str(STEPS), "--save-every", "1",
             "--adapter-options", '{"lora": {"lora_dropout": 0.1}, "vit-adapter": {"conv_inplane": 8}}',
             "--ema", "0.9", "--out", str(out), *(["--resume"] if checkpoints(out) else [])]  # fmt: skip

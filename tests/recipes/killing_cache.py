@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from killing import started, wait
+from runs import TINY
 
 from adaptkit import AdaptedModel
 from recipes import engine
@@ -26,7 +27,7 @@ def run(ranks, data, out, cache, last_calls=None):
 
     Rank r kills itself when it asks the backbone for the ``last_calls[r]``-th time.
     """
-    argv = ["--train", data, "--val", data, "--num-classes", "3", "--random-backbone", "--size", "32", "48", "--adapter",
+    argv = ["--train", data, "--val", data, "--num-classes", "3", *TINY, "--size", "32", "48", "--adapter",
             "none", "--head", "linear", "--batch-size", str(BATCH), "--steps", "1", "--save-every", "0", "--views",
             str(VIEWS), "--cache-features", str(cache), "--overwrite", "--out", str(out)]  # fmt: skip
     record, train, calls = AdaptedModel.extract, engine.train, []

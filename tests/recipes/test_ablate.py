@@ -9,7 +9,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import ended_by, write_folder
+from runs import TINY, ended_by, write_folder
 
 from adaptkit import Spec
 from adaptkit.cli import main as cli
@@ -65,7 +65,7 @@ def given(tmp_path):
         "  - {name: wide, options: {width: 8}}\n"
     )
     return ["--table", str(file), "--out", str(tmp_path / "out"), "--train", data, "--val", data, "--num-classes", "3",
-            "--size", "32", "48", "--random-backbone", "--batch-size", "2", "--steps", "1", "--save-every", "0"]  # fmt: skip
+            "--size", "32", "48", *TINY, "--batch-size", "2", "--steps", "1", "--save-every", "0"]  # fmt: skip
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from accelerate.utils import set_seed
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import reset, write_folder  # noqa: E402
+from runs import TINY, reset, write_folder  # noqa: E402
 
 import adaptkit  # noqa: E402
 import adaptkit.cli as cli  # noqa: E402
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 def arguments(folder, out, *more):
     return ["--train", str(folder), "--val", str(folder), "--num-classes", "3", "--backbone", "test_vit",
-            "--random-backbone", "--size", "32", "48", "--adapter", "vit-adapter", "--adapter-options",
+            *TINY, "--size", "32", "48", "--adapter", "vit-adapter", "--adapter-options",
             '{"conv_inplane": 8, "injector": false}', "--batch-size", "2", "--steps", "2", "--save-every", "0", "--out",
             str(out), *more]  # fmt: skip
 

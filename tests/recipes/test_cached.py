@@ -14,7 +14,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import cut_off, tree, write_folder  # noqa: E402
+from runs import TINY, cut_off, tree, write_folder  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import adaptkit  # noqa: E402
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 
 def train(folder, out, *more):
-    return segment.main(["--train", str(folder), "--val", str(folder), "--num-classes", "3", "--random-backbone",
+    return segment.main(["--train", str(folder), "--val", str(folder), "--num-classes", "3", *TINY,
                          "--size", "32", "48", "--batch-size", "2", "--steps", "8", "--save-every", "0", "--out",
                          str(out), *more])  # fmt: skip
 
@@ -148,11 +148,11 @@ def test_a_cache_that_holds_more_blocks_trains_the_same(folder, tmp_path, dtype)
 def test_a_cache_that_holds_fewer_blocks_or_is_not_whole_is_refused(folder, tmp_path):
     views = ["--views", "2", "--steps", "1", "--cache-features"]
     train(folder, tmp_path / "a", *ADAPTERS["sfp"], *views, str(tmp_path / "last"))
-    with pytest.raises(ValueError, match=r"were made with after=\[11\], now it is after=\["):
+    with pytest.raises(ValueError, match=r"were made with after=\[5\], now it is after=\["):
         train(folder, tmp_path / "b", *ADAPTERS["extractor"], *views, str(tmp_path / "last"))
     train(folder, tmp_path / "c", *ADAPTERS["extractor"], *views, str(tmp_path / "all"))
     next((tmp_path / "all").glob("*.safetensors")).unlink()
-    with pytest.raises(ValueError, match=r"were made with after=\[.*\], now it is after=\[11\]"):
+    with pytest.raises(ValueError, match=r"were made with after=\[.*\], now it is after=\[5\]"):
         train(folder, tmp_path / "d", *ADAPTERS["sfp"], *views, str(tmp_path / "all"))
 
 

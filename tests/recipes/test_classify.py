@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import TINY
 
 from recipes import classify
 from recipes.labelled import LabelledData, open_images
 
-QUICK = ["--train", "digits", "--size", "32", "--random-backbone", "--batch-size", "4", "--augment", "none"]
+QUICK = ["--train", "digits", "--size", "32", *TINY, "--batch-size", "4", "--augment", "none"]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_a_higher_resolution_goes_on_from_the_same_frozen_backbone():
 def test_every_adapter_that_changes_tokens_trains_and_attaches_again(coloured, tmp_path, adapter, options):
     if adapter == "lora":
         pytest.importorskip("peft")
-    result = classify.main(["--train", coloured, "--val", coloured, "--size", "32", "--random-backbone", "--batch-size", "4", "--steps", "2",
+    result = classify.main(["--train", coloured, "--val", coloured, "--size", "32", *TINY, "--batch-size", "4", "--steps", "2",
                             "--adapter", adapter, "--adapter-options", json.dumps(options), "--out", str(tmp_path)])  # fmt: skip
     assert result["top1"] == result["top1_reattached"]
     assert result["top5"] == 100.0  # of four classes
@@ -87,7 +88,7 @@ def test_a_stream_trains_as_the_file_does(coloured, tmp_path):
         coloured,
         "--size",
         "32",
-        "--random-backbone",
+        *TINY,
         "--batch-size",
         "4",
         "--steps",

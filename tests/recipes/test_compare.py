@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import ended_by, write_folder
+from runs import TINY, ended_by, write_folder
 
 from adaptkit.cli import main as cli
 from recipes import compare, segment
@@ -24,7 +24,7 @@ def given(tmp_path):
     data = str(write_folder(tmp_path / "data"))
     return ["segment", "--adapter", "none", "metaformer", "--adapter-options", '{"metaformer": {"width": 8}}', "--seeds", "1",
             "--out", str(tmp_path / "out"), "--train", data, "--val", data, "--num-classes", "3", "--size", "32", "48",
-            "--head", "linear", "--random-backbone", "--batch-size", "2", "--steps", "2", "--save-every", "1"]  # fmt: skip
+            "--head", "linear", *TINY, "--batch-size", "2", "--steps", "2", "--save-every", "1"]  # fmt: skip
 
 
 @pytest.fixture

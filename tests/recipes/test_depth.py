@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import TINY
 
 import adaptkit
 from adaptkit.losses import silog_loss
@@ -15,7 +16,7 @@ from recipes.data import open_dataset
 from recipes.drawn import room, rooms
 from recipes.scores.depth import DepthScores
 
-QUICK = ["--max-depth", "10", "--size", "32", "48", "--batch-size", "2", "--random-backbone", "--steps", "2"]
+QUICK = ["--max-depth", "10", "--size", "32", "48", "--batch-size", "2", *TINY, "--steps", "2"]
 
 
 def test_scores_are_those_counted_by_hand():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import cut_off
+from runs import TINY, cut_off
 
 import adaptkit
 from recipes import options, prepare, segment
@@ -36,7 +36,7 @@ def pictures(tmp_path_factory):
 
 
 def command_line(data, out, *more):
-    return ["--train", data, "--val", data, "--num-classes", "3", "--random-backbone", "--size", "32", "48",
+    return ["--train", data, "--val", data, "--num-classes", "3", *TINY, "--size", "32", "48",
             "--batch-size", "2", "--adapter", "metaformer", "--adapter-options", '{"width": 8}', "--head", "linear",
             "--out", str(out), *more]  # fmt: skip
 

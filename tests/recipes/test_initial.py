@@ -16,7 +16,7 @@ from recipes.prepare import prepare
 from recipes.validation import evaluate
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import argv
+from runs import TINY, argv
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def trained(pictures, tmp_path_factory):
 
 def built(*options):
     """The model of a run with these options, and what was warned of."""
-    args = segment.parse(["--train", "t", "--random-backbone", "--size", "32", "48", "--batch-size", "2", *options])
+    args = segment.parse(["--train", "t", *TINY, "--size", "32", "48", "--batch-size", "2", *options])
     task = segment.semantic.task(segment.TASK, args.head) if args.head in network.BUILDERS else segment.TASK
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -59,7 +59,7 @@ def test_adapter_and_head_go_on_from_the_file(trained, how):
 )
 def test_a_run_from_a_file_starts_at_its_score(trained, pictures, options):
     """The right value, with the trained head: not that of a fresh one."""
-    line = ["--train", pictures, "--val", pictures, "--num-classes", "3", "--random-backbone", "--size", "32", "48"]
+    line = ["--train", pictures, "--val", pictures, "--num-classes", "3", *TINY, "--size", "32", "48"]
     args, accelerator = segment.parse([*line, "--batch-size", "2", *options, str(trained)]), Accelerator(cpu=True)
     there = prepare(segment.TASK, args, accelerator)
     score = evaluate(segment.TASK, there.model, there.val, accelerator, args)["miou"]

@@ -11,7 +11,7 @@ from torch import nn
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import cut_off, reset, tree, write_folder  # noqa: E402
+from runs import TINY, cut_off, reset, tree, write_folder  # noqa: E402
 
 import adaptkit.cli as cli  # noqa: E402
 from adaptkit.model import offloading  # noqa: E402
@@ -51,7 +51,7 @@ def visits(monkeypatch):
 
 def arguments(folder, cache, out, *more):
     return ["--train", str(folder), "--val", str(folder), "--num-classes", "3", "--backbone", "test_vit",
-            "--random-backbone", "--size", "32", "48", "--adapter", "vit-adapter", "--adapter-options",
+            *TINY, "--size", "32", "48", "--adapter", "vit-adapter", "--adapter-options",
             '{"conv_inplane": 8, "injector": false}', "--batch-size", "2", "--steps", "3", "--save-every", "0", "--views",
             "3", "--cache-features", str(cache), "--out", str(out), *more]  # fmt: skip
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from runs import TINY
 
 from recipes import vtab
 from recipes.labelled import open_images
@@ -33,7 +34,7 @@ def root(tmp_path):
 
 
 def command_line(root, out, *more):
-    return ["--data", str(root), "--size", "32", "--random-backbone", "--steps", "1", "--batch-size", "2", "--adapter", "linear",
+    return ["--data", str(root), "--size", "32", *TINY, "--steps", "1", "--batch-size", "2", "--adapter", "linear",
             "--out", str(out), *more]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import write_folder  # noqa: E402
+from runs import TINY, write_folder  # noqa: E402
 
 import adaptkit  # noqa: E402
 from adaptkit.create import create_backbone  # noqa: E402
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 
 def train(folder, out, *more):
-    return segment.main(["--train", str(folder), "--val", str(folder), "--num-classes", "3", "--random-backbone",
+    return segment.main(["--train", str(folder), "--val", str(folder), "--num-classes", "3", *TINY,
                          "--size", "64", "80", "--steps", "6", "--save-every", "0", "--out", str(out), *more])  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import Accelerator
+from runs import TINY
 
 from recipes import batches, engine, segment, validation
 from recipes.order import Rows
@@ -56,7 +57,7 @@ class Stopped(Exception):
 
 
 def main(data, out):
-    common = ["--train", data, "--val", data, "--num-classes", "3", "--random-backbone", "--size", "32", "48",
+    common = ["--train", data, "--val", data, "--num-classes", "3", *TINY, "--size", "32", "48",
               "--batch-size", "1", "--adapter", "metaformer", "--adapter-options", '{"width": 8}', "--head", "linear",
               "--steps", "3", "--save-every", "1", "--ema", "0.9",
               "--streaming", "--shuffle-buffer", "3"]  # fmt: skip
