@@ -68,7 +68,9 @@ static, the last sub-layers left out. The bottlenecks are trained in the same wa
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p = RecipeParser(prog="adavit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", default="digits", help="digits, crops:FILE, a Parquet file, a folder, or a Hub id")
+    p.add_argument(
+        "--data", default="digits", help="digits, crops:FILE, placed:FILE, a Parquet file, a folder, or a Hub id"
+    )
     p.add_argument("--val", help="the same for validation; default: the split 'validation' of --data")
     p.add_argument("--backbone", default="demo", help="demo, a timm name, hf-hub:..., org/repo, or a local folder")
     normalisation.options(p)

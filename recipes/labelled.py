@@ -1,5 +1,5 @@
 """Images with one class each: Parquet files, a Hub data set, a folder of class folders, a list of images,
-scikit-learn's digits, or crops of a segmentation set."""
+scikit-learn's digits, or crops of a segmentation set, by themselves or each at a place in an empty image."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ from .order import Rows, undecoded
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
 KNOWN = "a folder with one folder per class, or a .txt list of images"
 PURE = 0.6  # least share of a crop that its class must cover
+SIDES = 0.25, 0.67  # least and largest side of what is placed in an empty image, as shares of the image's
+EMPTY = 128  # gray
 
 
 class Labelled(NamedTuple):
@@ -56,7 +58,9 @@ def open_labelled(name: str, split: str, size: int) -> Labelled:
 
     Args:
         name: ``digits`` (scikit-learn's, every fourth image for validation), ``crops:FILE`` (crops of a segmentation
-            set, labelled by the class that covers most), a Parquet file, a folder of class folders, or a Hub id.
+            set, labelled by the class that covers most), ``placed:FILE`` (each of these crops smaller, and somewhere in
+            an empty image: images of which more or less matters), a Parquet file, a folder of class folders, or a Hub
+            id.
         split: ``train`` or ``validation``; of a file or folder everything is read.
         size: side in pixels.
 
@@ -66,6 +70,8 @@ def open_labelled(name: str, split: str, size: int) -> Labelled:
         return _digits(split, size)
     if name.startswith("crops:"):
         return _crops(name.removeprefix("crops:"), size)
+    if name.startswith("placed:"):
+        return _placed(_crops(name.removeprefix("placed:"), round(SIDES[1] * size)), size)
     data, classes = open_images(name, split)
     resize = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
     rows = (read_row(row, f"{name}: row {i}") for i, row in enumerate(undecoded(data)))
@@ -245,6 +251,18 @@ def _crops(name: str, size: int) -> Labelled:
             f"{name} has no crop of {size} pixels that one class covers by {PURE:.0%}; try a smaller --size"
         )
     return Labelled(in_memory(images), torch.tensor(labels), [str(i) for i in range(max(labels) + 1)])
+
+
+def _placed(crops: Labelled, size: int) -> Labelled:
+    """Each crop at a side and a place of its own, both drawn from one seed, in an empty image."""
+    generator, least, images = torch.Generator().manual_seed(0), round(SIDES[0] * size), []
+    for crop in crops.images:
+        side = int(torch.randint(least, crop.shape[-1] + 1, (), generator=generator))
+        top, left = torch.randint(size - side + 1, (2,), generator=generator).tolist()
+        image = torch.full((3, size, size), EMPTY if crop.dtype == torch.uint8 else EMPTY / 255, dtype=crop.dtype)
+        image[:, top : top + side, left : left + side] = v2.functional.resize(crop, [side, side], antialias=True)
+        images.append(image)
+    return Labelled(torch.stack(images), crops.labels, crops.classes)
 
 
 def _columns(data: Any, columns: tuple[str | None, str | None], name: str) -> tuple[str, str]:

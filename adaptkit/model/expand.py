@@ -80,7 +80,10 @@ def expand_channels(
     if not isinstance(n, int) or isinstance(n, bool):
         raise TypeError(f"n={n!r} is no number of channels; give an int of 4 or more")
     if n <= 3:
-        raise ValueError(f"n={n} is not more than the three channels of {type(backbone).__name__}: give 4 or more")
+        gray = "; one channel goes in as three equal ones, image.expand(-1, 3, -1, -1)" if n == 1 else ""
+        raise ValueError(
+            f"n={n} is not more than the three channels of {type(backbone).__name__}: give 4 or more{gray}"
+        )
     path, conv = _patch_embedding(backbone)
     rows = _rows(conv.weight.detach(), n - 3, how, wavelengths)
     expanded = skeleton(backbone)

@@ -88,6 +88,8 @@ def test_what_cannot_be_expanded_says_what_it_is():
     backbone = HOSTS["timm-vit"].build()
     with pytest.raises(ValueError, match="n=3 is not more than the three channels"):
         adaptkit.expand_channels(backbone, 3)
+    with pytest.raises(ValueError, match=r"n=1 is not more .*goes in as three equal ones, image\.expand"):
+        adaptkit.expand_channels(backbone, 1)
     with pytest.raises(ValueError, match="how='random'"):
         adaptkit.expand_channels(backbone, 4, "random")
     with pytest.raises(ValueError, match="2 wavelengths for 1 further channels"):

@@ -240,6 +240,29 @@ def test_crops_are_labelled_by_the_class_that_covers_them(segmentation):
     assert len(crops.labels) == 2 * 4
 
 
+def test_crops_that_are_placed_lie_whole_and_smaller_in_an_empty_image(segmentation):
+    crops, placed = (
+        open_labelled(f"crops:{segmentation}", "train", 11),
+        open_labelled(f"placed:{segmentation}", "train", 16),
+    )
+    assert torch.equal(placed.labels, crops.labels)
+    assert placed.images.shape == (len(crops.labels), 3, 16, 16)
+    assert placed.images.dtype == torch.uint8
+    places = set()
+    for image, crop in zip(placed.images, crops.images):
+        rows, columns = ((image != 128).any(0).any(axis).nonzero().flatten() for axis in (1, 0))
+        side = len(rows)
+        assert 4 <= side == len(columns) <= 11
+        assert (int(rows[-1] - rows[0]), int(columns[-1] - columns[0])) == (side - 1, side - 1)
+        inside = image[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].float()
+        assert (inside.mean() - crop.float().mean()).abs() < 10
+        places.add((int(rows[0]), int(columns[0]), side))
+    assert len(places) > 1
+    assert torch.equal(
+        placed.images, open_labelled(f"placed:{segmentation}", "train", 16).images
+    )  # drawn once and for all
+
+
 def test_a_folder_of_class_folders_is_read(tmp_path):
     from PIL import Image
 
