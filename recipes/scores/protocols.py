@@ -23,11 +23,11 @@ from ..look import check_labels
 from ..native import NativeSegmentation, masks
 from ..normalisation import floats
 from ..order import undecoded
-from ..panoptic import PanopticQuality
 from ..panoptic_data import PanopticData, read_segments
 from ..panoptic_data import locate as locate_segments
 from .classification import ClassificationScores
 from .depth import DepthScores, cropped
+from .panoptic import PanopticQuality
 from .recorded import labels_of
 from .segmentation import SemanticScores, extras, packed
 
