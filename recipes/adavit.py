@@ -60,6 +60,8 @@ MADE = ("metrics.jsonl", "result.json", "config.yaml", "adapter", "kept_patches.
 
 SHOWN = 6  #: of the easiest images, and of the hardest
 
+DATA_HELP = """digits; crops:FILE, of a segmentation set, or placed:FILE, each somewhere in an empty image; a Parquet
+file, a folder, or a Hub id"""
 POLICY_HELP = """what decides in training and after it: the gates; at random, at one rate that fits the budget; or
 static, the last sub-layers left out. The bottlenecks are trained in the same way"""
 
@@ -68,9 +70,7 @@ static, the last sub-layers left out. The bottlenecks are trained in the same wa
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p = RecipeParser(prog="adavit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(
-        "--data", default="digits", help="digits, crops:FILE, placed:FILE, a Parquet file, a folder, or a Hub id"
-    )
+    p.add_argument("--data", default="digits", help=DATA_HELP)
     p.add_argument("--val", help="the same for validation; default: the split 'validation' of --data")
     p.add_argument("--backbone", default="demo", help="demo, a timm name, hf-hub:..., org/repo, or a local folder")
     normalisation.options(p)

@@ -105,7 +105,7 @@ def backbone(model: Any) -> dict[str, Any]:
 
 def identity(name: str, rows: Any, images: str | None = None) -> dict[str, Any]:
     """Say which data were read: a revision of the Hub, or the files with their sizes and a digest."""
-    path, data = Path(name.removeprefix("crops:")), getattr(rows, "data", None)
+    path, data = Path(name.removeprefix("crops:").removeprefix("placed:")), getattr(rows, "data", None)
     if "*" in name:
         files = sorted(path.parent.glob(path.name))
     elif path.is_dir():

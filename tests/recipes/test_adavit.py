@@ -14,7 +14,7 @@ from fake_cuda import Stalls
 
 import adaptkit
 from adaptkit.losses import agreement_loss
-from recipes import adavit, adavit_scores, adavit_training, labelled
+from recipes import adavit, adavit_scores, adavit_training, labelled, record
 from recipes.labelled import open_labelled
 
 SMALL = ["--size", "32", "--steps", "4", "--head-steps", "20", "--batch-size", "16"]
@@ -261,6 +261,13 @@ def test_crops_that_are_placed_lie_whole_and_smaller_in_an_empty_image(segmentat
     assert torch.equal(
         placed.images, open_labelled(f"placed:{segmentation}", "train", 16).images
     )  # drawn once and for all
+
+
+@pytest.mark.parametrize("kind", ["crops", "placed"])
+def test_a_run_records_the_file_that_crops_are_cut_from(kind, segmentation):
+    plain, cut = record.identity(str(segmentation), None), record.identity(f"{kind}:{segmentation}", None)
+    assert cut == {**plain, "name": f"{kind}:{segmentation}"}
+    assert len(plain) > 1
 
 
 def test_a_folder_of_class_folders_is_read(tmp_path):
