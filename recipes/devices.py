@@ -42,11 +42,15 @@ def on_cpu() -> bool:
 
 
 def loading(device: torch.device, workers: int) -> dict[str, Any]:
-    """Options of a ``DataLoader``: batches for a GPU lie in pinned memory, from which copies need not wait."""
+    """Options of a ``DataLoader``: batches for a GPU lie in pinned memory, from which copies need not wait.
+
+    Workers end with their pass over the data. Those that persist outlive the run until the loader, which lies in a
+    cycle, is collected; their queue is closed by then, and torch waits five seconds for each.
+    """
     more = {"worker_init_fn": patient} if workers else {}
     if workers:
         ends()
-    return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": device.type == "cuda", **more}
+    return {"num_workers": workers, "pin_memory": device.type == "cuda", **more}
 
 
 def copying() -> DataLoaderConfiguration:

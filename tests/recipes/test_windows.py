@@ -1,5 +1,6 @@
 """Windows of cached features: drawn by epoch and index alone, cut alike from tokens, image and target."""
 
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -87,6 +88,7 @@ def test_the_cache_trains_bit_for_bit_what_the_backbone_trains_in_the_same_windo
     assert weights(tmp_path / "live") == weights(tmp_path / "kept")
     if name == "none":
         train(folder, tmp_path / "again", *same, *keep, "--workers", "2")
+        assert not multiprocessing.active_children()  # workers end with the run
         assert weights(tmp_path / "again") == weights(tmp_path / "kept")
 
 
