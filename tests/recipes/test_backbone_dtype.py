@@ -26,8 +26,8 @@ def folder(tmp_path_factory):
 
 
 def arguments(folder, out, *more):
-    return ["--train", str(folder), "--val", str(folder), "--num-classes", "3", "--backbone", "test_vit",
-            *TINY, "--size", "32", "48", "--adapter", "vit-adapter", "--adapter-options",
+    return ["--train", str(folder), "--val", str(folder), "--num-classes", "3", *TINY,
+            "--size", "32", "48", "--adapter", "vit-adapter", "--adapter-options",
             '{"conv_inplane": 8, "injector": false}', "--batch-size", "2", "--steps", "2", "--save-every", "0", "--out",
             str(out), *more]  # fmt: skip
 

@@ -50,8 +50,8 @@ def visits(monkeypatch):
 
 
 def arguments(folder, cache, out, *more):
-    return ["--train", str(folder), "--val", str(folder), "--num-classes", "3", "--backbone", "test_vit",
-            *TINY, "--size", "32", "48", "--adapter", "vit-adapter", "--adapter-options",
+    return ["--train", str(folder), "--val", str(folder), "--num-classes", "3", *TINY,
+            "--size", "32", "48", "--adapter", "vit-adapter", "--adapter-options",
             '{"conv_inplane": 8, "injector": false}', "--batch-size", "2", "--steps", "3", "--save-every", "0", "--views",
             "3", "--cache-features", str(cache), "--out", str(out), *more]  # fmt: skip
 
