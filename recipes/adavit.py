@@ -97,8 +97,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for budget in args.budget:
         check_budget(budget, "--budget")
     args.budgets, args.budget = args.budget, args.budget[0]
-    if args.steps < 1 or args.batch_size < 1:
-        p.error("--steps and --batch-size must be at least 1")
+    if min(args.size, args.steps, args.batch_size) < 1:
+        p.error("--size, --steps and --batch-size must be at least 1")
     return args
 
 

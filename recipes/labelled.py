@@ -255,7 +255,7 @@ def _crops(name: str, size: int) -> Labelled:
 
 def _placed(crops: Labelled, size: int) -> Labelled:
     """Each crop at a side and a place of its own, both drawn from one seed, in an empty image."""
-    generator, least, images = torch.Generator().manual_seed(0), round(SIDES[0] * size), []
+    generator, least, images = torch.Generator().manual_seed(0), max(1, round(SIDES[0] * size)), []
     for crop in crops.images:
         side = int(torch.randint(least, crop.shape[-1] + 1, (), generator=generator))
         top, left = torch.randint(size - side + 1, (2,), generator=generator).tolist()

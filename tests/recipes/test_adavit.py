@@ -263,6 +263,18 @@ def test_crops_that_are_placed_lie_whole_and_smaller_in_an_empty_image(segmentat
     )  # drawn once and for all
 
 
+def test_the_smallest_images_hold_a_crop_too(segmentation):
+    placed = open_labelled(f"placed:{segmentation}", "train", 2).images
+    assert placed.shape[1:] == (3, 2, 2)
+    assert (placed != 128).any(1).flatten(1).any(1).all()
+
+
+def test_images_of_no_size_are_refused_before_anything_is_read(capsys):
+    with pytest.raises(SystemExit):
+        adavit.parse(["--size", "0"])
+    assert "--size, --steps and --batch-size must be at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["crops", "placed"])
 def test_a_run_records_the_file_that_crops_are_cut_from(kind, segmentation):
     plain, cut = record.identity(str(segmentation), None), record.identity(f"{kind}:{segmentation}", None)
