@@ -1,10 +1,14 @@
 """One thread per process: the models are tiny, and two workers on two cores should not fight over them.
 
-Every test starts from the same seed and with one thread, whichever ran before it in its process. Garbage is collected
-less often: graphs and fake tensors are made by the hundred thousand, and looking through them all took a tenth of the time.
+Processes that tests start inherit this. Every test starts from the same seed and with one thread, whichever ran before it
+in its process. Garbage is collected less often: graphs and fake tensors are made by the hundred thousand, and looking
+through them all took a tenth of the time.
 """
 
 import gc
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and in the processes of tests
 
 import pytest
 import torch

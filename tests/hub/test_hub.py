@@ -537,7 +537,7 @@ def run(code, env, *argv):
     paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), clean.get("PYTHONPATH")]))
     return subprocess.run(
         [sys.executable, "-c", code, *argv],
-        env={**clean, **env, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env={**clean, **env, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
     )

@@ -25,7 +25,7 @@ STEPS = "100000"  # a run that would not end by itself
 
 
 def started(command_line):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-m", *command_line], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=-1, text=True
     )

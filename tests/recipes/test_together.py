@@ -33,7 +33,7 @@ LOOP = ("segment", "classify", "depth", "detect", "panoptic", "plain_mask")  # r
 def environment():
     """As a user has it: nothing says that there is no GPU, and nothing that there is one."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE") and k not in ("RANK", "WORLD_SIZE")}
-    return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return {**kept, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,6 @@ def serving(folder, *words):
     environment = {
         **os.environ,
         "PYTHONPATH": str(root),
-        "OMP_NUM_THREADS": "1",
         "GRADIO_TEMP_DIR": str(folder / "gradio"),
     }
     said = folder / "stderr.txt"
