@@ -35,6 +35,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from adaptkit.analysis.style import COLOURS, Drawn
 from adaptkit.hub.write import check_writable, write_atomic
 
@@ -263,7 +265,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args, rest = parse(argv)
     check_writable(args.out)
     out = Path(args.out)
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
+    os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // args.jobs))
     common = ["--batch-size", "4", "--save-every", "0", "--optimizer", "muon", *rest]
     caches = caches_of({m: reads(m, common) for m in args.methods if m in READS}) if args.window else {}
     bench = Bench(out, common, args.window, args.jobs, caches)
