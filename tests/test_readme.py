@@ -1,14 +1,20 @@
-"""What README says that code can say."""
+"""What README and the pages that it links say that code can say."""
 
+import importlib
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
 import fits
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGES = {str(p.relative_to(ROOT)): p.read_text() for p in (ROOT / "README.md", *sorted(ROOT.glob("recipes/**/*.md")))}
+README = PAGES["README.md"]
 
 
 def test_the_table_of_what_fits_what_is_what_attaching_says():
@@ -16,21 +22,67 @@ def test_the_table_of_what_fits_what_is_what_attaching_says():
     assert said == fits.table(), "python tests/fits.py prints the table of today"
 
 
-def test_every_python_block_of_readme_is_python():
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) > 3
-    for block in blocks:
-        compile(block, "README.md", "exec")
+def blocks(language):
+    """The blocks of code in a language: (page, text)."""
+    found = [(page, re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)) for page, text in PAGES.items()]
+    return [(page, block) for page, those in found for block in those]
+
+
+def test_every_python_block_is_python():
+    assert len(blocks("python")) > 3
+    for page, block in blocks("python"):
+        compile(block, page, "exec")
+
+
+def commands():
+    """Every command that starts a recipe or a benchmark: its module, and the words behind it."""
+    for _, block in blocks("bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:2] == ["adaptkit", "train"] and len(words) > 2:
+                yield f"recipes.{words[2]}", words[3:]
+            elif words[:2] == ["python", "-m"] and words[2].startswith("recipes."):
+                yield words[2], words[3:]
+
+
+@pytest.mark.parametrize(("module", "words"), commands(), ids=lambda v: v if isinstance(v, str) else "")
+def test_the_options_of_every_command_are_known(module, words, monkeypatch):
+    recipe = importlib.import_module(module)
+    known = getattr(recipe, "parse", None) or getattr(recipe, "arguments", None)
+    if known is None:
+        pytest.skip(f"{module} takes its options in main")
+    monkeypatch.setattr(sys, "argv", [module, *words])
+    asked = known(words) if known.__code__.co_argcount else known()
+    if isinstance(asked, tuple):  # the rest is for the recipe that it starts
+        importlib.import_module("recipes.segment").parse([*asked[1], "--train=a", "--val=b"])
+
+
+def anchors(text):
+    """The names that GitHub gives to the headings of a page."""
+    heads = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_every_link_within_the_project_leads_somewhere():
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            path, _, name = target.partition("#")
+            if "://" in target:
+                continue
+            there = (ROOT / page).parent / path if path else ROOT / page
+            assert there.exists(), f"{page}: {target}"
+            assert not name or name in anchors(there.read_text()), f"{page}: {target}"
 
 
 def attributes():
-    """Every ``adaptkit.a.b`` that README writes, but the name of the entry points; and the packages by themselves."""
-    written = re.findall(r"\badaptkit((?:\.[A-Za-z_]\w*)+)", README.replace('"adaptkit.plugins"', ""))
+    """Every ``adaptkit.a.b`` that a page writes, but the name of the entry points; and the packages by themselves."""
+    text = "\n".join(PAGES.values()).replace('"adaptkit.plugins"', "")
+    written = re.findall(r"\badaptkit((?:\.[A-Za-z_]\w*)+)", text)
     packages = (".accounting", ".export", ".inspect", ".interop", ".losses", ".mixers", ".models", ".ops")
     return sorted({*written, *packages})
 
 
-def test_what_readme_writes_as_an_attribute_is_there_after_importing_adaptkit_alone():
+def test_what_a_page_writes_as_an_attribute_is_there_after_importing_adaptkit_alone():
     # One fork for each name: what one of them imports must not help the next.
     code = """
 import operator, os, sys

@@ -1141,14 +1141,6 @@ def test_metadata_are_converted_or_named_and_survive_load_and_save(tmp_path):
     assert not (tmp_path / "c").exists() or not list((tmp_path / "c").iterdir())
 
 
-def test_what_readme_writes_as_an_attribute_is_there_after_the_import():
-    import subprocess
-
-    code = "import adaptkit; adaptkit.interop.from_official, adaptkit.export, adaptkit.analysis.kept_patches"
-    code += ", adaptkit.analysis.accounting"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_the_hosts_own_config_is_seen_through_the_model():
     import timm
 
