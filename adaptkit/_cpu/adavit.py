@@ -251,7 +251,7 @@ def _alone(block: Block, x: Tensor, h: Tensor, decision: Decision, how: How) -> 
 
 def _onednn_is_faster(block: Block, how: How) -> bool:
     """Whether its layers are so large that oneDNN outweighs what the decision costs."""
-    layers = block.perceptron()
+    layers = block.mlp_layers()
     if not onednn.is_available():
         return False
     return how.layouts is not None or (layers is not None and onednn.is_profitable(layers.fc1.weight))
@@ -259,7 +259,7 @@ def _onednn_is_faster(block: Block, how: How) -> bool:
 
 def _mlp(block: Block, how: How) -> Callable[[Tensor], Tensor]:
     """``block.mlp`` of some rows, (1, R, D) -> (1, R, D), through oneDNN where it comes apart."""
-    layers = block.perceptron() if onednn.is_available() else None
+    layers = block.mlp_layers() if onednn.is_available() else None
     if layers is None:
         return block.mlp
     mlp = onednn.mlp if how.layouts is None else onednn.Prepacked(how.layouts).mlp

@@ -1,1 +1,1 @@
-"""Adapters: one method per file, found by folder. The two kinds that exist are in :mod:`adaptkit.adapters.base`."""
+"""Adapters: one method per file, found by folder. The three kinds are in :mod:`adaptkit.adapters.base`."""

@@ -42,7 +42,7 @@ class AdapterPlusConfig:
         if self.rank < 1:
             raise ValueError(f"rank={self.rank} leaves no bottleneck; give at least 1")
         if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path={self.drop_path} is no probability below 1")
+            raise ValueError(f"drop_path={self.drop_path} must be at least 0 and below 1")
 
 
 class Bottleneck(nn.Module):
@@ -70,7 +70,7 @@ class Bottleneck(nn.Module):
 
 @register_adapter("adapter-plus", AdapterPlusConfig)
 class AdapterPlus(BlockAdapter):
-    """Adapter+: a bottleneck of rank 8 after each block, scaled by channel."""
+    """Adapter+: a bottleneck of low rank after each block, scaled by channel."""
 
     hierarchical = True
 

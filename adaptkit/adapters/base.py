@@ -2,8 +2,8 @@
 
 A *block adapter* wraps one frozen block; any number of them, in the order given. A *side adapter* runs a stream
 beside the blocks and owns the loop over them; at most one. Both can be attached at once: the side adapter then sees
-wrapped blocks. Nothing is written to ``self`` in a forward: what it gathers goes into the ``trace``, which it may look
-at once the forward has run.
+wrapped blocks. A forward writes nothing to ``self``: what an adapter reports goes into the ``trace``, a dict of tensors
+made for this forward and returned as ``Features.aux``.
 """
 
 from __future__ import annotations
@@ -47,11 +47,10 @@ class Adapter(nn.Module, ABC):
     """
 
     strides: tuple[int, ...] = ()  #: of the maps it returns, in pixels
-    hierarchical: ClassVar[bool] = (
-        False  #: whether it also acts on hierarchical backbones; its spec may then be a HierarchicalSpec
-    )
+    #: whether it also acts on hierarchical backbones; its spec may then be a HierarchicalSpec
+    hierarchical: ClassVar[bool] = False
     takes_backbone: ClassVar[bool] = False
-    #: Of parts of it, by name, over that of the rest, as its authors train it; the recipes do so.
+    #: Learning rates of submodules by name, as multiples of the base rate: the authors' choice, which the recipes take.
     learning_rates: ClassVar[Mapping[str, float]] = MappingProxyType({})
 
     def __init__(self, spec: Any, config: Any) -> None:
@@ -61,18 +60,18 @@ class Adapter(nn.Module, ABC):
 
     @classmethod
     def existing(cls, backbone: nn.Module) -> ExistingLayers | None:
-        """Return the layers of another library in this backbone that this adapter takes the place of; None: none."""
+        """Return another library's adapter layers in this backbone, which this adapter replaces; None where none is."""
         return None
 
     def translated(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of a file by the names of this backbone."""
+        """Rename the tensors of a file as this backbone names its layers."""
         return tensors
 
     def ways(self, model: nn.Module, view: View, image: Tensor) -> dict[str, tuple[Features, Features]]:
-        """Run an image (B, C, H, W) in each way this adapter can, for :meth:`AdaptedModel.verify`.
+        """Run an image (B, C, H, W) in every way this adapter can execute, for :meth:`AdaptedModel.verify`.
 
-        Returns pairs that must be equal, by what is wrong where they are not; ``{}`` where there is one way only. The
-        model is in eval mode.
+        Returns pairs of features that must be equal, keyed by the error message for when they differ; ``{}`` where
+        there is one way only. The model is in eval mode.
         """
         return {}
 
@@ -107,7 +106,8 @@ class BlockAdapter(Adapter):
     """
 
     inside: ClassVar[bool] = False
-    switches: ClassVar[tuple[str, ...]] = ()  #: attributes of one's own that a run of a block reads, but tensors
+    #: names of the adapter's non-tensor attributes that a block's forward reads; recomputation restores their values
+    switches: ClassVar[tuple[str, ...]] = ()
 
     def check_blocks(self, view: View) -> None:
         """Raise ``TypeError`` where it cannot act in the blocks of this backbone, beside what ``inside`` says."""
@@ -120,9 +120,10 @@ class BlockAdapter(Adapter):
         """
 
     def must_repeat(self, trace: Trace) -> bool:
-        """Look at what a forward has reported, once it has run; whether it must be run once more, with a fresh trace.
+        """Return whether the forward that filled this trace must run again, with a fresh one.
 
-        What is for no one else is taken out of the trace here. Only where all blocks are ``repeatable`` may it say so.
+        Called once after each forward. Entries that only the adapter needs are removed from the trace here. May return
+        True only where every block is ``repeatable``.
         """
         return False
 
@@ -211,9 +212,12 @@ class WeightAdapter(Adapter):
 
 
 def wrapped(vit: View, acting: Iterable[Adapter], trace: Trace) -> View:
-    """Return ``vit`` as these adapters see it in one forward: its blocks wrapped, and checkpointed where it is asked.
+    """Return the view for one forward: its blocks wrapped by these adapters, and checkpointed where that is on.
 
-    ``trace`` is made by each forward and returned as ``Features.aux``.
+    Args:
+        vit: the backbone's own view.
+        acting: adapters; side adapters among them wrap nothing.
+        trace: what the adapters report in this forward; returned as ``Features.aux``.
     """
     adapters = [adapter for adapter in acting if not isinstance(adapter, SideAdapter)]
     wrappers = [adapter for adapter in adapters if isinstance(adapter, BlockAdapter)]

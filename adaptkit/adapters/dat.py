@@ -154,11 +154,9 @@ class DATBlock(nn.Module):
 
     def keys(self, block: Block, h: Tensor) -> Keys:
         """Normed tokens (B, P+N, D) -> all of them as queries; prefix tokens and n moved patches as keys and values."""
-        if block.grid is None:
-            raise ValueError("DAT-KV needs the grid of the patches, which this block does not know; use attach()")
-        grid = block.grid
+        grid = block.patch_grid()
         prefix = h.shape[1] - grid[0] * grid[1]
-        q, k, v = _unplaced(block, h)  # (B, heads, P+N, E)
+        q, k, v = block.qkv_unplaced(h)  # (B, heads, P+N, E), before any rotation
         points = self.points(_to_map(q, prefix, grid, self.groups))  # (B*g, Hk, Wk, 2)
         k_moved, v_moved = self._read(k, v, prefix, grid, points)  # (B, heads, n, E)
         if block.rotate is not None:
@@ -232,13 +230,6 @@ class DATKV(BlockAdapter):
             return x
 
         return run
-
-
-def _unplaced(block: Block, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v before any rotation: every row as a prefix token, which has no place."""
-    if block.qkv_at is None:
-        return block.qkv(h)
-    return block.qkv_at(h, torch.full((h.shape[1],), -1, device=h.device))
 
 
 def _to_map(t: Tensor, prefix: int, grid: Grid, groups: int) -> Tensor:

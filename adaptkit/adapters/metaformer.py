@@ -55,9 +55,8 @@ class MetaFormerConfig:
     mixer: str | tuple[str, ...] = "pool"
     #: Of the bottleneck; 0: none, the gate gamma. Several: one per stage of a hierarchical backbone.
     width: int | tuple[int, ...] = 64
-    mlp_ratio: float | None = (
-        None  #: hidden width of the MLP over the bottleneck's; 0: no MLP; None: 1, or 0 without one
-    )
+    #: hidden width of the MLP over the bottleneck's; 0: no MLP; None: 1, or 0 without a bottleneck
+    mlp_ratio: float | None = None
     norm: Norm = "layer"  #: "group1" is the paper's GroupNorm over channels and places: it looks at the whole image
     act: Literal["gelu", "relu", "silu", "none"] = "gelu"  #: in the MLP and before ``up``
     residual: bool = True  #: around mixer and MLP
@@ -74,6 +73,8 @@ class MetaFormerConfig:
         if not names:
             raise ValueError("mixer=() names no mixer; give one name, or several to spread over the depth")
         widths = (self.width,) if isinstance(self.width, int) else self.width
+        if not widths:
+            raise ValueError("width=() gives no width; give one, or one per stage of a hierarchical backbone")
         if min(widths) < 0 or (self.mlp_ratio or 0) < 0:
             raise ValueError(f"width={self.width} and mlp_ratio={self.mlp_ratio} must not be negative")
         if len(widths) > 1 and min(widths) == 0:
@@ -226,11 +227,7 @@ class MetaFormer(BlockAdapter):
 
     def wrap(self, block: Block, index: int, trace: Trace) -> Fn:
         """``block(x) + up(...)``: (B, P+N, D) -> (B, P+N, D)."""
-        beside, grid = self.blocks[index], block.grid
-        if grid is None:
-            raise ValueError(
-                "this block has no grid of patches, so nothing can be mixed on it; give Block(grid=(h, w))"
-            )
+        beside, grid = self.blocks[index], block.patch_grid()
 
         def run(x: Tensor) -> Tensor:
             return block(x) + beside(x, grid).to(x.dtype)

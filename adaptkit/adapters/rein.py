@@ -91,10 +91,8 @@ class Rein(BlockAdapter):
 
     def wrap(self, block: Block, index: int, trace: Trace) -> Fn:
         """The block, and what it gives refined: (B, P+N, D) -> (B, P+N, D)."""
-        if block.grid is None:
-            raise ValueError("this block does not say how many patches it has, so no class token is known; "
-                             "give Block(grid=(h, w))")  # fmt: skip
-        patches = block.grid[0] * block.grid[1]
+        height, width = block.patch_grid()
+        patches = height * width
 
         def run(x: Tensor) -> Tensor:
             y = block(x)

@@ -14,11 +14,9 @@ from adaptkit.adapters.base import SideAdapter, Trace
 from adaptkit.core.layers import LayerNorm2d, init_weights, parameter_dtype
 from adaptkit.core.registry import register_adapter
 from adaptkit.core.view import Features, Spec, ViT
-from adaptkit.ops.grid import cells, check_strides, resample_map, tokens_to_map
+from adaptkit.ops.grid import STRIDES, cells, check_strides, resample_map, tokens_to_map
 
 __all__ = ["SimpleFeaturePyramid", "SimpleFeaturePyramidConfig"]
-
-STRIDES = (4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,8 @@ class SimpleFeaturePyramid(SideAdapter):
             )
             for width in (quarter, half, dim, dim)
         ]
-        asked = [stride in config.strides for stride in STRIDES]  # a level that is not asked for keeps its number
+        # Levels that are left out keep their index, so that the keys of a file do not depend on ``strides``.
+        asked = [stride in config.strides for stride in STRIDES]
         self.stages = nn.ModuleList(m if is_asked else nn.Identity() for m, is_asked in zip(stages, asked))
         self.outputs = nn.ModuleList(m if is_asked else nn.Identity() for m, is_asked in zip(outputs, asked))
         self.apply(init_weights)

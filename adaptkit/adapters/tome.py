@@ -12,13 +12,10 @@ left of A, then B. Every block gives its patches back on the full grid, each as 
 that features, pyramids, heads and other adapters see the order that they know. Where nobody has changed them on the
 way, the next block goes on with the merged tokens themselves; else with the mean of each token's patches.
 
-Rotary positions, which the authors have not: a merged token lies at the mean place of its patches, and keys are
-compared as they are turned. A bias for each pair of places (BEiT) has no merged form and is refused, as is what has
-windows. The matching has no gradient, and there is nothing to train: train another adapter beside it, or none. A file
-of this adapter alone has a config and no tensors. AdaViT steps inside the blocks too: only one of the two can act.
-
-ViT-S/16 at 224 pixels, 8 images in float32 on one CPU core, takes 0.74 of its CPU time with r = 8 and 0.50 with
-r = 16, and as much of its MACs (:mod:`adaptkit.analysis.accounting`).
+Rotary positions are not in the paper: here a merged token lies at the mean position of its patches, and keys are
+compared after rotation. A relative position bias (BEiT) has no merged form and is refused, and so are windows. The
+matching has no gradient and the adapter nothing to train: its file is a config without tensors, and other adapters may
+be trained beside it. AdaViT, DAT-KV and VPT step inside the blocks too: only one of the four can be attached.
 """
 
 from __future__ import annotations
@@ -222,10 +219,9 @@ class ToMe(BlockAdapter):
         return partial(self._run, block, index, trace)
 
     def _run(self, block: Block, index: int, trace: Trace, x: Tensor) -> Tensor:
-        if block.grid is None:
-            raise ValueError("this block does not know its patch grid; run it through attach, which tells it")
+        grid = block.patch_grid()
         before = Stream.taken(trace)
-        stream = _begun(block, block.grid, x) if before is None else before._replace(tokens=before.at(x))
+        stream = _begun(block, grid, x) if before is None else before._replace(tokens=before.at(x))
         q, k, v = _qkv(block, block.norm1(stream.tokens), None if before is None else stream)
         bias = None
         if before is not None and self.config.proportional:
@@ -233,7 +229,7 @@ class ToMe(BlockAdapter):
             bias = F.pad(stream.size.log().mT, (prefix, 0))[:, None].to(q.dtype)  # (B, 1, 1, T)
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=block.scale)
         stream = stream._replace(tokens=stream.tokens + block.scale1(block.out(o)))
-        r = self.counts(block.grid[0] * block.grid[1])[index]
+        r = self.counts(grid[0] * grid[1])[index]
         stream = merged(stream, k, r) if r else stream
         x = stream.tokens
         x = x + block.scale2(block.mlp(block.norm2(x)))
@@ -275,10 +271,8 @@ def _qkv(block: Block, h: Tensor, stream: Stream | None) -> tuple[Tensor, Tensor
     """q, k, v (B, heads, T, E) of normed tokens h (B, T, D); rotary ones are turned to their mean places."""
     if stream is None or stream.places is None or block.qkv_at is None or block.rotate is None:
         return block.qkv(h)
-    rows, prefix = h.flatten(0, 1)[None], h.shape[1] - stream.size.shape[1]
-    still = torch.full((rows.shape[1],), -1, device=h.device)
-    q, k, v = (y[0].unflatten(1, h.shape[:2]).transpose(0, 1) for y in block.qkv_at(rows, still))
-    places = stream.places[:, None]  # for every head
+    q, k, v = block.qkv_unplaced(h)
+    prefix, places = h.shape[1] - stream.size.shape[1], stream.places[:, None]  # the same for every head
     q, k = (torch.cat([y[:, :, :prefix], block.rotate(y[:, :, prefix:], places)], dim=2) for y in (q, k))
     return q, k, v
 

@@ -15,7 +15,6 @@ values are computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -46,7 +45,7 @@ class VPTConfig:
         if self.num_tokens < 1:
             raise ValueError(f"num_tokens={self.num_tokens} is no prompt; give at least 1")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} is no probability below 1")
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
 
 
 @register_adapter("vpt", VPTConfig)
@@ -84,7 +83,7 @@ class VPT(BlockAdapter):
 def prompted(block: Block, x: Tensor, p: Tensor, goes_on: bool = False) -> tuple[Tensor, Tensor]:
     """Tokens x (B, P+N, D) and prompts p (B, m, D) -> both after the block; p as it is where it does not go on."""
     tokens, prompts = x.shape[1], p.shape[1]
-    q, k, v = (torch.cat(pair, dim=2) for pair in zip(block.qkv(block.norm1(x)), _placeless(block, block.norm1(p))))
+    q, k, v = (torch.cat(pair, dim=2) for pair in zip(block.qkv(block.norm1(x)), block.qkv_unplaced(block.norm1(p))))
     if goes_on:
         x = torch.cat([x, p], dim=1)
     else:
@@ -95,12 +94,3 @@ def prompted(block: Block, x: Tensor, p: Tensor, goes_on: bool = False) -> tuple
     x = x + block.scale1(block.out(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=block.scale)))
     x = x + block.scale2(block.mlp(block.norm2(x)))
     return (x[:, :tokens], x[:, tokens:]) if goes_on else (x, p)
-
-
-def _placeless(block: Block, h: Tensor) -> Sequence[Tensor]:
-    """q, k, v of tokens without a place: h (B, m, D) -> three of (B, heads, m, E)."""
-    if block.qkv_at is None:
-        return block.qkv(h)
-    rows = h.flatten(0, 1)[None]  # (1, B*m, D)
-    places = torch.full((rows.shape[1],), -1, device=h.device)
-    return [y[0].unflatten(1, h.shape[:2]).transpose(0, 1) for y in block.qkv_at(rows, places)]

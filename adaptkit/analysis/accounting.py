@@ -31,7 +31,7 @@ from adaptkit.core.tree import evaluating
 from adaptkit.core.view import Block, Features
 from adaptkit.model.adapted import AdaptedModel
 
-__all__ = ["BlockCosts", "Costs", "Summary", "costs", "counted", "kept", "macs", "summary"]
+__all__ = ["BlockCosts", "Costs", "Summary", "costs", "counted", "macs", "saved_bytes", "summary"]
 
 
 class BlockCosts(NamedTuple):
@@ -167,7 +167,7 @@ def counted(run: Callable[[], Any]) -> float:
     return counter.get_total_flops() / 2
 
 
-def kept(run: Callable[[], Any], model: nn.Module) -> int:
+def saved_bytes(run: Callable[[], Any], model: nn.Module) -> int:
     """Return the bytes that ``run()`` keeps for its backward pass, beside the weights of ``model``.
 
     Every tensor that autograd saves is counted once, whatever views there are of it, on any device, fake tensors too.
@@ -202,11 +202,11 @@ class _Whole:
 
 
 def _block(adapter: AdaViT | ToMe, index: int, block: Block, x: Tensor, grid: tuple[int, int]) -> BlockCosts:
-    row, place = x[:, :1], torch.full((1,), -1, device=x.device)
-    q = block.qkv(row)[0] if block.qkv_at is None else block.qkv_at(row, place)[0]  # (1, heads, 1, E)
+    row = x[:, :1]
+    q = block.qkv_unplaced(row)[0]  # (1, heads, 1, E)
     beside = _gates(adapter, str(index), x, grid) if isinstance(adapter, AdaViT) else _matching(adapter, index, q, grid)
     return BlockCosts(
-        qkv=counted(lambda: block.qkv(row) if block.qkv_at is None else block.qkv_at(row, place)),
+        qkv=counted(lambda: block.qkv_unplaced(row)),
         out=counted(lambda: block.out(q)),
         mlp=counted(lambda: block.mlp(row)),
         pair=2.0 * q.shape[1] * q.shape[3],

@@ -18,7 +18,7 @@ from adaptkit.adapters.adavit import AdaViT
 from adaptkit.adapters.base import BlockAdapter
 from adaptkit.adapters.dat import DATKV, DATBlock
 from adaptkit.analysis.seen import Seen, moved
-from adaptkit.analysis.watch import Host, chosen, run_watched, stages
+from adaptkit.analysis.watch import Watched, block_strides, chosen, run_watched
 from adaptkit.core.view import Block, ViT
 from adaptkit.mixers.dat import attention_weights
 from adaptkit.ops.grid import cell_centres
@@ -54,9 +54,9 @@ def attentions(
 
     Raises ``TypeError``, with the reason, where no block shows its attention or one that was named does not.
     """
-    host = Host.of(model)
+    host = Watched.of(model)
     taken = chosen(blocks, host.vit.spec.depth)
-    strides, refused, shown = stages(host.vit.spec), {}, []
+    strides, refused, shown = block_strides(host.vit.spec), {}, []
     deciding = [a for a in host.acting if isinstance(a, BlockAdapter) and a.inside and not isinstance(a, DATKV)]
     if deciding:
         see = "see kept_patches, or " if isinstance(deciding[0], AdaViT) else ""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.analysis.style import Drawn, panels, pictured, show
-from adaptkit.analysis.watch import Host, chosen, map_strides, run_watched, single, source_of, stages
+from adaptkit.analysis.watch import Watched, block_strides, chosen, map_strides, run_watched, single, source_of
 from adaptkit.core.tree import evaluating
 from adaptkit.core.view import Block, Features
 from adaptkit.ops.grid import map_to_tokens
@@ -78,7 +78,7 @@ def grad_cam(
     a class, a pixel or a mask that is none.
     """
     one = single(image)
-    host = Host.of(model)
+    host = Watched.of(model)
     asked = [at] if at is not None else [None, *reversed(range(host.vit.spec.depth))]
     for place in asked:
         found = _try(model, host, one, target, pixels, place)
@@ -102,7 +102,7 @@ class _Leaf(NamedTuple):
 
 
 def _try(
-    model: nn.Module, host: Host, image: Tensor, target: Any, pixels: Any, at: int | str | None
+    model: nn.Module, host: Watched, image: Tensor, target: Any, pixels: Any, at: int | str | None
 ) -> tuple[Tensor, Tensor, float, _Leaf, str] | None:
     """Return A (h, w, D), dy/dA, y, the place and the target; None where y does not depend on A."""
     made: list[_Leaf] = []
@@ -112,7 +112,7 @@ def _try(
         if i != index:
             return None
         y = y.detach().requires_grad_()
-        made[:] = [_Leaf(y, f"block {i}", block.grid or (0, 0), stages(host.vit.spec)[i])]
+        made[:] = [_Leaf(y, f"block {i}", block.grid or (0, 0), block_strides(host.vit.spec)[i])]
         return y
 
     with torch.enable_grad(), evaluating(model), reference():

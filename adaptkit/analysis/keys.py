@@ -17,7 +17,7 @@ from adaptkit.analysis.maps import query_cell
 from adaptkit.analysis.points import brief, draw_keys
 from adaptkit.analysis.seen import Seen, look
 from adaptkit.analysis.style import Drawn, pictured
-from adaptkit.analysis.watch import Host, chosen, single, source_of
+from adaptkit.analysis.watch import Watched, chosen, single, source_of
 
 __all__ = ["QueryKeys", "offset_lengths", "query_keys"]
 
@@ -83,7 +83,7 @@ def _of_model(model: nn.Module, image: Tensor, blocks: Any, modules: Any) -> dic
         best = min(_far(seen) for _, seen in own.values())
         found = dict([[pair for pair in own.values() if _far(pair[1]) == best][-1]])
     else:
-        taken = None if blocks is None else chosen(blocks, Host.of(model).vit.spec.depth)
+        taken = None if blocks is None else chosen(blocks, Watched.of(model).vit.spec.depth)
         found = {own[b][0]: own[b][1] for b in taken or () if b in own}
         if not (found and own.keys() >= set(taken or ())):
             found |= _of_blocks(model, image, taken and [b for b in taken if b not in own], bool(deformable))
@@ -99,7 +99,7 @@ def _of_model(model: nn.Module, image: Tensor, blocks: Any, modules: Any) -> dic
 def _of_backbone(model: nn.Module, deformable: dict[str, Seen]) -> dict[int, tuple[str, Seen]]:
     """Of deformable attention that is a backbone's own: its name and what it did, by the number of its block."""
     places = {name: found for name in deformable if (found := OF_DAT.fullmatch(name))}
-    depths = Host.of(model).vit.spec.depths if places else ()
+    depths = Watched.of(model).vit.spec.depths if places else ()
     return {
         sum(depths[: int(found[1])]) + int(found[2]): (name.removeprefix("backbone."), deformable[name])
         for name, found in places.items()

@@ -23,7 +23,7 @@ from adaptkit.analysis.rollouts import rollout
 from adaptkit.analysis.seen import check_query
 from adaptkit.analysis.spectra import spectrum
 from adaptkit.analysis.style import Drawn, styled
-from adaptkit.analysis.watch import Host, chosen, single
+from adaptkit.analysis.watch import Watched, chosen, single
 from adaptkit.model.adapted import AdaptedModel
 
 __all__ = ["FIGURES", "Looked", "looks"]
@@ -64,7 +64,7 @@ class _Asked(NamedTuple):
     @property
     def depths(self) -> Any:
         """The blocks, or four of them from the first to the last."""
-        depth = Host.of(self.model).vit.spec.depth
+        depth = Watched.of(self.model).vit.spec.depth
         return self.blocks if self.blocks is not None else sorted({round(i * (depth - 1) / 3) for i in range(4)})
 
 
@@ -126,7 +126,7 @@ def looks(
     """
     with styled():
         pass
-    chosen(blocks, Host.of(model).vit.spec.depth)
+    chosen(blocks, Watched.of(model).vit.spec.depth)
     if query is not None:
         check_query(query, images[0].shape[-2:])
     asked = _Asked(model, list(images), blocks, query)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adaptkit.analysis.principal import principal
 from adaptkit.analysis.style import MAP, Drawn, colour_bar, panels
-from adaptkit.analysis.watch import Host
+from adaptkit.analysis.watch import Watched
 from adaptkit.core.tree import evaluating
 from adaptkit.core.view import ViT
 from adaptkit.ops.grid import cells, map_to_tokens
@@ -76,7 +76,7 @@ def rgb_filters(model: nn.Module, count: int = 28) -> RGBFilters:
     """
     if count < 1:
         raise ValueError(f"count={count} components make no picture; give at least 1")
-    kernel = _kernel(Host.of(model).vit)  # (D, C, p, p)
+    kernel = _kernel(Watched.of(model).vit)  # (D, C, p, p)
     found = principal(kernel.detach().float().flatten(1), count)
     return RGBFilters(found.components.float().unflatten(1, kernel.shape[1:]), found.explained.float())
 
@@ -94,7 +94,7 @@ def position_similarity(model: nn.Module, size: Sequence[int] | None = None) -> 
 
     Raises ``TypeError`` for a backbone whose positions are no table: rotary, relative, by convolution, or none.
     """
-    vit = Host.of(model).vit
+    vit = Watched.of(model).vit
     if not isinstance(vit, ViT):
         raise TypeError(
             f"{vit.spec.family} has stages, whose positions ({vit.positions}) are no table of patches; "

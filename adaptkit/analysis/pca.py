@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adaptkit.analysis.principal import Principal, principal
 from adaptkit.analysis.style import Drawn, panels, pictured, show
-from adaptkit.analysis.watch import Host, batch, source_of, stages
+from adaptkit.analysis.watch import Watched, batch, block_strides, source_of
 from adaptkit.core.layers import check_choice
 from adaptkit.core.tree import evaluating
 from adaptkit.model.adapted import AdaptedModel
@@ -100,14 +100,14 @@ def feature_pca(
         tuple(c.float().unflatten(0, g) for c, g in zip(colours, grids)),
         tuple(m.unflatten(0, g) for m, g in zip(masks, grids)),
         tuple(p.float().unflatten(0, g) for p, g in zip(parts, grids)),
-        cut, basis, stages(Host.of(model).vit.spec)[-1], pictures,
+        cut, basis, block_strides(Watched.of(model).vit.spec)[-1], pictures,
     )  # fmt: skip
 
 
 def features_of(model: nn.Module, image: Tensor) -> Any:
     """Run a model as in evaluation: image (1, C, H, W) -> Features."""
     with evaluating(model):
-        return model(image) if isinstance(model, AdaptedModel) else Host.of(model).vit.features(image)
+        return model(image) if isinstance(model, AdaptedModel) else Watched.of(model).vit.features(image)
 
 
 def _is_edge(masks: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from adaptkit.analysis.attention import Attention, attentions
 from adaptkit.analysis.style import WIDTH, Drawn, colour_bar, panels, pictured, share, show
-from adaptkit.analysis.watch import Host, batch, source_of
+from adaptkit.analysis.watch import Watched, batch, source_of
 from adaptkit.core.layers import check_choice
 from adaptkit.core.view import ViT
 
@@ -65,7 +65,7 @@ def rollout(
     show the attention of all tokens on all.
     """
     check_choice("heads", heads, ("mean", "max"))
-    host, given = Host.of(model), batch(images)
+    host, given = Watched.of(model), batch(images)
     if not isinstance(host.vit, ViT):
         raise TypeError(
             f"{host.vit.spec.family} has other tokens in each stage, so that their attention cannot be multiplied; "

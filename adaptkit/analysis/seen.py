@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from adaptkit.adapters.dat import DATKV, DATBlock
 from adaptkit.adapters.vit_adapter import Injector
 from adaptkit.adapters.vit_adapter.config import STRIDES
-from adaptkit.analysis.watch import Host, run_watched, stages
+from adaptkit.analysis.watch import Watched, block_strides, run_watched
 from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.tree import evaluating
 from adaptkit.core.view import Block
@@ -150,7 +150,7 @@ def _stride(model: nn.Module, name: str, rows: int, image: Tensor) -> int:
         spec, parts = model.spec, name.split(".")
         if isinstance(spec, HierarchicalSpec) and "blocks" in parts:
             block = int(parts[parts.index("blocks") + 1])
-            return stages(spec)[block]
+            return block_strides(spec)[block]
         return spec.patch_size
     if isinstance(model, DAT):
         return model.feature_info[int(name.split(".")[1])]["reduction"]
@@ -175,7 +175,7 @@ def moved(deformed: DATBlock, block: Block, x: Tensor, patch: int) -> Seen:
 def _by_adapter(model: AdaptedModel, image: Tensor) -> dict[str, Seen]:
     """Look at every block in which DAT-KV moves the keys; nothing where it does not act."""
     seen: dict[str, Seen] = {}
-    dat = next((a for a in Host.of(model).acting if isinstance(a, DATKV)), None)
+    dat = next((a for a in Watched.of(model).acting if isinstance(a, DATKV)), None)
     if dat is None:
         return seen
 

@@ -20,14 +20,14 @@ from adaptkit.core.view import Block, Features, Fn, Source, View
 from adaptkit.model.adapted import AdaptedModel, run
 from adaptkit.seam import reference
 
-__all__ = ["Host", "batch", "chosen", "map_strides", "run_watched", "single", "source_of", "stages"]
+__all__ = ["Watched", "batch", "block_strides", "chosen", "map_strides", "run_watched", "single", "source_of"]
 
 #: What is called for each block: the block, its index, its input and its output (B, P+N, D). What it returns, if not
 #: None, goes on in place of the output.
 Visit = Callable[[Block, int, Tensor, Tensor], Tensor | None]
 
 
-class Host(NamedTuple):
+class Watched(NamedTuple):
     """A model as its figures need it."""
 
     vit: Any  #: the view of its backbone
@@ -35,13 +35,13 @@ class Host(NamedTuple):
     head: nn.Module | None
 
     @staticmethod
-    def of(model: nn.Module) -> Host:
+    def of(model: nn.Module) -> Watched:
         """See a model that ``attach`` made, or a bare backbone. Raises ``TypeError`` for one that nothing sees."""
         if not isinstance(model, AdaptedModel):
-            return Host(registry.view(model), (), None)
+            return Watched(registry.view(model), (), None)
         if model._disabled or model._active is None:
-            return Host(model.vit, (), None)
-        return Host(model.vit, tuple(model._acting), model.head)
+            return Watched(model.vit, (), None)
+        return Watched(model.vit, tuple(model._acting), model.head)
 
     def logits(self, features: Features) -> Any:
         """Return what the head says of features, or the backbone's own classifier; None without either."""
@@ -85,7 +85,7 @@ class _Watch(BlockAdapter):
 
 def run_watched(model: nn.Module, image: Tensor, visit: Visit) -> Features:
     """Run a model on (B, C, H, W), a visit after every block; returns features, without the logits of a head."""
-    host = Host.of(model)
+    host = Watched.of(model)
     acting = _Acting((*host.acting, _Watch(host.vit.spec, visit)), _nothing)
     with evaluating(model), reference():
         return run(host.vit, acting, image)  # type: ignore[arg-type]
@@ -126,7 +126,7 @@ def chosen(blocks: int | Sequence[int] | None, depth: int) -> tuple[int, ...]:
     return taken
 
 
-def stages(spec: Any) -> list[int]:
+def block_strides(spec: Any) -> list[int]:
     """Return the stride in pixels of each block's tokens."""
     if isinstance(spec, HierarchicalSpec):
         return [stride for stride, depth in zip(spec.strides, spec.depths) for _ in range(depth)]
@@ -135,7 +135,7 @@ def stages(spec: Any) -> list[int]:
 
 def map_strides(model: nn.Module, features: Features) -> tuple[int, ...]:
     """Return the strides of the maps of features, in pixels; of the patch tokens where there is no map."""
-    host = Host.of(model)
+    host = Watched.of(model)
     if not features.maps:
         return (host.vit.spec.patch_size,)
     side = next((a for a in host.acting if isinstance(a, SideAdapter)), None)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from adaptkit.backbones._timm import REMEDY, class_name, is_bare, joined, merge_heads, pair, square_side, two_layers
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Perceptron, Source, Spec, ViT, identity
+from adaptkit.core.view import MLPLayers, Source, Spec, ViT, identity
 
 #: Attributes of both classes.
 COMMON = ("patch_embed", "cls_token", "blocks", "norm", "prepare_tokens_with_masks", "forward_features")
@@ -99,7 +99,7 @@ def dino_hub_block(outer: Any, **given: Any) -> dict[str, Any]:
         "mlp": blk.mlp,
         "scale2": joined(blk.ls2, drops[1]),
         "out": partial(merge_heads, unwrapped(blk.attn).proj),
-        "perceptron": partial(_perceptron, blk.mlp),
+        "mlp_layers": partial(_mlp_layers, blk.mlp),
     }
 
 
@@ -108,7 +108,7 @@ def _layers(blocks: Any) -> list[Any]:
     return [block for chunk in chunks for block in chunk if not isinstance(block, nn.Identity)]
 
 
-def _perceptron(mlp: Any) -> Perceptron | None:
+def _mlp_layers(mlp: Any) -> MLPLayers | None:
     """See an Mlp layer by layer; None for a gated one, or layers that are replaced (LoRA)."""
     if not all(hasattr(mlp, name) for name in ("fc1", "act", "fc2")) or not is_bare(mlp, type(unwrapped(mlp))):
         return None

@@ -25,7 +25,7 @@ from adaptkit.backbones._timm import (
     two_layers,
 )
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, Perceptron, Projections, Source, Spec, View, ViT, identity
+from adaptkit.core.view import Block, MLPLayers, Projections, Source, Spec, View, ViT, identity
 from adaptkit.ops.grid import map_to_tokens
 
 #: Attribute of a model whose files lie in a cache of the Hub that is not the default one: the folder.
@@ -214,7 +214,7 @@ def vit_block(outer: Any) -> Block:
         scale1=layer.dropout,
         norm2=layer.layernorm_after,
         mlp=layer.mlp,
-        perceptron=partial(perceptron, layer.mlp),
+        mlp_layers=partial(mlp_layers, layer.mlp),
         scale2=layer.dropout,
         **attention_parts(layer.attention, "o_proj", "scaling"),
     )
@@ -232,7 +232,7 @@ def dino_block(outer: Any, proj: str = "o_proj", scale: str = "scaling", **given
         scale1=joined(layer.layer_scale1, layer.drop_path),
         norm2=layer.norm2,
         mlp=layer.mlp,
-        perceptron=partial(perceptron, layer.mlp),
+        mlp_layers=partial(mlp_layers, layer.mlp),
         scale2=joined(layer.layer_scale2, layer.drop_path),
         **attention_parts(layer.attention, proj, scale, **given),
     )
@@ -247,7 +247,7 @@ def clip_block(outer: Any) -> Block:
         scale1=identity,
         norm2=layer.layer_norm2,
         mlp=layer.mlp,
-        perceptron=partial(perceptron, layer.mlp),
+        mlp_layers=partial(mlp_layers, layer.mlp),
         scale2=identity,
         **attention_parts(layer.self_attn, "out_proj", "scale"),
     )
@@ -284,7 +284,7 @@ def three_by_head(layers: tuple[Any, ...], proj: Any, dim: int) -> Projections |
     return Projections(weights, biases, (identity, identity), proj.weight.unflatten(1, (-1, dim)), proj.bias)
 
 
-def perceptron(mlp: Any) -> Perceptron | None:
+def mlp_layers(mlp: Any) -> MLPLayers | None:
     """See an MLP of transformers layer by layer; None for one with a gate, or layers that are replaced (LoRA)."""
     if not class_name(mlp).endswith("MLP") or not all(hasattr(mlp, name) for name in ("fc1", "activation_fn", "fc2")):
         return None

@@ -12,7 +12,7 @@ from torch import Tensor
 from adaptkit.backbones._hf import three_by_head
 from adaptkit.backbones._timm import is_bare, joined, merge_heads, two_layers
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Perceptron, Projections
+from adaptkit.core.view import MLPLayers, Projections
 
 __all__ = ["attention_parts", "ffn"]
 
@@ -27,9 +27,9 @@ def attention_parts(attention: Any) -> dict[str, Any]:
     }
 
 
-def ffn(layer: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[], Perceptron | None]]:
-    """``mlp`` and ``perceptron`` of a Block."""
-    return joined(layer.intermediate, layer.output.dense, layer.output.dropout), partial(_perceptron, layer)
+def ffn(layer: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[], MLPLayers | None]]:
+    """``mlp`` and ``mlp_layers`` of a Block."""
+    return joined(layer.intermediate, layer.output.dense, layer.output.dropout), partial(_mlp_layers, layer)
 
 
 def _qkv(attn: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,7 +47,7 @@ def _projections(outer: Any, proj: Any) -> Projections | None:
     return three_by_head((attn.query, attn.key, attn.value), proj, attn.attention_head_size)
 
 
-def _perceptron(layer: Any) -> Perceptron | None:
+def _mlp_layers(layer: Any) -> MLPLayers | None:
     inner, output = layer.intermediate, layer.output
     whole = is_bare(inner, type(unwrapped(inner))) and is_bare(output, type(unwrapped(output)))
     return two_layers(inner.dense, inner.intermediate_act_fn, output.dense) if whole else None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adaptkit.core.registry import OWN_FAMILY
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Fn, Perceptron, Projections, Source, View, identity
+from adaptkit.core.view import Fn, MLPLayers, Projections, Source, View, identity
 from adaptkit.ops.grid import map_to_tokens
 
 REMEDY = f"use a backbone without it, or register a family of its own: {OWN_FAMILY}"
@@ -164,7 +164,7 @@ def by_head(qkv: Any, proj: Any, heads: int, norms: tuple[Fn, Fn] = (identity, i
     return Projections((weight,), (bias,), norms, proj.weight.view(-1, heads, inner // heads), proj.bias)
 
 
-def perceptron(mlp: Any) -> Perceptron | None:
+def mlp_layers(mlp: Any) -> MLPLayers | None:
     """See timm's Mlp layer by layer; None for another class, a norm inside, or layers that are replaced (LoRA)."""
     from timm.layers import Mlp
 
@@ -173,10 +173,10 @@ def perceptron(mlp: Any) -> Perceptron | None:
     return two_layers(mlp.fc1, mlp.act, mlp.fc2)
 
 
-def two_layers(first: Any, activation: Any, second: Any) -> Perceptron | None:
+def two_layers(first: Any, activation: Any, second: Any) -> MLPLayers | None:
     """Return an MLP of two linear layers; None where one of them is replaced (LoRA)."""
     bare = is_bare(first, nn.Linear) and is_bare(second, nn.Linear)
-    return Perceptron(first, activation, second) if bare else None
+    return MLPLayers(first, activation, second) if bare else None
 
 
 def layer_scale(gamma: Tensor | None) -> Fn:

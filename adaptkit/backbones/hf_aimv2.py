@@ -20,7 +20,7 @@ from adaptkit.ops.grid import map_to_tokens
 class HfAimv2(HfViT):
     """Blocks ``x + attn(norm(x))``; positions are waves computed for the grid at hand, or a table of one grid.
 
-    With a table the host takes no other size; the view then resamples it as transformers does for CLIP.
+    With a table the backbone takes no other size; the view then resamples it as transformers does for CLIP.
     """
 
     family = "hf-aimv2"

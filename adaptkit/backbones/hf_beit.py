@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptkit.backbones._hf import HfViT, attention_parts, perceptron
+from adaptkit.backbones._hf import HfViT, attention_parts, mlp_layers
 from adaptkit.backbones._timm import block_list, joined, layer_scale
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
@@ -44,7 +44,7 @@ def _block(outer: Any, shared: Tensor | None, grid: tuple[int, int], resolution:
         scale1=joined(layer.dropout, _scale(layer.lambda_1), layer.drop_path),
         norm2=layer.layernorm_after,
         mlp=layer.mlp,
-        perceptron=partial(perceptron, layer.mlp),
+        mlp_layers=partial(mlp_layers, layer.mlp),
         scale2=joined(layer.dropout, _scale(layer.lambda_2), layer.drop_path),
         bias=bias,
         **attention_parts(layer.attention, "o_proj", "scaling", attention_mask=bias),

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptkit.backbones._hf import HfClipNames, attend, perceptron
+from adaptkit.backbones._hf import HfClipNames, attend, mlp_layers
 from adaptkit.backbones._timm import block_list, by_head, fused_qkv, is_bare, merge_heads
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
@@ -49,7 +49,7 @@ def _block(outer: Any) -> Block:
         out=partial(merge_heads, attn.projection),
         scale=attn.scale,
         projections=partial(_projections, layer.self_attn),
-        perceptron=partial(perceptron, layer.mlp),
+        mlp_layers=partial(mlp_layers, layer.mlp),
     )
 
 

@@ -45,7 +45,7 @@ def _block(outer: Any, shared: Tensor | None, grid: tuple[int, int], resolution:
         bias = inner.relative_position_bias(grid)
         bias = bias if shared is None else bias + shared
     given = {"relative_position_bias": shared, "resolution": resolution}
-    mlp, perceptron = ffn(layer)
+    mlp, mlp_layers = ffn(layer)
     return Block(
         run=partial(attend, outer, given),
         norm1=layer.layernorm_before,
@@ -53,7 +53,7 @@ def _block(outer: Any, shared: Tensor | None, grid: tuple[int, int], resolution:
         scale1=joined(layer_scale(layer.lambda_1), layer.drop_path),
         norm2=layer.layernorm_after,
         mlp=mlp,
-        perceptron=perceptron,
+        mlp_layers=mlp_layers,
         scale2=joined(layer_scale(layer.lambda_2), layer.drop_path),
         bias=bias,
         **attention_parts(layer.attention),

@@ -19,7 +19,7 @@ from adaptkit.core.view import Block
 class _Eomt(HfViT):
     """Blocks ``x + ls(attn(norm(x)))`` on class token, registers and patches.
 
-    The host joins its queries to the tokens before the last blocks and reads masks off them; the view runs all blocks
+    The model joins its queries to the tokens before the last blocks and reads masks off them; the view runs all blocks
     without them, as the backbone they were added to, and an adapter's head stands where they stood.
     """
 
@@ -45,7 +45,7 @@ class _Eomt(HfViT):
 
 @register_family("transformers.models.eomt.modeling_eomt.EomtForUniversalSegmentation")
 class HfEomt(_Eomt):
-    """With a table of positions, which the host takes as it is; at another size bicubic without antialias."""
+    """With a table of positions, which the backbone takes as it is; at another size bicubic without antialias."""
 
     family = "hf-eomt"
     positions = "bicubic"

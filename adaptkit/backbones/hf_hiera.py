@@ -24,8 +24,8 @@ from adaptkit.ops.grid import pad_to_multiple
 class HfHiera(HfHierarchical):
     """Blocks ``x + attn(norm(x))``; the first layer of a later stage pools its queries: it is how the stage is entered.
 
-    The host keeps tokens in such an order that those pooled together lie in one place; the view has them row by row,
-    and each layer runs in the host's order. The host takes images whose sides are multiples of the last stride; the
+    The model keeps tokens in such an order that those pooled together lie in one place; the view has them row by row,
+    and each layer runs in the backbone's order. It takes images whose sides are multiples of the last stride; the
     view pads others with zeros.
     """
 
@@ -66,7 +66,7 @@ class HfHiera(HfHierarchical):
         return x.index_select(1, self._order(stage, inner).argsort()), inner
 
     def blocks(self, stage: int, grid: tuple[int, int]) -> Sequence[Block]:
-        """The other layers of the stage, each in the host's order of these tokens."""
+        """The other layers of the stage, each in the backbone's order of these tokens."""
         order = self._order(stage, grid)
         layers = self.body.encoder.stages[stage].layers
         return [_block(layer, order, order.argsort()) for layer in layers[1 if stage else 0 :]]
@@ -93,10 +93,10 @@ class HfHiera(HfHierarchical):
                 unwrapped(layer).attn.use_mask_unit_attn = False
 
     def _order(self, stage: int, grid: tuple[int, int]) -> Tensor:
-        """Return which token, row by row, stands at each place (h*w,) of the host's order in a stage.
+        """Return which token, row by row, stands at each place (h*w,) of the backbone's order in a stage.
 
         Before each pooling that is still to come, the cells of one pooling window come apart as the slowest index, so
-        that the host pools by a maximum over it.
+        that the backbone pools by a maximum over it.
         """
         side = self.body.config.query_stride[0]
         device = self.body.embeddings.position_embeddings.device

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adaptkit.backbones._hf import HfViT, attention_parts, perceptron
+from adaptkit.backbones._hf import HfViT, attention_parts, mlp_layers
 from adaptkit.backbones._timm import block_list, joined, layer_scale
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
@@ -42,7 +42,7 @@ def _block(outer: Any) -> Block:
         scale1=layer_scale(layer.lambda_1),
         norm2=layer.layernorm_after,
         mlp=layer.mlp,
-        perceptron=partial(perceptron, layer.mlp),
+        mlp_layers=partial(mlp_layers, layer.mlp),
         scale2=joined(layer.dropout, layer_scale(layer.lambda_2)),
         **parts,
     )

@@ -15,7 +15,7 @@ from adaptkit.core.view import ViT
     "transformers.models.owlv2.modeling_owlv2.Owlv2VisionTransformer",
 )
 class HfOwlViT(HfCLIP):
-    """As CLIP: the host norms the class token alone, the view all tokens."""
+    """As CLIP: the backbone norms the class token alone, the view all tokens."""
 
     first_norm = "pre_layernorm"
 

@@ -21,7 +21,7 @@ class HfSam(HfViT):
     """Blocks on a map (B, h, w, D), given and taken as tokens. No class token and no final norm.
 
     The neck, a small convolutional head to 256 channels, is left to the backbone: tokens are what the last block gives.
-    The host takes images of its own size alone; at another one the view resamples the positions as transformers does
+    The model takes images of its own size alone; at another one the view resamples the positions as transformers does
     elsewhere. Attention does not come apart: its windows are padded and its positions depend on the query.
     """
 

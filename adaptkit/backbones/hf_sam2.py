@@ -23,7 +23,7 @@ from adaptkit.ops.grid import pad_to_multiple
 class HfSam2(HfHierarchical):
     """Blocks on maps (B, h, w, D). The first block of a later stage pools its queries: it is how the stage is entered.
 
-    The host takes images whose sides are multiples of the first window, in pixels, and of the last stride; the view
+    The backbone takes images whose sides are multiples of the first window, in pixels, and of the last stride; the view
     pads others with zeros. Tokens are what the last block gives: the neck is left to the model around.
     """
 

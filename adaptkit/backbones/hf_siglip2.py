@@ -15,7 +15,7 @@ from adaptkit.core.view import ViT
 
 @register_family("transformers.models.siglip2.modeling_siglip2.Siglip2VisionModel")
 class HfSiglip2(HfClipNames):
-    """Blocks ``x + attn(norm(x))``; the host takes patches (B, N, p*p*C) and resamples positions to their grid.
+    """Blocks ``x + attn(norm(x))``; the backbone takes patches (B, N, p*p*C) and resamples positions to their grid.
 
     All images of a batch have one size, so every patch is a patch of the image and nothing is masked.
     """

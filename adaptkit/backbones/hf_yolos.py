@@ -21,8 +21,8 @@ from adaptkit.core.view import Block, identity
 class HfYolos(HfViT):
     """Blocks ``attn(norm(x)) + x``, positions anew after each but the last; all resampled bicubic without antialias.
 
-    The host keeps class token, patches, detection tokens; the view class token, detection tokens, patches. Each block
-    runs in the host's order, so that sums are taken as there.
+    The model keeps class token, patches, detection tokens; the view class token, detection tokens, patches. Each block
+    runs in the backbone's order, so that sums are taken as there.
     """
 
     family = "hf-yolos"
@@ -63,7 +63,7 @@ def _kept(x: Tensor, prefix: int) -> Tensor:
 def _block(outer: Any, prefix: int, added: Tensor | None) -> Block:
     """``outer``: the layer as it runs, maybe compiled or wrapped; its parts are those of what is inside."""
     layer: Any = unwrapped(outer)
-    mlp, perceptron = ffn(layer)
+    mlp, mlp_layers = ffn(layer)
     return Block(
         run=partial(_run, outer, prefix, added),
         norm1=layer.layernorm_before,
@@ -71,7 +71,7 @@ def _block(outer: Any, prefix: int, added: Tensor | None) -> Block:
         scale1=identity,
         norm2=layer.layernorm_after,
         mlp=mlp,
-        perceptron=perceptron,
+        mlp_layers=mlp_layers,
         scale2=identity if added is None else partial(torch.add, _seen(added, prefix)),
         scale=layer.attention.attention.scaling,
         **attention_parts(layer.attention),

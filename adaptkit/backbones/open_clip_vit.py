@@ -14,7 +14,7 @@ from adaptkit.backbones._mha import mha_parts
 from adaptkit.backbones._timm import REMEDY, block_list, class_name, is_bare, joined, output_of, square_side, two_layers
 from adaptkit.core.registry import register_family, view
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, Perceptron, Source, Spec, ViT
+from adaptkit.core.view import Block, MLPLayers, Source, Spec, ViT
 from adaptkit.ops.grid import map_to_tokens
 
 
@@ -114,12 +114,12 @@ def _block(outer: Any) -> Block:
         norm2=blk.ln_2,
         mlp=blk.mlp,
         scale2=joined(blk.ls_2),
-        perceptron=partial(_perceptron, blk.mlp),
+        mlp_layers=partial(_mlp_layers, blk.mlp),
         **mha_parts(blk.attn),
     )
 
 
-def _perceptron(mlp: Any) -> Perceptron | None:
+def _mlp_layers(mlp: Any) -> MLPLayers | None:
     """See the FFN layer by layer; None where layers are replaced (LoRA)."""
     return two_layers(mlp.c_fc, mlp.gelu, mlp.c_proj) if is_bare(mlp, nn.Sequential) and len(mlp) == 3 else None
 

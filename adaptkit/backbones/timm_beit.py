@@ -18,8 +18,8 @@ from adaptkit.backbones._timm import (
     joined,
     layer_scale,
     merge_heads,
+    mlp_layers,
     patchify,
-    perceptron,
 )
 from adaptkit.backbones._timm_plain import TimmPlain
 from adaptkit.core.registry import register_family
@@ -121,7 +121,7 @@ def _block(outer: Any, shared: Tensor | None, grid: tuple[int, int], index: Tens
         scale1=joined(layer_scale(blk.gamma_1), blk.drop_path1),
         norm2=blk.norm2,
         mlp=blk.mlp,
-        perceptron=partial(perceptron, blk.mlp),
+        mlp_layers=partial(mlp_layers, blk.mlp),
         scale2=joined(layer_scale(blk.gamma_2), blk.drop_path2),
         qkv=partial(fused_qkv, attn),
         out=partial(merge_heads, attn.proj),

@@ -20,8 +20,8 @@ from adaptkit.backbones._timm import (
     is_named,
     joined,
     layer_scale,
+    mlp_layers,
     patchify,
-    perceptron,
 )
 from adaptkit.backbones._timm_plain import TimmPlain
 from adaptkit.core.registry import register_family
@@ -91,7 +91,7 @@ def eva_block(outer: Any, rope: Tensor | None) -> Block:
         "run": partial(outer, rope=rope),
         "attn": partial(blk.attn, rope=rope),
         "mlp": blk.mlp,
-        "perceptron": partial(perceptron, blk.mlp),
+        "mlp_layers": partial(mlp_layers, blk.mlp),
         "qkv": partial(_qkv, attn, rope),
         "qkv_at": None if rope is None else partial(_qkv_at, attn, rope),
         "out": partial(_out, attn),

@@ -18,8 +18,8 @@ from adaptkit.backbones._timm import (
     is_bare,
     is_named,
     joined,
+    mlp_layers,
     patchify,
-    perceptron,
     split_qkv,
 )
 from adaptkit.backbones._timm_plain import TimmPlain
@@ -64,7 +64,7 @@ def timm_block(outer: Any) -> Block:
         "qkv": partial(_qkv, attn),
         "out": partial(_out, attn),
         "projections": partial(_projections, blk.attn),
-        "perceptron": partial(perceptron, blk.mlp),
+        "mlp_layers": partial(mlp_layers, blk.mlp),
     }
     scale1, scale2 = _scales(blk, "ls1", "drop_path1"), _scales(blk, "ls2", "drop_path2")
     if is_named(blk, "ResPostBlock"):  # x + norm(attn(x)): the norm as LayerScale

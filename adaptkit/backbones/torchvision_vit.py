@@ -13,7 +13,7 @@ from adaptkit.backbones._mha import mha_parts
 from adaptkit.backbones._timm import block_list, is_bare, output_of, resampled, two_layers
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, Perceptron, Source, Spec, ViT, identity
+from adaptkit.core.view import Block, MLPLayers, Source, Spec, ViT, identity
 from adaptkit.ops.grid import map_to_tokens
 
 
@@ -103,12 +103,12 @@ def _block(outer: Any) -> Block:
         norm2=blk.ln_2,
         mlp=blk.mlp,
         scale2=identity,
-        perceptron=partial(_perceptron, blk.mlp),
+        mlp_layers=partial(_mlp_layers, blk.mlp),
         **mha_parts(blk.self_attention),
     )
 
 
-def _perceptron(mlp: Any) -> Perceptron | None:
+def _mlp_layers(mlp: Any) -> MLPLayers | None:
     """See the FFN layer by layer; None where layers are replaced (LoRA)."""
     linear = [m for m in mlp if isinstance(m, nn.Linear)]
     return two_layers(linear[0], mlp[1], linear[1]) if is_bare(mlp, type(unwrapped(mlp))) and len(linear) == 2 else None

@@ -69,10 +69,10 @@ def run(args: argparse.Namespace) -> None:
 
 def _squares(model: Any, paths: list[Path], size: int | None, normalised: dict[str, list[float]]) -> list[Any]:
     """Read pictures, bring the shorter side to ``size`` and cut the middle; normalised so, or as the backbone says."""
-    from adaptkit.analysis.watch import Host
+    from adaptkit.analysis.watch import Watched
     from adaptkit.predict.transform import transform_of
 
-    host = Host.of(model)
+    host = Watched.of(model)
     patch = host.vit.spec.patch_size
     side = size or 224
     if side < patch:

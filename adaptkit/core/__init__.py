@@ -1,1 +1,1 @@
-"""What everything else is written in: the view of a backbone, the seam, the registry, the owner's proxies."""
+"""The foundation: views of backbones, the registry of methods and families, layer proxies, shared layers, schemas."""

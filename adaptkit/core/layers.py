@@ -11,7 +11,19 @@ from torch.nn.modules._functions import SyncBatchNorm as _TorchSyncBatchNorm
 
 from adaptkit.core.near import hint
 
-__all__ = ["DropPath", "LayerNorm2d", "Norm", "SyncBatchNorm2d", "check_choice", "check_numbers", "doubled", "norm2d"]
+__all__ = [
+    "DropPath",
+    "LayerNorm2d",
+    "Norm",
+    "SyncBatchNorm2d",
+    "check_choice",
+    "check_numbers",
+    "check_positive",
+    "doubled",
+    "init_weights",
+    "norm2d",
+    "parameter_dtype",
+]
 
 Norm = Literal["batch", "sync", "group", "layer"]
 MOST, MOST_RATIO = 1 << 20, float(1 << 10)
@@ -146,12 +158,22 @@ def check_numbers(config: Any, but: tuple[str, ...] = ()) -> None:
         elif isinstance(value, list | tuple):
             for part in value:
                 check(option, part)
-        elif isinstance(value, int | float) and not abs(value) <= (MOST if isinstance(value, int) else MOST_RATIO):
-            raise ValueError(f"{option}={value}, and the largest is {MOST if isinstance(value, int) else MOST_RATIO}")
+        elif isinstance(value, int | float):
+            most = MOST if isinstance(value, int) else MOST_RATIO
+            if not abs(value) <= most:  # NaN too
+                raise ValueError(f"{option}={value} is beyond what a model can have; give a number of at most {most}")
 
     for field in dataclasses.fields(config):
         if field.name not in but:
             check(field.name, getattr(config, field.name))
+
+
+def check_positive(config: Any, *options: str) -> None:
+    """Raise ``ValueError`` where one of these options of a config is given and below 1."""
+    for option in options:
+        value = getattr(config, option)
+        if value is not None and value < 1:
+            raise ValueError(f"{option}={value} must be at least 1")
 
 
 def init_weights(module: nn.Module) -> None:

@@ -271,7 +271,9 @@ class Routed(nn.Module):
         """Return the wrapper of the one task that has the whole batch; None where every row is the plain layer's."""
         routes = _ROUTES.get()
         if len(routes) > 1 and any(route.task in self.wrappers for route in routes):
-            raise RuntimeError("the weight of this layer is read, not called: its tasks cannot share a batch")
+            raise RuntimeError(
+                "the backbone reads the weight of this layer, which all rows of a batch share: run one task at a time"
+            )
         return self.wrappers.get(routes[0].task) if len(routes) == 1 else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -129,12 +129,18 @@ def _register(table: dict[str, Entry], name: str, config: type[Any]) -> Callable
 
 
 def register_adapter(name: str, config: type[Any]) -> Callable[[T], T]:
-    """Class decorator: ``attach(model, name)`` builds this adapter as ``cls(spec, config)``."""
+    """Class decorator: ``attach(model, name)`` builds this adapter as ``cls(spec, config)``.
+
+    One whose ``takes_backbone`` is true is built as ``cls(spec, config, backbone)``.
+    """
     return _register(_ADAPTERS, name, config)
 
 
 def register_head(name: str, config: type[Any]) -> Callable[[T], T]:
-    """Class decorator: ``attach(..., head=config)`` builds this head as ``cls(spec, config, pyramid)``."""
+    """Class decorator: ``attach(..., head=config)`` builds this head as ``cls(spec, config, strides)``.
+
+    ``strides``: of the maps in ``Features.maps``, in pixels, finest first; ``()`` where no map is made.
+    """
     return _register(_HEADS, name, config)
 
 

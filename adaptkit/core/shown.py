@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import html
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from adaptkit.core.printable import printable
 
-__all__ = ["Rows", "Shown", "as_html", "as_text", "changed", "counted"]
+__all__ = ["Rows", "Shown", "as_html", "as_text", "changed", "counted", "listed"]
 
 Rows = list[tuple[str, str]]
 WIDTH = 110  #: characters of a line of text
@@ -68,6 +69,12 @@ def changed(config: Any) -> str:
 def counted(number: int, what: str) -> str:
     """``1 block``, ``1,200 parameters``."""
     return f"{number:,} {what if number == 1 else what + 's'}"
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """``a, b, c and 2 more``."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _cell(value: str) -> str:

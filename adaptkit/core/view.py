@@ -29,14 +29,14 @@ from adaptkit.seam import accelerated, modes
 __all__ = [
     "Block",
     "Features",
-    "Perceptron",
+    "MLPLayers",
     "Projections",
     "Source",
     "Spec",
     "ViT",
     "View",
     "identity",
-    "no_perceptron",
+    "no_mlp_layers",
     "no_projections",
     "renamed",
 ]
@@ -142,7 +142,7 @@ def no_projections() -> None:
     """Return nothing: the attention of this block is more than linear layers around a softmax."""
 
 
-def no_perceptron() -> None:
+def no_mlp_layers() -> None:
     """Return nothing: the FFN of this block is more than two linear layers around an activation."""
 
 
@@ -159,16 +159,15 @@ class Projections(NamedTuple):
     layers, no position inside, no norm over several heads, one key and value for each query.
     """
 
-    qkv: tuple[
-        Tensor, ...
-    ]  #: (3, heads, E, D) where they are one layer of the backbone, else three of (1, heads, E, D)
+    #: (3, heads, E, D) where they are one layer of the backbone, else three of (1, heads, E, D)
+    qkv: tuple[Tensor, ...]
     qkv_bias: tuple[Tensor | None, ...]  #: (3, heads, E), or three of (1, heads, E)
     norms: tuple[Fn, Fn]  #: of q and k, over E
     out_weight: Tensor  #: (D, heads, E)
     out_bias: Tensor | None  #: (D,)
 
 
-class Perceptron(NamedTuple):
+class MLPLayers(NamedTuple):
     """An FFN that is ``fc2(act(fc1(h)))`` and nothing else, from the backbone's own layers."""
 
     fc1: nn.Linear
@@ -196,18 +195,17 @@ class Block:
     out: Fn  #: (B, heads, P+N, E) -> (B, P+N, D)
     scale: float | None = None  #: of the logits; None is 1/sqrt(E)
     bias: Tensor | None = None  #: added to the logits, broadcast to (B, heads, P+N, P+N)
-    #: ``qkv`` of some rows: (1, R, D) and their places (R,), the patch 0..N-1 or -1 for a prefix token -> three of
-    #: (1, heads, R, E). None: the place does not matter and ``qkv`` itself takes any rows.
+    #: ``qkv`` of some tokens only: h (B, R, D) and the index of each in the patch grid (R,), 0..N-1, or -1 for a prefix
+    #: token -> three of (B, heads, R, E). None: ``qkv`` does not depend on the position and takes any tokens.
     qkv_at: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
-    #: Rotary backbones: q or k (B, heads, R, E) made at place -1, and places (R, 2) or (B, heads, R, 2), continuous, as
-    #: (y, x) in patches from the centre of the first one -> the same turned there. None: no position inside.
+    #: Rotary backbones: rotate q or k (B, heads, R, E), made at index -1, to any positions (R, 2) or (B, heads, R, 2),
+    #: as (y, x) in patches from the centre of the first patch, fractions too. None: no rotary positions.
     rotate: Callable[[Tensor, Tensor], Tensor] | None = None
     #: Where heads can be computed one by one; None from it where the backbone's layers do not allow that.
     projections: Callable[[], Projections | None] = no_projections
-    perceptron: Callable[[], Perceptron | None] = no_perceptron  #: ``mlp`` layer by layer, where it is that simple
-    #: Where the attention of a block without ``qkv`` can be told all the same, for pictures: normed tokens (B, N, D) ->
-    #: the attention (B, heads, N, K), and which cell each key is (N, K), row by row. A key that is no cell, but
-    #: padding, has weight 0, so that what is missing to 1 was spent on those.
+    mlp_layers: Callable[[], MLPLayers | None] = no_mlp_layers  #: ``mlp`` layer by layer, where it is that simple
+    #: For figures of a block without ``qkv``: normed tokens (B, N, D) -> attention weights (B, heads, N, K), and the
+    #: cell of each key (N, K), row by row. Padding keys have weight 0; what is missing from a sum of 1 went to them.
     attended: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     grid: tuple[int, int] | None = None  #: (h, w) of the patch tokens, as a block adapter gets the block
     repeatable: bool = True  #: whether the forward may run again: not where several processes must run in step
@@ -221,6 +219,20 @@ class Block:
         """Run the block from its parts: the MetaFormer equation above."""
         x = x + self.scale1(self.attn(self.norm1(x)))
         return x + self.scale2(self.mlp(self.norm2(x)))
+
+    def patch_grid(self) -> tuple[int, int]:
+        """Return ``grid``, (h, w) of the patch tokens; ``ValueError`` where the block does not know it."""
+        if self.grid is None:
+            raise ValueError(
+                "this block does not know its patch grid: run it through attach(), or give Block(grid=(h, w))"
+            )
+        return self.grid
+
+    def qkv_unplaced(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``qkv`` of tokens without a position, as prefix tokens are: (B, R, D) -> three of (B, heads, R, E)."""
+        if self.qkv_at is None:
+            return self.qkv(h)
+        return self.qkv_at(h, torch.full((h.shape[1],), -1, device=h.device))
 
     def attention(self, h: Tensor) -> Tensor:
         """``attn`` from ``qkv``, ``bias`` and ``out``: (B, P+N, D) -> (B, P+N, D)."""
@@ -237,10 +249,10 @@ class View(ABC):
     others are final.
     """
 
-    positions: str = "none"  #: the rule by which positions go to another grid, as the backbone does it
-    position_rules: tuple[str, ...] = ()  #: others among which :meth:`follow` may choose, the backbone's own too
-    replayed: bool = False  #: whether the backbone has run already, for others too, and this view says what it gave
-    tupled: bool = False  #: whether the modules that blocks run return their tokens as the first of a pair
+    positions: str = "none"  #: how position embeddings are resampled to another grid
+    position_rules: tuple[str, ...] = ()  #: the rules that :meth:`follow` accepts, the backbone's own among them
+    replayed: bool = False  #: whether the backbone has already run and this view returns its stored outputs
+    tupled: bool = False  #: whether the backbone's block modules return ``(tokens, ...)`` and not the tokens alone
     spec: Any  #: Spec of a plain ViT, HierarchicalSpec of a hierarchical backbone
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -292,33 +304,33 @@ class View(ABC):
         """Return what the backbone knows of its origin."""
 
     def follow(self, rule: str) -> None:
-        """Bring positions to another grid by this rule from now on, whatever the backbone does itself.
+        """Resample position embeddings by this rule from now on, whatever the backbone does itself.
 
         At the backbone's own grid nothing changes. Raises ``ValueError`` for a rule that this family does not know.
         """
         if rule not in (self.positions, *self.position_rules):
             known = " or ".join(map(repr, self.position_rules or (self.positions,)))
             raise ValueError(
-                f"positions={rule!r}: {type(self.backbone).__name__} brings them to another grid as {known}"
+                f"positions={rule!r}: position embeddings of {type(self.backbone).__name__} are resampled as {known}"
             )
         self.positions = rule
 
     def sizes(self) -> Sequence[tuple[int, int]]:
-        """Return sizes (H, W) in pixels that the backbone takes, its own first; ``()``: there is no reference."""
+        """Return image sizes (H, W) in pixels that the backbone accepts, its own first; ``()``: compare no forward."""
         return ()
 
     def reference(self, image: Tensor) -> Tensor | None:
-        """Image (1, C, H, W) of such a size -> tokens (1, P+N, D), or (1, N, D), by the backbone's own forward.
+        """Run the backbone's own forward: image (1, C, H, W), of one of :meth:`sizes` -> tokens (1, P+N or N, D).
 
-        They are what :meth:`features` must give: after the final norm, all prefix tokens first. In the copy, cheap
-        functions stand in for the blocks.
+        :meth:`features` must give the same tokens: after the final norm, prefix tokens first. The proof calls it on a
+        copy whose blocks are replaced by cheap functions.
         """
         return None
 
     def answers(self, tokens: Tensor) -> Sequence[Tensor]:
-        """Tokens as :meth:`reference` gives them -> what the backbone may return for it: one of these.
+        """Tokens as :meth:`reference` gives them -> tensors, one of which the backbone's own forward must return.
 
-        None: whatever else the backbone returns is not looked at.
+        ``()``: what the backbone returns is not compared.
         """
         return ()
 

@@ -14,11 +14,11 @@ __all__ = ["QueryHead", "QueryLogits"]
 
 
 class QueryLogits(NamedTuple):
-    """What each query says, by the names of transformers' Mask2Former and EoMT, whose image processors read it too."""
+    """Classes and masks of queries, named as in transformers' Mask2Former and EoMT: their image processors read it."""
 
-    class_queries_logits: Tensor  #: (B, Q, K + 1), the last of "nothing"
+    class_queries_logits: Tensor  #: (B, Q, K + 1), the last class is "nothing"
     masks_queries_logits: Tensor  #: (B, Q, h, w), over the image padded to whole patches
-    auxiliary_logits: tuple[QueryLogits, ...] = ()  #: in training, what was said before each block, the first one first
+    auxiliary_logits: tuple[QueryLogits, ...] = ()  #: in training, the predictions before each block, in order
 
 
 class QueryHead(nn.Module, ABC):
@@ -48,4 +48,4 @@ class QueryHead(nn.Module, ABC):
 
     @abstractmethod
     def anneal(self, progress: float) -> None:
-        """Be told, in training, which share of it is over, in 0..1."""
+        """Set the schedule of mask annealing: ``progress``, in 0..1, is the share of the training that is over."""

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from adaptkit.core.layers import check_choice, check_numbers, parameter_dtype
+from adaptkit.core.layers import check_choice, check_numbers, check_positive, parameter_dtype
 from adaptkit.core.registry import register_head
 from adaptkit.core.view import Features, Spec
 
@@ -17,16 +17,17 @@ __all__ = ["ClassifierHead", "ClassifierHeadConfig"]
 
 @dataclass(frozen=True)
 class ClassifierHeadConfig:
-    """``num_classes`` of the task, and what is read: the class token, the mean patch token, or both side by side."""
+    """``num_classes`` of the task, and what is pooled."""
 
     num_classes: int
+    #: "token": the first prefix token, the class token where there is one; "avg": the mean of the patch tokens; "both":
+    #: the two side by side
     pool: Literal["token", "avg", "both"] = "avg"
 
     def __post_init__(self) -> None:
         check_numbers(self)
         check_choice("pool", self.pool, ("token", "avg", "both"))
-        if self.num_classes < 1:
-            raise ValueError(f"num_classes={self.num_classes} must be at least 1")
+        check_positive(self, "num_classes")
 
 
 @register_head("classifier", ClassifierHeadConfig)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from adaptkit.core.layers import check_numbers, parameter_dtype
+from adaptkit.core.layers import check_numbers, check_positive, parameter_dtype
 from adaptkit.core.registry import register_head
 from adaptkit.core.view import Features, Spec
 from adaptkit.ops.grid import resample_map, tokens_to_map
@@ -22,8 +22,7 @@ class LinearHeadConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        if self.num_classes < 1:
-            raise ValueError(f"num_classes={self.num_classes} must be at least 1")
+        check_positive(self, "num_classes")
 
 
 @register_head("linear", LinearHeadConfig)

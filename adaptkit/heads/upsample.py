@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from adaptkit.core.hierarchical import HierarchicalSpec
-from adaptkit.core.layers import Norm, check_choice, check_numbers, doubled, norm2d, parameter_dtype
+from adaptkit.core.layers import (
+    Norm,
+    check_choice,
+    check_numbers,
+    check_positive,
+    doubled,
+    norm2d,
+    parameter_dtype,
+)
 from adaptkit.core.registry import register_head
 from adaptkit.core.view import Features, Spec
 from adaptkit.ops.grid import resample_map, tokens_to_map
@@ -33,8 +41,7 @@ class UpsampleHeadConfig:
     def __post_init__(self) -> None:
         check_numbers(self)
         check_choice("norm", self.norm, ("batch", "sync", "group", "layer"))
-        if self.num_classes < 1:
-            raise ValueError(f"num_classes={self.num_classes} must be at least 1")
+        check_positive(self, "num_classes")
 
 
 @register_head("upsample", UpsampleHeadConfig)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["at", "plainly"]
+__all__ = ["at", "plain_errors"]
 
 LOG_IN = "log in with `hf auth login`, or pass token="
 
@@ -21,7 +21,7 @@ def at(repo_id: str, revision: str | None) -> str:
 
 
 @contextmanager
-def plainly(repo_id: str, revision: str | None, looking_for: str = "", **options: Any) -> Iterator[None]:
+def plain_errors(repo_id: str, revision: str | None, looking_for: str = "", **options: Any) -> Iterator[None]:
     """Around calls of ``huggingface_hub``: raise what they raise as an ``OSError`` in plain words.
 
     ``looking_for``: the file that is being downloaded, with the ``options`` of the download; empty in an upload.

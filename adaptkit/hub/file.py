@@ -28,7 +28,7 @@ from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.near import beside
 from adaptkit.core.registry import ForeignLayout, layouts
 from adaptkit.core.schema import MOST_BYTES
-from adaptkit.core.shown import Rows, Shown
+from adaptkit.core.shown import Rows, Shown, listed
 from adaptkit.core.view import Spec, View
 from adaptkit.hub.digest import block_sums, digest, other_blocks, other_layers
 from adaptkit.hub.header import FORMAT, check_keys, read_header, spec_of
@@ -94,7 +94,7 @@ class AdapterFile(Shown):
 
 
 def _within(folder: Path) -> str:
-    """Say which folders of this one hold an adapter, as that of a run does; empty where none does."""
+    """Return a hint that names the subfolders of ``folder`` that hold an adapter; ``""`` where none does."""
     held = sorted(str(file.parent) for file in folder.glob(f"*/{WEIGHTS}")) if folder.is_dir() else []
     return f" (there is one in {', '.join(held[:3])})" if held else ""
 
@@ -143,7 +143,8 @@ def load(path: str | os.PathLike[str], allow_nonfinite: bool = False) -> Adapter
 
 def _check_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
     for name, tensor in tensors.items():
-        # One sum says of almost every tensor that it is finite; of a finite one it may overflow.
+        # One pass suffices for almost every tensor: its sum is finite. A finite tensor may overflow in its sum, so that
+        # its values are then looked at one by one.
         if tensor.dtype in FLOATS and not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise ValueError(
                 f"{file}: {name} holds {int((~tensor.isfinite()).sum())} values that are NaN or infinite of "
@@ -164,7 +165,7 @@ def metadata_of(files: Sequence[AdapterFile]) -> dict[str, Any]:
 
 
 def normalisation_of(metadata: Mapping[str, Any], channels: int) -> tuple[list[float], list[float]] | None:
-    """Return ``mean`` and ``std`` of metadata, a number for each channel; None where they are not there, or others."""
+    """Return ``mean`` and ``std`` from metadata, a number per channel; None where one is missing or malformed."""
     said = metadata.get("mean"), metadata.get("std")
     whole = all(isinstance(v, list) and len(v) == channels and all(type(n) in (int, float) for n in v) for v in said)
     return (said[0], said[1]) if whole else None  # type: ignore[return-value]
@@ -204,7 +205,8 @@ def fingerprint(vit: View) -> dict[str, list[float]]:
         if tensor.is_meta:  # no values yet
             continue
         flat = tensor.detach().flatten()
-        index = torch.linspace(0, flat.numel() - 1, 8, dtype=torch.float32, device="cpu").long().to(flat.device)
+        index = torch.linspace(0, flat.numel() - 1, 8, dtype=torch.float32, device="cpu").long()
+        index = index.clamp(max=flat.numel() - 1).to(flat.device)  # float32 rounds up beyond 2^24
         marks[name] = [float(f"{v:.6g}") for v in flat[index].float().tolist()]
     return marks
 
@@ -220,12 +222,12 @@ def sums_of(vit: View) -> dict[str, list[float]]:
 
 
 class OtherNormalisation(UserWarning):
-    """A file was trained on images normalised otherwise than the backbone says, and nothing shows who normalises."""
+    """Warns that a file was trained on images normalised otherwise than the backbone declares."""
 
 
 @contextlib.contextmanager
 def normalised_by_file() -> Iterator[None]:
-    """Within, files are attached by those who normalise as the file says: they need no :class:`OtherNormalisation`."""
+    """Inside, silence :class:`OtherNormalisation`: the caller normalises images as the file says."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OtherNormalisation)
         yield
@@ -234,11 +236,11 @@ def normalised_by_file() -> Iterator[None]:
 def check_fits(file: AdapterFile, vit: View, strict: bool = False) -> None:
     """Compare a file with a backbone.
 
-    Another structure is a ``ValueError``. Other weights of the same structure are a warning, or with ``strict`` a
-    ``ValueError`` too: the adapter runs, but was trained on other features. Every layer is compared: bit by bit where
-    both sides hold the same tensors, else block by block up to rounding; of a block that one side holds quantised
-    nothing is compared, and patches and norms speak for it. Other positions at other sizes, and another normalisation
-    (:class:`OtherNormalisation`), are warnings.
+    Raises ``ValueError`` for a backbone of another structure. Other weights of the same structure are a warning, or
+    with ``strict`` a ``ValueError``: the adapter runs, but was trained on other features. Layers are compared bit by
+    bit where both sides hold the same tensors, else block by block up to rounding. A block that one side holds
+    quantised is not compared; the patch embedding and the norms stand in for it. Another rule for resampling position
+    embeddings and another normalisation (:class:`OtherNormalisation`) are warnings.
     """
     if file.header["backbone"] is None:  # a folder of peft knows the names of layers and nothing else
         return
@@ -263,17 +265,17 @@ def check_fits(file: AdapterFile, vit: View, strict: bool = False) -> None:
     if other:
         message = (
             f"{file.path} was trained on other weights of this structure (file: {saved['source'] or 'unnamed'}, "
-            f"backbone: {source.id or 'unnamed'}; they differ in {_listed(other)}): its results will differ. Load the "
-            "weights it was trained on"
+            f"backbone: {source.id or 'unnamed'}; they differ in {listed(other, 6)}): its results will differ. Load "
+            "the weights it was trained on"
         )
         if strict:
             raise ValueError(message)
         warnings.warn(message, UserWarning, stacklevel=3)
     if saved.get("positions", vit.positions) != vit.positions:
         warnings.warn(
-            f"{file.path} was trained where positions go to another grid as {saved['positions']!r}, this backbone "
-            f"({type(vit.backbone).__name__}) does it as {vit.positions!r}: results agree at the native size only. For "
-            f"other sizes {_other_rule(saved['positions'], vit)}",
+            f"{file.path} was trained with position embeddings resampled as {saved['positions']!r}, this backbone "
+            f"({type(vit.backbone).__name__}) resamples them as {vit.positions!r}: results agree at the native size "
+            f"only. For other sizes use {_other_rule(saved['positions'], vit)}",
             UserWarning,
             stacklevel=3,
         )
@@ -292,7 +294,7 @@ def _other_rule(rule: str, vit: View) -> str:
     known = rule in vit.position_rules
     if known:
         return f"attach(..., positions={rule!r}), in a command --positions {rule!r}"
-    return "take the library that it was trained in"
+    return "the library it was trained in"
 
 
 def say_spec(spec: Spec | HierarchicalSpec) -> str:
@@ -317,10 +319,6 @@ def _other_weights(file: AdapterFile, vit: View) -> list[str]:
         if not other and not _same_marks(marks, mine):
             other = [f"{name!r}" for name in marks] or ["every layer"]
     return other
-
-
-def _listed(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _same_marks(then: dict[str, list[float]], now: dict[str, list[float]]) -> bool:

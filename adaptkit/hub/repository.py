@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from adaptkit.hub import file as files
 from adaptkit.hub.card import check_metadata, is_hub_id, model_card, renewed
-from adaptkit.hub.errors import at, plainly
+from adaptkit.hub.errors import at, plain_errors
 from adaptkit.hub.file import CARD, CONFIG, WEIGHTS, AdapterFile
 from adaptkit.hub.metadata import check_names, plain
 from adaptkit.version import __version__
@@ -112,7 +112,7 @@ def push(
     metadata = {**extra, **metadata}
     check_metadata(plain(metadata))
     api = HfApi(token=token, library_name="adaptkit", library_version=__version__)
-    with tempfile.TemporaryDirectory() as temporary, plainly(repo_id, revision):
+    with tempfile.TemporaryDirectory() as temporary, plain_errors(repo_id, revision):
         folder = Path(temporary) / "adapter"
         model.save(folder, **metadata)
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -152,7 +152,7 @@ def _fetch(repo_id: str, revision: str | None, subfolder: str, local_files_only:
     inside = f"{subfolder}/" if subfolder else ""
     options = {**options, "local_files_only": local_files_only, "library_name": "adaptkit"}
     options["library_version"] = __version__
-    with plainly(repo_id, revision, looking_for=inside + WEIGHTS, **options):
+    with plain_errors(repo_id, revision, looking_for=inside + WEIGHTS, **options):
         weights = Path(hf_hub_download(repo_id, inside + WEIGHTS, revision=revision, **options))
         commit = weights.parents[inside.count("/")].name
         # The config says nothing that the weights do not, but people read it, and the Hub counts its downloads.

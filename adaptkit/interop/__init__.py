@@ -36,11 +36,11 @@ def from_official(
         method: ``"vit-adapter"``, ``"vit-split"``, ``"adavit"``, ``"dat"`` or ``"pmt"``.
         state_dict: the authors' tensors, with or without the ``backbone.`` (PMT: ``network.``) prefix; tensors of
             necks, heads and optimisers are left aside. A whole checkpoint ``{"state_dict": ...}`` is opened.
-        backbone: its weights are yours. The official ViT-Adapter has no class token and a layer scale: a timm
-            ViT built with ``class_token=False, global_pool="avg", fc_norm=False, init_values=1.0`` backbones it. An
-            official AdaViT is a DeiT: timm's, whose classifier gives the logits. An official ViT-Split has a DINOv2, of
-            timm or transformers. For ``"dat"`` it is a
-            :class:`~adaptkit.models.DAT` of any size, or left out to build one from the options.
+        backbone: the model to attach to, with its own weights unless ``load_backbone``. The official ViT-Adapter has
+            LayerScale and no class token: give a timm ViT built with ``class_token=False, global_pool="avg",
+            fc_norm=False, init_values=1.0``. For AdaViT give timm's DeiT, whose classifier makes the logits, for
+            ViT-Split a DINOv2 of timm or transformers. For ``"dat"`` give a :class:`~adaptkit.models.DAT` of any size,
+            or None to build one from the options.
         load_backbone: also load the ViT part of the checkpoint into the backbone, where its keys fit.
         options: config fields that the tensors do not tell. For ``"vit-adapter"`` these are ``add_vit_feature``
             (``"last"`` for detection, ``"per-stage"`` for segmentation, or ``None``), ``interaction_indexes`` where

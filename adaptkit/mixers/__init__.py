@@ -64,11 +64,7 @@ def mixer(name: str, dim: int, **options: Any) -> nn.Module:
 
     Raises ``ValueError`` for a name that is not registered or options that this mixer does not have.
     """
-    build = _builder(name)
-    try:
-        return build(dim, **options)
-    except TypeError as error:
-        raise ValueError(f"mixer {name!r} does not take {options}: {error}") from error
+    return _built(name, _builder(name), dim, **options)
 
 
 def cross_mixer(
@@ -94,22 +90,29 @@ def cross_mixer(
     """
     from adaptkit.mixers.attention import GlobalCrossAttention, WindowCrossAttention
     from adaptkit.mixers.cross import Resampled
+    from adaptkit.mixers.deformed import DeformableCrossAttention
     from adaptkit.mixers.msda import MSDeformAttn
 
     width = int(dim * ratio)
     if name == "msda":
-        return MSDeformAttn(dim, levels, heads, points, ratio)
+        return _built(name, MSDeformAttn, dim, levels, heads, points, ratio, **options)
     if name == "global":
-        return GlobalCrossAttention(dim, width, heads)
+        return _built(name, GlobalCrossAttention, dim, width, heads, **options)
     if name == "dat":
-        from adaptkit.mixers.deformed import DeformableCrossAttention
-
-        return DeformableCrossAttention(dim, width, heads)
+        return _built(name, DeformableCrossAttention, dim, width, heads, **options)
     if name == "window":
-        return WindowCrossAttention(dim, width, heads, **options)
+        return _built(name, WindowCrossAttention, dim, width, heads, **options)
     if name == "pool":
         options = {"minus": False, **options}
     return Resampled(dim, width, mixer(name, width, **options))
+
+
+def _built(name: str, build: Callable[..., Any], /, *sizes: Any, **options: Any) -> Any:
+    """Build a mixer; ``ValueError`` for options that it does not take."""
+    try:
+        return build(*sizes, **options)
+    except TypeError as error:
+        raise ValueError(f"mixer {name!r} does not take {options}: {error}") from error
 
 
 def _builder(name: str) -> Callable[..., nn.Module]:

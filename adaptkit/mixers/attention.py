@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptkit.core.layers import check_positive
 from adaptkit.mixers.base import CrossMixer, Layout, Mixer, even_heads
-from adaptkit.ops.grid import map_to_tokens, tokens_to_map
+from adaptkit.ops.grid import cells, map_to_tokens, tokens_to_map
 from adaptkit.ops.windows import Windows
 
 __all__ = ["GlobalAttention", "GlobalCrossAttention", "WindowAttention", "WindowCrossAttention"]
@@ -23,13 +24,13 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  #: q, k, v of (B, heads, N,
 
 
 class _SelfAttention(nn.Module):
-    """``proj(attend(q, k, v))`` with q, k, v = qkv(x): who attends to whom is told."""
+    """``proj(attend(q, k, v))`` with q, k, v = qkv(x); ``attend`` decides which tokens attend to which."""
 
     def __init__(self, dim: int, heads: int | None) -> None:
         super().__init__()
         self.heads = even_heads(dim, 16) if heads is None else heads
-        if dim % self.heads:
-            raise ValueError(f"heads={heads} do not divide the width {dim}")
+        if self.heads < 1 or dim % self.heads:
+            raise ValueError(f"heads={self.heads} do not divide the width {dim}; choose a divisor of {dim}")
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.proj = nn.Linear(dim, dim)
 
@@ -58,6 +59,7 @@ class WindowAttention(Mixer):
     def __init__(self, dim: int, heads: int | None = None, window: int = 7) -> None:
         super().__init__()
         self.attn, self.window = _SelfAttention(dim, heads), window
+        check_positive(self, "window")
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -106,6 +108,7 @@ class WindowCrossAttention(CrossMixer):
     def __init__(self, dim: int, width: int, heads: int, window: int = 7) -> None:
         super().__init__()
         self.attn, self.window = _CrossAttention(dim, width, heads), window
+        check_positive(self, "window")
 
     def forward(self, query: Tensor, feat: Tensor, layout: Layout) -> Tensor:
         """Query (B, Q, D), feat (B, S, D) -> (B, Q, D)."""
@@ -119,7 +122,7 @@ class WindowCrossAttention(CrossMixer):
 
 def _counts(grid: tuple[int, int], window: int) -> tuple[int, int]:
     """Return how many windows of ``window`` cells cover a grid, down and across."""
-    return -(-grid[0] // window), -(-grid[1] // window)
+    return cells(grid[0], window), cells(grid[1], window)
 
 
 def _attend_in(ours: Windows, theirs: Windows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -18,6 +18,12 @@ def _depthwise(dim: int, kernel: int, bias: bool) -> nn.Conv2d:
     return nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim, bias=bias)
 
 
+def _depthwise_each(dim: int, kernels: Sequence[int]) -> nn.ModuleList:
+    if not kernels:
+        raise ValueError("kernels=() leaves nothing to convolve with; give one or several odd sizes")
+    return nn.ModuleList(_depthwise(dim, k, bias=True) for k in kernels)
+
+
 class DepthwiseConv(Mixer):
     """``y = conv(x)``, one kernel per channel (Yu et al. 2022, section 4.3: the ablation that beats pooling)."""
 
@@ -35,7 +41,7 @@ class MultiKernelConv(Mixer):
 
     def __init__(self, dim: int, kernels: Sequence[int] = (3, 5, 7)) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(_depthwise(dim, k, bias=True) for k in kernels)
+        self.convs = _depthwise_each(dim, kernels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -50,7 +56,7 @@ class MonaConv(Mixer):
 
     def __init__(self, dim: int, kernels: Sequence[int] = (3, 5, 7)) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(_depthwise(dim, k, bias=True) for k in kernels)
+        self.convs = _depthwise_each(dim, kernels)
         self.projector = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from adaptkit.core.layers import LayerNorm2d
 from adaptkit.mixers.base import CrossMixer, Layout
 from adaptkit.mixers.dat import DeformableAttention, attention_weights
 from adaptkit.ops import ms_deform_attn
-from adaptkit.ops.grid import map_to_tokens, pair, tokens_to_map
+from adaptkit.ops.grid import cells, map_to_tokens, pair, tokens_to_map
 
 __all__ = ["DeformableCrossAttention", "dat"]
 
@@ -80,7 +80,7 @@ class DeformableCrossAttention(CrossMixer):
 
     def _points(self, q: Tensor, places: Tensor) -> Tensor:
         """Q (B, width, h, w) -> where the keys are read (B, n, 2), as (x, y) over the extent of the levels."""
-        stride = -(-max(q.shape[-2:]) // SIDE)
+        stride = cells(max(q.shape[-2:]), SIDE)
         offset = self.offset_conv(q)[:, :, ::stride, ::stride]  # the convolution with this stride
         offset = self.offset_proj(F.gelu(self.offset_norm(offset))).to(places.dtype)  # (B, 2, h', w')
         step = FACTOR / 2 / pair(offset.shape[-1], offset.shape[-2], offset)
@@ -90,7 +90,7 @@ class DeformableCrossAttention(CrossMixer):
     @staticmethod
     def reference(places: Tensor, grid: tuple[int, int]) -> Tensor:
         """Places (h*w, 2) of the queries of a grid -> where the points stand before they move (1, n, 2)."""
-        stride = -(-max(grid) // SIDE)
+        stride = cells(max(grid), SIDE)
         reference = tokens_to_map(places[None], grid)
         if stride > 1:  # a point stands at the mean of the cells that it is for
             reference = F.avg_pool2d(reference, stride, ceil_mode=True)

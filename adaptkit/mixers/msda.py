@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from adaptkit.core.layers import check_positive
 from adaptkit.mixers.base import CrossMixer, Layout, Mixer, even_heads
 from adaptkit.ops import ms_deform_attn
 from adaptkit.ops.grid import cell_centres, map_to_tokens, pair, tokens_to_map
@@ -16,15 +17,25 @@ __all__ = ["MSDeformAttn", "MSDeformMixer"]
 
 
 class MSDeformAttn(CrossMixer):
-    """Multi-scale deformable attention (Deformable DETR, eq. 3) with a narrower value: ``ratio`` of D.
+    """Multi-scale deformable attention (Deformable DETR, Zhu et al. 2021, eq. 3).
 
-    Who builds it initialises it, by ``reset_parameters`` and after everything else.
+    Args:
+        dim: width D of queries and maps.
+        levels: number of maps L.
+        heads: attention heads; they divide ``int(dim * ratio)``.
+        points: sampling points K per head and level.
+        ratio: width of the values over D; the paper has 1.
+
+    Call :meth:`reset_parameters` after any general initialisation of the module around it, which would overwrite it.
     """
 
     def __init__(self, dim: int, levels: int, heads: int, points: int, ratio: float) -> None:
         super().__init__()
         self.levels, self.heads, self.points = levels, heads, points
         width = int(dim * ratio)
+        if heads < 1 or width % heads:
+            raise ValueError(f"heads={heads} do not divide the {width} channels of the values; choose a divisor")
+        check_positive(self, "points")
         self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
         self.attention_weights = nn.Linear(dim, heads * levels * points)
         self.value_proj = nn.Linear(dim, width)

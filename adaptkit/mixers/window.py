@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.mixers.dat import check_heads, resized
-from adaptkit.ops.grid import pad_to_multiple
+from adaptkit.ops.grid import cells, pad_to_multiple
 
 __all__ = ["ShiftedWindowAttention"]
 
@@ -79,7 +79,7 @@ class ShiftedWindowAttention(nn.Module):
         size = (x.shape[2], x.shape[3])
         if not self.shift and not any(n % self.window for n in size):
             return bias.to(q.dtype)
-        windows = (-(-size[0] // self.window)) * (-(-size[1] // self.window))
+        windows = cells(size[0], self.window) * cells(size[1], self.window)
         kept = self.shift and size == self.size
         mask = self.attn_mask if kept else _mask(size, self.window, self.shift, q.device)
         return (bias + mask[:, None].to(bias.dtype)).repeat(q.shape[0] // windows, 1, 1, 1).to(q.dtype)
@@ -94,7 +94,7 @@ def _relative_position_index(window: int) -> Tensor:
 
 def _mask(size: tuple[int, int], window: int, shift: int, device: torch.device | None = None) -> Tensor:
     """0 where two cells of a window belong together, else -100, -inf to padding: (windows, w*w, w*w)."""
-    height, width = (-(-n // window) * window for n in size)
+    height, width = (cells(n, window) * window for n in size)
     # Three bands per axis after the shift: never wrapped, the last window's own part, and its wrapped part.
     bands = []
     for side, real in zip((height, width), size):

@@ -16,9 +16,9 @@ from adaptkit import _cpu  # noqa: F401  fast paths are registered by importing 
 from adaptkit.adapters.base import BlockAdapter, ExistingLayers, Trace, wrapped
 from adaptkit.core import registry
 from adaptkit.core.tree import evaluating
-from adaptkit.core.view import Features, View
+from adaptkit.core.view import Features, View, ViT
 from adaptkit.features.cached import CachedFeatures
-from adaptkit.features.replay import CachedView, Replay, replay
+from adaptkit.features.replay import CachedView, replay
 from adaptkit.heads.base import QueryHead
 from adaptkit.hub.card import card_beside
 from adaptkit.hub.file import describe_backbone, write_folder
@@ -31,7 +31,7 @@ from adaptkit.model.owner import Owner, check_free
 from adaptkit.model.parts import AdapterSet, view_of
 from adaptkit.model.proof import prove
 from adaptkit.model.queries import described_by
-from adaptkit.model.sets import build_set, checked_name, ordinarily
+from adaptkit.model.sets import build_set, checked_name, ordinary_tensors
 from adaptkit.model.shown import ShownModel
 from adaptkit.model.trainable import check_trained, tensors_in
 from adaptkit.model.verbs import Verbs
@@ -40,8 +40,8 @@ from adaptkit.predict.tasks import TASKS, Described
 
 __all__ = ["AdaptedModel", "attach", "describe", "list_adapters", "list_heads"]
 
-#: The Hub's names of the tasks -> what is predicted.
-KINDS = {
+#: Task, as users and the Hub name it -> what the head predicts, a key of ``TASKS``.
+HUB_TASKS = {
     "semantic-segmentation": "segmentation", "segmentation": "segmentation", "image-segmentation": "segmentation",
     "image-classification": "classification", "classification": "classification", "depth-estimation": "depth",
 }  # fmt: skip
@@ -60,29 +60,30 @@ def attach(
     """Freeze ``model`` and attach adapters to it, and optionally a head.
 
     Args:
-        model: a timm or transformers ViT; see ``adaptkit doctor`` for what is seen of it. A ``PeftModel`` too: its
-            LoRA becomes the adapter ``"lora"``, is trained if it was, and is saved in the same file.
+        model: the backbone, a vision transformer of timm, transformers, torchvision, open_clip or torch.hub;
+            ``adaptkit doctor NAME`` says what attaches to it. The LoRA of a ``PeftModel`` becomes the adapter
+            ``"lora"``: it is trained if it was trainable, and saved in the same file.
         adapters: each a name (``"vit-adapter"``), a config (``ViTAdapterConfig(injector=False)``, or peft's
             ``LoraConfig(r=16)``), a pair ``("vit-adapter", {"injector": False})``, or a saved adapter: its folder,
             ``"org/name"`` on the Hub, or what ``adaptkit.load`` returns. A folder that peft saved is taken too.
         head: a config (``LinearHeadConfig(num_classes=21)``), a pair ``("linear", {"num_classes": 21})``, or your
             own module, called with :class:`~adaptkit.core.view.Features`. A saved adapter brings its own head.
-        name: of these adapters together, for :meth:`AdaptedModel.set_adapter`.
-        strict: make other backbone weights than those of the file an error instead of a warning.
+        name: of this set of adapters, for :meth:`AdaptedModel.set_adapter`.
+        strict: raise an error, not a warning, where the backbone's weights are not those the file was trained on.
         train_backbone: parts of the backbone to train as well, by the names of its modules or parameters, or patterns
             of them: ``("blocks.11", "norm")``, ``("*.bias",)``. They are saved in the file; ``detach()`` gives the
             backbone back without them, ``detach(keep=True)`` with them.
-        positions: the rule by which positions go to another grid than the backbone's own, ``"bicubic"`` (transformers)
-            or ``"bicubic antialias"`` (timm): so that a file from one library says the same on the other at any size.
-            None: as the backbone does it. The rule is recorded in the file, and another one is a warning.
+        positions: how position embeddings are resampled to another grid: ``"bicubic"`` (as transformers does it) or
+            ``"bicubic antialias"`` (timm), so that a file from one library gives the same output on the other at any
+            size. None: as the backbone does it. The file records the rule; attaching it under another one warns.
         options: of the adapter, where it is the only one and given by name: ``attach(m, "vit-adapter", norm="group")``.
 
-    Returns the adapted model on the backbone's device: in training mode, or in eval mode where a saved adapter is
-    attached. Nothing of ``model`` is changed before everything that can fail has been built and proved.
+    Returns the adapted model on the backbone's device, in training mode, or in eval mode where a saved adapter is
+    attached. ``model`` is changed only after everything that can fail has been built and checked.
 
-    Raises ``TypeError`` for a backbone of an unknown class, or that computes something else than its class, and
-    ``ValueError`` for an unknown name or option, for a saved adapter that does not fit, for a backbone that another
-    adapted model has, and for adapters of which a part would never be trained.
+    Raises ``TypeError`` for a backbone of an unknown class or one that does not compute what its class does, and
+    ``ValueError`` for an unknown name or option, a saved adapter that does not fit, a backbone that another adapted
+    model holds, and a parameter that no gradient would reach.
     """
     if isinstance(model, AdaptedModel):
         raise TypeError(
@@ -95,7 +96,7 @@ def attach(
             raise TypeError(f"{given}: options go with one adapter given by name; otherwise use (name, {{...}})")
         adapters = ((adapters[0], options),)
     checked_name(name)
-    with ordinarily():
+    with ordinary_tensors():
         vit = view_of(model, adapters)
         check_free(model, vit.backbone)
         prove(vit)
@@ -127,30 +128,35 @@ def list_heads() -> list[str]:
 
 
 def run(vit: View, acting: AdapterSet, image: Tensor) -> Features:
-    """Run a backbone with these adapters and their head: image (B, 3, H, W) -> features."""
-    is_done = False
-    while not is_done:
-        features, is_done = _once(vit, acting, image)
+    """Run a backbone with these adapters and their head: image (B, C, H, W) -> features."""
+    features, must_repeat = _run_once(vit, acting, image)
+    while must_repeat:
+        features, must_repeat = _run_once(vit, acting, image)
     logits = vit.logits(features) if acting.head is None else acting.head(features)
     if acting.leaves_unread and acting.training and torch.is_grad_enabled():
         logits = _with_all(logits, features)
     return features._replace(logits=logits)
 
 
-def _once(vit: View, acting: AdapterSet, image: Tensor) -> tuple[Features, bool]:
-    """Run up to the head; also return whether that holds, or an adapter asks for another run."""
+def _run_once(vit: View, acting: AdapterSet, image: Tensor) -> tuple[Features, bool]:
+    """Run everything but the head; also return whether an adapter asks for another run (AdaViT's packing)."""
     trace: Trace = {}
     view: Any = wrapped(vit, acting, trace)
     reads = {"reads": acting.head_reads} if acting.head_reads else {}  # which a backbone with stages does not have
     features = view.features(image, **reads) if acting.side is None else acting.side(view, image, trace)
     repeats = [adapter.must_repeat(trace) for adapter in acting if isinstance(adapter, BlockAdapter)]
-    return features._replace(aux={**features.aux, **trace}), not any(repeats)
+    return features._replace(aux={**features.aux, **trace}), any(repeats)
 
 
 def _with_all(logits: Any, features: Features) -> Any:
-    """DDP waits for a gradient of every trained parameter: where the head reads no feature of one, it is zero."""
+    """Add zero times every feature to the logits, so that parameters whose features the head ignores get gradient 0.
+
+    DDP waits for a gradient of every trained parameter.
+    """
     if isinstance(logits, dict):
-        return {**logits, **dict(zip(logits, [_with_all(next(iter(logits.values())), features)]))}
+        first, changed = next(iter(logits)), copy.copy(logits)  # keeps the class: outputs of transformers are dicts
+        changed[first] = _with_all(logits[first], features)
+        return changed
     if isinstance(logits, list | tuple):
         made = [_with_all(logits[0], features), *logits[1:]]
         return type(logits)(*made) if hasattr(logits, "_fields") else type(logits)(made)
@@ -171,11 +177,11 @@ def describe(
                 "head=, e.g. head=('fpn', {'num_classes': 19})"
             )
         return Described("classification", {}, lambda image: run_it(image).logits)
-    answers: Any = getattr(head, "answers", None) or KINDS.get(str(said.get("task")))
+    answers: Any = getattr(head, "answers", None) or HUB_TASKS.get(str(said.get("task")))
     if answers not in TASKS:
         raise TypeError(
             f"nobody says what the head {type(head).__name__} predicts: give it the attribute answers, one of "
-            f"{', '.join(TASKS)}, or save with task=, one of {', '.join(KINDS)}"
+            f"{', '.join(TASKS)}, or save with task=, one of {', '.join(HUB_TASKS)}"
         )
     if isinstance(head, QueryHead):
         return described_by(head, said, run_it)
@@ -194,14 +200,14 @@ class AdaptedModel(Predicts, ShownModel, Facts, Verbs):
     # ------------------------------------------------------------------------------------------------------ running
 
     def forward(self, image: Tensor | CachedFeatures) -> Features:
-        """Image (B, 3, H, W), normalised as the backbone wants it, of any size -> features.
+        """Image (B, C, H, W) of any size, normalised as the backbone expects -> features.
 
-        Or what :meth:`extract` made of such images: then the backbone does not run. ``TypeError`` and ``ValueError``
-        for anything else (:mod:`adaptkit.model.image`).
+        Given the result of :meth:`extract`, the adapters and the head run on it without the backbone. Raises
+        ``TypeError`` or ``ValueError`` for anything else (:mod:`adaptkit.model.image`).
         """
         if self._shares and not self._disabled:
             if torch.compiler.is_compiling():
-                raise RuntimeError("an ensemble changes the adapters between its passes: compile the blocks, not all")
+                raise RuntimeError("an ensemble switches adapters between passes: compile the blocks, not the model")
             return averaged(self._shares, lambda name: self._by(name, image))
         return self._run(image)
 
@@ -232,15 +238,16 @@ class AdaptedModel(Predicts, ShownModel, Facts, Verbs):
 
     @torch.no_grad()
     def extract(self, image: Tensor) -> CachedFeatures:
-        """Run the backbone on (B, 3, H, W) and return what the active adapters read of it: ``model(cached)``.
+        """Run the backbone on images (B, C, H, W) and keep the features that the active adapters read.
 
-        Raises ``ValueError`` where an adapter changes what the blocks compute, and so needs them to run.
+        ``model(cached)`` then runs adapters and head on them, without the backbone. Raises ``ValueError`` for a
+        hierarchical backbone, and where an adapter changes what the blocks compute and so needs them to run.
         """
-        seen = replay(self.vit, self._framed(image))
-        if not isinstance(seen, Replay):
+        if not isinstance(self.vit, ViT):
             raise ValueError(
                 f"{type(self.vit.backbone).__name__} has stages, whose outputs are not cached; use a plain ViT"
             )
+        seen: Any = replay(self.vit, self._framed(image))
         return self._seen(image, [seen.states[i + 1] for i in self.reads()[0]])
 
     def _framed(self, image: Tensor) -> Tensor:
@@ -285,9 +292,11 @@ class AdaptedModel(Predicts, ShownModel, Facts, Verbs):
 
     def _readers(self) -> AdapterSet:
         acting = self._acting
-        why = "several, which read other blocks; make one active" if self._shares else acting.why_alone()
-        if self._disabled or why:
-            raise ValueError(f"cached features do not do for these adapters: {why or 'disabled'}")
+        if self._disabled:
+            raise ValueError("the adapters are disabled, so nothing reads cached features: leave disable_adapter()")
+        why = "there are several, which read other blocks; make one active" if self._shares else acting.why_alone()
+        if why:
+            raise ValueError(f"these adapters cannot run on cached features: {why}")
         return acting
 
     # ---------------------------------------------------------------------------------------------------- predicting
@@ -298,9 +307,10 @@ class AdaptedModel(Predicts, ShownModel, Facts, Verbs):
         return {} if self._active is None else dict(self._acting.metadata)
 
     def described(self) -> Described:
-        """What it predicts: as its head says, or the ``task`` of its file; without a head, the backbone's classes.
+        """Return what the model predicts: its head's ``answers``, or the ``task`` in its file.
 
-        Raises ``TypeError`` where there is nothing that predicts, or nobody says what a head of the user's predicts.
+        Without a head it predicts the backbone's own classes. Raises ``TypeError`` where there is no classifier either,
+        and for a head of your own that has no ``answers`` and no ``task``.
         """
         return describe(self.vit, self.metadata, self.head, self)
 
@@ -343,7 +353,7 @@ class AdaptedModel(Predicts, ShownModel, Facts, Verbs):
         attached to but for ``train_backbone``; ``OSError`` where the folder cannot be written.
         """
         if name is None and self._shares:
-            raise ValueError(f"an ensemble is no file: save its sets one by one, name= {' or '.join(self._shares)}")
+            raise ValueError(f"an ensemble is not one file: save its sets one by one, name={' or '.join(self._shares)}")
         self.check_untrained()
         chosen = self._acting if name is None else self.set_of(name)
         header = self.header(name, **metadata)
@@ -355,7 +365,7 @@ class AdaptedModel(Predicts, ShownModel, Facts, Verbs):
 
     @torch.no_grad()
     def verify(self, image: Tensor, tolerance: float = 1e-5) -> float:
-        """Prove that an adapter says the same in every way it runs: for ``"adavit"``, packed, masked and everything on.
+        """Check that an adapter gives the same output however it runs: ``"adavit"`` packed, masked, and all kept.
 
         Args:
             image: (B, C, H, W).

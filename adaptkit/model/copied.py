@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from adaptkit.core.hierarchical import HierarchicalViT
 from adaptkit.core.tree import at_rest, skeleton
+from adaptkit.core.unpacked import is_plain
 from adaptkit.core.view import Block, View, ViT
 
 __all__ = ["Copy", "distance", "module_of"]
 
-STIRRED = 2**22  #: elements of a parameter that is not too large to be stirred
+PERTURBED = 2**22  #: most elements of a parameter that is perturbed
 
 
 class Copy:
@@ -78,7 +79,7 @@ class Copy:
         return [m for m in found if m is not None] if len(distinct) == len(found) else []
 
     def own(self, root: nn.Module, but: Iterable[nn.Module | None] = ()) -> None:
-        """Give the copy parameters of its own: in float32 where they were in half, the small ones stirred."""
+        """Give the copy parameters of its own: in float32 where they were in half, small ones perturbed."""
         left = {id(m) for kept in but if kept is not None for m in kept.modules()}
         for module in root.modules():
             if id(module) in left:
@@ -93,16 +94,12 @@ class Copy:
     def _owned(self, p: Tensor) -> Any:
         if id(p) not in self.made:
             x = p.detach().to(self.dtype) if p.dtype in (torch.float16, torch.bfloat16) else p.detach()
-            small = x.ndim < 4 and x.numel() <= STIRRED and (x.ndim != 2 or min(x.shape) <= 32)
+            small = x.ndim < 4 and x.numel() <= PERTURBED and (x.ndim != 2 or min(x.shape) <= 32)
             if small:
                 x = x + 0.5 * self.randn(*x.shape).to(x)
             self.made[id(p)] = nn.Parameter(x, requires_grad=False)
             self.made[id(self.made[id(p)])] = self.made[id(p)]
         return self.made[id(p)]
-
-
-def is_plain(p: Tensor) -> bool:
-    return type(p) in (Tensor, nn.Parameter) and p.is_floating_point() and p.dtype.itemsize > 1
 
 
 def module_of(run: Any) -> nn.Module | None:

@@ -65,10 +65,13 @@ def _logits(found: Mapping[str, Any], weights: Sequence[float]) -> Tensor | None
         return None
     other = next((name for name, one in found.items() if not isinstance(one, Tensor)), None)
     if other is not None:
-        raise TypeError(f"the set {other!r} gives {type(found[other]).__name__}, and logits are averaged as tensors")
+        raise TypeError(
+            f"the set {other!r} gives {type(found[other]).__name__}, and only tensors of logits are averaged: make "
+            "such sets active one at a time"
+        )
     if not _equal([one.shape for one in found.values()]):
         said = ", ".join(f"{name!r} {tuple(one.shape)}" for name, one in found.items())
-        raise ValueError(f"the heads of these sets give logits of other shapes ({said}): their mean means nothing")
+        raise ValueError(f"these sets give logits of other shapes ({said}): average sets whose heads have one task")
     return _mean(list(found.values()), weights)
 
 

@@ -76,7 +76,7 @@ def expand_channels(
     check_choice("how", how, get_args(How))
     spec = view(backbone).spec
     if spec.channels != 3:
-        raise ValueError(f"this {type(backbone).__name__} reads {spec.channels} channels, and only three are expanded")
+        raise ValueError(f"this {type(backbone).__name__} reads {spec.channels} channels; give one that reads three")
     if not isinstance(n, int) or isinstance(n, bool):
         raise TypeError(f"n={n!r} is no number of channels; give an int of 4 or more")
     if n <= 3:

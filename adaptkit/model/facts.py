@@ -13,10 +13,10 @@ from torch import nn
 
 from adaptkit.core.checkpointing import OFF, Checkpointing
 
-__all__ = ["Facts", "HandedOn"]
+__all__ = ["ConfigProxy", "Facts"]
 
 
-class HandedOn(nn.Module):
+class ConfigProxy(nn.Module):
     """A module that shows the configuration of the one that it holds."""
 
     holds: ClassVar[str] = "backbone"  #: under which name it holds it
@@ -41,7 +41,7 @@ class HandedOn(nn.Module):
         return _told(self, "config")
 
 
-def _told(module: HandedOn, name: str) -> Any:
+def _told(module: ConfigProxy, name: str) -> Any:
     """Return an attribute of what is inside; ``AttributeError`` where that has none, or was detached."""
     inside = module._modules.get(module.holds)
     if inside is None:
@@ -49,7 +49,7 @@ def _told(module: HandedOn, name: str) -> Any:
     return getattr(inside, name)
 
 
-class Facts(HandedOn):
+class Facts(ConfigProxy):
     """What ``AdaptedModel`` hands on from its backbone, and gradient checkpointing; ``self.vit`` is the view."""
 
     vit: Any

@@ -137,7 +137,7 @@ class ManyTasks(nn.Module):
         return len(alone) + (1 if len(alone) < len(self.active) else 0)
 
     def forward(self, image: Tensor, tasks: Sequence[str] | None = None) -> dict[str, Features]:
-        """Image (B, 3, H, W) -> features by task; with ``tasks``, a name for each image, of the images of that task.
+        """Image (B, C, H, W) -> features by task; with ``tasks``, a name for each image, of the images of that task.
 
         Images of a task are in the order in which they were given. With ``tasks`` those that only read the backbone
         and those that change its layers (LoRA) share one pass, each row with its own adapter.

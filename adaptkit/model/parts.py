@@ -251,9 +251,8 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[st
         yield names[0], names[1]
         return
     for a, b in zip(saved, mine):
-        a, b = (
-            json.loads(json.dumps(m.get("config", m))) for m in (a, b)
-        )  # a file has lists where a config has tuples
+        # A file has lists where a config has tuples.
+        a, b = (json.loads(json.dumps(m.get("config", m))) for m in (a, b))
         for key in sorted(a.keys() | b.keys()):
             if a.get(key) != b.get(key):
                 yield f"{key}={a.get(key)!r}", f"{key}={b.get(key)!r}"
@@ -336,8 +335,7 @@ def _check_inside(built: dict[str, nn.Module], vit: View) -> None:
         if adapter.inside and not (isinstance(vit, ViT) and vit.splits):
             raise TypeError(
                 f"{name} steps inside the attention, and that of {type(vit.backbone).__name__} does not come apart "
-                "into "
-                "q, k, v and an output; attach it to a ViT with plain attention"
+                "into q, k, v and an output; attach it to a ViT with plain attention"
             )
         if adapter.inside and place > 0:
             raise ValueError(

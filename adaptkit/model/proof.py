@@ -9,7 +9,7 @@ and random numbers are left alone.
    class has them, and the whole costs little more than the embedding.
 2. *The blocks*, on a grid of a few tokens: one of each kind, ``run`` against the parts.
 
-Small parameters are stirred in the copy, since a bias of zero or a tiny LayerScale would hide what is added or scaled.
+Small parameters are perturbed in the copy, for a bias of zero or a tiny LayerScale would hide what is added or scaled.
 Half precision is computed in float32.
 """
 
@@ -162,8 +162,8 @@ def _listed(indices: list[int]) -> str:
 def _stand_in(module: nn.Module, index: int, run: _Run, tupled: bool) -> None:
     """Make a block of the copy a cheap function, of its place among the blocks and of the arguments it gets.
 
-    The function is not linear, so that no norm takes out what it does; tame, so that rounding does not grow; and every
-    token tells on all the others, as attention lets it.
+    It is nonlinear, so that no norm undoes it; of small slope, so that rounding does not grow; and every token affects
+    all the others, as in attention.
     """
 
     def forward(self: nn.Module, x: Any, *args: Any, **given: Any) -> Any:
@@ -213,18 +213,16 @@ def _prove_blocks(view: View) -> None:
     splits = True
     for index, (_, block, width) in enumerate(seen.bound(grid)):
         if index in tried:
-            x = seen.randn(
-                2, view.spec.num_prefix_tokens + grid[0] * grid[1], width
-            )  # two, for one must not tell on the other
+            tokens = view.spec.num_prefix_tokens + grid[0] * grid[1]
+            x = seen.randn(2, tokens, width)  # two images, since one must not affect the other
             _compare_block(seen, f"block {index}", block, x)
             splits = splits and _comes_apart(seen, block, x, grid)
     if not isinstance(view, ViT) or splits or not view.splits:
         return
     if view.rebuilds:
         raise TypeError(
-            f"{_name(view.backbone)}: the attention is not softmax(q k^T + bias) v of its own projections, and on "
-            "other "
-            f"grids this view computes it so; {_remedy(view)}"
+            f"{_name(view.backbone)}: the attention is not softmax(q k^T + bias) v of its own projections, which is "
+            f"how this view computes it on other grids; {_remedy(view)}"
         )
     view.splits = False
 
@@ -256,10 +254,10 @@ def _comes_apart(seen: Copy, block: Block, x: Tensor, grid: tuple[int, int]) -> 
     try:
         pairs = [(block.attention(h), block.attn(h))]
         pairs += _by_head(block, h)
-        perceptron = block.perceptron()
-        if perceptron is not None:
+        mlp_layers = block.mlp_layers()
+        if mlp_layers is not None:
             g = block.norm2(x)
-            pairs.append((perceptron.fc2(perceptron.act(perceptron.fc1(g))), block.mlp(g)))
+            pairs.append((mlp_layers.fc2(mlp_layers.act(mlp_layers.fc1(g))), block.mlp(g)))
         if block.qkv_at is not None:
             places = torch.cat([x.new_full((prefix,), -1).long(), torch.arange(count, device=x.device)])
             pairs += list(zip(block.qkv_at(h, places), block.qkv(h)))
@@ -329,10 +327,8 @@ def _other(view: View, what: str, off: float) -> TypeError:
 
 
 def _remedy(view: View) -> str:
-    cls, base = (
-        type(view.backbone),
-        "core.hierarchical.HierarchicalViT" if isinstance(view, HierarchicalViT) else "core.view.ViT",
-    )
+    cls = type(view.backbone)
+    base = "core.hierarchical.HierarchicalViT" if isinstance(view, HierarchicalViT) else "core.view.ViT"
     return (
         "hand over a plain model of the class that it derives from, or register a family of its own: subclass "
         f"adaptkit.{base} and decorate it with @adaptkit.register_family('{cls.__module__}.{cls.__qualname__}')"

@@ -26,7 +26,7 @@ from adaptkit.hub.card import card_beside
 from adaptkit.hub.file import check_fits, load_into, metadata_of, write_folder
 from adaptkit.hub.repository import load
 from adaptkit.model.adapted import AdaptedModel
-from adaptkit.model.facts import HandedOn
+from adaptkit.model.facts import ConfigProxy
 from adaptkit.model.parts import AdapterSet, check_tensors, differences
 from adaptkit.ops.grid import cells
 
@@ -85,7 +85,7 @@ def _made(model: AdaptedModel) -> dict[int, int]:
     return {s: spec.embed_dim for a in model.adapters.values() if isinstance(a, SideAdapter) for s in a.strides}
 
 
-class Pyramid(HandedOn):
+class Pyramid(ConfigProxy):
     """An adapted model that returns its maps; :func:`as_pyramid` makes it.
 
     Attributes, in the words of the libraries that read them:
@@ -188,8 +188,9 @@ class Pyramid(HandedOn):
         file = load(folder)
         with self.model.disable_adapter():
             check_fits(file, self.model.vit, strict)
-        here = self.model.header()
-        for theirs, mine in differences({**file.header, "head": None}, {**here, "head": None}):
+        difference = next(differences({**file.header, "head": None}, {**self._acting().header(), "head": None}), None)
+        if difference is not None:
+            theirs, mine = difference
             raise ValueError(f"{file.path} holds {theirs}, this model has {mine}; attach what the file holds")
         head = file.tensors_of("head")
         own = {} if network is None else self.beside(network)

@@ -17,11 +17,11 @@ from adaptkit.core.view import View
 from adaptkit.model.owner import Owner
 from adaptkit.model.parts import AdapterSet, head_of, parts_of
 
-__all__ = ["NamedSets", "build_set", "checked_name", "ordinarily"]
+__all__ = ["NamedSets", "build_set", "checked_name", "ordinary_tensors"]
 
 
 @contextmanager
-def ordinarily() -> Iterator[None]:
+def ordinary_tensors() -> Iterator[None]:
     """Inside, tensors are made as torch makes them by itself, on the CPU and for autograd, whatever the caller entered.
 
     What is built under ``torch.inference_mode()`` could never be trained, and under ``torch.device("meta")`` it would

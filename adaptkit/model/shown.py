@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 from adaptkit.core.hierarchical import HierarchicalSpec
-from adaptkit.core.packed import numel
 from adaptkit.core.shown import Rows, Shown, changed, counted
 
 __all__ = ["ShownModel"]
@@ -22,21 +21,15 @@ class ShownModel(Shown):
         if model.__dict__.get("_vit") is None:
             return f"{type(self).__name__} (detached)", [("sets", ", ".join(model.sets))]
         vit = model._vit
-        frozen, trained = _counts(model)
+        trained, every = model.get_nb_trainable_parameters()
         rows = [
             ("backbone", f"{_source(vit)}, seen as {vit.spec.family}: {_structure(vit.spec)}"),
-            ("frozen", counted(frozen, "parameter")),
-            ("trained", f"{counted(trained, 'parameter')} ({100 * trained / max(frozen + trained, 1):.2f} % of all)"),
+            ("frozen", counted(every - trained, "parameter")),
+            ("trained", f"{counted(trained, 'parameter')} ({100 * trained / max(every, 1):.2f} % of all)"),
             *_set_rows(model),
             ("mode", _mode(model)),
         ]
         return f"{type(self).__name__} on {type(vit.backbone).__name__}", rows
-
-
-def _counts(model: Any) -> tuple[int, int]:
-    every = [(numel(p), p.requires_grad) for p in model.parameters()]
-    trained = sum(n for n, flag in every if flag)
-    return sum(n for n, _ in every) - trained, trained
 
 
 def _source(vit: Any) -> str:

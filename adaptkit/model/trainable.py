@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from adaptkit.core import registry
 from adaptkit.core.proxy import own_layer
+from adaptkit.core.shown import listed
 from adaptkit.core.tree import at_rest, skeleton
 from adaptkit.core.view import Features, View
 from adaptkit.model.parts import AdapterSet
@@ -63,7 +64,7 @@ def check_trained(vit: View, built: AdapterSet, run: Callable[[View, AdapterSet,
     if unread and built.head is not None:
         warnings.warn(
             f"the head {type(built.head).__name__} does not read all that {' + '.join(built.adapters)} makes: its loss "
-            f"does not train {_few(list(unread))}. {_remedy(list(unread))}, or add a loss on the features yourself",
+            f"does not train {listed(list(unread))}. {_remedy(list(unread))}, or add a loss on the features yourself",
             UserWarning,
             stacklevel=4,
         )
@@ -157,19 +158,17 @@ def _remedy(unread: list[str]) -> str:
     )
 
 
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _explained(vit: View, built: AdapterSet, missing: list[str]) -> str:
     backbone, what = type(vit.backbone).__name__, " + ".join(built.adapters) or "no adapter"
-    said = f"{what} on {backbone}: no gradient would reach {_few(missing)}"
+    said = f"{what} on {backbone}: no gradient would reach {listed(missing)}"
     if any(name.startswith("adapters.lora.") for name in missing):
         return (
-            f"{said}: {backbone} reads these weights without calling the layer, or what it computes from them is not "
-            "used "
-            "here (a classifier under head=). Leave these layers out of target_modules"
+            f"{said}: {backbone} reads these weights without calling the layer, or their output is not used here (a "
+            "classifier, where head= is given). Leave these layers out of target_modules"
         )
     if any(name.startswith("backbone.") for name in missing):
         return f"{said}: what {backbone} computes from them is not used here. Leave them out of train_backbone"
-    return f"{said}, so that they would never be trained"
+    return (
+        f"{said}: none of the features depends on them. Leave out the adapter or option that adds them, or use them in "
+        "its forward"
+    )

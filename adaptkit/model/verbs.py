@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adaptkit.core.packed import numel
 from adaptkit.core.proxy import write
 from adaptkit.hub.file import check_fits, metadata_of
 from adaptkit.model.ensemble import shares_of
 from adaptkit.model.parts import AdapterSet, as_file, differences
-from adaptkit.model.sets import NamedSets, build_set, checked_name, ordinarily
+from adaptkit.model.sets import NamedSets, build_set, checked_name, ordinary_tensors
 
 __all__ = ["Verbs"]
 
@@ -28,7 +29,7 @@ class Verbs(NamedSets):
         """Attach another set under a name, as :func:`attach` takes it. It does not act before :meth:`set_adapter`."""
         if checked_name(name) in self.sets:
             raise ValueError(f"adapters named {name!r} are there already; delete_adapter({name!r}), or choose a name")
-        with ordinarily(), self.disable_adapter():  # on the backbone's own weights: nothing merged or trained in place
+        with ordinary_tensors(), self.disable_adapter():  # on the backbone's own weights, nothing merged or trained
             built, loaded = build_set(adapters, head, self.vit, strict, train_backbone)
             self._check_built(built)
         self.sets[name] = built.train(self.training and not loaded)
@@ -122,10 +123,11 @@ class Verbs(NamedSets):
         chosen = self._acting if name is None else self.set_of(name)
         with self.disable_adapter():
             check_fits(file, self.vit, strict)
-        for theirs, mine in differences(file.header, chosen.header()):
+        difference = next(differences(file.header, chosen.header()), None)
+        if difference is not None:
             raise ValueError(
-                f"{file.path} holds {theirs}, this set has {mine}; a swap in place needs the same: load it as another "
-                "set with add_adapter(file, name=...)"
+                f"{file.path} holds {difference[0]}, this set has {difference[1]}; a swap in place needs the same: "
+                "load it as another set with add_adapter(file, name=...)"
             )
         self._load(chosen, file.tensors)
         chosen.metadata = metadata_of([file])
@@ -150,9 +152,9 @@ class Verbs(NamedSets):
             raise
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return how many parameters are trained, and how many there are."""
-        every = list(self.parameters())
-        return sum(p.numel() for p in every if p.requires_grad), sum(p.numel() for p in every)
+        """Return how many parameters are trained, and how many there are; weights packed in 4 bits count each."""
+        counts = [(numel(p), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, is_trained in counts if is_trained), sum(n for n, _ in counts)
 
     def print_trainable_parameters(self) -> None:
         """Print these numbers."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "STRIDES",
     "cell_centres",
     "cells",
     "check_strides",
@@ -21,6 +22,9 @@ __all__ = [
     "resample_map",
     "tokens_to_map",
 ]
+
+
+STRIDES = (4, 8, 16, 32)  #: of the maps of a pyramid, in pixels, finest first, as dense heads expect them
 
 
 def cells(length: int, side: int) -> int:

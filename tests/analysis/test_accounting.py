@@ -102,18 +102,26 @@ def test_the_same_is_counted_whether_or_not_gradients_are_recorded(adapter):
 def test_what_is_kept_for_backward_is_counted_once_and_weights_are_not():
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU())
     x = torch.randn(4, 8)
-    assert accounting.kept(lambda: model(x), model) == 4 * 4 * (8 + 16)  # the input, and what GELU was given
+    assert accounting.saved_bytes(lambda: model(x), model) == 4 * 4 * (8 + 16)  # the input, and what GELU was given
     with torch.inference_mode():
-        assert accounting.kept(lambda: model(x), model) == 4 * 4 * (8 + 16)
+        assert accounting.saved_bytes(lambda: model(x), model) == 4 * 4 * (8 + 16)
     model[0].requires_grad_(False)
-    assert accounting.kept(lambda: model(x), model) == 0
-    assert accounting.kept(lambda: model(x.requires_grad_()), model) == 4 * 4 * 16  # a frozen layer needs no input
+    assert accounting.saved_bytes(lambda: model(x), model) == 0
+    assert (
+        accounting.saved_bytes(lambda: model(x.requires_grad_()), model) == 4 * 4 * 16
+    )  # a frozen layer needs no input
     y = torch.randn(4, 8, requires_grad=True)
-    assert accounting.kept(lambda: (y * y[:2].repeat(2, 1)).sum(), model) == 2 * 4 * 4 * 8  # y, and what was repeated
+    assert (
+        accounting.saved_bytes(lambda: (y * y[:2].repeat(2, 1)).sum(), model) == 2 * 4 * 4 * 8
+    )  # y, and what was repeated
 
 
 @torch.no_grad()
 def test_an_adapter_that_only_reads_keeps_less_than_one_that_writes():
-    side = accounting.kept(lambda: reading(images(1)), reading := adaptkit.attach(HOSTS["timm-vit"].build(), "sfp"))
-    both = accounting.kept(lambda: writing(images(1)), writing := adaptkit.attach(HOSTS["timm-vit"].build(), "lora"))
+    side = accounting.saved_bytes(
+        lambda: reading(images(1)), reading := adaptkit.attach(HOSTS["timm-vit"].build(), "sfp")
+    )
+    both = accounting.saved_bytes(
+        lambda: writing(images(1)), writing := adaptkit.attach(HOSTS["timm-vit"].build(), "lora")
+    )
     assert 0 < side < both

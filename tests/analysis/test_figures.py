@@ -377,11 +377,11 @@ def test_grad_cam_is_what_a_hand_computes():
 @pytest.mark.parametrize("name", ["timm-siglip", "swin"])
 def test_the_slope_of_grad_cam_is_that_of_finite_differences(name):
     from adaptkit.analysis.cam import _try
-    from adaptkit.analysis.watch import Host, run_watched
+    from adaptkit.analysis.watch import Watched, run_watched
 
     model = build(name).double()
     at = {"swin": 7}.get(name, 2)
-    host = Host.of(model)
+    host = Watched.of(model)
     a, slope, *_ = _try(model, host, ODD[:1].double(), 1, None, at)
     direction = torch.randn(a.shape, dtype=a.dtype)
 

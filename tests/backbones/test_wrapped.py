@@ -175,9 +175,9 @@ def test_weights_are_not_read_past_something_that_acts(part, how):
     else:
         module.__class__ = type("Mine", (type(module),), {})
     first, second = view(host).begin(image("timm-vit"))[1][:2]
-    assert (first.perceptron() is None) == (part in ("fc1", "mlp"))
+    assert (first.mlp_layers() is None) == (part in ("fc1", "mlp"))
     assert (first.projections() is None) == (part not in ("fc1", "mlp"))
-    assert second.perceptron() is not None
+    assert second.mlp_layers() is not None
     assert second.projections() is not None
 
 
@@ -192,7 +192,7 @@ def test_weights_of_transformers_are_not_read_past_something_that_acts(part, how
     else:
         setattr(holder, part, checkpoint_wrapper(getattr(holder, part)))
     first = view(host).begin(image("hf-vit"))[1][0]
-    assert (first.perceptron() is None) == (part in ("fc1", "mlp"))
+    assert (first.mlp_layers() is None) == (part in ("fc1", "mlp"))
     assert (first.projections() is None) == (part not in ("fc1", "mlp"))
 
 

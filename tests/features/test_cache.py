@@ -122,5 +122,5 @@ def test_what_was_recorded_gives_what_the_images_give_bitwise(name, reader):
 @pytest.mark.parametrize("adapters", [["lora"], ["metaformer"], [("vit-adapter", {"conv_inplane": 8})]])
 def test_what_changes_the_blocks_cannot_be_recorded(adapters):
     model = adaptkit.attach(HOSTS["timm-vit"].build(), *adapters)
-    with pytest.raises(ValueError, match="cached features do not do for these adapters: .*(blocks|tokens)"):
+    with pytest.raises(ValueError, match="these adapters cannot run on cached features: .*(blocks|tokens)"):
         model.extract(x)

@@ -96,7 +96,7 @@ def test_what_cannot_be_expanded_says_what_it_is():
         adaptkit.expand_channels(backbone, 4, "wavelength", (842, 900))
     with pytest.raises(ValueError, match="it needs them"):
         adaptkit.expand_channels(backbone, 4, "wavelength")
-    with pytest.raises(ValueError, match="reads 4 channels, and only three are expanded"):
+    with pytest.raises(ValueError, match="reads 4 channels; give one that reads three"):
         adaptkit.expand_channels(adaptkit.expand_channels(backbone, 4), 13)
 
 

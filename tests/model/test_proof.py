@@ -469,7 +469,7 @@ def test_a_module_that_is_called_mlp_is_not_taken_for_timms():
     seen = view(vit(mlp_layer=Squared))
     prove(seen)
     assert seen.splits
-    assert seen.begin(torch.zeros(1, 3, 32, 32))[1][0].perceptron() is None
+    assert seen.begin(torch.zeros(1, 3, 32, 32))[1][0].mlp_layers() is None
 
 
 # -- what no view sees ---------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """AdaViT (Meng et al., CVPR 2022): which patches, heads and sub-layers each image uses, decided block by block.
 
 - ``gates``: the decision of a block (section 3.2), and policies that decide in the gates' place.
-- ``execution``: a block under a decision (section 3.3); everything is computed, and what is off is masked.
+- ``execution``: a block under a decision; everything is computed, and what is off is masked.
 - ``packed``: the same, image by image, without computing what is off.
-- ``capacity``: the same for a whole batch at sizes that are known beforehand, for a device that is not to be asked.
-- ``adapter``: what chooses among them.
+- ``capacity``: the same for a whole batch, with shapes known beforehand, so that a GPU need not be waited for.
+- ``gain``: measures whether ``capacity`` is faster than ``execution`` on the device at hand.
+- ``layouts``: copies of the backbone's weights that a fast path on the CPU keeps.
+- ``adapter``: the adapter, which chooses among them.
 """
 
 from adaptkit.adapters.adavit.adapter import AdaViT

@@ -36,7 +36,7 @@ __all__ = ["AdaViT"]
 
 
 class Bottleneck(nn.Module):
-    """``x + up(gelu(down(x)))`` on every token, zero at the start: it makes good for what was skipped."""
+    """``x + up(gelu(down(x)))`` on every token, zero at the start: it makes up for what was skipped."""
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
@@ -99,10 +99,8 @@ class AdaViT(BlockAdapter):
         return partial(self._run, block, index, trace)
 
     def _run(self, block: Block, index: int, trace: Trace, x: Tensor) -> Tensor:
-        if block.grid is None:
-            raise ValueError("this block does not know its patch grid; run it through attach, which tells it")
         h = block.norm1(x)
-        decision, logits = self.gates[str(index)](x, h, block.grid)
+        decision, logits = self.gates[str(index)](x, h, block.patch_grid())
         if self.policy is not None:
             decision = self.policy(index, decision)
         self._record(trace, index, decision, logits)
@@ -189,8 +187,8 @@ class AdaViT(BlockAdapter):
         with self.executing("masked"):
             reference = model(image)
         with self.executing("packed"), self.deciding(self.given(reference.aux)):
-            model(image)  # on a GPU it tells what is kept,
-            packed = model(image)  # and that is what is gathered here
+            model(image)  # on a GPU, the first forward learns the capacities
+            packed = model(image)  # and the second gathers by them
         pairs = {"packed execution differs from masked": (packed, reference)}
         for execution in ("masked", "packed"):
             with self.executing(execution):  # type: ignore[arg-type]
@@ -208,7 +206,7 @@ class AdaViT(BlockAdapter):
         x, blocks = vit.begin(image)
         _, gated = wrapped(vit, [self], {}).begin(image)  # type: ignore[attr-defined]
         theirs, ours = x, x
-        with self.deciding(_everything), self._knowing_nothing():
+        with self.deciding(_everything), self._full_capacity():
             for index, block in enumerate(blocks):
                 theirs, ours = block(theirs), gated[index](ours)
                 if str(index) in self.bottlenecks:
@@ -219,8 +217,8 @@ class AdaViT(BlockAdapter):
         return features
 
     @contextmanager
-    def _knowing_nothing(self) -> Iterator[None]:
-        """Inside, a block is given the capacity for everything."""
+    def _full_capacity(self) -> Iterator[None]:
+        """Inside, forget what earlier forwards kept, so that every block is given the capacity for everything."""
         before, self.capacities = self.capacities, Capacities()
         try:
             yield

@@ -1,13 +1,13 @@
-"""One block under a hard decision, for a whole batch, at sizes that the host knows before the device has decided.
+"""One block under a hard decision, for a whole batch, with shapes that are known before the decision.
 
-To gather exactly what is kept, the host must wait for the decision of each block to know the shapes. Here it does not.
-A :class:`Capacity` says how many images, tokens of an image, and rows of the FFN are gathered: no fewer than are on,
-and those first. The equation of :mod:`~adaptkit.adapters.adavit.execution` then runs on them, masked as ever, so that
-what was gathered beyond what is on changes nothing.
+Gathering exactly the kept tokens makes the host wait in every block, for the decision sets the shapes. Here shapes come
+from a :class:`Capacity`: how many images, tokens per image and rows of the FFN are gathered, kept ones first. The
+equation of :mod:`~adaptkit.adapters.adavit.execution` runs on what was gathered, masked, so that tokens gathered beyond
+the kept ones change nothing.
 
-Capacities come from what the last forwards kept (:class:`Capacities`). Each block also counts what is on, and the
-counts of all blocks are read once, at the end. Where a block had more on than its capacity the forward runs again, with
-capacity for everything: so the result is exact in any case, with one wait for a forward, or two.
+Capacities are estimated from the last forwards (:class:`Capacities`). Each block counts what it kept; the counts of all
+blocks are read once, after the forward. Where a block kept more than its capacity, the forward is repeated with full
+capacity. So the result is always exact, and a forward waits for the device once, or twice if it is repeated.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptkit.adapters.adavit.execution import How, Masks, among_heads, num_prefix_tokens
+from adaptkit.adapters.adavit.execution import How, Masks, num_prefix_tokens, select_heads
 from adaptkit.adapters.adavit.gates import Decision
 from adaptkit.core.view import Block
+from adaptkit.ops.grid import cells
 from adaptkit.ops.masked_attention import masked_attention
 
 __all__ = ["EVERYTHING", "Capacities", "Capacity", "counts", "packed_to"]
@@ -42,7 +43,7 @@ class Capacity(NamedTuple):
     def of(self, x: Tensor) -> Capacity:
         """Return the numbers for tokens x (B, T, D)."""
         images, tokens = x.shape[:2]
-        return Capacity(*(-(-n * all_ // STEPS) for n, all_ in zip(self, (images, tokens, images * tokens))))
+        return Capacity(*(cells(n * all_, STEPS) for n, all_ in zip(self, (images, tokens, images * tokens))))
 
     @property
     def share(self) -> float:
@@ -97,7 +98,7 @@ def _attention(
     queries = prefix if how.only_prefix else token.shape[1]
     bias = None if block.bias is None else _bias(block.bias, image, token)[:, :, :queries]
     o = masked_attention(q[:, :, :queries], k, v, keep[at], block.scale, bias)
-    return block.out(among_heads(o, v[:, :, :queries], None if head is None else head[image], how.head_mode))
+    return block.out(select_heads(o, v[:, :, :queries], None if head is None else head[image], how.head_mode))
 
 
 def _bias(bias: Tensor, image: Tensor, token: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ def counts(masks: Masks, x: Tensor, capacity: Capacity) -> Tensor:
 
 
 class Capacities:
-    """What the blocks of a model kept in the last forwards, and so will be given in the next."""
+    """Estimates each block's capacity from what it kept in the last forwards."""
 
     def __init__(self) -> None:
         self._seen: deque[dict[int, tuple[float, ...]]] = deque(maxlen=FORWARDS)

@@ -32,11 +32,13 @@ class AdaViTConfig:
     execution: Literal["auto", "packed", "masked"] = "auto"  #: in inference; training is always masked
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "gates", tuple(self.gates))
+        object.__setattr__(self, "gates", (self.gates,) if isinstance(self.gates, str) else tuple(self.gates))
         object.__setattr__(self, "grid", tuple(int(n) for n in self.grid))
         check_numbers(self)
         for kind in self.gates:
             check_choice("gates", kind, KINDS)
+        if len(set(self.gates)) < len(self.gates):
+            raise ValueError(f"gates={self.gates} names a kind twice; give each of {', '.join(KINDS)} at most once")
         check_choice("patch_policy", self.patch_policy, ("token", "class"))
         check_choice("head_mode", self.head_mode, ("full", "partial"))
         check_choice("last_block", self.last_block, ("all", "class"))

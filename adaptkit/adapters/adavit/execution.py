@@ -1,6 +1,6 @@
-"""One block under a decision, everything computed and masked: the definition (AdaViT, section 3.3).
+"""One block under a decision, everything computed and masked: the definition (AdaViT, section 3).
 
-With ``t`` of a token, ``m`` of a sub-layer and heads kept or off::
+With t the decision for each token and m_msa, m_ffn those for the sub-layers, 0 or 1::
 
     x = x + t * m_msa * scale1(attn(norm1(x)))      attention among kept tokens
     x = x + t * m_ffn * scale2(mlp(norm2(x)))
@@ -22,7 +22,7 @@ from adaptkit.adapters.adavit.layouts import Layouts
 from adaptkit.core.view import Block
 from adaptkit.ops.masked_attention import masked_attention
 
-__all__ = ["How", "Masks", "among_heads", "masked", "num_prefix_tokens"]
+__all__ = ["How", "Masks", "masked", "num_prefix_tokens", "select_heads"]
 
 
 class How(NamedTuple):
@@ -40,7 +40,7 @@ def masked(block: Block, x: Tensor, h: Tensor, decision: Decision, how: How) -> 
     masks = Masks.of(block, x, decision, how)
     q, k, v = block.qkv(h)  # (B, H, T, E)
     o = masked_attention(q, k, v, masks.keys, block.scale, block.bias)
-    o = among_heads(o, v, decision.head, how.head_mode)
+    o = select_heads(o, v, decision.head, how.head_mode)
     x = x + masks.msa[..., None].to(x.dtype) * block.scale1(block.out(o))
     return x + masks.ffn[..., None].to(x.dtype) * block.scale2(block.mlp(block.norm2(x)))
 
@@ -67,7 +67,7 @@ class Masks(NamedTuple):
         return Masks(keys, update * msa, update * ffn)
 
 
-def among_heads(o: Tensor, v: Tensor, head: Tensor | None, head_mode: str) -> Tensor:
+def select_heads(o: Tensor, v: Tensor, head: Tensor | None, head_mode: str) -> Tensor:
     """Outputs o and values v of all heads (B, H, T, E), decision (B, H) -> outputs (B, H, T, E)."""
     if head is None:
         return o

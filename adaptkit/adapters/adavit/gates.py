@@ -26,7 +26,7 @@ class Decision(NamedTuple):
     layer: Tensor | None  #: (B, 2): MSA, FFN
 
     def keeps_everything(self) -> bool:
-        """Whether nothing is off: reads one number."""
+        """Whether nothing is off. Reads one number from the device, so the host waits for it."""
         given = [keep for keep in self if keep is not None]
         return bool(torch.stack([keep.min() for keep in given]).min() > 0)
 
@@ -83,7 +83,7 @@ class Gates(nn.Module):
     def forward(self, x: Tensor, h: Tensor, grid: tuple[int, int]) -> tuple[Decision, Decision]:
         """Tokens x (B, P+N, D) and their first norm h -> the decisions and their logits.
 
-        The class token decides as it enters the block, before the norm; where a host has none, the mean of the
+        The class token decides as it enters the block, before the norm; where the backbone has none, the mean of the
         patch tokens does.
         """
         with full_precision(x):  # a rounded logit may decide otherwise

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptkit.adapters.adavit.execution import How, among_heads, num_prefix_tokens
+from adaptkit.adapters.adavit.execution import How, num_prefix_tokens, select_heads
 from adaptkit.adapters.adavit.gates import Decision
 from adaptkit.core.view import Block, Projections
 from adaptkit.seam import accelerated
@@ -68,7 +68,7 @@ def _attention(
         return _of_heads(weights, h, queries, on, block.scale, bias, how.head_mode)
     q, k, v = block.qkv(h) if block.qkv_at is None else block.qkv_at(h, patches.clamp_min(-1))
     o = F.scaled_dot_product_attention(q[:, :, :queries], k, v, attn_mask=bias, scale=block.scale)
-    return block.out(among_heads(o, v[:, :, :queries], head, how.head_mode))
+    return block.out(select_heads(o, v[:, :, :queries], head, how.head_mode))
 
 
 def _of_heads(

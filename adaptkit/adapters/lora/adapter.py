@@ -5,8 +5,9 @@
 so that the model starts as the pretrained one. Source: LoRA (Hu et al., ICLR 2022), eq. 3; DoRA (Liu et al., ICML
 2024) by ``use_dora=True``; the other methods by ``peft_type=``.
 
-LoRA is the one adapter whose tensors carry names of the backbone's layers: a file made on timm's fused ``qkv`` does not
-fit the three layers of transformers. It needs the backbone to be built, and nothing of the backbone is changed by it.
+LoRA is the one adapter whose tensors are named after the backbone's layers: a file made on timm's fused ``qkv`` does
+not fit the three layers of transformers. It is built from the backbone's own layers and changes none of them;
+``install`` puts it in place.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from adaptkit.core.tree import locate, nested
 
 __all__ = ["LoRA", "LoRAConfig"]
 
-#: Options of these that act beside the weight.
+#: Options of ADDITIVE methods that act when the layer is called, not through its weight.
 BESIDE_THE_WEIGHT = ("lora_bias", "lora_dropout", "rank_dropout", "module_dropout")
-#: What peft records beside the method; the file says it in its own words.
+#: Fields of peft's configs that are bookkeeping and no options of a method; our header records them in its own fields.
 RECORDS = ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
            "inference_mode", "runtime_config")  # fmt: skip
 
@@ -43,8 +44,8 @@ RECORDS = ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model
 class LoRAConfig:
     """A method of peft and its options, by peft's own names: ``attach(model, "lora", r=16, lora_alpha=32)``."""
 
-    peft_type: str = "LORA"
-    options: dict[str, Any] = field(default_factory=dict)
+    peft_type: str = "LORA"  #: the method, a member of ``peft.PeftType``
+    options: dict[str, Any] = field(default_factory=dict)  #: fields of its config class in peft
 
     @classmethod
     def configure(cls, options: dict[str, Any]) -> LoRAConfig:
@@ -207,7 +208,7 @@ class LoRA(WeightAdapter):
         self.__dict__["_edges"] = edges(backbone, self.proxies.values())
 
     def check(self, backbone: nn.Module) -> None:
-        """Raise ``RuntimeError`` where a layer that LoRA is in was replaced; wrapped it may be."""
+        """Raise ``RuntimeError`` where somebody replaced a layer that LoRA is in. A wrapped layer is fine."""
         if in_place(self.__dict__["_edges"]):
             return
         gone = missing(backbone, self.proxies)

@@ -175,8 +175,7 @@ def resolve_targets(backbone: nn.Module, targets: str | Sequence[str]) -> str | 
         if named:
             raise ValueError(
                 f"{target!r} names {type(modules[named[0]]).__name__} layers of {type(backbone).__name__}, which have "
-                "no "
-                f"matrix to change; its blocks have {', '.join(sorted(leaves))}"
+                f"no weight matrix to adapt; its blocks have {', '.join(sorted(leaves))}"
             )
         own = [name for name in _aliases(target) if name in leaves]
         if not own:

@@ -36,16 +36,15 @@ TYPES: dict[str, tuple[str, ...]] = {
     "WAVEFT": ("waveft_",),
 }  # fmt: skip
 PARAMETER = re.compile(rf"\.({'|'.join(prefix for prefixes in TYPES.values() for prefix in prefixes)})")
-#: Those whose change is added to the weight, and that a layer which is read and not called can have.
+#: Methods that add a matrix to the weight. They also work in a layer whose weight is read without calling the layer.
 ADDITIVE = ("LORA", "LOHA", "LOKR")
-#: Those that act beside a layer, whatever its weight is.
+#: Methods that act on the layer's input and output and never read its weight, so that it may be quantised.
 BESIDE = (*ADDITIVE, "IA3")
-#: Those with tensors that all layers have in common; peft saves them in a layout that each has for itself.
+#: Methods with tensors that all layers share; peft saves those of each method in a layout of its own.
 SHARED = ("FROD", "LILY", "PVERA", "RANDLORA", "TINYLORA", "UNILORA", "VBLORA", "VERA")
-UNMERGED = ("LILY",)  #: those whose change depends on the input
-#: Those that act in layers of normalisation.
-NORMS = ("LN_TUNING",)
-#: Options that start at the pretrained model where peft's own defaults do not, for who says nothing else.
+UNMERGED = ("LILY",)  #: methods whose change depends on the input, so that no weight can hold it
+NORMS = ("LN_TUNING",)  #: methods that change normalisation layers
+#: Defaults that start at the pretrained model, for methods where peft's own defaults do not.
 STARTS: dict[str, dict[str, Any]] = {"C3A": {"init_weights": True}, "FOURIERFT": {"init_weights": True}}
 
 _PROMPTS = (

@@ -6,14 +6,13 @@ With tokens x of the ViT and multi-scale tokens c of the spatial prior, interact
     x = block(x)                                              for the frozen blocks of group i
     c = c + attn(norm(c), norm(x));  c = c + ffn(norm(c))     extractor
 
-Without injectors and extractors what is left is the sum of the prior and the tokens, level by level, which table 6
-starts from. The attention is multi-scale deformable; any other mixer of ``adaptkit.mixers`` can stand in its place, as
-table 7 compares. The pyramid has strides 4, 8, 16 and 32. The image is padded to a multiple of the patch for the ViT
-and of 32 for the prior, and both grids keep their place in it: a reference point is a position in pixels over the
-extent, in pixels, of the grid that is sampled.
+Without injectors and extractors each level is the sum of the prior and the ViT's tokens, the first rows of table 6. The
+attention is multi-scale deformable; any other mixer of ``adaptkit.mixers`` can replace it, as in table 7. The pyramid
+has strides 4, 8, 16 and 32. The image is padded at the right and the bottom, to a multiple of the patch for the ViT and
+of 32 for the prior. The two grids may then cover different extents, so a reference point is a position in pixels
+divided by the extent, in pixels, of the grid that is sampled.
 
-Maps are channels-last in memory, so that tokens (B, h*w, D) and a map (B, D, h, w) are the same numbers in the same
-order.
+Maps are channels-last, so that a map (B, D, h, w) and its tokens (B, h*w, D) have the same layout in memory.
 """
 
 from __future__ import annotations
@@ -183,9 +182,9 @@ class Interaction(nn.Module):
     def forward(
         self, x: Tensor, c: Tensor, blocks: Sequence[Fn], read: Fn, grids: Grids, run: Callable[..., Tensor]
     ) -> tuple[Tensor, ...]:
-        """x (B, P+N, D), c (B, M, D) -> x, c, and the patch tokens that were read from x by ``read``.
+        """x (B, P+N, D), c (B, M, D) -> x, c, and the patch tokens (B, N, D) that ``read`` took from x.
 
-        ``run`` calls each part, and may keep less of it than autograd would.
+        ``run(part, *args)`` calls a part; with activation checkpointing it recomputes the part in the backward pass.
         """
         if self.injector is not None:
             x = run(self.injector, x, c, grids)
@@ -253,7 +252,7 @@ class ViTAdapter(SideAdapter):
         """Image (B, C, H, W) -> features with maps (B, D, H/s, W/s), s of ``strides``, rounded up."""
         x, blocks = vit.begin(image)
         if self.config.prefix == "drop":
-            x = x[:, self._droppable(vit) :]
+            x = x[:, self._num_dropped(vit) :]
         c1, *prior = self.spm(pad_to_multiple(image.to(parameter_dtype(self.spm)), STRIDES[-1]))
         grids = Grids.of(vit.grid(image), vit.spec.patch_size, [(m.shape[-2], m.shape[-1]) for m in prior], image)
         c = torch.cat([map_to_tokens(m) + e for m, e in zip(prior, self.level_embed)], dim=1)  # (B, M, D)
@@ -265,7 +264,7 @@ class ViTAdapter(SideAdapter):
         return vit.finish(x, image, self._pyramid(c1, c, taps, grids, image), trace)
 
     def _state(self, vit: ViT) -> list[tuple[object, str]] | None:
-        """What a part that is computed again must find as it was; None: nothing is."""
+        """Return the state that recomputation restores, see :func:`adaptkit.seam.bound`; None: recompute nothing."""
         return [*vit.state(), *modes(self.modules())] if self.config.checkpoint else None
 
     def _read(self, vit: ViT, grids: Grids, x: Tensor) -> Tensor:
@@ -291,16 +290,20 @@ class ViTAdapter(SideAdapter):
         return maps
 
     def _vit_feature(self, level: int, taps: Sequence[Tensor], grids: Grids) -> Tensor | None:
-        """Return the tokens (B, D, h, w) to add to a level: the last, or of the group at its share of the depth."""
+        """Return the ViT's tokens as a map (B, D, h, w), to add to a level.
+
+        ``"last"``: those after the last group; ``"per-stage"``: those after the group at (level + 1) / 4 of the depth.
+        """
         if self.config.add_vit_feature is None:
             return None
         per_stage = cells((level + 1) * len(taps), len(STRIDES)) - 1
         return tokens_to_map(taps[-1 if self.config.add_vit_feature == "last" else per_stage], grids.tokens)
 
-    def _droppable(self, vit: ViT) -> int:
+    def _num_dropped(self, vit: ViT) -> int:
+        """Return how many prefix tokens ``prefix="drop"`` removes; ``ValueError`` where the blocks need them."""
         if not vit.prefix_optional:
             raise ValueError(
-                f"prefix='drop' needs blocks that run without prefix tokens; those of {vit.spec.family} place their "
-                "positions by the prefix. Use prefix='keep'"
+                f"prefix='drop' needs blocks that run without prefix tokens; those of {vit.spec.family} count patch "
+                "positions from the end of the prefix. Use prefix='keep'"
             )
         return vit.spec.num_prefix_tokens

@@ -9,11 +9,9 @@ from typing import Literal
 
 from adaptkit.core.layers import Norm, check_choice, check_numbers
 from adaptkit.core.view import Spec
-from adaptkit.ops.grid import check_strides
+from adaptkit.ops.grid import STRIDES, check_strides
 
 __all__ = ["STRIDES", "ViTSplitConfig", "evenly"]
-
-STRIDES = (4, 8, 16, 32)
 
 
 @dataclass(frozen=True)

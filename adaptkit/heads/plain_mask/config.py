@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from adaptkit.core.layers import check_choice, check_numbers
+from adaptkit.core.layers import check_choice, check_numbers, check_positive
 from adaptkit.core.view import Spec
 
 __all__ = ["PlainMaskHeadConfig", "even_layers"]
@@ -39,10 +39,7 @@ class PlainMaskHeadConfig:
         check_choice("task", self.task, TASKS)
         check_choice("lateral_projection", self.lateral_projection, ("mlp", "linear", "identity"))
         check_choice("norm", self.norm, ("batch", "sync"))
-        for option in ("num_classes", "num_q", "num_blocks", "num_heads", "hidden_dim"):
-            value = getattr(self, option)
-            if value is not None and value < 1:
-                raise ValueError(f"{option}={value} must be at least 1")
+        check_positive(self, "num_classes", "num_q", "num_blocks", "num_heads", "hidden_dim")
         if self.upscale is not None and not 0 <= self.upscale <= 6:
             raise ValueError(f"upscale={self.upscale}: masks are doubled 0 to 6 times")
         object.__setattr__(self, "things", tuple(sorted(set(self.things))))
