@@ -379,6 +379,7 @@ def test_a_host_whose_attention_does_not_come_apart_is_refused():
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
         ({"gates": ("patches",)}, "'patch', 'head', 'layer'"),
         ({"gates": ()}, "leaves nothing to decide"),
+        ({"gates": ("patch", "patch")}, "names a kind twice"),
         ({"head_mode": "half"}, "'full', 'partial'"),
         ({"grid": (0, 3)}, "rows, columns"),
         ({"bottleneck": -1}, "bottleneck=-1"),

@@ -189,6 +189,7 @@ def test_a_file_with_hybrid_and_options_comes_back(tmp_path):
     ({"norm": "batch"}, "norm='batch' is not a choice"),
     ({"width": 0, "mlp_ratio": 1.0}, "needs a bottleneck"),
     ({"width": -1}, "must not be negative"),
+    ({"width": ()}, "gives no width"),
     ({"mixer_options": {"conv": {}}}, "mixer_options are for conv, but mixer='pool'"),
     ({"mixer_options": {"pool": {"kernel": 5}}}, "mixer 'pool' does not take"),
 ])  # fmt: skip

@@ -64,6 +64,10 @@ def test_a_number_of_interactions_is_as_many_even_groups():
         ViTAdapterConfig(interactions=13).resolve(spec)
     with pytest.raises(ValueError, match="interactions=2, and interaction_indexes has 1 ranges"):
         ViTAdapterConfig(interactions=2, interaction_indexes=((0, 11),))
+    with pytest.raises(ValueError, match=r"drop_path=1.0 must be at least 0 and below 1"):
+        ViTAdapterConfig(drop_path=1.0)
+    with pytest.raises(ValueError, match="extra_extractors=-1 must be 0 or more"):
+        ViTAdapterConfig(extra_extractors=-1)
 
 
 @pytest.mark.parametrize("patch", [8, 14, 16, 32])

@@ -107,3 +107,13 @@ def test_only_layers_of_blocks_are_quantised():
     chosen = {id(layer) for _, _, layer in linear_layers(model)}
     others = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in chosen]
     assert others == ["head"]
+
+
+@pytest.mark.parametrize(("dtype", "library"), WAYS)
+def test_packed_weights_are_counted_one_by_one(dtype, library):
+    needs(library)
+    counts = [
+        adaptkit.attach(model, "sfp").get_nb_trainable_parameters()
+        for model in (host(), in_fewer_bits(host(), dtype, library))
+    ]
+    assert counts[0] == counts[1]

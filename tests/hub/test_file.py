@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,3 +215,10 @@ def test_the_folder_of_a_run_is_answered_with_the_adapter_in_it(tmp_path):
     adaptkit.attach(host(), "sfp").save(tmp_path / "run" / "adapter")
     with pytest.raises(FileNotFoundError, match=r"no adapter at .*run \(there is one in .*run.adapter\): expected"):
         adaptkit.load(tmp_path / "run")
+
+
+def test_a_layer_of_more_weights_than_float32_can_count_has_a_fingerprint():
+    weight = torch.zeros(2**24 + 3)
+    weight[-1] = 7.0
+    view = SimpleNamespace(fingerprint=None, fingerprint_tensors=lambda: {"patch": weight})
+    assert files.fingerprint(view)["patch"] == [0.0] * 7 + [7.0]

@@ -95,3 +95,17 @@ def test_dat_without_offsets_reads_its_values_where_the_queries_stand():
     feat = tokens(grids, seed=1)
     y = m(tokens(grids), feat, layout(grids, grids))
     torch.testing.assert_close(y, m.output_proj(m.value_proj(feat)).mean(1, keepdim=True).expand_as(y))
+
+
+@every
+def test_an_option_that_a_cross_mixer_does_not_take_is_a_value_error(name):
+    with pytest.raises(ValueError, match=rf"mixer '{name}' does not take .*nonsense"):
+        cross_mixer(name, 16, levels=1, heads=2, points=4, ratio=1.0, nonsense=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"heads": 5}, "heads=5 do not divide the 16 channels"), ({"points": 0}, "points=0")]
+)
+def test_deformable_attention_refuses_heads_and_points_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        cross_mixer("msda", 16, **{"levels": 1, "heads": 2, "points": 4, "ratio": 1.0, **options})

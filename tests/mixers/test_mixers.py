@@ -162,6 +162,12 @@ def test_an_unknown_mixer_or_option_is_a_value_error_that_names_it():
         mixer("pool", 8, size=4)
     with pytest.raises(ValueError, match="heads=3 do not divide the width 8"):
         mixer("global", 8, heads=3)
+    with pytest.raises(ValueError, match="heads=0 do not divide the width 8"):
+        mixer("global", 8, heads=0)
+    with pytest.raises(ValueError, match="window=0 must be at least 1"):
+        mixer("window", 8, window=0)
+    with pytest.raises(ValueError, match="leaves nothing to convolve with"):
+        mixer("multi-conv", 8, kernels=())
 
 
 def test_a_mixer_from_outside_is_found_by_its_name():

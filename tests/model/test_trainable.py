@@ -95,3 +95,24 @@ def test_the_backbone_wants_no_gradient_while_it_is_tried_and_is_left_as_it_was(
     with pytest.raises(AssertionError, match="no backward pass"):
         adaptkit.attach(host, ("vit-adapter", {"conv_inplane": 8}))
     assert {n: p.requires_grad for n, p in host.named_parameters()} == flags
+
+
+@pytest.mark.filterwarnings("ignore:the head does not read")
+def test_a_head_that_returns_a_dict_of_its_own_class_gives_it_in_training_too():
+    from transformers.modeling_outputs import SemanticSegmenterOutput
+
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(32, 2)
+
+        def forward(self, features):
+            return SemanticSegmenterOutput(logits=self.fc(features.tokens.mean(1)))
+
+    model = adaptkit.attach(host(), "sfp", head=Head())  # whose maps the head ignores
+    for mode in (True, False):
+        logits = model.train(mode)(torch.randn(2, 3, 32, 32)).logits
+        assert type(logits) is SemanticSegmenterOutput
+        assert logits.logits is logits["logits"]
+    model.train()(torch.randn(2, 3, 32, 32)).logits.logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
