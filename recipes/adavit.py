@@ -50,7 +50,7 @@ from .adavit_training import train
 from .devices import together
 from .folder import begin, occupied
 from .help import RecipeParser
-from .labelled import Labelled, open_labelled
+from .labelled import Labelled, check_same_classes, open_labelled
 from .normalisation import source_of
 from .options import MODES, OVERWRITE_HELP, PRECISION_HELP, command, precision, seed_of
 from .order import folded
@@ -123,6 +123,7 @@ def run_in(out: Path, args: argparse.Namespace, accelerator: Accelerator) -> Non
     device = accelerator.device
     data = open_labelled(args.data, "train", args.size)
     held = open_labelled(args.val or args.data, "validation", args.size)
+    check_same_classes(data.classes, held.classes, "--data")
     model = build(data, args, device)
     seed = folded(args.seed * 1000 + accelerator.process_index)
     policy = prepared(model, args.policy, args.budget, (args.size, args.size), seed)

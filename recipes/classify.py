@@ -26,7 +26,7 @@ from . import augment, channels
 from . import names as class_names
 from .channels import backbone_of, trained_parts
 from .engine import run
-from .labelled import LabelledData, open_images
+from .labelled import LabelledData, check_same_classes, open_images
 from .labels import warn_unseen
 from .normalisation import source_of
 from .options import adapters, command, makes_pyramid, parser, read, validation
@@ -111,11 +111,7 @@ def task(args: argparse.Namespace) -> Task:
     args.num_classes = args.num_classes or max(len(names), len(val_names))
     if args.num_classes < 2:
         raise ValueError(f"{args.train} names {args.num_classes} classes; say how many there are with --num-classes")
-    if any(a != b for a, b in zip(names, val_names)):
-        raise ValueError(
-            f"the classes of --train are {', '.join(names[:5])}, ... and of --val {', '.join(val_names[:5])}, ...: a "
-            "label would mean another class. Give both the same classes"
-        )
+    check_same_classes(names, val_names)
     most = max([max(d["label"]) for d in (train, val) if not args.streaming], default=0)
     if most >= args.num_classes:
         raise ValueError(f"a label is {most}, and --num-classes {args.num_classes} allows 0..{args.num_classes - 1}")

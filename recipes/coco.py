@@ -29,7 +29,7 @@ class Instances(NamedTuple):
 
     rows: list[dict[str, Any]]
     categories: list[dict[str, Any]]
-    truth: dict[str, Any]  # the JSON itself, for scoring
+    truth: dict[str, Any]  # the JSON, for scoring: of its annotations those that were not left out
 
     def labels(self) -> list[list[int]]:
         """Of each image, the number of the category of each object."""
@@ -77,6 +77,12 @@ def read_json(path: Path, keys: tuple[str, ...], flag: str) -> dict[str, Any]:
         raise ValueError(f"{flag}: {path} has no list {', '.join(missing)}; COCO's format has {', '.join(keys)}")
     for key in ("images", "categories"):
         ids = [entry.get("id") for entry in data[key]]
+        strange = next((i for i in ids if i is not None and type(i) is not int), None)
+        if strange is not None:
+            raise ValueError(
+                f"{flag}: {path}: {key} have the id {strange!r}, and COCO's are whole numbers: number them, in the "
+                "annotations too"
+            )
         if None in ids or len(set(ids)) != len(ids):
             raise ValueError(f"{flag}: {path}: {key} without an id, or with one that is given twice")
         if not ids:
@@ -130,7 +136,7 @@ def instances_of(
     check_images(list(rows.values()), flag)
     if not data["annotations"]:
         raise ValueError(f"{flag}: {path} holds no annotations")
-    flat = []
+    flat, left = [], []
     for n, entry in enumerate(data["annotations"]):
         where = wheres[n] if wheres else f"{flag}: {path}, annotation {entry.get('id', f'number {n}')}"
         row = rows.get(entry.get("image_id"))
@@ -138,16 +144,21 @@ def instances_of(
             raise ValueError(f"{where}: image_id {entry.get('image_id')!r} is not among the images")
         if entry.get("category_id") not in label:
             raise ValueError(f"{where}: category_id {entry.get('category_id')!r} is not among the categories")
-        if entry.get("iscrowd"):
-            continue  # a region of many; scoring ignores what is found there
-        box = clipped(entry.get("bbox"), row, where)
-        shape = entry.get("segmentation") if masks else None
-        if masks:
+        shape, crowd, boxed = entry.get("segmentation"), entry.get("iscrowd"), entry.get("bbox") is not None
+        if masks or (crowd and shape and not boxed):
             check_segmentation(shape, row, where)
+        if crowd and shape and not boxed:
+            entry = {**entry, "bbox": rle_box(shape, row)}
+        box = clipped(entry.get("bbox"), row, where)
+        if crowd:  # a region of many; scoring ignores what is found there
+            left.append(entry)
+            continue
         drawn = masks and n < MOST  # drawing the masks of all of COCO takes minutes
         if min(box[2] - box[0], box[3] - box[1]) <= 0 or (drawn and not rle_area(shape, row)):
             flat.append(where)
             continue
+        left.append(entry)
+        shape = shape if masks else None
         row["instances"].append({"box": box, "label": label[entry["category_id"]], "shape": shape})
     if flat and not skip:
         raise ValueError(
@@ -156,15 +167,20 @@ def instances_of(
         )
     if not any(row["instances"] for row in rows.values()):
         raise ValueError(f"{flag}: {path} holds no instance that can be trained on")
-    return Instances(list(rows.values()), categories, data)
+    return Instances(list(rows.values()), categories, {**data, "annotations": left})
 
 
 def image_row(entry: dict[str, Any], folder: Path, path: Path, flag: str, channels: int) -> dict[str, Any]:
     """An entry of ``images`` -> path, channels, id, height, width."""
     if not all(entry.get(k) for k in ("file_name", "height", "width")):
         raise ValueError(f"{flag}: {path}, image {entry['id']} needs a file_name, a height and a width: {entry}")
-    sizes = {k: entry[k] for k in ("id", "height", "width")}
-    return {"path": folder / entry["file_name"], "channels": channels, **sizes}
+    for side in ("height", "width"):
+        if not isinstance(entry[side], int | float) or entry[side] != int(entry[side]):
+            raise ValueError(
+                f"{flag}: {path}, image {entry['id']}: {side} {entry[side]!r} is no whole number of pixels"
+            )
+    sizes = {"height": int(entry["height"]), "width": int(entry["width"])}
+    return {"path": folder / entry["file_name"], "channels": channels, "id": entry["id"], **sizes}
 
 
 def clipped(bbox: Any, row: dict[str, Any], where: str) -> list[float]:
@@ -206,6 +222,13 @@ def rle_area(shape: Any, row: dict[str, Any]) -> int:
     from faster_coco_eval import mask
 
     return int(mask.area(rle(shape, row)))
+
+
+def rle_box(shape: Any, row: dict[str, Any]) -> list[float]:
+    """The box of a segmentation, (x, y, width, height)."""
+    from faster_coco_eval import mask
+
+    return [float(v) for v in mask.toBbox(rle(shape, row))]
 
 
 def called(categories: list[dict[str, Any]]) -> list[str]:
@@ -324,13 +347,14 @@ def average_precisions(
     """
     from faster_coco_eval import COCO, COCOeval_faster
 
-    sizes = {row["id"]: row for row in data.rows}
-    entries = []
+    sizes, entries = {row["id"]: row for row in data.rows}, []
     for n, entry in enumerate(data.truth["annotations"], 1):
-        filled = {"iscrowd": 0, "area": entry["bbox"][2] * entry["bbox"][3], **entry, "id": n}
-        if masks and "area" not in entry:
-            filled["area"] = rle_area(entry["segmentation"], sizes[entry["image_id"]])
-        entries.append(filled)
+        area = entry.get("area")
+        if area is None and masks:
+            area = rle_area(entry["segmentation"], sizes[entry["image_id"]])
+        elif area is None:
+            area = entry["bbox"][2] * entry["bbox"][3]
+        entries.append({"iscrowd": 0, **entry, "id": n, "area": area})
     truth = COCO({**data.truth, "annotations": entries})
     named = [{**r, "category_id": data.categories[r["label"] - 1]["id"]} for r in results]
     scores: dict[str, float] = {}

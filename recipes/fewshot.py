@@ -31,7 +31,7 @@ from adaptkit.hub.write import check_writable, write_atomic
 from . import normalisation
 from .devices import copying, loading, together
 from .help import RecipeParser
-from .labelled import LabelledData, open_images
+from .labelled import LabelledData, check_same_classes, open_images
 from .options import PRECISION_HELP, command, precision, seed_of, validation
 from .order import plain_errors
 
@@ -189,9 +189,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
     pool = args.pool or ("token" if prefix else "avg")
     if pool != "avg" and not prefix:
         raise ValueError(f"--pool {pool} needs a class token and {args.backbone} has none; use avg")
+    columns, names = (args.image_column, args.label_column), (args.train, validation(args))
+    (train, classes), (val, val_classes) = (open_images(n, s, columns) for n, s in zip(names, ("train", "validation")))
+    check_same_classes(classes, val_classes)
     found = []
-    for name, split in ((args.train, "train"), (validation(args), "validation")):
-        data = open_images(name, split, (args.image_column, args.label_column))[0]
+    for name, data in zip(names, (train, val)):
         rows = LabelledData(data, args.size, source, 0, args.augment, train=False, name=name)
         how = loading(accelerator.device, args.workers)
         loader = accelerator.prepare(DataLoader(rows, args.batch_size, **how))

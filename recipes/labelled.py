@@ -141,6 +141,15 @@ def check_classes(labels: list[Any], name: str) -> None:
             raise ValueError(f"{name}: row {row} has the label {label!r}, and classes are numbered from 0{unlabelled}")
 
 
+def check_same_classes(names: list[str], val_names: list[str], flag: str = "--train") -> None:
+    """Raise ``ValueError`` where a number means one class in training and another in validation."""
+    if any(a != b for a, b in zip(names, val_names)):
+        raise ValueError(
+            f"the classes of {flag} are {', '.join(names[:5])}, ... and of --val {', '.join(val_names[:5])}, ...: a "
+            "label would mean another class. Give both the same classes"
+        )
+
+
 def _listed(path: Path) -> Any:
     """Read a list of images, one ``path label`` a line, as VTAB-1k has it."""
     import datasets

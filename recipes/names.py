@@ -53,10 +53,15 @@ def named(args: argparse.Namespace, found: list[str] | None = None) -> dict[str,
     elif count == len(CITYSCAPES) and (folder / "leftImg8bit").is_dir():
         return {"classes": list(CITYSCAPES)}
     else:
-        return {"classes": list(found)} if found and any(not n.isdecimal() for n in found) else {}
+        return {"classes": list(found)} if found and not are_numbers(found) else {}
     if len(said["classes"]) != count:
         raise ValueError(f"{where} names {len(said['classes'])} classes, and there are {count}: give a name for each")
     return said
+
+
+def are_numbers(classes: list[str]) -> bool:
+    """Whether these are the numbers that classes without names have, 0, 1, ...: folders "1", "10", "2" are names."""
+    return classes == [str(i) for i in range(len(classes))]
 
 
 def reading_of(args: argparse.Namespace) -> Reading:

@@ -107,6 +107,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     network.mask2former_options(p)
     queries.options(p)
     args = read(p, argv)
+    if args.num_classes < 2:
+        p.error(f"--num-classes {args.num_classes}: one class alone is always right, so nothing is learned; what is "
+                "around it is a class too: --num-classes 2, without --reduce-zero-label")  # fmt: skip
     args.named = names.named(args)
     names.reading_of(args)  # an error, before anything is opened
     args.head = args.head or saved_head(args) or ("linear" if args.adapter in (["none"], ["linear"]) else "fpn")

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     if args.every < 1:
         raise ValueError(f"--every {args.every}: give at least 1")
     given, out = found(args.images), Path(args.out).expanduser()
-    check_apart(out, given)
+    check_apart(out, given, overlays=not args.no_overlay)
     check_writable(out)
     model = from_pretrained(args.file, backbone=args.backbone, positions=args.positions)
     model = model.to(best_device(args.device))
@@ -111,9 +111,16 @@ def ids_of(paths: list[Path]) -> dict[Path, int]:
     return {p: int(p.stem) if numeric else i for i, p in enumerate(paths, 1)}
 
 
-def check_apart(out: Path, given: Any) -> None:
-    """Raise ``ValueError`` where an answer would be written over a picture that was given."""
-    paths = {one.path.resolve() for one in given}
+def check_apart(out: Path, given: Any, overlays: bool = True) -> None:
+    """Raise ``ValueError`` where an answer would be written over a picture that was given, or over another answer."""
+    paths, names = {one.path.resolve() for one in given}, {one.name: one.path for one in given}
+    for name, path in names.items():
+        drawn = f"{name}_overlay"
+        if overlays and drawn in names:
+            raise ValueError(
+                f"{path} and {names[drawn]} would both be answered in {drawn}.png: leave out what an earlier run drew, "
+                "or draw nothing with --no-overlay"
+            )
     for one in given:
         for end in (".png", "_overlay.png"):
             target = out / f"{one.name}{end}"

@@ -53,10 +53,11 @@ Drawn = tuple[Image.Image, list[tuple[str, Any]] | None]
 
 def _segmentation(seen: Image.Image, answer: Segmentation) -> Drawn:
     mask, classes = _nearest(answer.mask, seen.size), len(answer.palette)
-    there = [c["id"] for c in answer.json()["classes"] if c["id"] < classes]
-    colours = coloured(np.minimum(mask, classes - 1), answer.palette)
+    known = (mask >= 0) & (mask < classes)  # what is ignored has any other number: 255, -1, -100
+    there = [c["id"] for c in answer.json()["classes"] if 0 <= c["id"] < classes]
+    colours = coloured(np.clip(mask, 0, classes - 1), answer.palette)
     shown = [(name_of(answer.names, k), answer.palette[k]) for k in there]
-    return blended(seen, colours, outlined(mask), mask < classes), shown
+    return blended(seen, colours, outlined(mask), known), shown
 
 
 def _panoptic(seen: Image.Image, answer: Panoptic) -> Drawn:

@@ -20,6 +20,7 @@ from ..depth import DEPTH_NAMES, metres_of
 from ..labelled import open_images
 from ..labels import palette_of, reading
 from ..look import check_labels
+from ..names import are_numbers
 from ..native import NativeSegmentation, masks
 from ..normalisation import floats
 from ..order import undecoded
@@ -95,9 +96,13 @@ def classification(model: Any, asked: Asked, args: argparse.Namespace, alter: Al
 def same_classes(labels: list[int], names: list[str], known: Any, where: str) -> list[int]:
     """Labels of a set -> those of the file, by the names of the classes where both have some; a set may lack classes.
 
+    The classes of a file without names are numbers, and so are folders that are called by numbers.
+
     Raises ``ValueError`` for a class that the file does not know.
     """
-    if not isinstance(known, list | tuple) or all(n.isdecimal() for n in names) or list(known[: len(names)]) == names:
+    if not isinstance(known, list | tuple):
+        return [int(names[k]) for k in labels] if all(n.isdecimal() for n in names) else labels
+    if list(known[: len(names)]) == names or (are_numbers(names) and not any(str(n).isdecimal() for n in known)):
         return labels
     used = sorted(set(labels))
     strange = [names[k] for k in used if names[k] not in known]

@@ -16,6 +16,7 @@ from families import stirred
 import adaptkit
 from adaptkit.cli import main
 from adaptkit.create import create_backbone
+from adaptkit.predict.answers import Segmentation
 from adaptkit.predict.pixels import pixels
 
 FPN = ("fpn", {"num_classes": 5, "channels": 16})
@@ -277,12 +278,28 @@ def test_the_command_writes_masks_overlays_and_json(files, picture, local, tmp_p
     assert said[1]["classes"][0]["name"].startswith("c")
 
 
+@pytest.mark.parametrize("ignored", [255, 65535, -1, -100])
+def test_what_is_ignored_is_not_coloured(ignored):
+    from adaptkit.predict.draw import laid
+
+    mask = np.zeros((8, 8), np.int64)
+    mask[4:] = ignored
+    drawn = np.asarray(
+        laid(np.full((8, 8, 3), 100, np.uint8), Segmentation((8, 8), ["a", "b"], [(255, 0, 0), (0, 0, 255)], mask=mask))
+    )
+    assert drawn[6, 6].tolist() == [100, 100, 100]
+    assert drawn[1, 1].tolist() != [100, 100, 100]
+
+
 def test_mistakes_of_the_command_are_one_line(files, picture, local, tmp_path, capsys):
-    picture.save(tmp_path / "one.png")
+    for name in ("one", "drawn/a", "drawn/a_overlay"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture.save(tmp_path / f"{name}.png")
     argv = ["predict", str(files / "seg"), "--backbone", str(local), "--out"]
     for more, message in (
         ([str(tmp_path / "out"), str(tmp_path / "none.png")], "there is no file, folder or pattern"),
         ([str(tmp_path), str(tmp_path / "one.png")], "would overwrite a picture"),
+        ([str(tmp_path / "out"), str(tmp_path / "drawn")], "would both be answered in a_overlay.png"),
         ([str(tmp_path / "out"), str(tmp_path / "one.png"), "--device", "nothing"], "nothing"),
         ([str(tmp_path / "out"), str(tmp_path / "one.png"), "--resize", "large"], "--resize large"),
     ):

@@ -217,5 +217,19 @@ def test_an_evaluation_knows_classes_by_their_names():
     assert same_classes([0, 1, 1], ["cat", "emu"], ["cat", "dog", "emu"], "d") == [0, 2, 2]
     assert same_classes([0, 1], ["0", "1"], ["cat", "dog", "emu"], "d") == [0, 1]
     assert same_classes([0, 1], ["cat", "dog"], None, "d") == [0, 1]
+    assert same_classes([0, 1], ["2", "9"], None, "d") == [2, 9]  # two of ten folders that are called by numbers
+    assert same_classes([0, 1, 1], ["10", "3"], ["1", "10", "2", "3"], "d") == [1, 3, 3]
+    assert same_classes([0, 1], ["0", "1"], ["1", "10", "0"], "d") == [2, 0]
     with pytest.raises(ValueError, match="has the class 'fox', and the file knows cat, dog"):
         same_classes([0, 1], ["cat", "fox"], ["cat", "dog"], "d")
+
+
+def test_folders_called_by_numbers_that_are_not_the_classes_numbers_are_names(tmp_path):
+    """Sorted as text, "10" comes before "2": the number of a class is not the number that it is called by."""
+    name = class_folders(tmp_path, *(f"{k}/a.png" for k in range(1, 13)))
+    args = classify.parse(["--train", name, "--val", name])
+    classify.task(args)
+    assert args.named["classes"][:4] == ["1", "10", "11", "12"]
+    plain = classify.parse(["--train", "digits", "--val", "digits"])
+    classify.task(plain)
+    assert plain.named == {}

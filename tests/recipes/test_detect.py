@@ -279,6 +279,20 @@ BAD = {
     "no image": (lambda p: (p / "images" / "00001.png").unlink(), "1 of 3 images are missing, e.g. .*00001.png"),
     "a torn image": (lambda p: (p / "images" / "00001.png").write_bytes(b"x"), "00001.png is not an image"),
     "another size": (edit(lambda d: d["images"][0].update(width=90)), "is 32 x 48 pixels .*its entry says 32 x 90"),
+    "a size in words": (edit(lambda d: d["images"][0].update(width="48")), "width '48' is no whole number of pixels"),
+    "half a pixel": (edit(lambda d: d["images"][0].update(width=48.5)), "width 48.5 is no whole number of pixels"),
+    "an image's id in words": (edit(lambda d: d["images"][0].update(id="im0")), "images have the id 'im0'"),
+    "a category's id in words": (edit(lambda d: d["categories"][0].update(id="1")), "categories have the id '1'"),
+    "a crowd of nothing": (
+        edit(
+            lambda d: (
+                d["annotations"][0].update(iscrowd=1),
+                d["annotations"][0].pop("bbox"),
+                d["annotations"][0].pop("segmentation"),
+            )
+        ),
+        "annotation 1 has no segmentation",
+    ),
     "no annotations": (edit(lambda d: d["annotations"].clear()), "holds no annotations"),
     "only crowds": (
         edit(lambda d: [a.update(iscrowd=1) for a in d["annotations"]]),
@@ -316,6 +330,46 @@ def test_degenerate_boxes_can_be_left_out(tmp_path):
     first(bbox=[1, 2, 0, 5])(path)
     left = read_instances(path / "images", path / "annotations.json", True, "--val", skip=True)
     assert sum(len(r["instances"]) for r in left.rows) == whole - 1
+
+
+def test_what_is_left_out_of_training_is_left_out_of_the_truth(tmp_path):
+    path = shapes.write(tmp_path, 3, 32, 48, seed=2)
+    flat = {"image_id": 1, "category_id": 1, "iscrowd": 0, "area": 0}
+    boxes = [[3, 3, 0, 5], [100, 2, 5, 5]]  # flat, and outside
+    edit(lambda d: d["annotations"].extend({**flat, "id": 900 + i, "bbox": b} for i, b in enumerate(boxes)))(path)
+    data = read_instances(path / "images", path / "annotations.json", False, "--val", skip=True)
+    assert average_precision(data, perfect(data), masks=False)["box_ap"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("boxed", [True, False])
+def test_a_crowd_without_a_box_has_that_of_its_mask(tmp_path, boxed):
+    """A region of many: what is found in it is not held against a detector."""
+    path = shapes.write(tmp_path, 3, 32, 48, seed=2)
+    crowd = {"id": 999, "image_id": 1, "category_id": 1, "iscrowd": 1,
+             "segmentation": {"size": [32, 48], "counts": [0, 32 * 48]}}  # fmt: skip
+    edit(lambda d: d["annotations"].append({**crowd, **({"bbox": [0, 0, 48, 32]} if boxed else {})}))(path)
+    data = read_instances(path / "images", path / "annotations.json", False, "--val")
+    inside = {"image_id": 1, "label": 1, "score": 0.99, "bbox": [1, 1, 3, 3]}
+    assert average_precision(data, [*perfect(data), inside], masks=False)["box_ap"] == pytest.approx(1.0)
+
+
+def perfect(data):
+    found = []
+    for row in data.rows:
+        for one in row["instances"]:
+            x1, y1, x2, y2 = one["box"]
+            found.append(
+                {"image_id": row["id"], "label": one["label"], "score": 0.9, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            )
+    return found
+
+
+def test_whole_numbers_may_be_written_with_a_point(tmp_path):
+    path = shapes.write(tmp_path, 3, 32, 48, seed=2)
+    edit(lambda d: [i.update(height=32.0, width=48.0) for i in d["images"]])(path)
+    data = read_instances(path / "images", path / "annotations.json", True, "--val")
+    assert {coco.size_of(row) for row in data.rows} == {(32, 48)}
+    assert all(isinstance(row["height"], int) for row in data.rows)
 
 
 def test_an_image_without_instances_is_a_sample_too(tmp_path):

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fake_cuda import Questions
 
-from recipes import fewshot
+from recipes import adavit, fewshot
 from recipes.labelled import open_images
 
 
@@ -107,3 +108,16 @@ def test_from_images_to_a_table(tmp_path, capsys):
     assert 15 < rows[0]["ridge"]["mean"] < rows[1]["ridge"]["mean"]
     assert "| 10 | 100 |" in capsys.readouterr().out
     assert (tmp_path / "result.json").is_file()
+
+
+@pytest.mark.parametrize("recipe", ["fewshot", "adavit"])
+def test_a_validation_set_of_other_classes_is_refused(recipe, tmp_path):
+    """Its labels would be counted from another first class, and everything be wrong."""
+    for split, names in (("train", ("ant", "bee", "cat")), ("val", ("bee", "cat"))):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (16, 16)).save(tmp_path / split / name / "a.png")
+    sets = [str(tmp_path / "train"), "--val", str(tmp_path / "val"), "--size", "16", "--out", str(tmp_path / "out")]
+    start, flag = (fewshot.main, "--train") if recipe == "fewshot" else (adavit.main, "--data")
+    with pytest.raises(ValueError, match=rf"the classes of {flag} are ant, bee, cat, ... and of --val bee, cat"):
+        start([flag, *sets])

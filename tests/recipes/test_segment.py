@@ -91,6 +91,12 @@ def test_a_head_that_would_leave_the_adapter_untrained_is_refused(folder, capsys
     assert "pyramid would not be trained" in capsys.readouterr().err
 
 
+def test_one_class_is_refused_for_it_would_always_be_right(folder, capsys):
+    with pytest.raises(SystemExit):
+        main(["--train", str(folder), *QUICK, "--num-classes", "1"])
+    assert "one class alone is always right" in capsys.readouterr().err
+
+
 def test_labels_out_of_range_are_found_before_training(tmp_path):
     bad = write_folder(tmp_path / "bad", bad=3)
     with pytest.raises(
