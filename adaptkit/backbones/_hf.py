@@ -140,7 +140,8 @@ class HfViT(HfView, ViT):
         if getattr(said, "feature_maps", None):
             last = said.feature_maps[-1]  # a map (B, D, h, w), or tokens where the config reshapes none
             return map_to_tokens(last) if last.ndim == 4 else last
-        raise TypeError(f"its forward returns {type(said).__name__}, which has no last_hidden_state")
+        remedy = ": set its config.return_dict = True" if isinstance(said, tuple) else ""
+        raise TypeError(f"its forward returns {type(said).__name__}, which has no last_hidden_state{remedy}")
 
     def interpolating(self, image: Tensor) -> dict[str, bool]:
         """Return the option by which a backbone is told that its positions must be resampled."""

@@ -212,3 +212,10 @@ def test_a_list_of_blocks_compiled_as_one_is_refused_with_a_remedy():
     host.blocks = compiled(host.blocks)
     with pytest.raises(TypeError, match="one OptimizedModule, and adapters run them one by one: compile or wrap each"):
         view(host)
+
+
+def test_a_config_that_asks_for_tuples_is_named():
+    host = HOSTS["hf-vit"].build()
+    host.config.return_dict = False
+    with pytest.raises(TypeError, match=r"forward returns tuple, .* set its config.return_dict = True"):
+        adaptkit.attach(host, "sfp")
