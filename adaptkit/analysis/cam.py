@@ -9,6 +9,7 @@ a gradient as well, whether or not ``Features.maps`` leads to the logits.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -79,6 +80,7 @@ def grad_cam(
     """
     one = single(image)
     host = Watched.of(model)
+    at = at if at is None or isinstance(at, str) else operator.index(at)
     asked = [at] if at is not None else [None, *reversed(range(host.vit.spec.depth))]
     for place in asked:
         found = _try(model, host, one, target, pixels, place)

@@ -109,12 +109,14 @@ def position_similarity(model: nn.Module, size: Sequence[int] | None = None) -> 
     noise = torch.randn(black.shape, generator=torch.Generator().manual_seed(0)).to(black)
     with evaluating(vit.backbone), reference():
         first, second = (_added(vit, image.to(parameter.dtype), grid) for image in (black, noise))
+    if first is None or second is None:
+        raise TypeError(f"no layer of {vit.spec.family} was seen to make its {grid[0]} x {grid[1]} tokens of the image")
     # A sum in bfloat16 is right to a step of its larger part, the projected noise.
-    off = max(1e-3, torch.finfo(parameter.dtype).eps * (0.0 if second is None else float(second.patches.abs().max())))
-    if first is None or second is None or not torch.allclose(first.added, second.added, rtol=1e-3, atol=off):
+    off = max(1e-3, torch.finfo(parameter.dtype).eps * float(second.patches.abs().max()))
+    if not torch.allclose(first.added, second.added, rtol=1e-3, atol=off):
         raise TypeError(f"{vit.spec.family} does more to its tokens than to add a table of positions ({vit.positions})")
     added = first.added
-    if torch.allclose(added, added[:1].expand_as(added), atol=1e-5):
+    if len(added) > 1 and torch.allclose(added, added[:1].expand_as(added), atol=1e-5):
         raise TypeError(
             f"{vit.spec.family} adds no table of positions to its tokens ({vit.positions}); attention_distance says "
             "how far its blocks look"
@@ -136,14 +138,14 @@ class _Sum(NamedTuple):
 
 
 def _added(vit: ViT, image: Tensor, grid: tuple[int, int]) -> _Sum | None:
-    """Look at how tokens are made of an image; None where that is odd."""
-    kernel = _kernel(vit)
-    projections = [m for m in vit.backbone.modules() if getattr(m, "weight", None) is kernel]
-    if not projections or kernel.ndim != 4:
-        return None
+    """Look at how tokens are made of an image; None where no layer gives as many.
+
+    The layer is the last one that does: a convolution, of a hybrid the one behind its network, or a linear layer.
+    """
     made: list[Tensor] = []
     normed: list[tuple[Tensor, Tensor]] = []  # of each norm, what came in and what went out
-    hooks = [projections[0].register_forward_hook(lambda module, args, out: made.append(out))]
+    layers = [m for m in vit.backbone.modules() if hasattr(m, "in_channels") or isinstance(m, nn.Linear)]
+    hooks = [m.register_forward_hook(lambda module, args, out: made.append(out)) for m in layers]
     norms = [m for m in vit.backbone.modules() if isinstance(m, nn.LayerNorm)]
     hooks += [m.register_forward_hook(lambda module, args, out: normed.append((args[0], out))) for m in norms]
     try:
@@ -152,6 +154,9 @@ def _added(vit: ViT, image: Tensor, grid: tuple[int, int]) -> _Sum | None:
         for hook in hooks:
             hook.remove()
     before = next((given for given, out in normed if out is x), x)  # CLIP norms its tokens once they have places
-    patches = made[0] if made[0].ndim == 3 else map_to_tokens(made[0])
-    projected = patches[0].float()
+    found = [y if y.ndim == 3 else map_to_tokens(y) for y in made if y.ndim in (3, 4)]
+    found = [y for y in found if y.shape[1:] == (grid[0] * grid[1], vit.spec.embed_dim)]
+    if not found:
+        return None
+    projected = found[-1][0].float()
     return _Sum(projected, before[0, before.shape[1] - len(projected) :].float() - projected)

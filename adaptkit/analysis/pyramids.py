@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.adapters.dat import DATBlock
@@ -70,11 +71,11 @@ def feature_maps(models: nn.Module | Mapping[str, nn.Module], image: Tensor) -> 
         for stride, x in maps_of(model, features_of(model, one)).items():
             rows = x[0].flatten(1).T.float()
             basis = principal(rows, 3)
-            values = basis(rows.cpu())
+            values = F.pad(basis(rows.cpu()), (0, 3 - len(basis.explained)))  # of one or two cells there are fewer
             low, high = (values.quantile(q, dim=0) for q in (0.01, 0.99))
             values = ((values - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
             colours[name][stride] = values.float().unflatten(0, x.shape[-2:])
-            explained[name][stride] = basis.explained
+            explained[name][stride] = F.pad(basis.explained, (0, 3 - len(basis.explained)))
     (picture,) = pictured([one[0]], source_of(next(iter(named.values())), one.shape[1]))
     return FeatureMaps(colours, explained, picture)
 

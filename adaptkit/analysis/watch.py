@@ -33,6 +33,7 @@ class Watched(NamedTuple):
     vit: Any  #: the view of its backbone
     acting: tuple[Adapter, ...]  #: the adapters that act now
     head: nn.Module | None
+    head_reads: tuple[int, ...] = ()  #: after which blocks the head reads the tokens
 
     @staticmethod
     def of(model: nn.Module) -> Watched:
@@ -41,7 +42,7 @@ class Watched(NamedTuple):
             return Watched(registry.view(model), (), None)
         if model._disabled or model._active is None:
             return Watched(model.vit, (), None)
-        return Watched(model.vit, tuple(model._acting), model.head)
+        return Watched(model.vit, tuple(model._acting), model.head, model._acting.head_reads)
 
     def logits(self, features: Features) -> Any:
         """Return what the head says of features, or the backbone's own classifier; None without either."""
@@ -53,7 +54,7 @@ class _Acting(NamedTuple):
 
     adapters: tuple[Adapter, ...]
     head: Any
-    head_reads: tuple[int, ...] = ()  #: nothing: the head that runs here does not look at blocks
+    head_reads: tuple[int, ...] = ()
     leaves_unread: bool = False
     training: bool = False
 
@@ -86,7 +87,7 @@ class _Watch(BlockAdapter):
 def run_watched(model: nn.Module, image: Tensor, visit: Visit) -> Features:
     """Run a model on (B, C, H, W), a visit after every block; returns features, without the logits of a head."""
     host = Watched.of(model)
-    acting = _Acting((*host.acting, _Watch(host.vit.spec, visit)), _nothing)
+    acting = _Acting((*host.acting, _Watch(host.vit.spec, visit)), _nothing, host.head_reads)
     with evaluating(model), reference():
         return run(host.vit, acting, image)  # type: ignore[arg-type]
 

@@ -70,7 +70,12 @@ def patch_kernel(backbone: Any) -> Tensor:
     embed = backbone.patch_embed
     if not hasattr(embed, "backbone"):
         return embed.proj.weight
-    return next(m.weight for m in embed.backbone.modules() if isinstance(m, nn.Conv2d))
+    return reading_layer(embed.backbone).weight
+
+
+def reading_layer(stem: nn.Module) -> Any:
+    """Return the first convolution of a stem, which reads the image; one of more channels is no ``nn.Conv2d``."""
+    return next(m for m in stem.modules() if hasattr(m, "in_channels") and getattr(m, "weight", None) is not None)
 
 
 def channels(backbone: Any) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.backbones._mha import mha_parts
-from adaptkit.backbones._timm import block_list, is_bare, output_of, resampled, two_layers
+from adaptkit.backbones._timm import block_list, is_bare, output_of, reading_layer, resampled, two_layers
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import Block, MLPLayers, Source, Spec, ViT, identity
@@ -75,9 +75,9 @@ class TorchvisionViT(ViT):
         return (self.backbone.heads(tokens[:, 0]),)
 
 
-def _stem(backbone: Any) -> nn.Conv2d:
+def _stem(backbone: Any) -> Any:
     """Return the convolution that reads the image."""
-    return next(m for m in backbone.conv_proj.modules() if isinstance(m, nn.Conv2d))
+    return reading_layer(backbone.conv_proj)
 
 
 def _classes(backbone: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any, Literal, get_args
 
 import torch
@@ -166,6 +167,14 @@ def check_numbers(config: Any, but: tuple[str, ...] = ()) -> None:
     for field in dataclasses.fields(config):
         if field.name not in but:
             check(field.name, getattr(config, field.name))
+
+
+def indices(option: str, blocks: Any) -> tuple[int, ...]:
+    """Return the blocks that an option names as a tuple (JSON knows lists only); ``ValueError`` for anything else."""
+    try:
+        return tuple(operator.index(i) for i in blocks)
+    except TypeError as error:
+        raise ValueError(f"{option}={blocks!r}: give the indices of blocks, e.g. [2, 5, 8, 11]") from error
 
 
 def check_positive(config: Any, *options: str) -> None:

@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from adaptkit.core.near import hint
@@ -198,12 +199,31 @@ def heads() -> dict[str, Entry]:
     return _HEADS
 
 
+def check_module(model: Any) -> None:
+    """Raise ``TypeError`` for a backbone that is no ``nn.Module`` in Python, with what to hand over instead."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("this backbone was scripted or traced, and adapters run its blocks one by one: hand over the "
+                        "module that was scripted")  # fmt: skip
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, str):
+        remedy = f"build it first, timm.create_model({model!r}) or transformers.AutoModel.from_pretrained({model!r})"
+    elif isinstance(model, type):
+        remedy = f"this is the class {model.__name__}: hand over a model of it"
+    elif isinstance(getattr(model, "model", None), nn.Module):
+        remedy = "hand over its .model"
+    else:
+        remedy = "hand over a model of timm, transformers, torchvision, open_clip or torch.hub"
+    raise TypeError(f"the backbone is a {type(model).__name__} and no nn.Module; {remedy}")
+
+
 def view(model: nn.Module) -> Any:
     """See ``model`` as a :class:`~adaptkit.core.view.ViT` or :class:`~adaptkit.core.hierarchical.HierarchicalViT`.
 
-    Raises ``TypeError`` for an unknown class, naming the known ones and how to add a family, and for a backbone that
-    was compiled or wrapped as a whole.
+    Raises ``TypeError`` for what is no module, for an unknown class, naming the known ones and how to add a family, and
+    for a backbone that was compiled or wrapped as a whole.
     """
+    check_module(model)
     if unwrapped(model) is not model or model._compiled_call_impl is not None:
         how = type(model).__name__ if unwrapped(model) is not model else f"{type(model).__name__}.compile()"
         raise TypeError(

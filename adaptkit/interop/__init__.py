@@ -75,4 +75,10 @@ def from_official(
         if isinstance(state_dict.get(whole), dict):
             state_dict = state_dict[whole]  # type: ignore[assignment]
             break
+    strange = next((k for k, v in state_dict.items() if not (isinstance(k, str) and isinstance(v, Tensor))), None)
+    if strange is not None:
+        raise TypeError(
+            f"the checkpoint has {strange!r}: {type(state_dict[strange]).__name__}; give the authors' tensors by name"
+        )
+    state_dict = {key.removeprefix("module."): tensor for key, tensor in state_dict.items()}  # as DDP saves it
     return _METHODS[method](state_dict, backbone, load_backbone, options)

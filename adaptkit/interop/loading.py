@@ -22,6 +22,21 @@ class Checkpoint(dict[str, Tensor]):
     def __missing__(self, key: str) -> Tensor:
         raise ValueError(f"the official checkpoint has no {key!r}: {REMEDY}")
 
+    def shape(self, key: str, dims: int) -> torch.Size:
+        """Return the shape of a tensor that must have so many dimensions; ``ValueError`` where it has others."""
+        found = self[key].shape
+        if len(found) != dims:
+            raise ValueError(f"{key!r} of the official checkpoint has shape {tuple(found)}, not {dims} dimensions")
+        return found
+
+    def count(self, name: str) -> int:
+        """Return how many ``name.0.*``, ``name.1.*``, ... there are; ``ValueError`` for ``name.x.*``."""
+        found = [key.split(".")[1] for key in self if key.startswith(f"{name}.")]
+        strange = next((index for index in found if not index.isdecimal()), None)
+        if strange is not None:
+            raise ValueError(f"the official checkpoint has {name}.{strange}, and {name} are numbered: {REMEDY}")
+        return 1 + max(map(int, found), default=-1)
+
 
 def filled(
     backbone: nn.Module,

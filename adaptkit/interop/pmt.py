@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from adaptkit.core import registry
+from adaptkit.core.layers import indices
 from adaptkit.core.registry import view
 from adaptkit.core.view import Spec, ViT
 from adaptkit.heads.plain_mask import PlainMaskHeadConfig, even_layers
@@ -41,16 +42,16 @@ def pmt(
     vit = view(backbone)
     if not isinstance(vit, ViT):
         raise TypeError(f"a plain mask decoder reads a plain ViT, and {type(backbone).__name__} has stages")
-    dim = own["q.weight"].shape[1]
+    dim = own.shape("q.weight", 2)[1]
     if dim != vit.spec.embed_dim:
         raise ValueError(
             f"the checkpoint has dim={dim}, the backbone dim={vit.spec.embed_dim}; give a ViT of that width"
         )
     config = _config(own, vit.spec, dict(options))
     for key, probabilities in state_dict.items():
-        if key.endswith("attn_mask_probs") and len(probabilities) != config.num_blocks:
+        if key.endswith("attn_mask_probs") and tuple(probabilities.shape) != (config.num_blocks,):
             raise ValueError(
-                f"{key} is of {len(probabilities)} blocks, and there are tensors of {config.num_blocks}: {REMEDY}"
+                f"{key} has shape {tuple(probabilities.shape)}, and there are tensors of {config.num_blocks}: {REMEDY}"
             )
     return filled(backbone, None, {}, config, own)
 
@@ -83,7 +84,7 @@ def _unfused(own: dict[str, Tensor]) -> dict[str, Tensor]:
     return apart
 
 
-def _config(own: dict[str, Tensor], spec: Spec, options: dict[str, Any]) -> PlainMaskHeadConfig:
+def _config(own: Checkpoint, spec: Spec, options: dict[str, Any]) -> PlainMaskHeadConfig:
     """Read the config off the tensors' shapes; ``options`` adds the rest and must not contradict them."""
     for name in [name for name in options if name in _OF_BACKBONE]:
         given, there = options.pop(name), getattr(spec, _OF_BACKBONE[name])
@@ -101,6 +102,7 @@ def _config(own: dict[str, Tensor], spec: Spec, options: dict[str, Any]) -> Plai
                 "its tensors: pass interaction_indices=[...], from 0 on"
             )
         options["interaction_indices"] = even_layers(spec.depth)
+    options["interaction_indices"] = indices("interaction_indices", options["interaction_indices"])
     if len(options["interaction_indices"]) != levels:
         raise ValueError(
             f"interaction_indices={list(options['interaction_indices'])}, but the checkpoint's tensors say {levels} "
@@ -112,20 +114,18 @@ def _config(own: dict[str, Tensor], spec: Spec, options: dict[str, Any]) -> Plai
     return registry.heads()["plain-mask"].configure({**options, **told})
 
 
-def _told(own: dict[str, Tensor]) -> dict[str, Any]:
+def _told(own: Checkpoint) -> dict[str, Any]:
     """What the shapes say."""
-
-    def count(prefix: str) -> int:
-        return 1 + max((int(key.split(".")[1]) for key in own if key.startswith(prefix + ".")), default=-1)
-
+    if not own.count("upscale"):
+        raise ValueError(f"the official checkpoint has no 'upscale.*', and masks are doubled once or more: {REMEDY}")
     kinds = {key.partition(".")[2].partition(".")[2] for key in own if key.startswith("lateral_projections.")}
     return {
-        "levels": count("scalers"),
-        "num_classes": own["class_head.weight"].shape[0] - 1,
-        "num_q": own["q.weight"].shape[0],
-        "num_blocks": count("blocks"),
-        "hidden_dim": own["blocks.0.mlp.up_proj.weight"].shape[0] if count("blocks") else None,
+        "levels": own.count("scalers"),
+        "num_classes": own.shape("class_head.weight", 2)[0] - 1,
+        "num_q": own.shape("q.weight", 2)[0],
+        "num_blocks": own.count("blocks"),
+        "hidden_dim": own.shape("blocks.0.mlp.up_proj.weight", 2)[0] if own.count("blocks") else None,
         "lateral_projection": "mlp" if "2.weight" in kinds else "linear" if "weight" in kinds else "identity",
-        "lateral_bn": count("bn") > 0,
-        "upscale": count("upscale"),
+        "lateral_bn": own.count("bn") > 0,
+        "upscale": own.count("upscale"),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -28,7 +29,6 @@ def vit_split(
     state_dict: dict[str, Tensor], backbone: nn.Module, load_backbone: bool, options: dict[str, Any]
 ) -> AdaptedModel:
     """Attach the authors' ViT-Split; see :func:`adaptkit.interop.from_official`."""
-    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
     head = Checkpoint({k.removeprefix("decode_head."): v for k, v in state_dict.items() if _HEAD.match(k)})
     if any(k.startswith("backbone.split_head.") for k in state_dict):
         state_dict = {k[len("backbone.") :]: v for k, v in state_dict.items() if k.startswith("backbone.")}
@@ -44,7 +44,7 @@ def vit_split(
         load = partial(_load_dinov2, frozen, backbone)
     if not head:
         return filled(backbone, config, own, load=load)
-    upsample = ("upsample", {"num_classes": len(head["conv_seg.bias"]), "dropout": 0.0, "resize": False})
+    upsample = ("upsample", {"num_classes": head.shape("conv_seg.bias", 1)[0], "dropout": 0.0, "resize": False})
     return filled(backbone, config, own, upsample, head, load=load)
 
 
@@ -54,7 +54,7 @@ def _our_key(key: str) -> str:
     return re.sub(r"^fusion_net\.", "fusion_conv.", key)
 
 
-def _check_known(own: dict[str, Tensor], official: dict[str, Tensor], spec: Spec) -> None:
+def _check_known(own: Checkpoint, official: Checkpoint, spec: Spec) -> None:
     if "frozen_conv.0.weight" not in own or not any(k.startswith("split_head.") for k in own):
         raise ValueError(
             "the state dict has no 'split_head.*' and 'frozen_conv.0.weight', so it is no ViT-Split checkpoint"
@@ -69,14 +69,20 @@ def _check_known(own: dict[str, Tensor], official: dict[str, Tensor], spec: Spec
             "the checkpoint has plain convolutions in the place of deformable ones (the authors' LLaVA variant); their "
             "dense models are known here"
         )
-    dim = own["frozen_conv.0.weight"].shape[0]
+    dim = own.shape("frozen_conv.0.weight", 4)[0]
     if dim != spec.embed_dim:
         raise ValueError(f"the checkpoint has dim={dim}, the backbone dim={spec.embed_dim}; give a ViT of that width")
+    depth = Checkpoint({k.removeprefix("backbone."): v for k, v in official.items()}).count("blocks")
+    if depth not in (0, spec.depth):
+        raise ValueError(
+            f"the checkpoint's own ViT has {depth} blocks, the backbone {spec.depth}; give the ViT that it was trained "
+            "on"
+        )
 
 
-def _config(own: dict[str, Tensor], spec: Spec, asked: ViTSplitConfig, options: dict[str, Any]) -> ViTSplitConfig:
+def _config(own: Checkpoint, spec: Spec, asked: ViTSplitConfig, options: dict[str, Any]) -> ViTSplitConfig:
     """Read the config off the tensors' shapes; ``options`` adds the rest and must not contradict them."""
-    copies = 1 + max(int(k.split(".")[1]) for k in own if k.startswith("split_head."))
+    copies = own.count("split_head")
     taps = own["frozen_conv.0.weight"].shape[1] // spec.embed_dim
     if asked.out_indices is None:
         raise ValueError(
@@ -94,6 +100,11 @@ def _config(own: dict[str, Tensor], spec: Spec, asked: ViTSplitConfig, options: 
             f"{spec.num_prefix_tokens}; give the ViT that the checkpoint was trained on"
         )
     detects = any(k.startswith("up1.") for k in own)
+    if not detects and options.get("strides") is not None:
+        raise ValueError(
+            f"strides={options['strides']!r}: this is a segmentor's checkpoint, of one map at the stride of the patch; "
+            "leave the option out"
+        )
     return ViTSplitConfig(
         select_layers=layers,
         out_indices=asked.out_indices,
@@ -108,6 +119,8 @@ def _pad(said: Any) -> Any:
     """How images are padded: a name, or what the authors' rule gave for one size, (left, right, top, bottom)."""
     if isinstance(said, str):
         return said
+    if not isinstance(said, Sequence) or len(said) != 4:
+        raise ValueError(f"pad={said!r}: give 'centre', 'corner', or what is padded (left, right, top, bottom)")
     left, right, top, bottom = said
     if (left, top) != ((left + right) // 2, (top + bottom) // 2):
         raise ValueError(f"pad={list(said)}: left and top are half of the padding, rounded down, in the authors' code")
@@ -135,6 +148,7 @@ def _load_dinov2(official: dict[str, Tensor], backbone: nn.Module) -> None:
     else:
         own["pos_embed"] = resampled_positions(positions, vit)
     needed = {k: v for k, v in target.items() if not k.startswith(("head.", "fc_norm."))}
-    given = {k: v for k, v in own.items() if k in needed}
+    known = (*needed, "mask_token", "register_tokens", "head.weight", "head.bias")
+    given = {k: v for k, v in own.items() if k in needed} | {k: v for k, v in official.items() if k not in known}
     check_tensors(needed, given, "the DINOv2 part of the official checkpoint", REMEDY)
     vit.load_state_dict(own, strict=False)

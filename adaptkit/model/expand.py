@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from adaptkit.core.layers import check_choice
 from adaptkit.core.registry import view
@@ -97,13 +98,20 @@ def expand_channels(
 
 def _patch_embedding(backbone: nn.Module) -> tuple[str, nn.Conv2d]:
     found = [(path, m) for path, m in named_modules(backbone) if isinstance(m, nn.Conv2d) and m.in_channels == 3]
-    plain = [(p, m) for p, m in found if m.groups == 1 and m.dilation == (1, 1) and m.padding_mode == "zeros"]
-    if len(found) != 1 or not plain:
+    if len(found) != 1 or not _is_plain(found[0][1]):
+        said = ", ".join(f"{path}, a {type(m).__name__}" for path, m in found) or "none"
         raise TypeError(
-            f"{type(backbone).__name__} has {len(found)} convolutions over three channels "
-            f"({', '.join(p for p, _ in found) or 'none'}), and one plain one is expanded: build it for your channels"
+            f"{type(backbone).__name__} has {len(found)} convolutions over three channels ({said}), and one plain "
+            "nn.Conv2d is expanded: build it for your channels"
         )
-    return plain[0]
+    return found[0]
+
+
+def _is_plain(conv: nn.Conv2d) -> bool:
+    """Whether it computes conv(x; weight) of its own weight: timm's StdConv2d standardises it first."""
+    own = type(conv).forward is nn.Conv2d.forward and type(conv)._conv_forward is nn.Conv2d._conv_forward
+    usual = conv.padding_mode == "zeros" and conv.groups == 1 and conv.dilation == (1, 1)
+    return own and usual and not is_parametrized(conv)
 
 
 def _rows(kernel: Tensor, more: int, how: How, wavelengths: Sequence[float] | None) -> Tensor:

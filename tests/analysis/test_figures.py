@@ -6,6 +6,7 @@ import pkgutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "backbones"))
 from families import HOSTS
 from test_hierarchical import HOSTS as HIERARCHICAL
+from towers import TOWERS
 
 import adaptkit
 from adaptkit.analysis import (
@@ -258,6 +260,27 @@ def test_filters_are_orthonormal_and_sorted(name):
     assert (found.explained.diff() <= 0).all()
 
 
+@pytest.mark.parametrize("name", ["timm VisionTransformer (R50 hybrid)", "Siglip2VisionModel"])
+@torch.no_grad()
+def test_similarity_of_a_table_behind_a_network_or_a_linear_projection(name):
+    host = TOWERS[name].build()
+    (table,) = (p for n, p in host.named_parameters() if "pos_embed" in n or "position_embedding" in n)
+    known = F.normalize(table if table.ndim == 2 else table[0, host.num_prefix_tokens :], dim=1)
+    found = position_similarity(host)
+    assert found.grid[0] * found.grid[1] == len(known)
+    torch.testing.assert_close(found.similarity, known @ known.T, rtol=0, atol=1e-4)
+
+
+def test_a_grid_of_one_patch_is_like_itself():
+    assert position_similarity(build("timm-vit"), (8, 8)).similarity.tolist() == [[pytest.approx(1.0)]]
+
+
+def test_maps_of_two_cells_are_coloured_too(tmp_path):
+    model = adaptkit.attach(build("timm-vit"), "sfp")
+    feature_maps(model, torch.randn(3, 32, 64)).save(tmp_path / "maps.png")
+    assert (tmp_path / "maps.png").is_file()
+
+
 def test_what_is_no_size_and_no_count_is_refused():
     with pytest.raises(ValueError, match=r"size=\(0, 3\) is no image"):
         position_similarity(build("timm-vit"), (0, 3))
@@ -372,6 +395,15 @@ def test_grad_cam_is_what_a_hand_computes():
     by_hand = (slope.mean((2, 3), keepdim=True) * a).sum(1).relu()[0]
     torch.testing.assert_close(got.cam, by_hand.detach(), rtol=1e-4, atol=1e-7)
     assert got.score == pytest.approx(float(y), rel=1e-4)
+
+
+def test_a_head_of_masks_has_a_grad_cam_of_a_function_of_its_queries():
+    model = adaptkit.attach(
+        build("timm-vit"), head=("plain-mask", {"num_classes": 3, "num_q": 4, "num_blocks": 1})
+    ).eval()
+    for at in (None, np.int64(1)):
+        found = grad_cam(model, ODD[0], target=lambda logits: logits.class_queries_logits[0, 0, 0], at=at)
+        assert found.cam.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["timm-siglip", "swin"])

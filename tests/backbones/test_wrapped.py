@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -218,4 +219,24 @@ def test_a_config_that_asks_for_tuples_is_named():
     host = HOSTS["hf-vit"].build()
     host.config.return_dict = False
     with pytest.raises(TypeError, match=r"forward returns tuple, .* set its config.return_dict = True"):
+        adaptkit.attach(host, "sfp")
+
+
+@pytest.mark.parametrize(("given", "remedy"), [
+    (lambda: "vit_small_patch14_dinov2", r"is a str and no nn.Module; build it first, timm.create_model\('vit_small"),
+    (lambda: None, "is a NoneType and no nn.Module; hand over a model of timm"),
+    (lambda: torch.nn.Linear, "this is the class Linear: hand over a model of it"),
+    (lambda: SimpleNamespace(model=HOSTS["timm-vit"].build()), r"hand over its \.model"),
+    (lambda: torch.jit.trace(HOSTS["timm-vit"].build(), torch.zeros(1, 3, 32, 32)), "was scripted or traced"),
+])  # fmt: skip
+@pytest.mark.parametrize("verb", [adaptkit.view, lambda model: adaptkit.attach(model, "sfp")], ids=["view", "attach"])
+def test_what_is_no_module_is_answered_with_what_to_hand_over(given, remedy, verb):
+    with pytest.raises(TypeError, match=remedy):
+        verb(given())
+
+
+def test_a_backbone_of_inference_tensors_is_refused_before_it_is_touched():
+    with torch.inference_mode():
+        host = HOSTS["timm-vit"].build()
+    with pytest.raises(ValueError, match=r"built under torch.inference_mode\(\).*build it outside"):
         adaptkit.attach(host, "sfp")

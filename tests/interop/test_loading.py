@@ -105,3 +105,6 @@ def test_a_tensor_of_another_shape_is_named_too(build):
 def test_what_is_no_state_dict_is_refused():
     with pytest.raises(TypeError, match="the checkpoint is a list"):
         from_official("pmt", [torch.ones(1)], test_pmt.host())
+    for strange in (3, None):
+        with pytest.raises(TypeError, match=rf"the checkpoint has 'q.weight': {type(strange).__name__}"):
+            from_official("pmt", {"q.weight": strange}, test_pmt.host())

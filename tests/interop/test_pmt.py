@@ -196,6 +196,8 @@ def test_what_the_tensors_do_not_tell_is_asked_for_and_what_they_tell_cannot_be_
         from_official("pmt", tensors, host(), interaction_indices=layers, patch=14)
     with pytest.raises(ValueError, match="has dim=48, the backbone dim=32"):
         from_official("pmt", tensors, host(dim=32, heads=2))
+    with pytest.raises(ValueError, match="interaction_indices=3: give the indices of blocks"):
+        from_official("pmt", tensors, host(), interaction_indices=3)
     with pytest.raises(ValueError, match="no PMT"):
         from_official("pmt", {"head.weight": torch.ones(2)}, host())
     with pytest.raises(ValueError, match="without their encoder"):
@@ -210,3 +212,32 @@ def test_a_missing_tensor_is_named_and_the_backbone_stays_free():
     with pytest.raises(ValueError, match=r"mask_head\.2\.bias"):
         from_official("pmt", tensors, backbone, interaction_indices=model.head.config.interaction_indices)
     adaptkit.attach(backbone).detach()
+
+
+@pytest.mark.parametrize(("key", "shape", "match"), [
+    ("decoder.q.weight", (48,), r"'q.weight' .* has shape \(48,\), not 2 dimensions"),
+    ("decoder.class_head.weight", (), r"'class_head.weight' .* not 2 dimensions"),
+    ("decoder.blocks.0.mlp.up_proj.weight", (), r"'blocks.0.mlp.up_proj.weight' .* not 2 dimensions"),
+    ("decoder.attn_mask_probs", (), r"attn_mask_probs has shape \(\), and there are tensors of 2"),
+    ("decoder.blocks.x.norm1.weight", (3,), "has blocks.x, and blocks are numbered"),
+    ("decoder.scalers.x", (3,), "has scalers.x, and scalers are numbered"),
+])  # fmt: skip
+def test_tensors_that_no_index_and_no_dimension_fits_are_named(key, shape, match):
+    model = made(host())
+    tensors = {**written(model), f"network.{key}": torch.ones(shape)}
+    with pytest.raises(ValueError, match=match):
+        from_official("pmt", tensors, host(), interaction_indices=model.head.config.interaction_indices)
+
+
+def test_masks_are_never_at_the_grid_of_the_patches():
+    model = made(host())
+    tensors = {k: v for k, v in written(model).items() if "upscale" not in k}
+    with pytest.raises(ValueError, match=r"has no 'upscale\.\*'"):
+        from_official("pmt", tensors, host(), interaction_indices=model.head.config.interaction_indices)
+
+
+def test_a_file_that_ddp_saved_is_understood():
+    model = made(host())
+    saved = {f"module.{key}": tensor for key, tensor in written(model).items()}
+    again = from_official("pmt", saved, host(), interaction_indices=model.head.config.interaction_indices)
+    assert torch.equal(again.head.q.weight, model.head.q.weight)

@@ -256,6 +256,22 @@ def test_options_that_contradict_tensors_or_backbone_are_refused():
     )
     refused(r"pad=\[3, 0, 0, 0\]: left and top are half", out_indices=[0, 1, 2], pad=[3, 0, 0, 0])
     refused(r"'vit-split' has no option 'layers'", out_indices=[0, 1, 2], layers=3)
+    refused(r"select_layers=2: give the indices of blocks", out_indices=[0, 1, 2], select_layers=2)
+    refused(r"pad=\[3, 4, 0\]: give 'centre', 'corner', or", out_indices=[0, 1, 2], pad=[3, 4, 0])
+    refused(r"strides=\[4, 8\]: this is a segmentor's checkpoint", out_indices=[0, 1, 2], strides=[4, 8])
+
+
+@pytest.mark.parametrize(("key", "shape", "match"), [
+    ("backbone.frozen_conv.0.weight", (64,), r"'frozen_conv.0.weight' .* has shape \(64,\), not 4 dimensions"),
+    ("backbone.split_head.a.norm1.weight", (64,), r"has split_head.a, and split_head are numbered"),
+])  # fmt: skip
+def test_tensors_that_no_index_and_no_dimension_fits_are_named(key, shape, match):
+    refused(match, lambda own: {**own, key: torch.ones(shape)}, out_indices=[0, 1, 2])
+
+
+def test_a_checkpoint_whose_own_vit_has_another_depth_is_refused():
+    blocks = {f"backbone.backbone.blocks.{i}.norm1.weight": torch.ones(64) for i in range(9)}
+    refused("the checkpoint's own ViT has 9 blocks, the backbone", lambda own: {**own, **blocks}, out_indices=[0, 1, 2])
 
 
 def test_other_checkpoints_and_variants_are_refused_by_name():

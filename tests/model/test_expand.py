@@ -107,3 +107,27 @@ def test_what_is_no_number_of_channels_and_no_wavelength_is_refused():
     for wavelength in (float("nan"), float("inf"), -1.0):
         with pytest.raises(ValueError, match="give nanometres"):
             adaptkit.expand_channels(HOSTS["timm-vit"].build(), 4, "wavelength", [wavelength])
+
+
+def test_a_stem_that_standardises_its_weights_is_refused_and_another_is_expanded():
+    """timm's hybrids: a ResNet v2 before the tokens, or one of plain convolutions."""
+    import timm
+
+    sizes = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    with pytest.raises(TypeError, match=r"stem.conv, a StdConv2dSame\), and one plain nn.Conv2d is expanded"):
+        adaptkit.expand_channels(timm.create_model("vit_base_r50_s16_224", **sizes), 4)
+    plain = timm.create_model("vit_small_resnet26d_224", **sizes).eval()
+    image = torch.randn(1, 5, 64, 64)
+    expanded = adaptkit.expand_channels(plain, 5)
+    assert torch.equal(expanded(image), plain(image[:, :3]))
+    assert adaptkit.attach(expanded, "sfp").spec.channels == 5
+
+
+def test_torchvisions_vit_is_expanded_and_attached():
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    plain = VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64).eval()
+    image = torch.randn(1, 4, 32, 32)
+    model = adaptkit.attach(adaptkit.expand_channels(plain, 4)).eval()
+    assert model.spec.channels == 4
+    assert torch.equal(model(image).logits, plain(image[:, :3]))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from adaptkit.core.layers import Norm, check_choice, check_numbers
+from adaptkit.core.layers import Norm, check_choice, check_numbers, indices
 from adaptkit.core.view import Spec
 from adaptkit.ops.grid import STRIDES, check_strides
 
@@ -29,10 +29,10 @@ class ViTSplitConfig:
         check_numbers(self)
         check_choice("norm", self.norm, ("batch", "sync", "group", "layer"))
         check_choice("pad", self.pad, ("corner", "centre"))
-        for option in ("select_layers", "out_indices"):  # JSON knows lists only
+        for option in ("select_layers", "out_indices"):
             value = getattr(self, option)
             if value is not None:
-                object.__setattr__(self, option, tuple(int(i) for i in value))
+                object.__setattr__(self, option, indices(option, value))
         if self.strides is not None:
             object.__setattr__(self, "strides", check_strides(self.strides, STRIDES))
             if self.pad == "centre":

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from adaptkit.core.layers import check_choice, check_numbers, check_positive
+from adaptkit.core.layers import check_choice, check_numbers, check_positive, indices
 from adaptkit.core.view import Spec
 
 __all__ = ["PlainMaskHeadConfig", "even_layers"]
@@ -42,6 +42,8 @@ class PlainMaskHeadConfig:
         check_positive(self, "num_classes", "num_q", "num_blocks", "num_heads", "hidden_dim")
         if self.upscale is not None and not 0 <= self.upscale <= 6:
             raise ValueError(f"upscale={self.upscale}: masks are doubled 0 to 6 times")
+        if self.interaction_indices is not None:
+            object.__setattr__(self, "interaction_indices", indices("interaction_indices", self.interaction_indices))
         object.__setattr__(self, "things", tuple(sorted(set(self.things))))
         strange = [label for label in self.things if not 0 <= label < self.num_classes]
         if strange:
