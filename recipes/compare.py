@@ -147,6 +147,8 @@ def make(task: str, runs: list[tuple[Asked, list[str] | None]], after: Callable[
     """Make the runs that are to be made, and call ``after`` when each has ended; returns the names that failed."""
     package, failed = __package__, []
     for n, (asked, arguments) in enumerate(runs, 1):
+        if all((asked.out / name).is_file() for name in (record.CONFIG, "result.json")):
+            arguments = None  # another process may have made it since the runs were looked at
         verb = "is there" if arguments is None else "goes on" if "--resume" in arguments else "begins"
         print(f"[{n}/{len(runs)}] {asked.out.name} {verb}", flush=True)
         if arguments is None:

@@ -92,6 +92,21 @@ def test_a_run_that_fails_leaves_the_others(given, monkeypatch, tmp_path, capsys
     assert "no adapter" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_a_run_that_another_process_made_meanwhile_is_there(given, monkeypatch, tmp_path, capsys):
+    made, second = [], compare.planned(*compare.parse(given))[1]
+
+    def call(command):
+        made.append(Path(command[command.index("--out") + 1]).name)
+        for arguments in (command[3:], second.arguments):
+            segment.main(arguments)
+        return 0
+
+    ended_by(monkeypatch, call)
+    assert cli(["compare", *given]) == 0
+    assert made == ["none-seed1"]
+    assert "[2/2] metaformer-seed1 is there" in capsys.readouterr().out
+
+
 def test_a_stop_is_a_stop(given, monkeypatch, capsys):
     ended_by(monkeypatch, lambda command: 130)
     assert cli(["compare", *given]) == 130
