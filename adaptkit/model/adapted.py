@@ -98,11 +98,6 @@ def attach(
     checked_name(name)
     with ordinary_tensors():
         vit = view_of(model, adapters)
-        if any(p.is_inference() for p in vit.backbone.parameters()):
-            raise ValueError(
-                f"this {type(vit.backbone).__name__} was built under torch.inference_mode(), so that nothing can be "
-                "trained through its weights: build it outside, or under torch.no_grad()"
-            )
         check_free(model, vit.backbone)
         prove(vit)
         if positions is not None:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 from adaptkit.adapters.base import ExistingLayers, WeightAdapter
@@ -91,7 +93,10 @@ class Owner:
         for name, module in backbone.named_modules(remove_duplicate=False):
             module.training = self._modes.get(name, modes.get(plain_name(name), module.training))
         for name, parameter in backbone.named_parameters(remove_duplicate=False):
-            parameter.requires_grad_(self._flags.get(name, flags.get(plain_name(name), parameter.requires_grad)))
+            flag = self._flags.get(name, flags.get(plain_name(name), parameter.requires_grad))
+            # A backbone that was built under inference_mode allows this there alone.
+            with torch.inference_mode() if parameter.is_inference() else nullcontext():
+                parameter.requires_grad_(flag)
 
     # ------------------------------------------------------------------------------------------------ what is in it
 

@@ -235,8 +235,15 @@ def test_what_is_no_module_is_answered_with_what_to_hand_over(given, remedy, ver
         verb(given())
 
 
-def test_a_backbone_of_inference_tensors_is_refused_before_it_is_touched():
+def test_a_backbone_of_inference_tensors_comes_back_as_it_was():
     with torch.inference_mode():
         host = HOSTS["timm-vit"].build()
-    with pytest.raises(ValueError, match=r"built under torch.inference_mode\(\).*build it outside"):
-        adaptkit.attach(host, "sfp")
+    flags = {name: p.requires_grad for name, p in host.named_parameters()}
+    model = adaptkit.attach(host, "sfp").eval()
+    with torch.no_grad():
+        assert torch.equal(
+            model(torch.zeros(1, 3, 32, 32)).tokens,
+            HOSTS["timm-vit"].build().forward_features(torch.zeros(1, 3, 32, 32))[:, 1:],
+        )
+    assert model.detach() is host
+    assert {name: p.requires_grad for name, p in host.named_parameters()} == flags
