@@ -12,6 +12,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import fits
 
+from recipes.ablation import table
+
 ROOT = Path(__file__).parents[1]
 PAGES = {str(p.relative_to(ROOT)): p.read_text() for p in (ROOT / "README.md", *sorted(ROOT.glob("recipes/**/*.md")))}
 README = PAGES["README.md"]
@@ -54,7 +56,10 @@ def test_the_options_of_every_command_are_known(module, words, monkeypatch):
     monkeypatch.setattr(sys, "argv", [module, *words])
     asked = known(words) if known.__code__.co_argcount else known()
     if isinstance(asked, tuple):  # the rest is for the recipe that it starts
-        importlib.import_module("recipes.segment").parse([*asked[1], "--train=a", "--val=b"])
+        args, rest = asked
+        started = table(args.table).recipe if module == "recipes.ablate" else "segment"
+        rest += ["--train=a", "--val=b"] if started == "segment" else []
+        importlib.import_module(f"recipes.{started}").parse(rest)
 
 
 def anchors(text):
