@@ -21,6 +21,7 @@ __all__ = [
     "check_numbers",
     "check_positive",
     "doubled",
+    "indices",
     "init_weights",
     "norm2d",
     "parameter_dtype",
