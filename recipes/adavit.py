@@ -64,6 +64,8 @@ DATA_HELP = """digits; crops:FILE, of a segmentation set, or placed:FILE, each s
 file, a folder, or a Hub id"""
 POLICY_HELP = """what decides in training and after it: the gates; at random, at one rate that fits the budget; or
 static, the last sub-layers left out. The bottlenecks are trained in the same way"""
+BUDGET_LOSS_HELP = """what is pulled to the budget: the MACs, whichever kind of gates saves them; or usage, as in the
+paper (eq. 8), the share that each kind keeps: the one share at which the budget is spent"""
 
 # ---------------------------------------------------------------------------------------------------- arguments
 
@@ -84,6 +86,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--batch-size", type=int, default=64, help="per process")
     p.add_argument("--lr", type=float, default=5e-3)
     p.add_argument("--weight", type=float, default=4.0, help="of the budget's loss")
+    p.add_argument("--budget-loss", default="macs", choices=["macs", "usage"], help=BUDGET_LOSS_HELP)
     p.add_argument("--mixed-precision", default="no", choices=["no", "bf16", "fp16", "auto"], help=PRECISION_HELP)
     p.add_argument("--compile", nargs="?", const="default", choices=MODES, metavar="MODE",
                    help="train through torch.compile; evaluation packs what is kept, and runs as it is")  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 from adaptkit.adapters.adavit import AdaViT, Random
 from adaptkit.analysis import accounting
 
-__all__ = ["POLICIES", "WAYS", "at_random", "by_depth", "prepared"]
+__all__ = ["POLICIES", "WAYS", "at_random", "by_depth", "prepared", "share_of_each"]
 
 POLICIES = {"learned": "adaptive", "random": "random+", "static": "static"}  #: --policy -> how its score is called
 #: What a comparison compares, see adavit_baselines.py.
@@ -59,12 +59,18 @@ def decisions(costs: accounting.Costs, images: int, rate: float = 1.0) -> dict[s
 
 def at_random(costs: accounting.Costs, budget: float, seed: int) -> Random:
     """Return random decisions whose mean MACs are ``budget`` of the dense model's: one rate for all kinds."""
+    rate = share_of_each(costs, budget)
+    return Random(rate, rate, rate, seed=seed)
+
+
+def share_of_each(costs: accounting.Costs, budget: float) -> float:
+    """Return the share of patches, heads and sub-layers alike at which ``budget`` of the dense MACs are spent."""
     low, high = 0.0, 1.0
     for _ in range(20):
         rate = (low + high) / 2
         spent = accounting.macs(costs, decisions(costs, DRAWS, rate)).mean() / costs.dense
         low, high = (low, rate) if spent > budget else (rate, high)
-    return Random(low, low, low, seed=seed)
+    return low
 
 
 def by_depth(costs: accounting.Costs, budget: float) -> Tensor:

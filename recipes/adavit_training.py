@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from adaptkit.adapters.adavit import AdaViT, Random
 from adaptkit.analysis import accounting
-from adaptkit.losses import agreement_loss, annealed_budget, macs_loss, usage
+from adaptkit.losses import agreement_loss, annealed_budget, macs_loss, usage, usage_loss
 
+from .adavit_policies import share_of_each
 from .adavit_scores import shifted
 from .devices import BACKEND, sent
 from .finite import Finite
@@ -52,6 +53,7 @@ def train(
     known = set(map(id, of_gates))
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     settled = args.steps // 2 if learned and others else args.steps
+    of_each = share_of_each(costs, args.budget) if args.budget_loss == "usage" else None
     optimizer = torch.optim.AdamW([{"params": of_gates}, {"params": others}], lr=args.lr, weight_decay=0.0)
     generator = torch.Generator().manual_seed(folded(args.seed * 1000 + accelerator.process_index))
     order = torch.randint(len(data.labels), (args.steps * args.batch_size,), generator=generator)
@@ -73,7 +75,11 @@ def train(
             logits, spent = features.logits.float(), accounting.macs(costs, features.aux)
             budget = annealed_budget(step, settled // 2, args.budget) if learned else args.budget
             task = F.cross_entropy(logits, label) + agreement_loss(logits, full[place])
-            loss = task + args.weight * macs_loss(spent, costs.dense, budget) if learn else task
+            if of_each is None:
+                cost = macs_loss(spent, costs.dense, budget)
+            else:
+                cost = usage_loss(features.aux, annealed_budget(step, settled // 2, of_each), "absolute")
+            loss = task + args.weight * cost if learn else task
             finite.see(step, loss)
             optimizer.zero_grad()
             accelerator.backward(loss)

@@ -2,13 +2,18 @@
 
     python -m recipes.bench.demo_backbone                      # CamVid from ../shared, or the folder ADAPTKIT_SHARED
     python -m recipes.bench.demo_backbone --weights runs/mae/demo_backbone.safetensors
+    python -m recipes.bench.demo_backbone --blocks             # what each block is worth
 
 The head is a batch norm without parameters and a 1 x 1 convolution on the patch tokens, its logits brought to the size
 of the labels bilinearly. Both backbones get the same head, images, steps and learning rate. The spread is the standard
 deviation over the seeds; a seed sets the head, the order of the images and the weights of the untrained network.
+
+--blocks puts the same head on the tokens after every block (the first seed), and says how evenly the block attends (the
+entropy of its attention, 1: all tokens alike) and by how much it changes the tokens.
 """
 
 import argparse
+import math
 import os
 import statistics
 from pathlib import Path
@@ -17,9 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptkit.analysis.attention import Attention, attentions
+
 ROOT = Path(__file__).parents[2]
 CLASSES = ("sky", "building", "pole", "road", "sidewalk", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
 IGNORE = 255
+LOOKED_AT = 8  #: images whose attention and changes are measured
 
 
 # Arguments
@@ -38,7 +46,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--classes", action="store_true", help="print a second table with one row per class")
+    tables = parser.add_mutually_exclusive_group()
+    tables.add_argument("--classes", action="store_true", help="print a second table with one row per class")
+    tables.add_argument("--blocks", action="store_true", help="print a table with one row per block instead")
     return parser.parse_args()
 
 
@@ -73,13 +83,45 @@ def make_backbone(pretrained: bool, seed: int, weights: Path | None) -> nn.Modul
 
 
 @torch.inference_mode()
-def features(backbone: nn.Module, images: Tensor) -> Tensor:
-    """Frozen patch tokens of all images as maps (K, D, H/16, W/16), half precision."""
+def features(backbone: nn.Module, images: Tensor, block: int | None = None) -> Tensor:
+    """Frozen patch tokens of all images, after one block or the last, as maps (K, D, H/16, W/16) in half precision."""
     maps = []
     for batch in images.split(8):
-        tokens = backbone.forward_features((batch / 255 - 0.5) / 0.5)[:, 1:]
-        maps.append(tokens.mT.unflatten(-1, (images.shape[2] // 16, -1)).half())
+        given, block = normalised(batch), len(backbone.blocks) - 1 if block is None else block
+        (some,) = backbone.get_intermediate_layers(given, n=[block], reshape=True, norm=True)
+        maps.append(some.half())
     return torch.cat(maps).clone()
+
+
+def normalised(images: Tensor) -> Tensor:
+    """(B, 3, H, W) bytes as the backbone takes them."""
+    return (images / 255 - 0.5) / 0.5
+
+
+@torch.inference_mode()
+def evenness(backbone: nn.Module, images: Tensor) -> list[float]:
+    """Entropy of each block's attention as a share of that of even attention, the mean over images and heads."""
+    found: dict[int, list[float]] = {}
+
+    def look(attention: Attention) -> None:
+        shares = attention.full  # (heads, T, T), rows sum to one
+        entropy = -torch.xlogy(shares, shares).sum(-1).mean() / math.log(shares.shape[-1])
+        found.setdefault(attention.block, []).append(entropy.item())
+
+    for image in normalised(images):
+        attentions(backbone, image[None], look)
+    return [statistics.mean(found[block]) for block in sorted(found)]
+
+
+@torch.inference_mode()
+def changes(backbone: nn.Module, images: Tensor) -> list[float]:
+    """How much each block adds to the tokens: the norm of what it adds by that of what it was given."""
+    x, found = backbone._pos_embed(backbone.patch_embed(normalised(images))), []
+    for block in backbone.blocks:
+        y = block(x)
+        found.append(((y - x).norm(dim=-1) / x.norm(dim=-1)).mean().item())
+        x = y
+    return found
 
 
 # Loop
@@ -124,6 +166,9 @@ def main() -> None:
     args = arguments()
     train_images, train_labels = read(args.train, args.height, args.width)
     val_images, val_labels = read(args.val, args.height, args.width)
+    if args.blocks:
+        print_blocks(args, (train_images, train_labels), (val_images, val_labels))
+        return
     results: dict[str, list[Tensor]] = {"random weights": [], "demo backbone": []}
     for name, scores in results.items():
         for seed in args.seeds:
@@ -147,6 +192,18 @@ def main() -> None:
         print("\n| class | " + " | ".join(results) + " |\n|---|---|---|")
         for i, name in enumerate(CLASSES):
             print(f"| {name} | " + " | ".join(f"{torch.stack(r)[:, i].mean():.1f}" for r in results.values()) + " |")
+
+
+def print_blocks(args: argparse.Namespace, fit: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> None:
+    """Score the tokens after each block and print the table."""
+    backbone, seed, some = make_backbone(True, args.seeds[0], args.weights), args.seeds[0], val[0][:LOOKED_AT]
+    even, changed = evenness(backbone, some), changes(backbone, some)
+    print(f"Linear head, {args.steps} steps, seed {seed}, {args.height} x {args.width} pixels:\n")
+    print("| after block | mIoU | evenness of its attention | what it adds, by what it was given |\n|---|---|---|---|")
+    for block in range(len(backbone.blocks)):
+        head = train(args, features(backbone, fit[0], block), fit[1], seed)
+        miou = score(head, features(backbone, val[0], block), val[1]).mean()
+        print(f"| {block} | {miou:.1f} | {even[block]:.2f} | {changed[block]:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
