@@ -101,7 +101,7 @@ BUILDERS = {
     "adaptkit.adapters.vit_adapter.network.Extractor.forward": extractor,
     "adaptkit.adapters.vit_adapter.network.SpatialPrior.forward": prior,
     "adaptkit.adapters.vit_adapter.network.finest_map": finest,
-    "adaptkit.core.view.Block.__call__": block,
+    "adaptkit.core.block.Block.__call__": block,
 }
 
 

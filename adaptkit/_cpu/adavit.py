@@ -20,7 +20,7 @@ from adaptkit._cpu.packed_attention import SHORT, index, packed_attention
 from adaptkit.adapters.adavit import packed as text
 from adaptkit.adapters.adavit.execution import How, Masks, masked, num_prefix_tokens
 from adaptkit.adapters.adavit.gates import Decision
-from adaptkit.core.view import Block, Projections
+from adaptkit.core.block import Block, Projections
 from adaptkit.seam import fast_path
 
 TILE = 512  #: rows that go through the FFN together, so that its hidden layer stays in the cache

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from adaptkit._cpu import attention
 from adaptkit._cpu.linear import linear
-from adaptkit.core.view import Block
+from adaptkit.core.block import Block
 from adaptkit.seam import fast_path, without_autocast
 
 __all__ = ["frozen_block"]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptkit._cpu.packed_attention import attention, index
-from adaptkit.core.view import Projections
+from adaptkit.core.block import Projections
 
 __all__ = ["PLAIN", "Products", "by_image"]
 

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.adapters.base import BlockAdapter, Trace
+from adaptkit.core.block import Block, Fn
 from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.layers import DropPath, check_choice, check_numbers
 from adaptkit.core.registry import register_adapter
-from adaptkit.core.view import Block, Fn, Spec
+from adaptkit.core.view import Spec
 
 __all__ = ["AdapterPlus", "AdapterPlusConfig"]
 

@@ -17,10 +17,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from adaptkit.core.block import Block, Fn
 from adaptkit.core.checkpointing import OFF, Checkpointed, Checkpointing, Trace
 from adaptkit.core.hierarchical import HierarchicalViT
 from adaptkit.core.proxy import LayerProxy
-from adaptkit.core.view import Block, Features, Fn, Source, View, ViT
+from adaptkit.core.view import Features, Source, View, ViT
 from adaptkit.seam import modes, records_gradients
 
 __all__ = [

@@ -31,9 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.adapters.base import BlockAdapter, Trace
+from adaptkit.core.block import Block, Fn
 from adaptkit.core.layers import check_choice, check_numbers, parameter_dtype
 from adaptkit.core.registry import register_adapter
-from adaptkit.core.view import Block, Fn, Spec
+from adaptkit.core.view import Spec
 from adaptkit.mixers.dat import (
     Bias,
     Grid,

@@ -32,10 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptkit.adapters.base import BlockAdapter, Trace
+from adaptkit.core.block import Block, Fn, identity
 from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.layers import check_choice, check_numbers, parameter_dtype
 from adaptkit.core.registry import register_adapter
-from adaptkit.core.view import Block, Fn, Spec, identity
+from adaptkit.core.view import Spec
 from adaptkit.mixers import list_mixers, mixer
 from adaptkit.ops.grid import map_to_tokens, tokens_to_map
 

@@ -31,9 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptkit.adapters.base import BlockAdapter, Trace
+from adaptkit.core.block import Block, Fn
 from adaptkit.core.layers import check_numbers
 from adaptkit.core.registry import register_adapter
-from adaptkit.core.view import Block, Fn, Spec, View
+from adaptkit.core.view import Spec, View
 from adaptkit.seam import full_precision
 
 __all__ = ["ToMe", "ToMeConfig", "schedule"]

@@ -27,8 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adaptkit.adapters.adavit import AdaViT
 from adaptkit.adapters.tome import ToMe
+from adaptkit.core.block import Block
 from adaptkit.core.tree import evaluating
-from adaptkit.core.view import Block, Features
+from adaptkit.core.view import Features
 from adaptkit.model.adapted import AdaptedModel
 
 __all__ = ["BlockCosts", "Costs", "Summary", "costs", "counted", "macs", "saved_bytes", "summary"]

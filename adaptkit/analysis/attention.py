@@ -19,7 +19,8 @@ from adaptkit.adapters.base import BlockAdapter
 from adaptkit.adapters.dat import DATKV, DATBlock
 from adaptkit.analysis.seen import Seen, moved
 from adaptkit.analysis.watch import Watched, block_strides, chosen, run_watched
-from adaptkit.core.view import Block, ViT
+from adaptkit.core.block import Block
+from adaptkit.core.view import ViT
 from adaptkit.mixers.dat import attention_weights
 from adaptkit.ops.grid import cell_centres
 

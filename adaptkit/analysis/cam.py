@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from adaptkit.analysis.style import Drawn, panels, pictured, show
 from adaptkit.analysis.watch import Watched, block_strides, chosen, map_strides, run_watched, single, source_of
+from adaptkit.core.block import Block
 from adaptkit.core.tree import evaluating
-from adaptkit.core.view import Block, Features
+from adaptkit.core.view import Features
 from adaptkit.ops.grid import map_to_tokens
 from adaptkit.seam import reference
 

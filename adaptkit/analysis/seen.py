@@ -16,9 +16,9 @@ from adaptkit.adapters.dat import DATKV, DATBlock
 from adaptkit.adapters.vit_adapter import Injector
 from adaptkit.adapters.vit_adapter.config import STRIDES
 from adaptkit.analysis.watch import Watched, block_strides, run_watched
+from adaptkit.core.block import Block
 from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.tree import evaluating
-from adaptkit.core.view import Block
 from adaptkit.mixers.base import Layout
 from adaptkit.mixers.dat import Convention, DeformableAttention, reference_points, to_cells
 from adaptkit.mixers.deformed import DeformableCrossAttention

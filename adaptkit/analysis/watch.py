@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from adaptkit.adapters.base import Adapter, BlockAdapter, SideAdapter, Trace
 from adaptkit.core import registry
+from adaptkit.core.block import Block, Fn
 from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.tree import evaluating
-from adaptkit.core.view import Block, Features, Fn, Source, View
+from adaptkit.core.view import Features, Source, View
 from adaptkit.model.adapted import AdaptedModel, run
 from adaptkit.seam import reference
 

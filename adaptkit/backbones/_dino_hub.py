@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.backbones._timm import REMEDY, class_name, is_bare, joined, merge_heads, pair, square_side, two_layers
+from adaptkit.core.block import MLPLayers, identity
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import MLPLayers, Source, Spec, ViT, identity
+from adaptkit.core.view import Source, Spec, ViT
 
 #: Attributes of both classes.
 COMMON = ("patch_embed", "cls_token", "blocks", "norm", "prepare_tokens_with_masks", "forward_features")

@@ -24,8 +24,9 @@ from adaptkit.backbones._timm import (
     square_side,
     two_layers,
 )
+from adaptkit.core.block import Block, MLPLayers, Projections, identity
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, MLPLayers, Projections, Source, Spec, View, ViT, identity
+from adaptkit.core.view import Source, Spec, View, ViT
 from adaptkit.ops.grid import map_to_tokens
 
 #: Attribute of a model whose files lie in a cache of the Hub that is not the default one: the folder.

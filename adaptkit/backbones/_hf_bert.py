@@ -11,8 +11,8 @@ from torch import Tensor
 
 from adaptkit.backbones._hf import three_by_head
 from adaptkit.backbones._timm import is_bare, joined, merge_heads, two_layers
+from adaptkit.core.block import MLPLayers, Projections
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import MLPLayers, Projections
 
 __all__ = ["attention_parts", "ffn"]
 

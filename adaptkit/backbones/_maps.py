@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptkit.core.view import Fn
+from adaptkit.core.block import Fn
 from adaptkit.ops.grid import map_to_tokens, tokens_to_map
 
 __all__ = ["as_map", "as_tokens", "no_qkv", "on_map", "on_nchw", "windowed"]

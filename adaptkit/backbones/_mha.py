@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from adaptkit.backbones._timm import is_bare, merge_heads, split_qkv
+from adaptkit.core.block import Projections, identity
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Projections, identity
 
 __all__ = ["mha_parts"]
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.backbones._timm import is_named
-from adaptkit.core.view import Block, identity
+from adaptkit.core.block import Block, identity
 
 __all__ = ["attentions", "first_norm", "is_parallel", "parallel_block"]
 

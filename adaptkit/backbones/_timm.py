@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptkit.core.block import Fn, MLPLayers, Projections, identity
 from adaptkit.core.registry import OWN_FAMILY
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Fn, MLPLayers, Projections, Source, View, identity
+from adaptkit.core.view import Source, View
 from adaptkit.ops.grid import map_to_tokens
 
 REMEDY = f"use a backbone without it, or register a family of its own: {OWN_FAMILY}"

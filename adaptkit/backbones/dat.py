@@ -13,10 +13,11 @@ from torch import Tensor
 from adaptkit.backbones._maps import as_map, as_tokens, on_nchw
 from adaptkit.backbones._timm import split_qkv, timm_source
 from adaptkit.backbones._windows import by_cell, padded, partitioned
+from adaptkit.core.block import Block
 from adaptkit.core.hierarchical import HierarchicalSpec, HierarchicalViT
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, Source
+from adaptkit.core.view import Source
 from adaptkit.mixers.dat import attention_weights
 from adaptkit.mixers.window import ShiftedWindowAttention
 from adaptkit.ops.grid import map_to_tokens, pad_to_multiple

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from adaptkit.backbones._dino_hub import COMMON, DinoHub, dino_hub_block
 from adaptkit.backbones._timm import by_head, fused_qkv, is_bare
+from adaptkit.core.block import Block, Projections
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, Projections
 
 
 @register_family("dinov2.models.vision_transformer.DinoVisionTransformer", having=(*COMMON, "pos_embed"))

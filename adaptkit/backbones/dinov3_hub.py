@@ -12,9 +12,9 @@ from torch import Tensor
 from adaptkit.backbones._dino_hub import COMMON, DinoHub, dino_hub_block
 from adaptkit.backbones._rotary import rows_at
 from adaptkit.backbones._timm import split_qkv
+from adaptkit.core.block import Block
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block
 
 Angles = tuple[Tensor, Tensor]  #: sines and cosines (h*w, E)
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from adaptkit.backbones._hf import HfViT, attention_parts, is_native, tower
 from adaptkit.backbones._timm import block_list, resampled
+from adaptkit.core.block import Block, identity
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, ViT, identity
+from adaptkit.core.view import ViT
 from adaptkit.ops.grid import map_to_tokens
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from adaptkit.backbones._hf import HfViT, attention_parts, mlp_layers
 from adaptkit.backbones._timm import block_list, joined, layer_scale
+from adaptkit.core.block import Block
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block
 
 
 @register_family("transformers.models.beit.modeling_beit.BeitModel")

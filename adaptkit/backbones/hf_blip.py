@@ -10,9 +10,9 @@ from torch import Tensor
 
 from adaptkit.backbones._hf import HfClipNames, attend, mlp_layers
 from adaptkit.backbones._timm import block_list, by_head, fused_qkv, is_bare, merge_heads
+from adaptkit.core.block import Block, Projections, identity
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, Projections, identity
 
 
 @register_family(

@@ -11,9 +11,9 @@ from torch import Tensor
 from adaptkit.backbones._hf import HfViT, attend
 from adaptkit.backbones._hf_bert import attention_parts, ffn
 from adaptkit.backbones._timm import block_list, joined, layer_scale
+from adaptkit.core.block import Block
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block
 
 
 @register_family("transformers.models.data2vec.modeling_data2vec_vision.Data2VecVisionModel")

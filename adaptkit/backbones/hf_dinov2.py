@@ -9,8 +9,8 @@ from torch import Tensor
 
 from adaptkit.backbones._hf import HfViT, dino_block
 from adaptkit.backbones._timm import block_list
+from adaptkit.core.block import Block
 from adaptkit.core.registry import register_family
-from adaptkit.core.view import Block
 
 
 @register_family(

@@ -13,9 +13,9 @@ from torch import Tensor
 from adaptkit.backbones._hf import HfViT, dino_block, project_qkv
 from adaptkit.backbones._rotary import axial, rows_at
 from adaptkit.backbones._timm import block_list
+from adaptkit.core.block import Block, no_projections
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, no_projections
 
 
 @register_family(

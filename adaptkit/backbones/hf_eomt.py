@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from adaptkit.backbones._hf import HfViT, dino_block, is_native
 from adaptkit.backbones._timm import block_list, resampled
 from adaptkit.backbones.hf_dinov3 import rotary_blocks
+from adaptkit.core.block import Block
 from adaptkit.core.registry import register_family
-from adaptkit.core.view import Block
 
 
 class _Eomt(HfViT):

@@ -13,10 +13,10 @@ from torch import Tensor
 from adaptkit.backbones._hf import headed
 from adaptkit.backbones._hf_hierarchical import HfHierarchical, depths_but_entries
 from adaptkit.backbones._maps import no_qkv
+from adaptkit.core.block import Block
 from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block
 from adaptkit.ops.grid import pad_to_multiple
 
 

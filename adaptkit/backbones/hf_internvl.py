@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from adaptkit.backbones._hf import HfViT, attention_parts, mlp_layers
 from adaptkit.backbones._timm import block_list, joined, layer_scale
+from adaptkit.core.block import Block, no_projections
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, no_projections
 
 
 @register_family("transformers.models.internvl.modeling_internvl.InternVLVisionModel")

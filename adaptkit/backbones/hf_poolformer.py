@@ -14,10 +14,10 @@ from adaptkit.backbones._hf import headed
 from adaptkit.backbones._hf_hierarchical import HfHierarchical
 from adaptkit.backbones._maps import as_map, as_tokens, on_nchw
 from adaptkit.backbones._timm import block_list, joined, square_side
+from adaptkit.core.block import Block, Fn
 from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, Fn
 from adaptkit.ops.grid import map_to_tokens
 
 Grid = tuple[int, int]

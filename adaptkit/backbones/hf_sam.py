@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from adaptkit.backbones._hf import HfViT, attend, tower
 from adaptkit.backbones._maps import no_qkv, on_map, windowed
 from adaptkit.backbones._timm import block_list, resampled
+from adaptkit.core.block import Block, identity
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, ViT, identity
+from adaptkit.core.view import ViT
 
 
 @register_family("transformers.models.sam.modeling_sam.SamVisionEncoder")

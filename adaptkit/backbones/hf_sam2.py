@@ -12,10 +12,11 @@ from torch import Tensor
 from adaptkit.backbones._hf import tower
 from adaptkit.backbones._hf_hierarchical import HfHierarchical, depths_but_entries
 from adaptkit.backbones._maps import no_qkv, on_map, windowed
+from adaptkit.core.block import Block, identity
 from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, View, identity
+from adaptkit.core.view import View
 from adaptkit.ops.grid import pad_to_multiple
 
 

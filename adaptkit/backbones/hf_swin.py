@@ -14,10 +14,10 @@ from adaptkit.backbones._hf_hierarchical import HfHierarchical
 from adaptkit.backbones._maps import no_qkv, on_map
 from adaptkit.backbones._timm import block_list, joined, square_side
 from adaptkit.backbones._windows import by_cell, padded, partitioned, shift_mask, shifted_windows
+from adaptkit.core.block import Block
 from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block
 from adaptkit.ops.grid import map_to_tokens
 
 Grid = tuple[int, int]

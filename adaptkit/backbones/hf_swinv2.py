@@ -13,9 +13,9 @@ from adaptkit.backbones._maps import no_qkv, on_map
 from adaptkit.backbones._timm import block_list, joined
 from adaptkit.backbones._windows import shifted_windows
 from adaptkit.backbones.hf_swin import HfSwinLike, check_last_stage, pooled
+from adaptkit.core.block import Block, identity
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, identity
 from adaptkit.ops.grid import map_to_tokens
 
 Grid = tuple[int, int]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from adaptkit.backbones._hf import HfViT, is_native, vit_block
 from adaptkit.backbones._timm import block_list
+from adaptkit.core.block import Block
 from adaptkit.core.registry import register_family
-from adaptkit.core.view import Block
 
 
 @register_family("transformers.models.vit_mae.modeling_vit_mae.ViTMAEModel")

@@ -11,9 +11,9 @@ from torch import Tensor
 from adaptkit.backbones._hf import HfViT, attend
 from adaptkit.backbones._maps import no_qkv, on_map, windowed
 from adaptkit.backbones._timm import block_list
+from adaptkit.core.block import Block
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block
 from adaptkit.ops.grid import map_to_tokens, tokens_to_map
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from adaptkit.backbones._hf import HfViT
 from adaptkit.backbones._hf_bert import attention_parts, ffn
 from adaptkit.backbones._timm import block_list
+from adaptkit.core.block import Block, identity
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, identity
 
 
 @register_family("transformers.models.yolos.modeling_yolos.YolosModel")

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from adaptkit.backbones._mha import mha_parts
 from adaptkit.backbones._timm import REMEDY, block_list, class_name, is_bare, joined, output_of, square_side, two_layers
+from adaptkit.core.block import Block, MLPLayers
 from adaptkit.core.registry import register_family, view
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, MLPLayers, Source, Spec, ViT
+from adaptkit.core.view import Source, Spec, ViT
 from adaptkit.ops.grid import map_to_tokens
 
 

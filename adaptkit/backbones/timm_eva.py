@@ -24,9 +24,9 @@ from adaptkit.backbones._timm import (
     patchify,
 )
 from adaptkit.backbones._timm_plain import TimmPlain
+from adaptkit.core.block import Block, identity
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, identity
 
 
 @register_family("timm.models.eva.Eva")

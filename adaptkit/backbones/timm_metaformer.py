@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from adaptkit.backbones._maps import as_tokens, on_nchw
 from adaptkit.backbones._timm import block_list, is_checkpointing, joined, split_qkv, timm_source
+from adaptkit.core.block import Block, Fn
 from adaptkit.core.hierarchical import HierarchicalSpec, HierarchicalViT
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, Fn, Source
+from adaptkit.core.view import Source
 from adaptkit.ops.grid import map_to_tokens, tokens_to_map
 
 

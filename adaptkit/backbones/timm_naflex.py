@@ -11,9 +11,9 @@ from adaptkit.backbones._timm import REMEDY, block_list
 from adaptkit.backbones._timm_plain import TimmPlain
 from adaptkit.backbones.timm_eva import eva_block, rotary_eva_blocks
 from adaptkit.backbones.timm_vit import timm_block
+from adaptkit.core.block import Block
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block
 
 
 @register_family("timm.models.naflexvit.NaFlexVit")

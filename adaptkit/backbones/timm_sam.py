@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from adaptkit.backbones._maps import no_qkv, on_map, windowed
 from adaptkit.backbones._timm import block_list, joined, patchify
 from adaptkit.backbones._timm_plain import TimmPlain
+from adaptkit.core.block import Block
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block
 from adaptkit.ops.grid import map_to_tokens
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from adaptkit.backbones._maps import on_map
 from adaptkit.backbones._timm import block_list, channels, is_checkpointing, split_qkv, timm_source
 from adaptkit.backbones._windows import by_cell
+from adaptkit.core.block import Block
 from adaptkit.core.hierarchical import HierarchicalSpec, HierarchicalViT
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, Source
+from adaptkit.core.view import Source
 
 
 @register_family("timm.models.swin_transformer.SwinTransformer")

@@ -23,9 +23,9 @@ from adaptkit.backbones._timm import (
     split_qkv,
 )
 from adaptkit.backbones._timm_plain import TimmPlain
+from adaptkit.core.block import Block, Fn, Projections, identity
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, Fn, Projections, identity
 
 
 @register_family(

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from adaptkit.backbones._mha import mha_parts
 from adaptkit.backbones._timm import block_list, is_bare, output_of, reading_layer, resampled, two_layers
+from adaptkit.core.block import Block, MLPLayers, identity
 from adaptkit.core.registry import register_family
 from adaptkit.core.tree import unwrapped
-from adaptkit.core.view import Block, MLPLayers, Source, Spec, ViT, identity
+from adaptkit.core.view import Source, Spec, ViT
 from adaptkit.ops.grid import map_to_tokens
 
 

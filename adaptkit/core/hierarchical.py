@@ -6,8 +6,8 @@ Per stage s, with tokens x on a grid (h, w), row by row::
     x = block(x)   for the blocks of stage s
     maps.append(x as a map)
 
-A block is the same :class:`~adaptkit.core.view.Block` as in a plain ViT: it takes and gives tokens (B, h*w, D_s), so an
-adapter that acts around one block need not know which kind of backbone it is on. There are no prefix tokens.
+A block is the same :class:`~adaptkit.core.block.Block` as in a plain ViT: it takes and gives tokens (B, h*w, D_s), so
+an adapter that acts around one block need not know which kind of backbone it is on. There are no prefix tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from adaptkit.core.view import Block, Features, View, renamed
+from adaptkit.core.block import Block
+from adaptkit.core.view import Features, View, renamed
 from adaptkit.ops.grid import pad_to_multiple, tokens_to_map
 
 __all__ = ["HierarchicalSpec", "HierarchicalViT"]

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptkit.core.block import Block
 from adaptkit.core.hierarchical import HierarchicalViT
 from adaptkit.core.tree import at_rest, skeleton
 from adaptkit.core.unpacked import is_plain
-from adaptkit.core.view import Block, View, ViT
+from adaptkit.core.view import View, ViT
 
 __all__ = ["Copy", "distance", "module_of"]
 

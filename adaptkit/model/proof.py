@@ -26,8 +26,9 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from adaptkit.core.block import Block
 from adaptkit.core.hierarchical import HierarchicalViT
-from adaptkit.core.view import Block, View, ViT
+from adaptkit.core.view import View, ViT
 from adaptkit.model.copied import Copy, distance, module_of
 
 __all__ = ["prove"]

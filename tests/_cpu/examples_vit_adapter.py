@@ -157,7 +157,7 @@ EXAMPLES = {
 
 
 def block(batch, dtype, bias=True, attention=True):
-    from adaptkit.core.view import Block, identity
+    from adaptkit.core.block import Block, identity
 
     torch.manual_seed(0)
     qkv, proj = nn.Linear(DIM, 3 * DIM, bias=bias), nn.Linear(DIM, DIM, bias=bias)
@@ -181,7 +181,7 @@ def block(batch, dtype, bias=True, attention=True):
     return Block(run, identity, attn, identity, identity, mlp, identity, split, proj), x
 
 
-EXAMPLES["adaptkit.core.view.Block.__call__"] = examples(
+EXAMPLES["adaptkit.core.block.Block.__call__"] = examples(
     block, (DIM, DIM, 8, 19, DIM, DIM, 64),
     {"one": dict(batch=1), "two": dict(batch=2), "no-bias": dict(batch=2, bias=False), "mlp": dict(batch=2, attention=False)},
 )  # fmt: skip

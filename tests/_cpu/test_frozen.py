@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from errors import assert_rounds_to
 
 from adaptkit._cpu import frozen
-from adaptkit.core.view import Block, identity
+from adaptkit.core.block import Block, identity
 from adaptkit.seam import reference
 
 SUMS = (12, 20, 12, 20)  # of the terms of each product, there and back

@@ -26,9 +26,10 @@ from adaptkit.adapters.adavit.gates import Decision, Gates, Given, Policy
 from adaptkit.adapters.adavit.layouts import Layouts
 from adaptkit.adapters.adavit.packed import packed, skipping
 from adaptkit.adapters.base import BlockAdapter, Trace, wrapped
+from adaptkit.core.block import Block, Fn
 from adaptkit.core.layers import check_choice, parameter_dtype
 from adaptkit.core.registry import register_adapter
-from adaptkit.core.view import Block, Features, Fn, Spec, View, ViT
+from adaptkit.core.view import Features, Spec, View, ViT
 from adaptkit.losses import KINDS
 from adaptkit.seam import is_traced, must_wait, records_gradients
 

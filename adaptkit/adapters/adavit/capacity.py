@@ -22,7 +22,7 @@ from torch import Tensor
 
 from adaptkit.adapters.adavit.execution import How, Masks, num_prefix_tokens, select_heads
 from adaptkit.adapters.adavit.gates import Decision
-from adaptkit.core.view import Block
+from adaptkit.core.block import Block
 from adaptkit.ops.grid import cells
 from adaptkit.ops.masked_attention import masked_attention
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from adaptkit.adapters.adavit.gates import Decision
 from adaptkit.adapters.adavit.layouts import Layouts
-from adaptkit.core.view import Block
+from adaptkit.core.block import Block
 from adaptkit.ops.masked_attention import masked_attention
 
 __all__ = ["How", "Masks", "masked", "num_prefix_tokens", "select_heads"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adaptkit.adapters.adavit.execution import How, num_prefix_tokens, select_heads
 from adaptkit.adapters.adavit.gates import Decision
-from adaptkit.core.view import Block, Projections
+from adaptkit.core.block import Block, Projections
 from adaptkit.seam import accelerated
 
 __all__ = ["dense", "packed", "skipping"]

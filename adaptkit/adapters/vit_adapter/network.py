@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from adaptkit.adapters.base import SideAdapter, Trace
 from adaptkit.adapters.vit_adapter.config import STRIDES, ViTAdapterConfig
+from adaptkit.core.block import Fn
 from adaptkit.core.checkpointing import recompute
 from adaptkit.core.layers import DropPath, Norm, init_weights, norm2d, parameter_dtype
 from adaptkit.core.registry import register_adapter
-from adaptkit.core.view import Features, Fn, Spec, ViT
+from adaptkit.core.view import Features, Spec, ViT
 from adaptkit.mixers import CrossMixer, Layout, cross_mixer
 from adaptkit.mixers.msda import MSDeformAttn
 from adaptkit.ops.grid import (

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.core import registry
+from adaptkit.core.block import Block
 from adaptkit.core.proxy import own_layer
 from adaptkit.core.tree import at_rest, blocks_of, skeleton, unwrapped
 from adaptkit.core.unpacked import is_packed, is_plain, unpacked
-from adaptkit.core.view import Block, ViT
+from adaptkit.core.view import ViT
 
 __all__ = ["BlockCopies", "common_names"]
 
