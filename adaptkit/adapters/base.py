@@ -9,20 +9,16 @@ made for this forward and returned as ``Features.aux``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from adaptkit.core.block import Block, Fn
-from adaptkit.core.checkpointing import OFF, Checkpointed, Checkpointing, Trace
-from adaptkit.core.hierarchical import HierarchicalViT
+from adaptkit.core.checkpointing import Trace
 from adaptkit.core.proxy import LayerProxy
-from adaptkit.core.view import Features, Source, View, ViT
-from adaptkit.seam import modes, records_gradients
+from adaptkit.core.view import Features, View, ViT
 
 __all__ = [
     "Adapter",
@@ -30,13 +26,7 @@ __all__ = [
     "SideAdapter",
     "Trace",
     "WeightAdapter",
-    "WrappedHierarchicalViT",
-    "WrappedViT",
-    "wrapped",
 ]
-
-#: A method of each sharded block: runs a function of its parts while its parameters are whole.
-RUN_WHOLE = "run_whole"
 
 
 class Adapter(nn.Module, ABC):
@@ -210,155 +200,3 @@ class WeightAdapter(Adapter):
 
     def check(self, backbone: nn.Module) -> None:
         """Raise ``RuntimeError`` where, installed, it is no longer in place: somebody has replaced a layer."""
-
-
-def wrapped(vit: View, acting: Iterable[Adapter], trace: Trace) -> View:
-    """Return the view for one forward: its blocks wrapped by these adapters, and checkpointed where that is on.
-
-    Args:
-        vit: the backbone's own view.
-        acting: adapters; side adapters among them wrap nothing.
-        trace: what the adapters report in this forward; returned as ``Features.aux``.
-    """
-    adapters = [adapter for adapter in acting if not isinstance(adapter, SideAdapter)]
-    wrappers = [adapter for adapter in adapters if isinstance(adapter, BlockAdapter)]
-    how = vit.how_checkpointing() if records_gradients() else OFF
-    if not wrappers and not how.every:
-        return vit
-    trained = how.every > 0 and any(p.requires_grad for m in (vit.backbone, *adapters) for p in m.parameters())
-    if isinstance(vit, HierarchicalViT):
-        return WrappedHierarchicalViT(vit, wrappers, trace, how, trained)
-    if isinstance(vit, ViT):
-        return WrappedViT(vit, wrappers, trace, how, trained)
-    raise TypeError(f"{type(vit).__name__} is neither a ViT nor a HierarchicalViT; subclass one of them")
-
-
-def _wrap(block: Block, index: int, adapters: Sequence[BlockAdapter], trace: Trace) -> Fn:
-    run: Fn = block
-    for adapter in adapters:
-        run = adapter.wrap(run if isinstance(run, Block) else replace(block, run=run), index, trace)
-    return run
-
-
-def _wrap_all(view: Any, blocks: Sequence[Block], first: int, grid: tuple[int, int]) -> list[Fn]:
-    """Wrap these blocks, the first of which has index ``first``; checkpoint those that are."""
-    on_grid = [replace(b, grid=grid, repeatable=not view.vit.sharded) for b in blocks]
-    builds = [partial(_build, view, b, i) for i, b in enumerate(on_grid, first)]
-    how: Checkpointing = view.how
-    state = view.state() if how.every else ()
-    return [
-        Checkpointed(build, view.trace, view.trained, how.options, state) if how.of(i) else build(view.trace)
-        for i, build in enumerate(builds, first)
-    ]
-
-
-def _state(adapters: Sequence[BlockAdapter]) -> list[tuple[object, str]]:
-    """What a forward of the adapters reads besides tensors: their modes and their switches."""
-    switches: list[tuple[object, str]] = [(adapter, name) for adapter in adapters for name in adapter.switches]
-    return [*modes(m for adapter in adapters for m in adapter.modules()), *switches]
-
-
-def _build(view: Any, block: Block, index: int, trace: Trace) -> Fn:
-    """Return a wrapped block that reports to this trace."""
-    run, sharded = _wrap(block, index, view.adapters, trace), view.vit.sharded
-    if not sharded or not any(adapter.inside for adapter in view.adapters):
-        return run
-    return partial(getattr(sharded[index], RUN_WHOLE), run)
-
-
-class WrappedViT(ViT):
-    """A view whose blocks are wrapped by block adapters, for one forward."""
-
-    def __init__(
-        self,
-        vit: ViT,
-        adapters: Sequence[BlockAdapter],
-        trace: Trace,
-        how: Checkpointing = OFF,
-        trained: bool = True,
-    ) -> None:
-        """``trained``: whether a checkpointed block has something to train."""
-        super().__init__(vit.backbone, vit.spec)
-        self.vit, self.adapters, self.trace, self.how, self.trained = vit, adapters, trace, how, trained
-        self.positions, self.prefix_optional, self.splits = vit.positions, vit.prefix_optional, vit.splits
-
-    def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        """As the inner view."""
-        return self.vit.embed(image, grid)
-
-    def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Any]:
-        """Blocks of the inner view, each wrapped in the order given."""
-        return _wrap_all(self, self.vit.blocks(image, grid), 0, grid)
-
-    def norm(self, x: Tensor) -> Tensor:
-        """As the inner view."""
-        return self.vit.norm(x)
-
-    def state(self) -> list[tuple[object, str]]:
-        """Of the inner view, and of the adapters."""
-        return [*self.vit.state(), *_state(self.adapters)]
-
-    def how_checkpointing(self) -> Checkpointing:
-        """As the blocks are checkpointed."""
-        return self.how
-
-    def classify(self, x: Tensor) -> Tensor | None:
-        """As the inner view."""
-        return self.vit.classify(x)
-
-    def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """As the inner view."""
-        return self.vit.fingerprint_tensors()
-
-    def source(self) -> Source:
-        """As the inner view."""
-        return self.vit.source()
-
-
-class WrappedHierarchicalViT(HierarchicalViT):
-    """A hierarchical view whose blocks are wrapped by block adapters, for one forward."""
-
-    def __init__(
-        self,
-        vit: HierarchicalViT,
-        adapters: Sequence[BlockAdapter],
-        trace: Trace,
-        how: Checkpointing = OFF,
-        trained: bool = True,
-    ) -> None:
-        """``trained``: whether a checkpointed block has something to train."""
-        super().__init__(vit.backbone, vit.spec)
-        self.vit, self.adapters, self.trace, self.how, self.trained = vit, adapters, trace, how, trained
-        self.positions = vit.positions
-
-    def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """As the inner view."""
-        return self.vit.embed(image)
-
-    def enter(self, stage: int, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
-        """As the inner view."""
-        return self.vit.enter(stage, x, grid)
-
-    def blocks(self, stage: int, grid: tuple[int, int]) -> Sequence[Any]:
-        """Blocks of the inner view, each wrapped in the order given."""
-        return _wrap_all(self, self.vit.blocks(stage, grid), sum(self.spec.depths[:stage]), grid)
-
-    def norm(self, x: Tensor) -> Tensor:
-        """As the inner view."""
-        return self.vit.norm(x)
-
-    def state(self) -> list[tuple[object, str]]:
-        """Of the inner view, and of the adapters."""
-        return [*self.vit.state(), *_state(self.adapters)]
-
-    def classify(self, x: Tensor, grid: tuple[int, int]) -> Tensor | None:
-        """As the inner view."""
-        return self.vit.classify(x, grid)
-
-    def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """As the inner view."""
-        return self.vit.fingerprint_tensors()
-
-    def source(self) -> Source:
-        """As the inner view."""
-        return self.vit.source()

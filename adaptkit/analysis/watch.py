@@ -18,7 +18,8 @@ from adaptkit.core.block import Block, Fn
 from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.tree import evaluating
 from adaptkit.core.view import Features, Source, View
-from adaptkit.model.adapted import AdaptedModel, run
+from adaptkit.model.adapted import AdaptedModel
+from adaptkit.model.forward import run
 from adaptkit.seam import reference
 
 __all__ = ["Watched", "batch", "block_strides", "chosen", "map_strides", "run_watched", "single", "source_of"]

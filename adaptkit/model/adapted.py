@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +13,32 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit import _cpu  # noqa: F401  fast paths are registered by importing them
-from adaptkit.adapters.base import BlockAdapter, ExistingLayers, Trace, wrapped
+from adaptkit.adapters.base import ExistingLayers
 from adaptkit.core import registry
 from adaptkit.core.tree import evaluating
-from adaptkit.core.view import Features, View, ViT
+from adaptkit.core.view import Features, ViT
 from adaptkit.features.cached import CachedFeatures
 from adaptkit.features.replay import CachedView, replay
-from adaptkit.heads.base import QueryHead
 from adaptkit.hub.card import card_beside
 from adaptkit.hub.file import describe_backbone, write_folder
 from adaptkit.hub.metadata import plain
 from adaptkit.hub.repository import Commit, push
+from adaptkit.model.described import describe
 from adaptkit.model.ensemble import averaged
 from adaptkit.model.facts import Facts
+from adaptkit.model.forward import run
 from adaptkit.model.image import check_image
 from adaptkit.model.owner import Owner, check_free
 from adaptkit.model.parts import AdapterSet, view_of
 from adaptkit.model.proof import prove
-from adaptkit.model.queries import described_by
 from adaptkit.model.sets import build_set, checked_name, ordinary_tensors
 from adaptkit.model.shown import ShownModel
 from adaptkit.model.trainable import check_trained, tensors_in
 from adaptkit.model.verbs import Verbs
 from adaptkit.predict.predicts import Predicts
-from adaptkit.predict.tasks import TASKS, Described
+from adaptkit.predict.tasks import Described
 
-__all__ = ["AdaptedModel", "attach", "describe", "list_adapters", "list_heads"]
-
-#: Task, as users and the Hub name it -> what the head predicts, a key of ``TASKS``.
-HUB_TASKS = {
-    "semantic-segmentation": "segmentation", "segmentation": "segmentation", "image-segmentation": "segmentation",
-    "image-classification": "classification", "classification": "classification", "depth-estimation": "depth",
-}  # fmt: skip
+__all__ = ["AdaptedModel", "attach", "list_adapters", "list_heads"]
 
 
 def attach(
@@ -125,67 +119,6 @@ def list_adapters() -> list[str]:
 def list_heads() -> list[str]:
     """Return the names that ``attach(head=...)`` takes."""
     return sorted(registry.heads())
-
-
-def run(vit: View, acting: AdapterSet, image: Tensor) -> Features:
-    """Run a backbone with these adapters and their head: image (B, C, H, W) -> features."""
-    features, must_repeat = _run_once(vit, acting, image)
-    while must_repeat:
-        features, must_repeat = _run_once(vit, acting, image)
-    logits = vit.logits(features) if acting.head is None else acting.head(features)
-    if acting.leaves_unread and acting.training and torch.is_grad_enabled():
-        logits = _with_all(logits, features)
-    return features._replace(logits=logits)
-
-
-def _run_once(vit: View, acting: AdapterSet, image: Tensor) -> tuple[Features, bool]:
-    """Run everything but the head; also return whether an adapter asks for another run (AdaViT's packing)."""
-    trace: Trace = {}
-    view: Any = wrapped(vit, acting, trace)
-    reads = {"reads": acting.head_reads} if acting.head_reads else {}  # which a backbone with stages does not have
-    features = view.features(image, **reads) if acting.side is None else acting.side(view, image, trace)
-    repeats = [adapter.must_repeat(trace) for adapter in acting if isinstance(adapter, BlockAdapter)]
-    return features._replace(aux={**features.aux, **trace}), any(repeats)
-
-
-def _with_all(logits: Any, features: Features) -> Any:
-    """Add zero times every feature to the logits, so that parameters whose features the head ignores get gradient 0.
-
-    DDP waits for a gradient of every trained parameter.
-    """
-    if isinstance(logits, dict):
-        first, changed = next(iter(logits)), copy.copy(logits)  # keeps the class: outputs of transformers are dicts
-        changed[first] = _with_all(logits[first], features)
-        return changed
-    if isinstance(logits, list | tuple):
-        made = [_with_all(logits[0], features), *logits[1:]]
-        return type(logits)(*made) if hasattr(logits, "_fields") else type(logits)(made)
-    return logits + sum(x[..., :0].sum() for x in (features.tokens, features.prefix, *features.maps)).to(logits.dtype)
-
-
-def describe(
-    vit: View, said: Mapping[str, Any], head: nn.Module | None, run_it: Callable[[Tensor], Features]
-) -> Described:
-    """Return what a set of adapters predicts: ``said`` is its metadata, ``run_it`` gives the features of an image.
-
-    Raises ``TypeError`` as ``described()``.
-    """
-    if head is None:
-        if vit.source().classes < 1:
-            raise TypeError(
-                "neither this model nor its backbone has a head, so there is nothing to predict: attach with "
-                "head=, e.g. head=('fpn', {'num_classes': 19})"
-            )
-        return Described("classification", {}, lambda image: run_it(image).logits)
-    answers: Any = getattr(head, "answers", None) or HUB_TASKS.get(str(said.get("task")))
-    if answers not in TASKS:
-        raise TypeError(
-            f"nobody says what the head {type(head).__name__} predicts: give it the attribute answers, one of "
-            f"{', '.join(TASKS)}, or save with task=, one of {', '.join(HUB_TASKS)}"
-        )
-    if isinstance(head, QueryHead):
-        return described_by(head, said, run_it)
-    return Described(answers, said, lambda image: run_it(image).logits)
 
 
 class AdaptedModel(Predicts, ShownModel, Facts, Verbs):

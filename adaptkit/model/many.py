@@ -23,7 +23,8 @@ from adaptkit.adapters.base import BlockAdapter
 from adaptkit.core.proxy import LayerProxy, Route, Routed, WeightProxy, put, routing
 from adaptkit.core.view import Features, View
 from adaptkit.features.replay import replay
-from adaptkit.model.adapted import AdaptedModel, attach, run
+from adaptkit.model.adapted import AdaptedModel, attach
+from adaptkit.model.forward import run
 from adaptkit.model.image import check_image
 from adaptkit.model.parts import AdapterSet
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from adaptkit.adapters.base import RUN_WHOLE
+from adaptkit.adapters.wrapped import RUN_WHOLE
 from adaptkit.core.tree import blocks_of
 from adaptkit.hub.file import digest_of, fingerprint, sums_of
 from adaptkit.model.adapted import AdaptedModel

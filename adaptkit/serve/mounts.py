@@ -13,7 +13,8 @@ from adaptkit.core.tree import at_rest, skeleton
 from adaptkit.core.view import Features
 from adaptkit.hub.file import AdapterFile
 from adaptkit.hub.repository import load
-from adaptkit.model.adapted import attach, describe
+from adaptkit.model.adapted import attach
+from adaptkit.model.described import describe
 from adaptkit.model.many import ManyTasks
 from adaptkit.networks import network
 from adaptkit.predict.answers import Answer

@@ -237,7 +237,7 @@ class Between(BlockAdapter):
 
 @torch.no_grad()
 def test_tokens_that_somebody_changes_on_the_way_go_on_as_the_means_of_their_patches():
-    from adaptkit.adapters.base import wrapped
+    from adaptkit.adapters.wrapped import wrapped
 
     model, x = attach("timm-dinov2-reg", r=3), image("timm-dinov2-reg")
     expected, own = model(x), model.adapters["tome"]

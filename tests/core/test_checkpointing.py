@@ -13,7 +13,7 @@ from families import HOSTS, randomise
 from fits import hierarchical
 
 import adaptkit
-from adaptkit.adapters.base import wrapped
+from adaptkit.adapters.wrapped import wrapped
 
 METHODS = {
     "vit-adapter": [("vit-adapter", {"conv_inplane": 4, "with_cffn": False, "extra_extractors": 0, "strides": (16,)})],

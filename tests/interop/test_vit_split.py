@@ -16,7 +16,7 @@ from families import randomise
 
 from adaptkit.features.replay import replay
 from adaptkit.interop import from_official
-from adaptkit.model.adapted import run
+from adaptkit.model.forward import run
 
 SHARED = Path(os.environ.get("ADAPTKIT_SHARED", Path(__file__).parents[3] / "shared"))
 GOLDEN = SHARED / "golden" / "vit_split_a.safetensors"

@@ -25,7 +25,8 @@ from adaptkit.adapters.adavit.gain import gain
 from adaptkit.adapters.adavit.gates import Decision, Gates, Given, Policy
 from adaptkit.adapters.adavit.layouts import Layouts
 from adaptkit.adapters.adavit.packed import packed, skipping
-from adaptkit.adapters.base import BlockAdapter, Trace, wrapped
+from adaptkit.adapters.base import BlockAdapter, Trace
+from adaptkit.adapters.wrapped import wrapped
 from adaptkit.core.block import Block, Fn
 from adaptkit.core.layers import check_choice, parameter_dtype
 from adaptkit.core.registry import register_adapter
