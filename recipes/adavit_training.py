@@ -75,11 +75,12 @@ def train(
             logits, spent = features.logits.float(), accounting.macs(costs, features.aux)
             budget = annealed_budget(step, settled // 2, args.budget) if learned else args.budget
             task = F.cross_entropy(logits, label) + agreement_loss(logits, full[place])
-            if of_each is None:
-                cost = macs_loss(spent, costs.dense, budget)
-            else:
-                cost = usage_loss(features.aux, annealed_budget(step, settled // 2, of_each), "absolute")
-            loss = task + args.weight * cost if learn else task
+            loss = task
+            if learn and of_each is None:
+                loss = task + args.weight * macs_loss(spent, costs.dense, budget)
+            elif learn:
+                kept = annealed_budget(step, settled // 2, of_each)
+                loss = task + args.weight * usage_loss(features.aux, kept, "absolute")
             finite.see(step, loss)
             optimizer.zero_grad()
             accelerator.backward(loss)

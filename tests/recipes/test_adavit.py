@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from fake_cuda import Stalls
 
 import adaptkit
-from adaptkit.losses import agreement_loss
+from adaptkit.losses import KINDS, agreement_loss
 from recipes import adavit, adavit_scores, adavit_training, labelled, record
 from recipes.labelled import open_labelled
 
@@ -193,6 +193,23 @@ def test_the_budget_is_met_by_the_patches_where_they_can_and_by_all_gates_where_
     assert 0.3 < score.macs.mean < 0.42
     moved = {name.split(".")[1] for name, p in gates.gates.named_parameters() if not torch.equal(p, before[name])}
     assert moved == ({"patch"} if options == "{}" else set(gates.config.gates))
+
+
+def test_usage_pulls_every_kind_to_the_one_share_that_costs_the_budget(tmp_path, monkeypatch):
+    pulls, real = [], adavit_training.usage_loss
+
+    def seen(aux, share, form):
+        loss = real(aux, share, form)
+        kinds = {kind: torch.autograd.grad(loss, aux[f"{kind}_keep"], retain_graph=True)[0] for kind in KINDS}
+        pulls.append((share, {kind: float(pull.sum()) for kind, pull in kinds.items()}))
+        return loss
+
+    monkeypatch.setattr(adavit_training, "usage_loss", seen)
+    _, _, model = trained(tmp_path, monkeypatch, "--budget", "0.5", "--budget-loss", "usage")
+    share = adavit_training.share_of_each(adavit.accounting.costs(model, (32, 32)), 0.5)
+    assert [given for given, _ in pulls] == [1.0, share, share]  # the gates learn three of the six steps
+    assert 0.5 < share < 0.8  # patches times sub-layers, and a block without gates
+    assert list(pulls[-1][1].values()) == pytest.approx([1.0, 1.0, 1.0])  # all keep more so early: each is pulled down
 
 
 def test_without_bottlenecks_the_gates_learn_to_the_end(tmp_path, monkeypatch):
