@@ -10,7 +10,9 @@ how near it is. The labels come from the drawing (adaptkit/demo/formula.py); no 
 function of (seed, rank, step): a run that is resumed is the run that was never stopped.
 
 Three things make it affordable without a GPU: the patch embedding starts as a discrete cosine transform, the network
-grows from 4 to 12 blocks (a new block starts as the identity), and the matrices are trained by Muon.
+grows from 4 to 12 blocks, and the matrices are trained by Muon. A new block starts as the identity, and in so short a
+run most stay near it. With --growth split each of the four becomes three that add a third of what it adds, as a solver
+of differential equations takes shorter steps (Chang et al., ICLR 2018): all twelve then have their share.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import math
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -47,7 +50,11 @@ PROGRESS = "run.json"  # in a checkpoint
 WEIGHTS = "demo_backbone.safetensors"
 MADE = ("checkpoint", "checkpoint.old", WEIGHTS, "README.md")  # what a run leaves in its folder
 SQUARE = 4  # pixels: side of the squares for which the dense heads answer
-GROWTH = ((0.0, 4), (0.45, 8), (0.7, 12))  # from this share of the steps on, so many blocks
+SHALLOW = 4  # blocks at first
+GROWTH = {  # --growth -> from this share of the steps on, so many blocks
+    "identity": ((0.0, SHALLOW), (0.45, 8), (0.7, 12)),
+    "split": ((0.0, SHALLOW), (0.4, 12)),
+}
 RARE = ("pole", "sign", "fence", "person", "cyclist", "vehicle", "pavement")  # few pixels, so they weigh three times
 
 
@@ -71,6 +78,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--mask-ratio", type=float, default=0.75)
     parser.add_argument("--masked-share", type=float, default=0.25, help="share of the batch that is also masked")
     parser.add_argument("--dense-weight", type=float, default=1.0, help="weight of the dense labels beside the pixels")
+    parser.add_argument("--growth", choices=tuple(GROWTH), default="identity", help="how blocks are added")
     parser.add_argument("--save-every", type=int, default=100, help="steps between two checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="of the matrix products")
@@ -246,7 +254,24 @@ def optimiser(args: argparse.Namespace, model: MaskedAutoencoder) -> Muon:
 
 def depth_at(args: argparse.Namespace, step: int) -> int:
     """How many blocks are in use at a step."""
-    return max(depth for start, depth in GROWTH if step >= start * args.steps)
+    return max(depth for start, depth in GROWTH[args.growth] if step >= start * args.steps)
+
+
+@torch.no_grad()
+def split(blocks: nn.ModuleList, optimizer: torch.optim.Optimizer) -> None:
+    """Make each of the first blocks several in a row, in place: x + f(x) becomes n steps of f / n.
+
+    What the optimiser remembers of them is forgotten.
+    """
+    times = len(blocks) // SHALLOW
+    for index in reversed(range(len(blocks))):  # each reads one that is not written yet
+        blocks[index].load_state_dict(blocks[index // times].state_dict())
+    for block in blocks:
+        for layer in (block.attn.proj, block.mlp.fc2):  # the last of what a sub-layer adds
+            layer.weight.div_(times)
+            layer.bias.div_(times)
+    for parameter in blocks.parameters():
+        optimizer.state.pop(parameter, None)
 
 
 def learning_rate(args: argparse.Namespace, step: int) -> float:
@@ -271,6 +296,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) 
     pictures = Pictures(args, accelerator.process_index, accelerator.device)
     if args.compile:
         model.compile(backend=BACKEND, mode=args.compile)  # in place: names stay as they are
+    encoder: Any = model.encoder
     model, optimizer = accelerator.prepare(model, optimiser(args, model))
     run = restore(args, accelerator) if args.resume else None
     if run is None:
@@ -287,6 +313,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) 
     model.train()
     with Stop() as stop:
         for step in range(first, args.steps):
+            if args.growth == "split" and step and depth_at(args, step) > depth_at(args, step - 1):
+                split(encoder.blocks, optimizer)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, step)
             view, noise = pictures.batch(step)
@@ -367,9 +395,10 @@ def publish(args: argparse.Namespace, encoder: nn.Module, run: dict, accelerator
     launch = f"torchrun --nproc-per-node {processes}" if processes > 1 else "python"
     options = "".join(
         f" --{name.replace('_', '-')} {getattr(args, name)}"
-        for name in ("steps", "batch_size", "image_size", "canvases", "reuse", "streets", "lr", "seed")
+        for name in ("steps", "batch_size", "image_size", "canvases", "reuse", "streets", "lr", "growth", "seed")
     )
     facts = run | vars(args) | {"command": f"{launch} -m recipes.pretrain_mae{options}", "torch": torch.__version__}
+    facts["grew"] = ", ".join(str(depth) for _, depth in GROWTH[args.growth])
     facts["losses"] = ", ".join(f"{name} {value:.2f}" for name, value in run["losses"].items())
     facts |= {"device": accelerator.device.type.upper(), "processes": processes, "minutes": run["seconds"] / 60}
     card = (Path(__file__).parent / "pretrain_mae_card.md").read_text().format(**facts)

@@ -32,10 +32,12 @@ def test_the_command_line_makes_weights_and_a_card(tmp_path):
     assert "4 crops of 64 x 64 pixels" in (tmp_path / "README.md").read_text()
 
 
-def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, monkeypatch):
-    whole = pretrain(monkeypatch, tmp_path / "whole", "--steps", "3")
-    part = pretrain(monkeypatch, tmp_path / "part", "--steps", "3", "--minutes", "0")  # stops after one step
-    resumed = pretrain(monkeypatch, tmp_path / "part", "--steps", "3", "--resume")
+@pytest.mark.parametrize("growth", pretrain_mae.GROWTH)
+def test_a_resumed_run_is_the_uninterrupted_run(growth, tmp_path, monkeypatch):
+    options = ["--steps", "3", "--growth", growth]
+    whole = pretrain(monkeypatch, tmp_path / "whole", *options)
+    part = pretrain(monkeypatch, tmp_path / "part", *options, "--minutes", "0")  # stops after one step
+    resumed = pretrain(monkeypatch, tmp_path / "part", *options, "--resume")
     assert any(not torch.equal(whole[name], part[name]) for name in whole)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
@@ -73,6 +75,47 @@ def test_blocks_start_as_the_identity():
     pretrain_mae.initialise(model)
     x = torch.randn(1, 5, 192)
     assert torch.equal(model.blocks(x), x)
+
+
+def shallow(size: float) -> torch.nn.ModuleList:
+    """Twelve blocks of which the first four add something, of this size, and the others nothing."""
+    torch.manual_seed(0)
+    blocks = torch.nn.ModuleList(timm.models.vision_transformer.Block(16, 2, qkv_bias=True) for _ in range(12)).double()
+    for index, block in enumerate(blocks):
+        for layer in (block.attn.proj, block.mlp.fc2):
+            torch.nn.init.normal_(layer.bias)
+            for parameter in layer.parameters():
+                parameter.data.mul_(size if index < 4 else 0.0)
+    return blocks
+
+
+def stack(blocks: torch.nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
+    for block in blocks:
+        x = block(x)
+    return x
+
+
+@torch.no_grad()
+def test_each_block_becomes_three_that_add_a_third_and_nearly_the_same_network():
+    x = torch.randn(2, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    apart = []
+    for size in (0.02, 0.01):
+        blocks = shallow(size)
+        before, first = stack(blocks, x), blocks[1].mlp.fc2.bias.clone()
+        pretrain_mae.split(blocks, torch.optim.AdamW(blocks.parameters()))
+        assert all(torch.allclose(blocks[i].mlp.fc2.bias, first / 3) for i in (3, 4, 5))
+        apart.append((stack(blocks, x) - before).abs().max().item())
+    assert apart[0] > 0
+    assert apart[1] / apart[0] == pytest.approx(1 / 4, rel=0.2)  # what a shorter step changes is of second order
+
+
+def test_what_an_optimiser_remembers_of_blocks_that_are_split_is_forgotten():
+    blocks, other = shallow(0.1), torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([*blocks.parameters(), other])
+    (stack(blocks, torch.randn(1, 3, 16).double()).sum() + other.sum()).backward()
+    optimizer.step()
+    pretrain_mae.split(blocks, optimizer)
+    assert list(optimizer.state) == [other]
 
 
 def test_patches_are_taken_row_by_row():
