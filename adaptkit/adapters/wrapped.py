@@ -76,33 +76,26 @@ def _build(view: Any, block: Block, index: int, trace: Trace) -> Fn:
     return partial(getattr(sharded[index], RUN_WHOLE), run)
 
 
-class WrappedViT(ViT):
-    """A view whose blocks are wrapped by block adapters, for one forward."""
+class _Wrapped(View):
+    """What both kinds of wrapped view have in common; all else is the inner view's."""
 
     def __init__(
         self,
-        vit: ViT,
+        vit: Any,
         adapters: Sequence[BlockAdapter],
         trace: Trace,
         how: Checkpointing = OFF,
         trained: bool = True,
     ) -> None:
         """``trained``: whether a checkpointed block has something to train."""
-        super().__init__(vit.backbone, vit.spec)
+        super().__init__(vit.backbone, vit.spec)  # type: ignore[call-arg]  # of the kind of view beside this one
         self.vit, self.adapters, self.trace, self.how, self.trained = vit, adapters, trace, how, trained
-        self.positions, self.prefix_optional, self.splits = vit.positions, vit.prefix_optional, vit.splits
-
-    def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        """As the inner view."""
-        return self.vit.embed(image, grid)
-
-    def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Any]:
-        """Blocks of the inner view, each wrapped in the order given."""
-        return _wrap_all(self, self.vit.blocks(image, grid), 0, grid)
+        self.positions = vit.positions
 
     def norm(self, x: Tensor) -> Tensor:
         """As the inner view."""
-        return self.vit.norm(x)
+        normed: Tensor = self.vit.norm(x)
+        return normed
 
     def state(self) -> list[tuple[object, str]]:
         """Of the inner view, and of the adapters."""
@@ -112,34 +105,39 @@ class WrappedViT(ViT):
         """As the blocks are checkpointed."""
         return self.how
 
+    def fingerprint_tensors(self) -> dict[str, Tensor]:
+        """As the inner view."""
+        tensors: dict[str, Tensor] = self.vit.fingerprint_tensors()
+        return tensors
+
+    def source(self) -> Source:
+        """As the inner view."""
+        source: Source = self.vit.source()
+        return source
+
+
+class WrappedViT(_Wrapped, ViT):
+    """A view whose blocks are wrapped by block adapters, for one forward."""
+
+    def __init__(self, vit: ViT, *args: Any) -> None:
+        super().__init__(vit, *args)
+        self.prefix_optional, self.splits = vit.prefix_optional, vit.splits
+
+    def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+        """As the inner view."""
+        return self.vit.embed(image, grid)
+
+    def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Any]:
+        """Blocks of the inner view, each wrapped in the order given."""
+        return _wrap_all(self, self.vit.blocks(image, grid), 0, grid)
+
     def classify(self, x: Tensor) -> Tensor | None:
         """As the inner view."""
         return self.vit.classify(x)
 
-    def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """As the inner view."""
-        return self.vit.fingerprint_tensors()
 
-    def source(self) -> Source:
-        """As the inner view."""
-        return self.vit.source()
-
-
-class WrappedHierarchicalViT(HierarchicalViT):
+class WrappedHierarchicalViT(_Wrapped, HierarchicalViT):
     """A hierarchical view whose blocks are wrapped by block adapters, for one forward."""
-
-    def __init__(
-        self,
-        vit: HierarchicalViT,
-        adapters: Sequence[BlockAdapter],
-        trace: Trace,
-        how: Checkpointing = OFF,
-        trained: bool = True,
-    ) -> None:
-        """``trained``: whether a checkpointed block has something to train."""
-        super().__init__(vit.backbone, vit.spec)
-        self.vit, self.adapters, self.trace, self.how, self.trained = vit, adapters, trace, how, trained
-        self.positions = vit.positions
 
     def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """As the inner view."""
@@ -153,22 +151,6 @@ class WrappedHierarchicalViT(HierarchicalViT):
         """Blocks of the inner view, each wrapped in the order given."""
         return _wrap_all(self, self.vit.blocks(stage, grid), sum(self.spec.depths[:stage]), grid)
 
-    def norm(self, x: Tensor) -> Tensor:
-        """As the inner view."""
-        return self.vit.norm(x)
-
-    def state(self) -> list[tuple[object, str]]:
-        """Of the inner view, and of the adapters."""
-        return [*self.vit.state(), *_state(self.adapters)]
-
     def classify(self, x: Tensor, grid: tuple[int, int]) -> Tensor | None:
         """As the inner view."""
         return self.vit.classify(x, grid)
-
-    def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """As the inner view."""
-        return self.vit.fingerprint_tensors()
-
-    def source(self) -> Source:
-        """As the inner view."""
-        return self.vit.source()
