@@ -274,6 +274,24 @@ def test_step_zero_keeps_everything():
     assert all(aux[f"{kind}_keep"].all() for kind in ("patch", "head", "layer"))
 
 
+def test_the_layer_gates_may_start_from_logits_that_fall_with_depth(tmp_path):
+    """In a straight line from the first gated block to the last; the other kinds start where they do without it."""
+    model = build(first_block=1, layer_bias=[5.0, 0.5])  # of four blocks three are gated
+    aux = model(images()).aux
+    assert torch.equal(aux["layer_logits"], torch.tensor([5.0, 2.75, 0.5])[:, None].expand(aux["layer_logits"].shape))
+    assert all((aux[f"{kind}_logits"] == 3.0).all() for kind in ("patch", "head"))
+    assert aux["layer_keep"].all()
+
+    model.save(tmp_path)
+    again = adaptkit.attach(HOSTS["timm-vit"].build(), str(tmp_path))
+    assert AdaViT.of(again).config.layer_bias == (5.0, 0.5)  # as given, though JSON knows lists only
+
+
+def test_one_gated_block_takes_the_first_of_the_two_logits():
+    aux = build(first_block=3, layer_bias=(2.0, -1.0))(images()).aux
+    assert (aux["layer_logits"] == 2.0).all()
+
+
 def test_gates_decide_in_float32_under_autocast():
     model = loosen(build())
     expected = model(images()).aux
@@ -383,6 +401,9 @@ def test_a_host_whose_attention_does_not_come_apart_is_refused():
         ({"head_mode": "half"}, "'full', 'partial'"),
         ({"grid": (0, 3)}, "rows, columns"),
         ({"bottleneck": -1}, "bottleneck=-1"),
+        ({"layer_bias": 5.0}, "layer_bias=5.0: give two logits"),
+        ({"layer_bias": [5.0, 3.0, 0.5]}, "give two logits"),
+        ({"layer_bias": [5.0, float("nan")]}, "layer_bias=nan"),
     ],
 )
 def test_an_option_that_cannot_be_says_so(options, message):

@@ -72,7 +72,8 @@ class AdaViT(BlockAdapter):
         start = min(self.first[kind] for kind in config.gates)
         self.gates, self.bottlenecks = nn.ModuleDict(), nn.ModuleDict()
         for i in range(start, spec.depth):
-            self.gates[str(i)] = Gates(spec, config, [kind for kind in KINDS if self.gated(kind, i)])
+            kinds = [kind for kind in KINDS if self.gated(kind, i)]
+            self.gates[str(i)] = Gates(spec, config, kinds, self._layer_bias(i))
             if config.bottleneck:
                 self.bottlenecks[str(i)] = Bottleneck(spec.embed_dim, config.bottleneck)
         self.execution: str = config.execution
@@ -93,6 +94,13 @@ class AdaViT(BlockAdapter):
     def gated(self, kind: str, index: int) -> bool:
         """Whether block ``index`` has a gate of this kind."""
         return kind in self.config.gates and index >= self.first[kind]
+
+    def _layer_bias(self, index: int) -> float:
+        """Return the layer gates' logit at the start in this block."""
+        if self.config.layer_bias is None:
+            return self.config.keep_bias
+        (high, low), first = self.config.layer_bias, self.first["layer"]
+        return high + (low - high) * (index - first) / max(1, self.spec.depth - 1 - first)
 
     def wrap(self, block: Block, index: int, trace: Trace) -> Fn:
         """Return the block as it is before the first gated one, and under its gates' decision from there on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from adaptkit.core.layers import check_choice, check_numbers
 from adaptkit.core.view import Spec
@@ -26,6 +26,9 @@ class AdaViTConfig:
     layer_threshold: float = 0.5
     temperature: float = 1.0  #: of the sigmoid, in training and evaluation alike
     keep_bias: float = 3.0  #: the gates' logits at the start; above 0 keeps everything
+    #: instead of it, those of the layer gates, in the first and the last gated block and in a straight line between.
+    #: One that falls, as (5.0, 0.5), is the prior that late blocks are what an image can do without; not of the paper
+    layer_bias: tuple[float, float] | None = None
     grid: tuple[int, int] = (14, 14)  #: patches that ``patch_policy="class"`` decides on, resampled to another grid
     bottleneck: int = 0  #: width of a zero-initialised bottleneck on all tokens of a gated block; 0: none
     last_block: Literal["all", "class"] = "all"  #: "class": its patch tokens are read but not updated
@@ -34,6 +37,8 @@ class AdaViTConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "gates", (self.gates,) if isinstance(self.gates, str) else tuple(self.gates))
         object.__setattr__(self, "grid", tuple(int(n) for n in self.grid))
+        if self.layer_bias is not None:
+            object.__setattr__(self, "layer_bias", logits("layer_bias", self.layer_bias))
         check_numbers(self)
         for kind in self.gates:
             check_choice("gates", kind, KINDS)
@@ -67,3 +72,12 @@ class AdaViTConfig:
         if self.last_block == "class" and spec.num_prefix_tokens == 0:
             raise ValueError("last_block='class' needs a class token and this backbone has none; use 'all'")
         return replace(self, first_patch_block=first_patch)
+
+
+def logits(option: str, pair: Any) -> tuple[float, float]:
+    """Return two logits as a tuple (JSON knows lists only); ``ValueError`` for anything else."""
+    try:
+        first, last = pair
+        return float(first), float(last)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{option}={pair!r}: give two logits, of the first gated block and the last") from error

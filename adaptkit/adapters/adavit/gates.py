@@ -72,13 +72,13 @@ class Gates(nn.Module):
     decision is the same for every image: all on.
     """
 
-    def __init__(self, spec: Spec, config: AdaViTConfig, kinds: Sequence[str]) -> None:
+    def __init__(self, spec: Spec, config: AdaViTConfig, kinds: Sequence[str], layer_bias: float) -> None:
         super().__init__()
         self.config = config
         cells = 1 if config.patch_policy == "token" else config.grid[0] * config.grid[1]
         self.patch = DecisionHead(spec.embed_dim, cells, config.keep_bias) if "patch" in kinds else None
         self.head = DecisionHead(spec.embed_dim, spec.num_heads, config.keep_bias) if "head" in kinds else None
-        self.layer = DecisionHead(spec.embed_dim, 2, config.keep_bias) if "layer" in kinds else None
+        self.layer = DecisionHead(spec.embed_dim, 2, layer_bias) if "layer" in kinds else None
 
     def forward(self, x: Tensor, h: Tensor, grid: tuple[int, int]) -> tuple[Decision, Decision]:
         """Tokens x (B, P+N, D) and their first norm h -> the decisions and their logits.
