@@ -1,4 +1,4 @@
-"""Boxes and masks in COCO's format: read, checked before anything is trained, made into samples, and scored (AP)."""
+"""Boxes and masks in COCO's format: read, and checked before anything is trained."""
 
 from __future__ import annotations
 
@@ -8,17 +8,12 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from torchvision import tv_tensors
-from torchvision.transforms import v2
 
 from adaptkit.core.near import beside
 from adaptkit.pictures import CHANNELS, check_frame, framed, read
 
-from .augment import colours
 from .labels import warn_unseen
-from .order import Rows
 from .summary import Summary, of_counts
 
 MOST = 2000  # files that are opened and masks that are drawn before training; the rest is checked by its JSON alone
@@ -46,22 +41,6 @@ def locate(name: str, images: str | None, flag: str) -> tuple[Path, Path]:
     if not folder.is_dir():
         raise ValueError(f"{flag}: there is no folder {folder}; name the folder of the images with {flag}-images")
     return path, folder
-
-
-def open_instances(
-    name: str, images: str | None, split: str, masks: bool, flag: str, skip: bool = False, channels: int = CHANNELS
-) -> Instances:
-    """Read a split of boxes or masks, in COCO's format or in YOLO's, as :func:`read_instances` does."""
-    from .yolo import is_yolo, read_yolo
-
-    if not is_yolo(name):
-        path, folder = locate(name, images, flag)
-        return read_instances(folder, path, masks, flag, skip, channels)
-    if images is not None:
-        raise ValueError(
-            f"{flag}-images is for COCO's format; {name} is in YOLO's, and data.yaml says where images are"
-        )
-    return read_yolo(name, split, masks, flag, skip, channels)
 
 
 def read_json(path: Path, keys: tuple[str, ...], flag: str) -> dict[str, Any]:
@@ -266,110 +245,3 @@ def summary_of(data: Any, unit: str, train: bool) -> Summary:
     """Return what the same holds, of this unit."""
     sizes = [size_of(row) for row in data.rows]
     return of_counts("--train" if train else "--val", unit, data.labels(), sizes, called(data.categories))
-
-
-# ------------------------------------------------------------------------------------------------------ samples
-
-
-class Detection(Rows):
-    """Samples (image (C, H, W) in 0..1, target) as torchvision's detectors take them; images keep their size.
-
-    target: ``boxes`` (n, 4) as x1, y1, x2, y2 in pixels, ``labels`` (n,) from 1 on, ``image_id``, and ``masks``
-    (n, H, W) where asked for. Training samples are flipped and, of three channels, coloured.
-    """
-
-    def __init__(self, data: Instances, masks: bool, seed: int = 0, train: bool = False) -> None:
-        super().__init__(data.rows, seed)
-        self.masks, self.channels = masks, channels_of(data.rows[0])
-        steps: list[Any] = [v2.RandomHorizontalFlip(), *colours("medium", self.channels)] if train else []
-        self.transform = v2.Compose([*steps, v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)])
-
-    def make(self, row: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Row -> sample."""
-        from faster_coco_eval import mask
-
-        size, found, image = size_of(row), row["instances"], picture_of(row)
-        boxes = torch.tensor([i["box"] for i in found], dtype=torch.float32).view(-1, 4)
-        target: dict[str, Any] = {
-            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
-            "labels": torch.tensor([i["label"] for i in found], dtype=torch.int64),
-            "image_id": torch.tensor(row["id"]),
-        }
-        if self.masks:
-            drawn = [torch.from_numpy(mask.decode(rle(i["shape"], row))).view(size) for i in found]
-            target["masks"] = tv_tensors.Mask(torch.stack(drawn) if drawn else torch.zeros(0, *size, dtype=torch.uint8))
-        image, target = self.transform(image, target)
-        plain = {k: v.as_subclass(torch.Tensor) for k, v in target.items()}
-        return image.as_subclass(torch.Tensor), plain
-
-
-def as_lists(batch: list[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
-    """Samples -> (images, targets), for images differ in size."""
-    images, targets = zip(*batch)
-    return list(images), list(targets)
-
-
-# -------------------------------------------------------------------------------------------------------- score
-
-
-def as_results(found: dict[str, torch.Tensor], image_id: int) -> list[dict[str, Any]]:
-    """What torchvision found in one image -> entries of COCO's result format, with labels for category ids."""
-    from faster_coco_eval import mask
-
-    boxes, scores, labels = (found[k].cpu().tolist() for k in ("boxes", "scores", "labels"))
-    results = []
-    for i, ((x1, y1, x2, y2), score, label) in enumerate(zip(boxes, scores, labels)):
-        entry = {"image_id": image_id, "label": label, "score": score, "bbox": [x1, y1, x2 - x1, y2 - y1]}
-        if "masks" in found:
-            pixels = (found["masks"][i, 0] > 0.5).cpu().numpy().astype(np.uint8)
-            entry["segmentation"] = mask.encode(np.asfortranarray(pixels))
-        results.append(entry)
-    return results
-
-
-#: COCO's numbers in the order of its own table: AP is the mean over IoU 0.5 to 0.95; of objects below 32 x 32 pixels of
-#: the image as it lies on disk, below 96 x 96, and above.
-STATS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-
-
-def average_precision(data: Instances, results: list[dict[str, Any]], masks: bool) -> dict[str, float]:
-    """COCO's AP, AP50, AP75 and AP by size of boxes, ``box_ap``, ..., and of masks where there are any."""
-    return average_precisions(data, results, masks)[0]
-
-
-def average_precisions(
-    data: Instances, results: list[dict[str, Any]], masks: bool
-) -> tuple[dict[str, float], dict[str, list[float | None]]]:
-    """Return :func:`average_precision`, and the AP of each category, None for one without objects: ``{"box": [...]}``.
-
-    A size that no object has is left out. An object's size is its ``area`` in the file, which is that of its mask; what
-    is found has the area of its box or mask, as each is scored.
-    """
-    from faster_coco_eval import COCO, COCOeval_faster
-
-    sizes, entries = {row["id"]: row for row in data.rows}, []
-    for n, entry in enumerate(data.truth["annotations"], 1):
-        area = entry.get("area")
-        if area is None and masks:
-            area = rle_area(entry["segmentation"], sizes[entry["image_id"]])
-        elif area is None:
-            area = entry["bbox"][2] * entry["bbox"][3]
-        entries.append({"iscrowd": 0, **entry, "id": n, "area": area})
-    truth = COCO({**data.truth, "annotations": entries})
-    named = [{**r, "category_id": data.categories[r["label"] - 1]["id"]} for r in results]
-    scores: dict[str, float] = {}
-    by_class: dict[str, list[float | None]] = {}
-    for kind, name in (("bbox", "box"), ("segm", "mask"))[: 1 + masks]:
-        # Beside a box the area of what is found would be the box's.
-        own = named if kind == "bbox" else [{k: v for k, v in r.items() if k != "bbox"} for r in named]
-        evaluation = COCOeval_faster(truth, truth.loadRes(own), iouType=kind, print_function=lambda *_: None)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-        stats = dict(zip(STATS, map(float, evaluation.stats)))
-        scores.update({f"{name}_{k}": v for k, v in stats.items() if v > -1 or k in STATS[:3]})
-        # (IoU, recall, category, area, detections): all areas, the most detections; -1 where there is no object
-        precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]
-        rows = (precision[:, :, k] for k in range(precision.shape[2]))
-        by_class[name] = [float(row[row > -1].mean()) if (row > -1).any() else None for row in rows]
-    return scores, by_class

@@ -27,21 +27,12 @@ import adaptkit
 from . import channels, network, queries
 from . import instances as by_queries
 from .channels import backbone_of, trained_parts
-from .coco import (
-    STATS,
-    Detection,
-    Instances,
-    as_lists,
-    as_results,
-    average_precision,
-    average_precisions,
-    open_instances,
-    summary_of,
-    warn_unseen_categories,
-)
+from .coco import Instances, summary_of, warn_unseen_categories
+from .detection_data import Detection, as_lists, open_instances
 from .engine import run
 from .normalisation import source_of
 from .options import adapters, command, parser, read
+from .scores.average_precision import STATS, as_results, average_precision, average_precisions
 from .scores.detection import image_f1
 from .task import Task
 from .yolo import has_splits

@@ -63,7 +63,7 @@ def depth(rows: Any, i: int) -> Example:
 
 
 def detection(rows: Any, i: int) -> Example:
-    """Of ``coco.Detection`` and ``instances.InstanceData``; true boxes have the score 1."""
+    """Of ``detection_data.Detection`` and ``instances.InstanceData``; true boxes have the score 1."""
     row = rows.data[i]
     size, found = size_of(row), row["instances"]
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from . import queries
-from .coco import as_results, called, picture_of, rle, size_of
+from .coco import called, picture_of, rle, size_of
 from .panoptic_data import Resized, stacked
+from .scores.average_precision import as_results
 from .task import Task
 
 

@@ -14,9 +14,10 @@ from adaptkit.core.view import Source
 from adaptkit.pictures import colours, pair, read_row
 from adaptkit.predict.tasks import TASKS, Asked
 
-from ..coco import average_precisions, called, open_instances, picture_of
+from ..coco import called, picture_of
 from ..data import SegmentationData, open_dataset
 from ..depth import DEPTH_NAMES, metres_of
+from ..detection_data import open_instances
 from ..labelled import open_images
 from ..labels import palette_of, reading
 from ..look import check_labels
@@ -26,6 +27,7 @@ from ..normalisation import floats
 from ..order import undecoded
 from ..panoptic_data import PanopticData, read_segments
 from ..panoptic_data import locate as locate_segments
+from .average_precision import average_precisions
 from .classification import ClassificationScores
 from .depth import DepthScores, cropped
 from .panoptic import PanopticQuality

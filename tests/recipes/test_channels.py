@@ -16,7 +16,7 @@ from adaptkit import bands
 from adaptkit.cli import main as adaptkit_main
 from adaptkit.pictures import colours, read
 from adaptkit.predict.pixels import pixels, shown
-from recipes import augment, channels, classify, coco, depth, detect, panoptic, segment, shapes
+from recipes import augment, channels, classify, coco, depth, detect, detection_data, panoptic, segment, shapes
 
 RNG = np.random.default_rng(0)
 
@@ -386,7 +386,7 @@ def test_values_of_many_bands_are_not_coloured_and_move_with_their_boxes(tmp_pat
     pytest.importorskip("faster_coco_eval")
     data = shapes_of(tmp_path / "set", "npy")
     found = coco.read_instances(data / "images", data / "annotations.json", False, "--train", channels=13)
-    rows, plain = coco.Detection(found, False, 1, train=True), coco.Detection(found, False)
+    rows, plain = detection_data.Detection(found, False, 1, train=True), detection_data.Detection(found, False)
     mirrored = 0
     for i in range(3):
         for epoch in range(4):

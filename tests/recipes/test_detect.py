@@ -20,7 +20,9 @@ import adaptkit
 from adaptkit.create import create_backbone
 from adaptkit.pretrained import from_pretrained
 from recipes import coco, detect, evaluate, network, shapes
-from recipes.coco import Detection, as_lists, average_precision, average_precisions, read_instances
+from recipes.coco import read_instances
+from recipes.detection_data import Detection, as_lists
+from recipes.scores.average_precision import average_precision, average_precisions
 
 QUICK = ["--backbone", "test_vit", "--random-backbone", "--adapter-options", '{"conv_inplane": 8}', "--size", "32", "48",
          "--width", "16", "--anchor", "4", "--batch-size", "2", "--lr", "3e-3"]  # fmt: skip

@@ -14,8 +14,9 @@ from adaptkit import pictures
 from adaptkit.core.view import Source
 from adaptkit.pictures import class_ids, colours, pair, read
 from recipes import coco, shapes
-from recipes.coco import Detection, read_instances
+from recipes.coco import read_instances
 from recipes.data import SegmentationData, open_dataset
+from recipes.detection_data import Detection
 from recipes.labelled import LabelledData, open_images, open_labelled
 from recipes.order import Stream
 from recipes.panoptic_data import PanopticData, locate, read_segments

@@ -10,7 +10,9 @@ from PIL import Image
 pytest.importorskip("faster_coco_eval")
 
 from recipes import detect, shapes
-from recipes.coco import Detection, average_precision, open_instances, read_instances
+from recipes.coco import read_instances
+from recipes.detection_data import Detection, open_instances
+from recipes.scores.average_precision import average_precision
 from recipes.yolo import has_splits, labels_of, read_yolo
 
 QUICK = ["--backbone", "test_vit", "--random-backbone", "--adapter-options", '{"conv_inplane": 8}', "--size", "32", "48",
