@@ -9,7 +9,8 @@ made for this forward and returned as ``Features.aux``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from adaptkit.core.view import Features, View, ViT
 __all__ = [
     "Adapter",
     "BlockAdapter",
+    "Openable",
     "SideAdapter",
     "Trace",
     "WeightAdapter",
@@ -117,6 +119,22 @@ class BlockAdapter(Adapter):
         True only where every block is ``repeatable``.
         """
         return False
+
+
+class Openable(BlockAdapter):
+    """A block adapter that can step aside for a while."""
+
+    switches: ClassVar[tuple[str, ...]] = ("open",)
+    open: bool = False  #: whether the blocks run as the backbone's own
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Leave out all that the adapter does: the pretrained model, bit for bit."""
+        before, self.open = self.open, True
+        try:
+            yield
+        finally:
+            self.open = before
 
 
 class SideAdapter(Adapter):

@@ -20,8 +20,6 @@ be trained beside it. AdaViT, DAT-KV and VPT step inside the blocks too: only on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -30,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptkit.adapters.base import BlockAdapter, Trace
+from adaptkit.adapters.base import Openable, Trace
 from adaptkit.core.block import Block, Fn
 from adaptkit.core.layers import check_numbers
 from adaptkit.core.registry import register_adapter
@@ -168,19 +166,17 @@ def merged(stream: Stream, keys: Tensor, r: int) -> Stream:
 
 
 @register_adapter("tome", ToMeConfig)
-class ToMe(BlockAdapter):
+class ToMe(Openable):
     """Merges patch tokens that are alike. ``Features.aux`` says which:
 
     ``patch_token`` (B, N), the token that each patch ended in, and ``token_size`` (B, M), the patches in each.
     """
 
     inside = True
-    switches = ("open",)
 
     def __init__(self, spec: Spec, config: ToMeConfig) -> None:
         super().__init__(spec, config)
         self.r = schedule(config, spec.depth)  #: asked of each block
-        self.open = False  #: whether the blocks run as the backbone's own
 
     def counts(self, patches: int) -> tuple[int, ...]:
         """Return how many tokens each block merges where an image has so many patches: at most half of those left."""
@@ -188,15 +184,6 @@ class ToMe(BlockAdapter):
         for r in self.r:
             found.append(min(r, (patches - sum(found)) // 2))
         return tuple(found)
-
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """Merge nothing for a while: the pretrained model, bit for bit."""
-        before, self.open = self.open, True
-        try:
-            yield
-        finally:
-            self.open = before
 
     @torch.no_grad()
     def check_blocks(self, view: View) -> None:

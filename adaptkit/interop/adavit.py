@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from adaptkit.core import registry
 from adaptkit.core.registry import view
 from adaptkit.core.view import Spec
-from adaptkit.interop.loading import REMEDY, filled
+from adaptkit.interop.loading import REMEDY, filled, timm_vit
 from adaptkit.interop.vit_adapter import resampled_positions
 from adaptkit.losses import KINDS
 from adaptkit.model.adapted import AdaptedModel
@@ -89,12 +89,7 @@ def _check_fits(own: dict[str, Tensor], spec: Spec) -> None:
 
 def _load_deit(state_dict: dict[str, Tensor], backbone: nn.Module) -> None:
     """Load the authors' DeiT (query, key, value apart) into a timm VisionTransformer (fused)."""
-    vit: Any = backbone
-    if view(backbone).spec.family != "timm-vit":
-        raise ValueError(
-            f"load_backbone=True needs a timm VisionTransformer, this is {type(backbone).__name__}; load the ViT's "
-            "weights yourself and leave load_backbone out"
-        )
+    vit = timm_vit(backbone)
     target = vit.state_dict()
     own = {}
     for key in target:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptkit.core.registry import view
 from adaptkit.model.adapted import AdaptedModel, attach
 from adaptkit.model.parts import check_tensors
 
-__all__ = ["REMEDY", "Checkpoint", "filled"]
+__all__ = ["REMEDY", "Checkpoint", "filled", "timm_vit"]
 
 REMEDY = "give the whole checkpoint, and the options that it was trained with"
 
@@ -36,6 +37,16 @@ class Checkpoint(dict[str, Tensor]):
         if strange is not None:
             raise ValueError(f"the official checkpoint has {name}.{strange}, and {name} are numbered: {REMEDY}")
         return 1 + max(map(int, found), default=-1)
+
+
+def timm_vit(backbone: nn.Module) -> Any:
+    """Return the backbone for the authors' ViT; ``ValueError`` where it is no timm VisionTransformer."""
+    if view(backbone).spec.family != "timm-vit":
+        raise ValueError(
+            f"load_backbone=True needs a timm VisionTransformer, this is {type(backbone).__name__}; load the ViT's "
+            "weights yourself and leave load_backbone out"
+        )
+    return backbone
 
 
 def filled(

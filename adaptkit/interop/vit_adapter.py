@@ -16,7 +16,7 @@ from adaptkit.adapters.vit_adapter import ViTAdapterConfig, even_groups
 from adaptkit.core import registry
 from adaptkit.core.registry import view
 from adaptkit.core.view import Spec
-from adaptkit.interop.loading import REMEDY, Checkpoint, filled
+from adaptkit.interop.loading import REMEDY, Checkpoint, filled, timm_vit
 from adaptkit.model.adapted import AdaptedModel
 from adaptkit.model.parts import check_tensors
 
@@ -100,12 +100,7 @@ def _vit_adapter_config(own: dict[str, Tensor], spec: Spec, options: dict[str, A
 
 def _load_vit(state_dict: dict[str, Tensor], backbone: nn.Module) -> None:
     """Load the authors' plain ViT (fused qkv, gamma1/gamma2) into a timm VisionTransformer."""
-    vit: Any = backbone
-    if view(backbone).spec.family != "timm-vit":
-        raise ValueError(
-            f"load_backbone=True needs a timm VisionTransformer, this is {type(backbone).__name__}; load the ViT's "
-            "weights yourself and leave load_backbone out"
-        )
+    vit = timm_vit(backbone)
     own = {
         re.sub(r"\.gamma([12])$", r".ls\1.gamma", k): v
         for k, v in state_dict.items()

@@ -13,7 +13,7 @@ from adaptkit.adapters.vit_split import ViTSplitConfig
 from adaptkit.core import registry
 from adaptkit.core.registry import view
 from adaptkit.core.view import Spec
-from adaptkit.interop.loading import REMEDY, Checkpoint, filled
+from adaptkit.interop.loading import REMEDY, Checkpoint, filled, timm_vit
 from adaptkit.interop.vit_adapter import resampled_positions
 from adaptkit.model.adapted import AdaptedModel
 from adaptkit.model.parts import check_tensors
@@ -129,12 +129,7 @@ def _pad(said: Any) -> Any:
 
 def _load_dinov2(official: dict[str, Tensor], backbone: nn.Module) -> None:
     """Load the authors' DINOv2, by the names of its hub, into a timm VisionTransformer."""
-    vit: Any = backbone
-    if view(backbone).spec.family != "timm-vit":
-        raise ValueError(
-            f"load_backbone=True needs a timm VisionTransformer, this is {type(backbone).__name__}; load the ViT's "
-            "weights yourself and leave load_backbone out"
-        )
+    vit = timm_vit(backbone)
     target = vit.state_dict()
     own = {k: v for k, v in official.items() if k in target}
     if "register_tokens" in official:

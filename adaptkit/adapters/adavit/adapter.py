@@ -25,7 +25,7 @@ from adaptkit.adapters.adavit.gain import gain
 from adaptkit.adapters.adavit.gates import Decision, Gates, Given, Policy
 from adaptkit.adapters.adavit.layouts import Layouts
 from adaptkit.adapters.adavit.packed import packed, skipping
-from adaptkit.adapters.base import BlockAdapter, Trace
+from adaptkit.adapters.base import Openable, Trace
 from adaptkit.adapters.wrapped import wrapped
 from adaptkit.core.block import Block, Fn
 from adaptkit.core.layers import check_choice, parameter_dtype
@@ -52,7 +52,7 @@ class Bottleneck(nn.Module):
 
 
 @register_adapter("adavit", AdaViTConfig)
-class AdaViT(BlockAdapter):
+class AdaViT(Openable):
     """Decides and skips. ``Features.aux`` says what was decided, as zeros and ones.
 
     ``patch_keep`` (B, gated blocks, N), ``head_keep`` (B, gated blocks, heads), ``layer_keep`` (B, gated blocks, 2:
@@ -61,7 +61,7 @@ class AdaViT(BlockAdapter):
     """
 
     inside = True
-    switches = ("execution", "policy", "open", "layouts", "capacities")
+    switches = (*Openable.switches, "execution", "policy", "layouts", "capacities")
 
     def __init__(self, spec: Spec, config: AdaViTConfig) -> None:
         config = config.resolve(spec)
@@ -78,7 +78,6 @@ class AdaViT(BlockAdapter):
                 self.bottlenecks[str(i)] = Bottleneck(spec.embed_dim, config.bottleneck)
         self.execution: str = config.execution
         self.policy: Policy | None = None
-        self.open = False
         self.layouts: Layouts | None = None
         self.capacities = Capacities()
 
@@ -259,15 +258,6 @@ class AdaViT(BlockAdapter):
             yield self.layouts
         finally:
             self.layouts = before
-
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """Open all gates and leave the bottlenecks out: the pretrained model, bit for bit."""
-        before, self.open = self.open, True
-        try:
-            yield
-        finally:
-            self.open = before
 
 
 def _everything(_: int, decision: Decision) -> Decision:
