@@ -50,7 +50,8 @@ def from_pretrained(
     Args:
         source: a saved folder, or ``"org/name"`` on the Hub.
         backbone: in place of the one that the file records: a module, or a name for
-            :func:`adaptkit.create.create_backbone`.
+            :func:`adaptkit.create.create_backbone`. One of three channels is expanded where that was which the file was
+            trained on: ``model.backbone`` is then a copy that shares its weights.
         head: where the saved one is a module of your own.
         strict: make other backbone weights than those it was trained on an error instead of a warning.
         positions: the rule by which positions go to another grid, as :func:`adaptkit.attach` takes it: that of the file
@@ -65,10 +66,9 @@ def from_pretrained(
     has no name or cannot be built.
     """
     file = load(source, revision=revision, subfolder=subfolder, allow_nonfinite=allow_nonfinite, **download)
-    if isinstance(backbone, nn.Module):
-        model = backbone
-    elif backbone is not None:
-        model = expanded_as(create_backbone(backbone), file.header)
+    if backbone is not None:
+        given = backbone if isinstance(backbone, nn.Module) else create_backbone(backbone)
+        model = expanded_as(given, file.header)
     else:
         model = recorded(str(source), file.header, {k: v for k, v in download.items() if k != "force_download"})
     with normalised_by_file():

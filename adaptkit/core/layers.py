@@ -150,7 +150,8 @@ def check_choice(option: str, value: object, choices: tuple[object, ...]) -> Non
 def check_numbers(config: Any, but: tuple[str, ...] = ()) -> None:
     """Raise ``ValueError`` where a number of a config, a dataclass, is beyond what any model has.
 
-    A count is at most 2^20 and a ratio at most 2^10, so that what follows from them can be computed at once.
+    A count is at most 2^20 and a ratio at most 2^10, so that what follows from them can be computed at once. A field
+    that is annotated as an int takes no float.
     """
 
     def check(option: str, value: Any) -> None:
@@ -166,8 +167,11 @@ def check_numbers(config: Any, but: tuple[str, ...] = ()) -> None:
                 raise ValueError(f"{option}={value} is beyond what a model can have; give a number of at most {most}")
 
     for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if str(field.type) in ("int", "int | None") and isinstance(value, float):
+            raise ValueError(f"{field.name}={value} is counted in whole numbers; give an int")
         if field.name not in but:
-            check(field.name, getattr(config, field.name))
+            check(field.name, value)
 
 
 def indices(option: str, blocks: Any) -> tuple[int, ...]:

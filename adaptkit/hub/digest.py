@@ -27,12 +27,25 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from adaptkit.core.tree import blocks_of, plain_name, unwrapped
 
-__all__ = ["block_sums", "changed", "digest", "other_blocks", "other_layers", "stored", "tensors_of"]
+__all__ = [
+    "NEW_CHANNELS",
+    "block_sums",
+    "changed",
+    "digest",
+    "layers_of",
+    "other_blocks",
+    "other_layers",
+    "stored",
+    "tensors_of",
+]
 
 ROW = 1 << 14  #: words of a row: its products stay in a core's cache, and torch adds them up in one thread
 ROWS = 256  #: how many at once on an accelerator, where a call costs more than memory
 #: Parts that no feature depends on: only a classifier reads them, or masked training. A layer of their own each.
 BESIDE = frozenset({"attn_pool", "classifier", "fc_norm", "head", "head_dist", "mask_token", "neck", "pooler"})
+NEW_CHANNELS = (
+    "new_channels"  #: rows of an expanded patch embedding: a layer of their own, for the rest is the RGB one's
+)
 #: Under which name a layer of peft or of ours holds the layer of the backbone that it stands for.
 STANDS_FOR = ("base_layer", "original_module", "base")
 OURS = ("adaptkit.", "peft.")
@@ -94,8 +107,13 @@ def _layers(names: Sequence[str]) -> dict[str, str]:
         number = next((i for i, part in enumerate(path) if part.isdigit()), len(path))
         beside = next((i for i, part in enumerate(path[:number]) if part in BESIDE), None)
         end = beside if beside is not None else number if number < len(path) else shared
-        layers[name] = ".".join(path[: end + 1])
+        layers[name] = name if path[-1] == NEW_CHANNELS else ".".join(path[: end + 1])
     return layers
+
+
+def layers_of(backbone: nn.Module) -> dict[str, str]:
+    """Return of each tensor of a backbone the layer that it counts to in its digest."""
+    return _layers(sorted({name for name, _ in tensors_of(backbone)}))
 
 
 # ------------------------------------------------------------------------------------------------------------- exact

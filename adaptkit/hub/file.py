@@ -13,8 +13,9 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,8 +30,9 @@ from adaptkit.core.near import beside
 from adaptkit.core.registry import ForeignLayout, layouts
 from adaptkit.core.schema import MOST_BYTES
 from adaptkit.core.shown import Rows, Shown, listed
+from adaptkit.core.tree import plain_name
 from adaptkit.core.view import Spec, View
-from adaptkit.hub.digest import block_sums, digest, other_blocks, other_layers
+from adaptkit.hub.digest import block_sums, digest, layers_of, other_blocks, other_layers
 from adaptkit.hub.header import FORMAT, check_keys, read_header, spec_of
 from adaptkit.hub.packages import origin_of
 from adaptkit.hub.write import check_writable, write_atomic, write_together
@@ -42,11 +44,13 @@ __all__ = [
     "check_fits",
     "check_writable",
     "describe_backbone",
+    "expansion",
     "load",
     "load_into",
     "metadata_of",
     "normalisation_of",
     "normalised_by_file",
+    "other_parts",
     "serialised",
     "write_atomic",
     "write_folder",
@@ -143,14 +147,20 @@ def load(path: str | os.PathLike[str], allow_nonfinite: bool = False) -> Adapter
 
 def _check_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
     for name, tensor in tensors.items():
-        # One pass suffices for almost every tensor: its sum is finite. A finite tensor may overflow in its sum, so that
-        # its values are then looked at one by one.
-        if tensor.dtype in FLOATS and not tensor.sum().isfinite() and not tensor.isfinite().all():
+        if _holds_nonfinite(tensor):
             raise ValueError(
                 f"{file}: {name} holds {int((~tensor.isfinite()).sum())} values that are NaN or infinite of "
                 f"{tensor.numel()}: the training diverged, or the file is damaged. Train again, or load it as it is by "
                 "adaptkit.load(path, allow_nonfinite=True)"
             )
+
+
+def _holds_nonfinite(tensor: Tensor) -> bool:
+    """Look at the sum first: it is finite for almost every tensor. It may overflow; then each value is looked at."""
+    if tensor.dtype not in FLOATS or tensor.is_meta or tensor.layout != torch.strided:
+        return False
+    tensor = tensor.detach()
+    return not tensor.sum().isfinite() and not bool(tensor.isfinite().all())
 
 
 def _foreign(folder: Path) -> tuple[ForeignLayout, dict[str, Any]] | None:
@@ -255,10 +265,12 @@ def check_fits(file: AdapterFile, vit: View, strict: bool = False) -> None:
         if a != b:
             saved = file.header["backbone"]
             here = vit.source().id or type(vit.backbone).__name__
+            remedy = f"attach it to a {_kind(then)} with {name}={a}"
+            if name == "channels" and b == 3 and saved.get("expanded"):
+                remedy = f"attach it to {expansion(saved, 'backbone')}"
             raise ValueError(
                 f"{file.path} was trained on {name}={a} ({saved['source'] or saved['class']}: {say_spec(then)}), this "
-                f"backbone has {name}={b} ({here}: {say_spec(now)}); attach it to "
-                f"a {_kind(then)} with {name}={a}"
+                f"backbone has {name}={b} ({here}: {say_spec(now)}); {remedy}"
             )
     saved, source = file.header["backbone"], vit.source()
     other = _other_weights(file, vit)
@@ -290,6 +302,13 @@ def check_fits(file: AdapterFile, vit: View, strict: bool = False) -> None:
         )
 
 
+def expansion(saved: Mapping[str, Any], rgb: str) -> str:
+    """Return the call that expands a backbone of three channels as that was which a file was trained on."""
+    said = saved["expanded"]
+    more = f", wavelengths={said['wavelengths']}" if said["wavelengths"] is not None else ""
+    return f"adaptkit.expand_channels({rgb}, {saved['spec']['channels']}, how={said['how']!r}{more})"
+
+
 def _other_rule(rule: str, vit: View) -> str:
     known = rule in vit.position_rules
     if known:
@@ -308,20 +327,56 @@ def _kind(spec: Spec | HierarchicalSpec) -> str:
 
 def _other_weights(file: AdapterFile, vit: View) -> list[str]:
     """Return the parts of the backbone whose weights are not those of the file."""
+    brought = file.tensors_of("backbone")  # whatever the backbone has there, it is replaced
+    if not brought:
+        return other_parts(file, digest_of(vit), partial(sums_of, vit), partial(fingerprint, vit))
+    replaced = {id(p) for name, p in vit.backbone.named_parameters() if plain_name(name) in brought}
+    marked = vit.fingerprint_tensors()
+    marks = {k: v for k, v in fingerprint(vit).items() if k not in marked or id(marked[k]) not in replaced}
+    return other_parts(
+        file, digest_of(vit), partial(sums_of, vit), lambda: marks, _touched(layers_of(vit.backbone), brought)
+    )
+
+
+def _touched(layers: Mapping[str, str], brought: Mapping[str, Tensor]) -> dict[str, bool]:
+    """Layers of which some tensors are brought -> whether all are."""
+    rest = {layer for name, layer in layers.items() if name not in brought}
+    return {layer: layer not in rest for name, layer in layers.items() if name in brought}
+
+
+def other_parts(
+    file: AdapterFile,
+    now: Mapping[str, str],
+    sums: Callable[[], Mapping[str, Sequence[float]]],
+    marks: Callable[[], Mapping[str, Sequence[float]]],
+    touched: Mapping[str, bool] = MappingProxyType({}),
+) -> list[str]:
+    """Return the parts of two backbones whose weights differ: of the one that a file records, and of another.
+
+    Args:
+        file: an adapter's.
+        now: digest of the other backbone.
+        sums: returns its sums over blocks, asked for where digests do not say it all: between libraries, precisions.
+        marks: returns its fingerprint, likewise.
+        touched: layers of which the file brings some tensors itself, and whether it brings all. They are left out of
+            the digests.
+    """
     saved = file.header["backbone"]
-    then, now = saved.get("digest") or {}, digest_of(vit)
+    then, now = ({k: v for k, v in (d or {}).items() if k not in touched} for d in (saved.get("digest"), now))
     # The backbone's own classifier speaks where the adapter has no head.
     other, complete = other_layers(then, now, classifier=file.header["head"] is None and saved.get("classes", 0) > 0)
-    if not complete:  # another library, another precision, or a file from before there were digests
-        if saved.get("sums"):
-            other += [f"block {i}" for i in other_blocks(saved["sums"], sums_of(vit))]
-        marks, mine = saved["fingerprint"], fingerprint(vit)
-        if not other and not _same_marks(marks, mine):
-            other = [f"{name!r}" for name in marks] or ["every layer"]
+    if complete and all(touched.values()):
+        return other
+    if saved.get("sums"):
+        other += [f"block {i}" for i in other_blocks(saved["sums"], sums())]
+    mine = marks()
+    theirs = {name: mark for name, mark in saved["fingerprint"].items() if not touched or name in mine}
+    if not other and (theirs or not touched) and not _same_marks(theirs, mine):
+        other = [f"{name!r}" for name in theirs] or ["every layer"]
     return other
 
 
-def _same_marks(then: dict[str, list[float]], now: dict[str, list[float]]) -> bool:
+def _same_marks(then: Mapping[str, Sequence[float]], now: Mapping[str, Sequence[float]]) -> bool:
     """Equal up to the rounding of bf16 (8 bits), on every tensor that both sides name."""
     shared = then.keys() & now.keys()
     return bool(shared) and all(
@@ -347,12 +402,25 @@ def write_folder(
             f"the header has {len(said)} characters, and is read with up to {MOST_BYTES}: give less metadata, which is "
             f"{len(json.dumps(header.get('metadata')))} of them"
         )
+    _warn_nonfinite(tensors)
     data = {CONFIG: (json.dumps(header, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()}
     if card is not None:
         data[CARD] = card.encode()
     # One metadata key: with several, safetensors does not promise their order, and equal adapters are equal bytes.
     data[WEIGHTS] = serialised(tensors, {"adaptkit": said})
     return write_together(Path(folder).expanduser(), data)
+
+
+def _warn_nonfinite(tensors: Mapping[str, Tensor]) -> None:
+    """What diverged is written, for its owner may want to look at it; but reading it will be refused."""
+    bad = [name for name, x in sorted(tensors.items()) if isinstance(x, Tensor) and _holds_nonfinite(x)]
+    if bad:
+        warnings.warn(
+            f"{listed(bad, 3)}: NaN or infinite values are saved, the training "
+            "has diverged; the file is read by adaptkit.load(path, allow_nonfinite=True) alone",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def serialised(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:

@@ -26,7 +26,10 @@ def shares_of(names: Sequence[str], weights: Sequence[float] | None) -> dict[str
 
     Raises ``ValueError`` for none or twice the same name, another number of weights, and weights that are no shares.
     """
-    given = [1.0] * len(names) if weights is None else [float(w) for w in weights]
+    try:
+        given = [1.0] * len(names) if weights is None else [float(w) for w in weights]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"weights={weights!r}: give a number of 0 or more for each set") from error
     if not names or len(set(names)) < len(names):
         raise ValueError(f"an ensemble of {list(names)}: give the names of sets, each once")
     if len(given) != len(names):

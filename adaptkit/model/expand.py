@@ -27,6 +27,7 @@ from adaptkit.core.layers import check_choice
 from adaptkit.core.registry import view
 from adaptkit.core.tree import locate, named_modules, skeleton
 from adaptkit.hub.file import EXPANSION
+from adaptkit.model.owner import check_free
 
 __all__ = ["expand_channels"]
 
@@ -64,6 +65,8 @@ def expand_channels(
 ) -> nn.Module:
     """Return a copy of a frozen RGB backbone that reads ``n`` channels; every tensor but the new rows is shared.
 
+    So only one of the two can have adapters at a time.
+
     Args:
         backbone: a ViT whose first layer is a convolution over red, green and blue.
         n: channels of the image, more than 3; the first three are red, green and blue.
@@ -71,11 +74,13 @@ def expand_channels(
             between those of the two colours whose wavelengths are nearest, at the end of the range at the last one.
         wavelengths: with ``how="wavelength"``, the centre of each of the ``n - 3`` further channels in nanometres.
 
-    Raises ``ValueError`` for a backbone of other than three channels, another ``n`` and wavelengths that do not fit,
-    ``TypeError`` where no plain convolution reads the image.
+    Raises ``ValueError`` for a backbone of other than three channels or one that an adapted model holds, another ``n``
+    and wavelengths that do not fit, ``TypeError`` where no plain convolution reads the image.
     """
     check_choice("how", how, get_args(How))
-    spec = view(backbone).spec
+    seen = view(backbone)
+    spec = seen.spec
+    check_free(backbone, seen.backbone)
     if spec.channels != 3:
         raise ValueError(f"this {type(backbone).__name__} reads {spec.channels} channels; give one that reads three")
     if not isinstance(n, int) or isinstance(n, bool):
@@ -125,7 +130,7 @@ def _rows(kernel: Tensor, more: int, how: How, wavelengths: Sequence[float] | No
         raise ValueError(
             f"{len(wavelengths)} wavelengths for {more} further channels: give one for each, in nanometres"
         )
-    elif not all(0 < w < math.inf for w in map(float, wavelengths)):
+    elif not all(isinstance(w, int | float) and 0 < w < math.inf for w in wavelengths):
         raise ValueError(f"wavelengths={list(wavelengths)}: give nanometres, above 0")
     else:
         mix = torch.stack([_between_colours(float(w)) for w in wavelengths]).to(kernel)

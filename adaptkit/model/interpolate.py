@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.hub.card import card_beside
-from adaptkit.hub.digest import other_blocks, other_layers
-from adaptkit.hub.file import FLOATS, AdapterFile, say_spec, write_folder
+from adaptkit.hub.file import FLOATS, AdapterFile, other_parts, say_spec, write_folder
 from adaptkit.model.parts import as_file, differences
 
 __all__ = ["interpolate"]
@@ -39,6 +38,8 @@ def interpolate(file_a: Any, file_b: Any, t: float, folder: str | os.PathLike[st
     Raises ``ValueError`` that names both sides where methods, options, backbone, shapes, task, classes or
     normalisation are not the same, and for another ``t``; ``TypeError`` for what is no saved adapter.
     """
+    if not isinstance(t, int | float):
+        raise TypeError(f"t={t!r} is no number; give one between 0, the first file, and 1, the second")
     if not 0 <= t <= 1:
         raise ValueError(f"t={t} is not between 0, the first file, and 1, the second")
     a, b = _file(file_a), _file(file_b)
@@ -55,7 +56,8 @@ def interpolate(file_a: Any, file_b: Any, t: float, folder: str | os.PathLike[st
 def _file(given: Any) -> AdapterFile:
     file = as_file(given)
     if file is None:
-        raise TypeError(f"{given!r} is no saved adapter: give its folder, or adaptkit.load(folder)")
+        said = repr(given) if isinstance(given, str | os.PathLike) else f"a {type(given).__name__}"
+        raise TypeError(f"{said} is no saved adapter: give its folder, or adaptkit.load(folder)")
     return file
 
 
@@ -78,25 +80,15 @@ def _check_headers(a: AdapterFile, b: AdapterFile) -> None:
         return
     if a.spec[1:] != b.spec[1:]:
         _refuse(a, say_spec(a.spec), b, say_spec(b.spec), "both need the same backbone")
-    for key in ("mean", "std", "fingerprint"):
+    for key in ("mean", "std"):
         if saved[0][key] != saved[1][key]:
-            what = "weights of the backbone" if key == "fingerprint" else key
-            names = [f"{what} of {s['source'] or s['class']}: {str(s[key])[:80]}" for s in saved]
-            _refuse(a, names[0], b, names[1], "both need the same backbone and images")
-    layers = _other_layers(a, saved[0], saved[1])
+            _refuse(a, f"{key}={saved[0][key]}", b, f"{key}={saved[1][key]}", "both need the same images")
+    two: Any = saved[1]
+    layers = other_parts(a, two.get("digest") or {}, lambda: two.get("sums") or {}, lambda: two["fingerprint"])
     if layers:
         listed = ", ".join(layers[:4]) + " and more" * (len(layers) > 4)
         name = saved[0]["source"] or saved[0]["class"]
         _refuse(a, f"been trained on {listed} of {name}", b, "on other weights there", "both need the same backbone")
-
-
-def _other_layers(a: AdapterFile, one: Any, two: Any) -> list[str]:
-    """Return the layers of two recorded backbones whose weights differ; where one is in other precision, the blocks."""
-    classifier = a.header["head"] is None and one.get("classes", 0) > 0  # it speaks where the adapter has no head
-    other, complete = other_layers(one.get("digest") or {}, two.get("digest") or {}, classifier)
-    if not complete and one.get("sums") and two.get("sums"):
-        other += [f"block {i}" for i in other_blocks(one["sums"], two["sums"])]
-    return other
 
 
 def _check_tensors(a: AdapterFile, b: AdapterFile) -> None:

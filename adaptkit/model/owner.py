@@ -5,7 +5,7 @@ moves between devices leave the record right, and knows which weight adapters ar
 merged. Going from one set of adapters to another is a transaction: all of it happens, or nothing.
 
 The backbone holds its owner (an attribute of the module that is seen, gone after release), so that a second ``attach``
-finds it taken.
+finds it taken. So does one to another tree of modules that holds some of the same parameters.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from adaptkit.adapters.base import ExistingLayers, WeightAdapter
 from adaptkit.core.proxy import own_layer, restore
@@ -28,17 +29,35 @@ __all__ = ["Owner", "check_free"]
 MARK = "_adaptkit_owner"
 
 
+#: Parameters that are taken, and by whom: two trees of modules may hold the same ones.
+_taken: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
 def check_free(backbone: nn.Module, seen: nn.Module) -> None:
-    """Raise ``ValueError`` where an adapted model has this backbone; what a recomputed one left is put back."""
+    """Raise ``ValueError`` where an adapted model has this backbone, or one that shares weights with it.
+
+    What an adapted model that is gone has left is put back.
+    """
     owner: Owner | None = vars(seen).get(MARK)
-    if owner is None:
-        return
-    if owner.model is not None:
+    if owner is not None and owner.model is not None:
         raise ValueError(
             f"this {type(backbone).__name__} has adapters already, those of another adapted model: add_adapter() there "
             "adds a set beside them, attach_many() runs several at once, and detach() gives the backbone back"
         )
-    owner.release(backbone, seen)
+    if owner is not None:
+        owner.release(backbone, seen)
+    for name, parameter in seen.named_parameters():
+        other: Owner | None = _taken.get(parameter, _nobody)()
+        if other is not None and other.model is not None:
+            raise ValueError(
+                f"{name} of this {type(backbone).__name__} belongs to the backbone of another adapted model, too, as "
+                "weights of a copy made by expand_channels() do: detach() there first, or attach to "
+                "copy.deepcopy(backbone)"
+            )
+
+
+def _nobody() -> None:
+    """The owner of a parameter that is free."""
 
 
 class Owner:
@@ -78,6 +97,8 @@ class Owner:
         self.weights = digest(seen, trainable=True)
         vars(seen)[MARK] = self
         self.belongs_to(model)
+        for parameter in backbone.parameters():
+            _taken[parameter] = weakref.ref(self)
         if self.existing is not None:
             self.existing.take_out(seen)
         backbone.requires_grad_(False)
@@ -89,6 +110,9 @@ class Owner:
         if self.existing is not None:
             self.existing.restore(seen)
         vars(seen).pop(MARK, None)
+        for parameter in backbone.parameters():
+            if _taken.get(parameter, _nobody)() is self:
+                del _taken[parameter]
         modes, flags = _by_plain_name(self._modes), _by_plain_name(self._flags)
         for name, module in backbone.named_modules(remove_duplicate=False):
             module.training = self._modes.get(name, modes.get(plain_name(name), module.training))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from adaptkit.adapters.base import Adapter, BlockAdapter, SideAdapter, WeightAdapter
@@ -17,12 +19,13 @@ from adaptkit.core.hierarchical import HierarchicalSpec, HierarchicalViT
 from adaptkit.core.near import looks_like_path
 from adaptkit.core.registry import configured
 from adaptkit.core.view import View, ViT
-from adaptkit.hub.file import AdapterFile, check_fits, load_into, metadata_of
+from adaptkit.hub.digest import NEW_CHANNELS
+from adaptkit.hub.file import AdapterFile, check_fits, expansion, load_into, metadata_of
 from adaptkit.hub.packages import needs, origin_of
 from adaptkit.hub.repository import is_hub_id, load
 from adaptkit.model.saved import build, check_tensors, configured_by
 from adaptkit.model.saved_head import head_of
-from adaptkit.model.trained import TrainedBackbone, parameters
+from adaptkit.model.trained import TrainedBackbone, named, parameters
 
 __all__ = ["AdapterSet", "Part", "as_file", "check_tensors", "differences", "head_of", "parts_of", "view_of"]
 
@@ -225,14 +228,25 @@ def _build_backbone(vit: View, given: Sequence[str], files: Sequence[AdapterFile
     if vit.sharded:
         raise ValueError("the backbone is sharded: train parts of it before shard(), or train it whole elsewhere")
     if not saved:
+        half = [name for name, p in parameters(vit.backbone) if p.dtype == torch.float16 and named(name, parts)]
+        if half:
+            warnings.warn(
+                f"{half[0]} is trained in the backbone's float16, in which AdamW's eps of 1e-8 is 0 and its steps are "
+                "NaN: load the backbone in bfloat16 or float32",
+                UserWarning,
+                stacklevel=4,
+            )
         return TrainedBackbone(vit.spec, vit.backbone, parts)
     tensors = saved[0].tensors_of("backbone")
     strange = sorted(set(tensors) - {name for name, _ in parameters(vit.backbone)})
     if strange:
+        trained_on = saved[0].header["backbone"]
+        home = "a backbone of the library it was trained in"
+        if trained_on.get("expanded") and all(name.endswith(NEW_CHANNELS) for name in strange):
+            home = expansion(trained_on, "a backbone of three channels")
         raise ValueError(
             f"{saved[0].path} holds trained tensors of a {saved[0].header['backbone']['class']}, this backbone is a "
-            f"{type(vit.backbone).__name__}, which calls them otherwise ({', '.join(strange[:3])}): attach it to a "
-            "backbone of the library it was trained in"
+            f"{type(vit.backbone).__name__}, which calls them otherwise ({', '.join(strange[:3])}): attach it to {home}"
         )
     try:
         built = TrainedBackbone(vit.spec, vit.backbone, parts)

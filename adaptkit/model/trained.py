@@ -16,7 +16,7 @@ from adaptkit.adapters.base import WeightAdapter
 from adaptkit.core.proxy import edges, in_place, missing, own_layer, parameter_store
 from adaptkit.core.tree import locate, named_modules, nested, plain_name, skeleton
 
-__all__ = ["TrainedBackbone", "parameters"]
+__all__ = ["TrainedBackbone", "named", "parameters"]
 
 
 class TrainedBackbone(WeightAdapter):
@@ -137,12 +137,17 @@ def _chosen(backbone: nn.Module, parts: Sequence[str]) -> dict[str, nn.Parameter
             raise ValueError(
                 f"train_backbone={part!r} names nothing in {type(backbone).__name__}; its parts are {', '.join(tops)}"
             )
-    return {name: p for name, p in every.items() if any(_matches(name, part) for part in parts)}
+    return {name: p for name, p in every.items() if named(name, parts)}
 
 
 def parameters(backbone: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The backbone's own parameters by plain name, tied ones under each name, without what is in its layers."""
     return skeleton(backbone, own_layer).named_parameters(remove_duplicate=False)
+
+
+def named(name: str, parts: Sequence[str]) -> bool:
+    """Whether one of these parts of a backbone holds the parameter of this name."""
+    return any(_matches(name, part) for part in parts)
 
 
 def _matches(name: str, part: str) -> bool:

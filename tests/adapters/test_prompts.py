@@ -131,7 +131,7 @@ def test_prompts_start_as_the_patch_embedding_would_and_need_an_attention_that_c
     assert bound * 0.98 < prompts.abs().max() <= bound
     with pytest.raises(TypeError, match="does not come apart"):
         adaptkit.attach(HOSTS["timm-sam"].build(), "vpt")
-    for wrong in ({"num_tokens": 0}, {"dropout": 1.0}):
+    for wrong in ({"num_tokens": 0}, {"num_tokens": 2.5}, {"dropout": 1.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             adaptkit.attach(HOSTS["timm-vit"].build(), "vpt", **wrong)
 

@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from families import HOSTS
 
 import adaptkit
-from adaptkit.heads.plain_mask import annealed, even_layers
+from adaptkit.heads.base import QueryLogits
+from adaptkit.heads.plain_mask import annealed, even_layers, set_loss
 from adaptkit.model.trainable import tensors_in
 from adaptkit.ops.queries import instances, merge
 
@@ -306,3 +307,39 @@ def test_objects_are_the_surest_pairs_of_query_and_class():
     assert found["labels"].tolist() == [label for _, label in wanted]
     torch.testing.assert_close(found["scores"], torch.tensor([score for score, _ in wanted]))
     assert found["boxes"][found["labels"] == 1].tolist() == [[1, 0, 3, 1]]
+
+
+# ---------------------------------------------------------------------------------------------------------- the loss
+
+
+GIVEN = (torch.ones(3, 16, 16), torch.tensor([0, 2, 1]))
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ([GIVEN], "2 images, and targets of 1"),
+        ([GIVEN, (GIVEN[0], torch.tensor([0, 3, 1]))], "image 1 has the label 3, and there are classes 0 to 2"),
+        ([GIVEN, (GIVEN[0], torch.tensor([0, -1, 1]))], "image 1 has the label -1"),
+        ([GIVEN, (GIVEN[0], torch.tensor([0.0, 1.0, 2.0]))], "labels of torch.float32"),
+        ([GIVEN, (GIVEN[0][0], GIVEN[1])], r"image 1 has masks of \(16, 16\) and labels of \(3,\)"),
+        ([GIVEN, (torch.ones(3, 0, 0), GIVEN[1])], r"image 1 has masks of \(3, 0, 0\)"),
+        ([(GIVEN[0] * 255, GIVEN[1]), GIVEN], "image 0 has masks with values from 255 to 255: give masks in 0..1"),
+        ([(GIVEN[0] * float("nan"), GIVEN[1]), GIVEN], "image 0 has masks with values from nan"),
+        ([(torch.ones(7, 4, 4), torch.zeros(7, dtype=torch.int64)), GIVEN], "7 masks, and there are 6 queries"),
+    ],
+)
+def test_targets_that_cannot_be_are_refused_by_name(targets, message):
+    found = [QueryLogits(torch.randn(2, 6, 4), torch.randn(2, 6, 8, 8))]  # three classes, and "nothing"
+    with pytest.raises(ValueError, match=message):
+        set_loss(found, targets, points=64)
+
+
+def test_an_image_without_targets_and_bool_masks_are_fine():
+    found = [QueryLogits(torch.randn(2, 6, 4), torch.randn(2, 6, 8, 8))]
+    empty = (torch.zeros(0, 16, 16), torch.zeros(0, dtype=torch.int64))
+    torch.manual_seed(1)
+    once = set_loss(found, [(GIVEN[0], GIVEN[1]), empty], points=64)
+    torch.manual_seed(1)
+    assert torch.equal(once, set_loss(found, [(GIVEN[0].bool(), GIVEN[1].to(torch.uint8)), empty], points=64))
+    assert set_loss(found, [empty, empty], points=64).isfinite()

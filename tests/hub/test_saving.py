@@ -466,3 +466,15 @@ def test_threads_that_save_leave_one_that_runs_alone(tmp_path):
     assert not errors
     one, other = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "01")
     assert one == other
+
+
+def test_what_diverged_is_saved_with_a_warning_that_names_it(tmp_path):
+    """Nobody loses what was trained, and nobody learns of it from the error of a later day."""
+    model = adaptkit.attach(HOSTS["timm-vit"].build(), "adapter-plus")
+    with torch.no_grad():
+        next(model.adapters["adapter-plus"].parameters()).fill_(float("nan"))
+    with pytest.warns(UserWarning, match=r"adapter-plus\..*: NaN or infinite values are saved"):
+        model.save(tmp_path)
+    with pytest.raises(ValueError, match="allow_nonfinite=True"):
+        adaptkit.load(tmp_path)
+    assert adaptkit.load(tmp_path, allow_nonfinite=True).tensors

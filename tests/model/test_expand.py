@@ -1,15 +1,18 @@
 """A frozen RGB backbone reads more channels: its own answer at the start, and what is trained of it is in the file."""
 
 import copy
+import gc
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from families import HOSTS
+from families import HOSTS, stirred
 
 import adaptkit
 from adaptkit.core.registry import view
@@ -131,3 +134,89 @@ def test_torchvisions_vit_is_expanded_and_attached():
     model = adaptkit.attach(adaptkit.expand_channels(plain, 4)).eval()
     assert model.spec.channels == 4
     assert torch.equal(model(image).logits, plain(image[:, :3]))
+
+
+# ------------------------------------------------------------------------------- two trees that hold the same weights
+
+
+def test_what_an_adapted_model_holds_is_not_expanded():
+    """Its LoRA, or weights that hold it, would be taken for the frozen backbone."""
+    backbone = HOSTS["timm-vit"].build()
+    model = stirred(adaptkit.attach(backbone, "lora"))
+    with pytest.raises(ValueError, match="has adapters already"):
+        adaptkit.expand_channels(backbone, 5)
+    model.eval().merge_adapter()
+    with pytest.raises(ValueError, match="has adapters already"):
+        adaptkit.expand_channels(backbone, 5)
+    model.detach()
+    assert "_adaptkit_owner" not in vars(adaptkit.expand_channels(backbone, 5))
+
+
+@pytest.mark.parametrize("first", ["rgb", "expanded"])
+def test_one_of_two_that_share_weights_has_adapters_at_a_time(first):
+    backbone = HOSTS["timm-vit"].build()
+    both = {"rgb": backbone, "expanded": adaptkit.expand_channels(backbone, 5)}
+    other = next(tree for name, tree in both.items() if name != first)
+    flags = {name: [p.requires_grad for p in tree.parameters()] for name, tree in both.items()}
+    model = adaptkit.attach(both[first], "sfp")
+    with pytest.raises(ValueError, match=r"belongs to the backbone of another adapted model"):
+        adaptkit.attach(other, "lora")
+    adaptkit.attach(copy.deepcopy(other), "lora")  # which has weights of its own
+    model.detach()
+    adaptkit.attach(other, "lora").detach()
+    model = adaptkit.attach(both[first], "sfp")
+    del model  # without detach()
+    gc.collect()
+    adaptkit.attach(other, "lora").detach()
+    adaptkit.attach(both[first], "sfp").detach()
+    assert {name: [p.requires_grad for p in tree.parameters()] for name, tree in both.items()} == flags
+
+
+@torch.no_grad()
+def test_a_module_of_three_channels_is_expanded_as_the_file_says(tmp_path):
+    """By ``from_pretrained``; ``attach`` changes no backbone and says the call."""
+    build = HOSTS["timm-vit"].build
+    model = stirred(
+        adaptkit.attach(adaptkit.expand_channels(build(), 5, how="mean"), "adapter-plus", train_backbone=NEW)
+    )
+    model.eval().save(tmp_path)
+    x = image("timm-vit", 5)
+    again = adaptkit.from_pretrained(tmp_path, backbone=build())
+    assert torch.equal(again(x).tokens, model(x).tokens)
+    with pytest.raises(ValueError, match=r"attach it to adaptkit.expand_channels\(backbone, 5, how='mean'\)"):
+        adaptkit.attach(build(), tmp_path)
+    native = timm.models.vision_transformer.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, in_chans=5, num_classes=5
+    )
+    with (
+        pytest.warns(UserWarning, match="other weights"),
+        pytest.raises(ValueError, match=r"expand_channels\(a backbone"),
+    ):
+        adaptkit.attach(native, tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("trained", ["new_channels", "norm", "biases"])
+def test_weights_that_the_file_brings_itself_need_not_be_the_backbones(trained, tmp_path):
+    build, parts = (
+        HOSTS["timm-vit"].build,
+        {"new_channels": NEW, "norm": ("norm",), "biases": ("blocks.*.bias",)}[trained],
+    )
+    wide = trained == "new_channels"
+    host = adaptkit.expand_channels(build(), 5, how="mean") if wide else build()
+    model = stirred(adaptkit.attach(host, "adapter-plus", train_backbone=parts)).eval()
+    model.save(tmp_path)
+    other = adaptkit.expand_channels(build(), 5, how="zero") if wide else build()
+    for name, parameter in other.named_parameters():
+        in_blocks = name.startswith("blocks.") and name.endswith("bias")
+        if (name.startswith("norm.") and trained == "norm") or (in_blocks and trained == "biases"):
+            parameter.add_(1e-3)
+    x = image("timm-vit", 5 if wide else 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = adaptkit.attach(other, tmp_path, strict=True).eval()
+    assert torch.allclose(again(x).tokens, model(x).tokens, atol=1e-6)
+    again.detach()
+    dict(other.named_parameters())["blocks.2.attn.qkv.weight"].mul_(1.5)
+    with pytest.raises(ValueError, match=r"they differ in block"):
+        adaptkit.attach(other, tmp_path, strict=True)

@@ -67,7 +67,7 @@ def test_a_last_layer_alone_is_interpolated_in_its_answers_too(tmp_path):
         ({"head": ("linear", {"num_classes": 4})}, "num_classes=3, .* has num_classes=4"),
         ({"classes": ["x", "y", "z"]}, r"classes=None, .* has classes=\['x', 'y', 'z'\]"),
         ({"mean": [0.1] * 3, "std": [0.2] * 3}, "mean="),
-        ({"backbone": "patch_embed.proj"}, "weights of the backbone of"),
+        ({"backbone": "patch_embed.proj"}, r"been trained on patch_embed of .* on other weights there"),
         ({"backbone": "blocks.0.attn.proj"}, r"been trained on blocks\.0 of .* on other weights there"),
     ],
 )
@@ -90,3 +90,24 @@ def test_t_is_between_the_two_and_a_name_is_no_file(tmp_path):
         adaptkit.interpolate(a, a, 1.5)
     with pytest.raises(TypeError, match="'vpt' is no saved adapter"):
         adaptkit.interpolate(a, "vpt", 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_copy_of_the_backbone_in_fewer_bits_is_the_same_backbone(dtype, tmp_path):
+    a = saved(tmp_path / "a")
+    b = saved(tmp_path / "b", seed=2, host=HOSTS["timm-vit"].build().to(dtype))
+    assert adaptkit.interpolate(a, b, 0.5).tensors.keys() == adaptkit.load(a).tensors.keys()
+    other = HOSTS["timm-vit"].build().to(dtype)
+    with torch.no_grad():
+        other.blocks[1].mlp.fc1.weight.mul_(1.5)
+    c = saved(tmp_path / "c", host=other)
+    with pytest.raises(ValueError, match="block 1"):
+        adaptkit.interpolate(a, c, 0.5)
+
+
+def test_what_is_no_number_and_no_file_says_what_it_is(tmp_path):
+    a = saved(tmp_path / "a")
+    with pytest.raises(TypeError, match="t='0.5' is no number"):
+        adaptkit.interpolate(a, a, "0.5")
+    with pytest.raises(TypeError, match="^a VisionTransformer is no saved adapter"):
+        adaptkit.interpolate(HOSTS["timm-vit"].build(), a, 0.5)

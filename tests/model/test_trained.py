@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -177,3 +178,16 @@ def test_a_peft_model_keeps_its_lora_beside_the_trained_parts():
     assert model.detach() is theirs
     assert list(theirs.state_dict()) == names
     torch.testing.assert_close(theirs.forward_features(x), plain)
+
+
+def test_parts_in_float16_warn_of_the_optimiser():
+    """A step of AdamW in float16 divides by zero, which the file would then hold."""
+    with pytest.warns(UserWarning, match=r"norm\.weight is trained in the backbone's float16"):
+        model = adaptkit.attach(HOSTS["timm-vit"].build().half(), "adapter-plus", train_backbone=("norm",))
+    weight = model.backbone.norm.weight
+    weight.grad = torch.zeros_like(weight)
+    torch.optim.AdamW([weight]).step()
+    assert weight.isnan().any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adaptkit.attach(HOSTS["timm-vit"].build().bfloat16(), "adapter-plus", train_backbone=("norm",))

@@ -28,6 +28,7 @@ __all__ = ["set_loss"]
 
 CLASS, BCE, DICE, NOTHING = 2.0, 5.0, 5.0, 0.1
 OVERSAMPLE, IMPORTANT = 3, 0.75
+SLACK = 0.01  #: by which resampling may leave 0..1
 
 Target = tuple[Tensor, Tensor]  #: masks (n, H, W) in 0..1 and labels (n,) of one image
 
@@ -46,25 +47,48 @@ def set_loss(
         points: of each mask that are looked at.
         extent: the shares of the height and the width of predicted masks that the image covers; the rest is padding.
 
-    Raises ``ValueError`` for another number of targets than images, or more masks than queries, and ``ImportError``
-    without scipy.
+    Raises ``ValueError`` for another number of targets than images, other shapes, labels of no class, masks beyond
+    0..1, or more masks than queries, and ``ImportError`` without scipy.
     """
     last = predictions[-1].masks_queries_logits
-    if len(targets) != len(last) or any(len(masks) != len(labels) for masks, labels in targets):
-        raise ValueError(
-            f"{len(last)} images, and targets of {len(targets)}: give masks (n, H, W) and labels (n,) for each image"
-        )
+    _check(targets, len(last))
     most = max((len(labels) for _, labels in targets), default=0)
     if most > last.shape[1]:
         raise ValueError(
             f"an image has {most} masks, and there are {last.shape[1]} queries: raise num_q to that or more"
         )
-    targets = [(masks.to(last.device).float(), labels.to(last.device)) for masks, labels in targets]
+    targets = [(masks.to(last.device).float(), labels.to(last.device, torch.int64)) for masks, labels in targets]
     with full_precision(last):
         found = [QueryLogits(p.class_queries_logits.float(), p.masks_queries_logits.float()) for p in predictions]
         pairs = _matched(found, targets, points, extent)
         count = _mean_count(sum(len(labels) for _, labels in targets), last)
         return torch.stack([_loss(p, targets, own, count, points, extent) for p, own in zip(found, pairs)]).sum()
+
+
+def _check(targets: Sequence[Target], images: int) -> None:
+    """Look at all of the targets that can be seen without waiting for the device."""
+    wanted = "give masks (n, H, W) and labels (n,) for each image"
+    if len(targets) != images:
+        raise ValueError(f"{images} images, and targets of {len(targets)}: {wanted}")
+    for number, (masks, labels) in enumerate(targets):
+        shaped = masks.dim() == 3 and labels.dim() == 1 and len(masks) == len(labels)
+        if not shaped or masks.numel() < len(labels):
+            raise ValueError(
+                f"image {number} has masks of {tuple(masks.shape)} and labels of {tuple(labels.shape)}: {wanted}"
+            )
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise ValueError(f"image {number} has labels of {labels.dtype}: give the numbers of classes, as int64")
+
+
+def _check_ranges(targets: Sequence[Target], classes: int, ranges: Sequence[list[float]]) -> None:
+    """Look at (least label, largest label, least value of a mask, largest) of each image with targets."""
+    images = [number for number, (_, labels) in enumerate(targets) if len(labels)]
+    for number, (least, most, low, high) in zip(images, ranges):
+        if not 0 <= least <= most < classes:
+            strange = least if least < 0 else most
+            raise ValueError(f"image {number} has the label {strange:.0f}, and there are classes 0 to {classes - 1}")
+        if not -SLACK <= low <= high <= 1 + SLACK:
+            raise ValueError(f"image {number} has masks with values from {low:g} to {high:g}: give masks in 0..1")
 
 
 def _loss(
@@ -126,12 +150,16 @@ def _matched(
         from adaptkit.version import DISTRIBUTION
 
         raise ImportError(f"queries are matched by scipy: pip install '{DISTRIBUTION}[recipes]'") from error
+    classes = predictions[-1].class_queries_logits.shape[-1] - 1  # the last is "nothing"
+    ranges = [torch.stack([*labels.aminmax(), *masks.aminmax()]) for masks, labels in targets if len(labels)]
     costs = [
         _costs(p.class_queries_logits[b], p.masks_queries_logits[b], masks, labels, points, extent)
         for p in predictions
         for b, (masks, labels) in enumerate(targets)
     ]
-    host = torch.cat([c.flatten() for c in costs]).cpu().split([c.numel() for c in costs])  # one wait for all of them
+    parts = [part.flatten() for part in (*costs, *ranges)]
+    host = torch.cat(parts).cpu().split([part.numel() for part in parts])  # one wait for all of them
+    _check_ranges(targets, classes, [part.tolist() for part in host[len(costs) :]])
     device = predictions[0].masks_queries_logits.device
     found = []
     for cost, flat in zip(costs, host):
@@ -151,7 +179,8 @@ def _costs(
     bce = (F.softplus(-said) @ seen.T + F.softplus(said) @ (1 - seen).T) / points
     inside = said.sigmoid()
     dice = 1 - (2 * inside @ seen.T + 1) / (inside.sum(1)[:, None] + seen.sum(1) + 1)
-    return CLASS * -classes.softmax(-1)[:, labels] + BCE * bce + DICE * dice
+    known = labels.clamp(0, classes.shape[-1] - 1)  # of another one the caller is told, when the costs are there
+    return CLASS * -classes.softmax(-1)[:, known] + BCE * bce + DICE * dice
 
 
 # --------------------------------------------------------------------------------------------------------- points
