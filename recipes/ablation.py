@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,13 @@ class Table:
 
     def __post_init__(self) -> None:
         names = [row.name for row in self.rows]
+        if not names:
+            raise ValueError(f"table {self.name} has no rows")
+        nameless = next((name for name in names if not slug(name)), None)
+        if nameless is not None:
+            raise ValueError(
+                f"table {self.name}: row {nameless!r} needs a letter or a digit in its name, for its folder"
+            )
         if len({slug(name) for name in names}) < len(names):
             raise ValueError(f"table {self.name}: two rows have one name, or one folder: {', '.join(names)}")
         own = [row.name for row in self.rows if not row.runs]
@@ -101,8 +108,13 @@ def table(name: str) -> Table:
 
 
 def _row(said: dict[str, Any], adapter: str) -> Row:
-    arguments = tuple(map(str, said.get("arguments", ())))
-    return Row(**{"adapter": adapter, **said, "arguments": arguments})
+    """Raise ``TypeError`` for a field of another kind: YAML makes numbers of names, and characters of a lone string."""
+    row = Row(**{"adapter": adapter, **said, "name": str(said["name"])})
+    if not isinstance(row.arguments, list | tuple):
+        raise TypeError(f"row {row.name!r} has arguments: {row.arguments!r}; give a list, [--lr, 1e-3]")
+    if not isinstance(row.options, dict):
+        raise TypeError(f"row {row.name!r} has options: {row.options!r}; give names and values, {{injector: false}}")
+    return replace(row, arguments=tuple(map(str, row.arguments)))
 
 
 def slug(name: str) -> str:

@@ -5,7 +5,8 @@ of the frozen ViT costs::
 
     m_msa * (n * s * (qkv + out) + n^2 * s * pair) + m_ffn * n * mlp
 
-and its gates cost what they cost. ``qkv``, ``out`` and ``mlp`` are the MACs of one row, ``pair`` those of one query
+and its gates cost what they cost. Where the backbone's heads do not come apart, as with one key for several queries,
+none is skipped, and s = 1. ``qkv``, ``out`` and ``mlp`` are the MACs of one row, ``pair`` those of one query
 with one key; they are read off the backbone itself by torch's flop counter, so that any family is counted alike. Norms,
 softmax and activations are not counted, as everywhere in the literature.
 
@@ -44,6 +45,8 @@ class BlockCosts(NamedTuple):
     pair: float  #: of one query with one key, both products, all heads
     #: of its gates and its bottleneck, which see every row, 0 before the first gated block; or of ToMe's matching
     gates: float
+    #: whether heads are computed one by one; else q, k and v are those of all heads and kept rows, whatever is off
+    comes_apart: bool = True
 
     def dense(self, rows: int) -> float:
         """Return the MACs of the frozen block by itself."""
@@ -144,6 +147,8 @@ def _spent(
     keys = prefix + patches
     queries = keys.new_tensor(prefix) if only else keys
     each = block.qkv / 3
+    if not block.comes_apart:
+        return msa * (keys * block.qkv + queries * block.out + queries * keys * block.pair) + ffn * queries * block.mlp
     if mode == "full":
         projections = share * (queries * each + keys * 2 * each + queries * block.out)
     else:  # an off head still makes its values and hands them on
@@ -212,6 +217,7 @@ def _block(adapter: AdaViT | ToMe, index: int, block: Block, x: Tensor, grid: tu
         mlp=counted(lambda: block.mlp(row)),
         pair=2.0 * q.shape[1] * q.shape[3],
         gates=beside,
+        comes_apart=block.projections() is not None,
     )
 
 

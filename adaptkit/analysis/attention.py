@@ -91,7 +91,8 @@ def attentions(
 def _attention(vit: Any, block: Block, index: int, x: Tensor, stride: int, moving: DATKV | None) -> Attention:
     """Look at one block that was given x (1, P+N, D)."""
     grid = cast(Grid, block.grid)
-    if moving is not None and index in moving.config.blocks:
+    replaced = moving is not None and moving.config.mode == "replace"  # else its branch is beside the frozen attention
+    if moving is not None and replaced and index in moving.config.blocks:
         return Attention(index, None, moved(cast(DATBlock, moving.blocks[str(index)]), block, x, stride))
     at = centres(grid, stride, x.device)
     if block.attended is not None:
@@ -102,7 +103,8 @@ def _attention(vit: Any, block: Block, index: int, x: Tensor, stride: int, movin
         block.qkv(x)  # says why it has none
     q, k, _ = block.qkv(block.norm1(x))
     bias = None if block.bias is None else block.bias.float()
-    full = attention_weights(q.float(), k.float(), bias, block.scale)[0]  # (heads, P+N, P+N)
+    with torch.autocast(x.device.type, enabled=False):  # rows that sum to one, whatever the model runs in
+        full = attention_weights(q.float(), k.float(), bias, block.scale)[0]  # (heads, P+N, P+N)
     prefix = x.shape[1] - grid[0] * grid[1]
     own = full[:, prefix:, prefix:].transpose(0, 1)  # (N, heads, N)
     return Attention(index, full, Seen(at[None, None, None], own[:, :, None], grid, stride))

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptkit.analysis.seen import check_query
 from adaptkit.analysis.style import Drawn, panels, pictured, show
 from adaptkit.analysis.watch import Watched, block_strides, chosen, map_strides, run_watched, single, source_of
 from adaptkit.core.block import Block
@@ -118,7 +119,8 @@ def _try(
         made[:] = [_Leaf(y, f"block {i}", block.grid or (0, 0), block_strides(host.vit.spec)[i])]
         return y
 
-    with torch.enable_grad(), evaluating(model), reference():
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model), reference():
+        image = image.clone() if image.is_inference() else image
         features = run_watched(model, image, visit)
         if not isinstance(at, int):
             features = _map_as_leaf(features, map_strides(model, features), at, made)
@@ -155,42 +157,54 @@ def _map_as_leaf(features: Features, strides: Sequence[int], at: str | None, mad
 def _score(logits: Any, target: Any, pixels: Any, size: Sequence[int]) -> tuple[Tensor, str]:
     """Return y, and what it is."""
     if callable(target):
-        return target(logits), getattr(target, "__name__", "score")
+        return _one_number(target(logits)), getattr(target, "__name__", "score")
+    try:
+        target = None if target is None else operator.index(target)
+    except TypeError as error:
+        raise TypeError(f"target={target!r}: give the index of a class, or a function of the logits") from error
     if not isinstance(logits, Tensor) or logits.ndim not in (2, 4):
         what = "no logits" if logits is None else f"{type(logits).__name__} for logits"
         raise TypeError(
             f"this model gives {what}; attach a head that classifies images (B, classes) or pixels (B, classes, H, W), "
             "or give as target a function of what it gives that returns one number"
         )
-    if target is not None and not 0 <= int(target) < logits.shape[1]:
+    if target is not None and not 0 <= target < logits.shape[1]:
         raise ValueError(f"target={target}: this model knows {logits.shape[1]} classes, 0 to {logits.shape[1] - 1}")
     if logits.ndim == 2:
         if pixels is not None:
             raise ValueError("pixels= is for logits that are maps; this model classifies whole images: leave it out")
-        chosen_class = int(logits[0].argmax()) if target is None else int(target)
+        chosen_class = int(logits[0].argmax()) if target is None else target
         return logits[0, chosen_class], f"class {chosen_class}"
     if tuple(logits.shape[-2:]) != tuple(size):
         logits = F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
     mask, best = _mask(pixels, size, logits.device), logits[0].argmax(0)
     if target is None:
         target = int((best if mask is None else best[mask]).flatten().mode().values)
-    mask = best == int(target) if mask is None else mask
+    mask = best == target if mask is None else mask
     if not bool(mask.any()):
         raise ValueError(f"no pixel is class {target}; give pixels= a mask or a pixel, or another target")
-    return logits[0, int(target)][mask].sum(), f"class {int(target)}, {int(mask.sum())} pixels"
+    return logits[0, target][mask].sum(), f"class {target}, {int(mask.sum())} pixels"
+
+
+def _one_number(score: Any) -> Tensor:
+    """Raise ``TypeError`` for what is no score."""
+    if not isinstance(score, Tensor) or score.numel() != 1:
+        said = f"a tensor {tuple(score.shape)}" if isinstance(score, Tensor) else f"a {type(score).__name__}"
+        raise TypeError(f"target= returns {said}; it must return one number, as a tensor that its gradient is taken of")
+    return score.reshape(())
 
 
 def _mask(pixels: Any, size: Sequence[int], device: torch.device) -> Tensor | None:
     if pixels is None:
         return None
-    if isinstance(pixels, Tensor):
-        if tuple(pixels.shape) != tuple(size):
-            raise ValueError(f"pixels has shape {tuple(pixels.shape)} and the image {tuple(size)}; give a mask (H, W)")
-        return pixels.to(device).bool()
-    if not all(0 <= at < side for at, side in zip(pixels, size)):
-        raise ValueError(
-            f"pixels={tuple(pixels)} is outside of an image of {size[0]}x{size[1]} pixels; give (y, x) inside"
-        )
+    if isinstance(pixels, Tensor | np.ndarray) and pixels.shape != (2,):
+        mask = torch.as_tensor(pixels).to(device).bool()
+        if tuple(mask.shape) != tuple(size):
+            raise ValueError(f"pixels has shape {tuple(mask.shape)} and the image {tuple(size)}; give a mask (H, W)")
+        if not bool(mask.any()):
+            raise ValueError("pixels is a mask of no pixel")
+        return mask
+    y, x = check_query(pixels, size, "pixels")  # as the other figures take a place: fractions are within a pixel
     mask = torch.zeros(tuple(size), dtype=torch.bool, device=device)
-    mask[pixels[0], pixels[1]] = True
+    mask[int(y), int(x)] = True
     return mask

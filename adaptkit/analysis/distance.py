@@ -46,7 +46,7 @@ class AttentionDistance(Drawn):
         axes.plot(self.blocks, self.even, "--", color="0.5", lw=1, label="even attention")
         axes.set_xlabel("block")
         axes.set_ylabel("mean attention distance (pixels)")
-        axes.set_ylim(0, 1.08 * max([*self.even, *(float(v.max()) for v in self.distances)]))
+        axes.set_ylim(0, 1.08 * max([1.0, *self.even, *(float(v.max()) for v in self.distances)]))  # 1: of one patch
         axes.xaxis.get_major_locator().set_params(integer=True)
         figure.legend(loc="outside upper center", ncols=3)
 

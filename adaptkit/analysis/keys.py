@@ -17,7 +17,7 @@ from adaptkit.analysis.maps import query_cell
 from adaptkit.analysis.points import brief, draw_keys
 from adaptkit.analysis.seen import Seen, look
 from adaptkit.analysis.style import Drawn, pictured
-from adaptkit.analysis.watch import Watched, chosen, single, source_of
+from adaptkit.analysis.watch import Watched, chosen, named_models, single, source_of
 
 __all__ = ["QueryKeys", "offset_lengths", "query_keys"]
 
@@ -61,7 +61,9 @@ def query_keys(
 
     Raises ``TypeError`` for a model that shows no attention, ``ValueError`` for a query outside of the image.
     """
-    named = dict(models) if isinstance(models, Mapping) else {"": models}
+    named = named_models(models, "")
+    if top < 1:
+        raise ValueError(f"top={top}: at least one key of each group is drawn")
     one = single(image)
     size = (one.shape[-2], one.shape[-1])
     points: dict[str, Tensor] = {}
@@ -174,6 +176,7 @@ def offset_lengths(model: nn.Module, image: Tensor, mask: Tensor | None = None) 
     Raises ``TypeError`` for a model without deformable attention, ``ValueError`` for a mask of another size.
     """
     one = single(image)
+    mask = None if mask is None else torch.as_tensor(mask)
     if mask is not None and tuple(mask.shape) != tuple(one.shape[-2:]):
         raise ValueError(f"mask has shape {tuple(mask.shape)} and the image {tuple(one.shape[-2:])}; give (H, W)")
     seen = {name: s for name, s in look(model, one).items() if s.reference is not None}

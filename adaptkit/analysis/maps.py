@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from adaptkit.analysis.attention import Attention, attentions
 from adaptkit.analysis.seen import Seen, cell_of, check_query
 from adaptkit.analysis.style import WIDTH, Drawn, colour_bar, pictured, share, show, star
-from adaptkit.analysis.watch import single, source_of
+from adaptkit.analysis.watch import Watched, single, source_of
+from adaptkit.core.view import ViT
 
 __all__ = ["AttentionMaps", "attention_maps", "query_cell"]
 
@@ -78,11 +79,13 @@ def attention_maps(
     size = (one.shape[-2], one.shape[-1])
     found: dict[int, Tensor] = {}
     strides: dict[int, int] = {}
+    vit = Watched.of(model).vit
+    by_class_token = query is None and isinstance(vit, ViT) and vit.has_class_token
     at: list[tuple[float, float] | None] = [query]
 
     def keep(attention: Attention) -> None:
         seen = attention.patches
-        if attention.full is not None and attention.prefix and query is None:
+        if attention.full is not None and by_class_token:
             row = attention.full[:, 0, attention.prefix :].unflatten(1, seen.grid)
         else:
             place = (size[0] / 2, size[1] / 2) if query is None else query

@@ -152,6 +152,8 @@ def attended_keys(
     scored = {name: _scored(s, query) for name, s in seen.items()}
     points = {name: at.cpu() for name, (at, _) in scored.items()}
     scores = {name: score.cpu() for name, (_, score) in scored.items()}
+    if top < 0:
+        raise ValueError(f"top={top}: give how many keys of each group are drawn, or 0 for an eighth of them")
     found = AttendedKeys(points, scores, query, top, picture)
     if path is not None:
         found.save(path)

@@ -17,7 +17,7 @@ from adaptkit.analysis.pca import features_of
 from adaptkit.analysis.principal import principal
 from adaptkit.analysis.spectra import maps_of
 from adaptkit.analysis.style import COLOURS, WIDTH, Drawn, pictured, show
-from adaptkit.analysis.watch import single, source_of
+from adaptkit.analysis.watch import named_models, single, source_of
 from adaptkit.model.adapted import AdaptedModel
 
 __all__ = ["FeatureMaps", "GammaByStep", "Gammas", "feature_maps", "gamma_by_depth"]
@@ -62,7 +62,7 @@ def feature_maps(models: nn.Module | Mapping[str, nn.Module], image: Tensor) -> 
     Each map has a basis of its own, whose signs are fixed, and its colours are stretched from the first to the 99th
     percentile: what can be compared is where there is detail, not which colour it has.
     """
-    named = dict(models) if isinstance(models, Mapping) else {"model": models}
+    named = named_models(models, "model")
     one = single(image)
     colours: dict[str, dict[int, Tensor]] = {}
     explained: dict[str, dict[int, Tensor]] = {}

@@ -31,11 +31,13 @@ class Rollout(Drawn):
     stride: int  #: side of a patch in pixels
     prefix: int  #: number of class and register tokens P
     pictures: tuple[np.ndarray, ...]
+    class_token: bool = True  #: whether the first of the prefix tokens is a class token
 
     @property
     def maps(self) -> tuple[Tensor, ...]:
         """Of each image: how much of each patch (h, w) is in the class token, or, without one, in the mean patch."""
-        rows = [m[0] if self.prefix else m.mean(0) for m in self.matrices]
+        summed = self.class_token and self.prefix > 0
+        rows = [m[0] if summed else m[self.prefix :].mean(0) for m in self.matrices]
         return tuple(row[self.prefix :].unflatten(0, grid) for row, grid in zip(rows, self.grids))
 
     def draw(self, figure: Any) -> None:
@@ -75,7 +77,8 @@ def rollout(
     shown = pictured([i[0] for i in given], source_of(model, given[0].shape[1]))
     matrices = tuple(product.cpu() for product, _ in seen)
     grids = tuple(last.patches.grid for _, last in seen)
-    return Rollout(matrices, grids, host.vit.spec.patch_size, seen[0][1].prefix, shown)
+    prefix, class_token = seen[0][1].prefix, host.vit.has_class_token
+    return Rollout(matrices, grids, host.vit.spec.patch_size, prefix, shown, class_token)
 
 
 def _product(model: nn.Module, image: Tensor, blocks: Any, heads: str) -> tuple[Tensor, Attention]:
@@ -86,7 +89,8 @@ def _product(model: nn.Module, image: Tensor, blocks: Any, heads: str) -> tuple[
         if attention.full is None:
             raise TypeError(f"block {attention.block} reads moved keys, which are no tokens, so there is no product")
         step = mixed(attention.full, heads)
-        kept[:] = [(step @ kept[0][0] if kept else step, attention._replace(full=attention.full[:1]))]
+        with torch.autocast(step.device.type, enabled=False):
+            kept[:] = [(step @ kept[0][0] if kept else step, attention._replace(full=attention.full[:1]))]
 
     attentions(model, image, multiply, blocks)
     return kept[0]

@@ -54,11 +54,16 @@ def look(model: nn.Module, image: Tensor) -> dict[str, Seen]:
     return seen
 
 
-def check_query(query: tuple[float, float], size: Sequence[int]) -> None:
-    """Raise ``ValueError`` for a pixel (y, x) outside of an image of ``size`` (H, W)."""
-    (y, x), (height, width) = query, size
+def check_query(query: Any, size: Sequence[int], what: str = "query") -> tuple[float, float]:
+    """Return a place (y, x) in pixels of an image of ``size`` (H, W). ``ValueError`` for what is none in it."""
+    height, width = size
+    try:
+        y, x = map(float, query)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what}={query!r} is no place in the image; give (y, x) in pixels") from error
     if not (0 <= y < height and 0 <= x < width):
-        raise ValueError(f"query {query} is outside of an image of {height}x{width} pixels; give (y, x) inside")
+        raise ValueError(f"{what} {query} is outside of an image of {height}x{width} pixels; give (y, x) inside")
+    return y, x
 
 
 def cell_of(query: tuple[float, float], seen: Seen) -> int:

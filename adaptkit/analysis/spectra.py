@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adaptkit.analysis.pca import features_of
 from adaptkit.analysis.style import COLOURS, MAP, WIDTH, Drawn, colour_bar
-from adaptkit.analysis.watch import batch, map_strides
+from adaptkit.analysis.watch import batch, map_strides, named_models
 from adaptkit.ops.grid import tokens_to_map
 
 __all__ = ["Curve", "Spectrum", "diagonal", "maps_of", "spectrum"]
@@ -56,7 +56,13 @@ class Spectrum(Drawn):
                 if at not in curves:
                     continue
                 label = f"{name} (stride {at})" if name in everywhere else name
-                one.plot(curves[at].frequency / math.pi, curves[at].amplitude, style, color=COLOURS[i], label=label)
+                one.plot(
+                    curves[at].frequency / math.pi,
+                    curves[at].amplitude,
+                    style,
+                    color=COLOURS[i % len(COLOURS)],
+                    label=label,
+                )
             one.set_xticks([0, 0.5, 1], ["0", r"$\pi/2$", r"$\pi$"])
             one.set_xlabel("frequency")
             if any(len(c) > 1 for c in self.curves.values()):
@@ -103,22 +109,24 @@ def spectrum(
 
     Raises ``ValueError`` for images of several sizes, or a stride that no model has.
     """
-    named = dict(models) if isinstance(models, Mapping) else {"model": models}
+    named = named_models(models, "model")
     given = batch(images)
     sizes = {tuple(image.shape[-2:]) for image in given}
     if len(sizes) > 1:
         raise ValueError(f"images of {len(sizes)} sizes have spectra that cannot be averaged; bring them to one size")
-    curves = {}
+    curves, there = {}, set()
     for name, model in named.items():
         planes: dict[int, Tensor] = {}
         for image in given:
             features = features_of(model, image)
             for stride, x in maps_of(model, features).items():
+                there.add(stride)
                 if strides is None or stride in strides or not features.maps:  # a plain ViT has one map to compare with
                     planes[stride] = planes.get(stride, 0) + _log_amplitude(x)
         curves[name] = {s: _curve(plane / len(given)) for s, plane in planes.items()}
-    if not any(curves.values()):
-        raise ValueError(f"strides={list(strides or ())}: no map has one of these")
+    missing = sorted({*(strides or ())} - there)
+    if missing or strides == ():
+        raise ValueError(f"strides={list(strides or ())}: the maps have strides {', '.join(map(str, sorted(there)))}")
     return Spectrum({n: c for n, c in curves.items() if c}, len(given))
 
 

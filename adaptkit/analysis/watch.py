@@ -6,9 +6,10 @@ one and would hide what is between them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 from torch import Tensor, nn
 
@@ -16,13 +17,24 @@ from adaptkit.adapters.base import Adapter, BlockAdapter, SideAdapter, Trace
 from adaptkit.core import registry
 from adaptkit.core.block import Block, Fn
 from adaptkit.core.hierarchical import HierarchicalSpec
+from adaptkit.core.layers import indices
 from adaptkit.core.tree import evaluating
 from adaptkit.core.view import Features, Source, View
 from adaptkit.model.adapted import AdaptedModel
 from adaptkit.model.forward import run
 from adaptkit.seam import reference
 
-__all__ = ["Watched", "batch", "block_strides", "chosen", "map_strides", "run_watched", "single", "source_of"]
+__all__ = [
+    "Watched",
+    "batch",
+    "block_strides",
+    "chosen",
+    "map_strides",
+    "named_models",
+    "run_watched",
+    "single",
+    "source_of",
+]
 
 #: What is called for each block: the block, its index, its input and its output (B, P+N, D). What it returns, if not
 #: None, goes on in place of the output.
@@ -39,9 +51,17 @@ class Watched(NamedTuple):
 
     @staticmethod
     def of(model: nn.Module) -> Watched:
-        """See a model that ``attach`` made, or a bare backbone. Raises ``TypeError`` for one that nothing sees."""
+        """See a model that ``attach`` made, or a bare backbone.
+
+        Raises ``TypeError`` for one that nothing sees, and for the mean of several sets, which has no one inside.
+        """
         if not isinstance(model, AdaptedModel):
             return Watched(registry.view(model), (), None)
+        if model._shares and not model._disabled:
+            raise TypeError(
+                f"the sets {', '.join(model._shares)} act as their mean, each in a pass of its own: look at one, "
+                f"model.set_adapter({next(iter(model._shares))!r})"
+            )
         if model._disabled or model._active is None:
             return Watched(model.vit, (), None)
         return Watched(model.vit, tuple(model._acting), model.head, model._acting.head_reads)
@@ -100,14 +120,19 @@ def _nothing(features: Features) -> None:
 
 def batch(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """Images (B, C, H, W), one (C, H, W), or a list of such -> a list of (1, C, H, W), of any sizes."""
+    wanted = "give tensors (C, H, W) or (B, C, H, W), normalised, or a list of them"
     if isinstance(images, Tensor):
-        if images.ndim not in (3, 4):
-            raise ValueError(f"images have shape {tuple(images.shape)}: give (C, H, W), (B, C, H, W) or a list of them")
+        if images.ndim not in (3, 4) or 0 in images.shape[-3:]:
+            raise ValueError(f"images have shape {tuple(images.shape)}: {wanted}")
         found = list((images[None] if images.ndim == 3 else images).split(1)) if len(images) else []
-    else:
+    elif isinstance(images, list | tuple):
         found = [one for image in images for one in batch(image)]
+    else:
+        raise TypeError(f"images are a {type(images).__name__}: {wanted}")
     if not found:
         raise ValueError("no image was given")
+    if not all(bool(one.isfinite().all()) for one in found):
+        raise ValueError("an image holds NaN or infinite values")
     return found
 
 
@@ -121,12 +146,29 @@ def single(image: Tensor | Sequence[Tensor]) -> Tensor:
 
 def chosen(blocks: int | Sequence[int] | None, depth: int) -> tuple[int, ...]:
     """Indices of blocks, the last so many, or None for all -> indices. Raises ``ValueError`` for what is no block."""
-    if isinstance(blocks, int):
-        blocks = range(max(0, depth - blocks), depth)
-    taken = tuple(range(depth)) if blocks is None else tuple(sorted({b + depth if b < 0 else b for b in blocks}))
+    if blocks is None:
+        return tuple(range(depth))
+    if isinstance(blocks, SupportsIndex):
+        count = operator.index(blocks)
+        if count < 1:
+            raise ValueError(f"blocks={count} asks for the last {count} blocks; give at least 1, or a list of indices")
+        return tuple(range(max(0, depth - count), depth))
+    given = indices("blocks", blocks)
+    taken = tuple(sorted({b + depth if b < 0 else b for b in given}))
     if not taken or taken[0] < 0 or taken[-1] >= depth:
-        raise ValueError(f"blocks={blocks} are not among the {depth} blocks of this model; give indices below {depth}")
+        raise ValueError(
+            f"blocks={list(given)} are not among the {depth} blocks of this model; give indices below {depth}"
+        )
     return taken
+
+
+def named_models(models: nn.Module | Mapping[str, nn.Module], alone: str) -> dict[str, nn.Module]:
+    """One model, or several by name -> by name; one has the name ``alone``. Raises ``ValueError`` for none."""
+    if not isinstance(models, Mapping):
+        return {alone: models}
+    if not models:
+        raise ValueError("no model was given: give one, or several by name")
+    return dict(models)
 
 
 def block_strides(spec: Any) -> list[int]:

@@ -36,6 +36,12 @@ class TimmPlain(ViT):
         super().__init__(backbone, Spec(self.family, *sizes, prefix, int(self.kernel().shape[1])))
         self.splits = self.splits and all(_splits(unwrapped(blk)) for blk in backbone.blocks)
 
+    @property
+    def has_class_token(self) -> bool:
+        """Not where there are registers alone, as in ``vit_*_reg4_gap_*``."""
+        holder: Any = getattr(self.backbone, "embeds", self.backbone)  # of NaFlexVit
+        return super().has_class_token and getattr(holder, "cls_token", None) is not None
+
     def patch_sides(self) -> tuple[int, int]:
         """Return (height, width) of what one token covers, in pixels."""
         return patch_sides(self.backbone.patch_embed)

@@ -74,7 +74,7 @@ def _squares(model: Any, paths: list[Path], size: int | None, normalised: dict[s
 
     host = Watched.of(model)
     patch = host.vit.spec.patch_size
-    side = size or 224
+    side = 224 if size is None else size
     if side < patch:
         raise ValueError(f"--size {side} is less than one patch of {patch} pixels")
     side = round(side / patch) * patch

@@ -252,6 +252,11 @@ class ViT(View):
     def classify(self, x: Tensor) -> Tensor | None:
         """Normed tokens (B, P+N, D) -> the backbone's own logits (B, classes), or None where it has no classifier."""
 
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the first prefix token is a class token: registers alone sum up nothing that a head reads."""
+        return self.spec.num_prefix_tokens > 0
+
     def grid(self, image: Tensor) -> tuple[int, int]:
         """Return (h, w), the patches that cover the image (B, C, H, W)."""
         return cells(image.shape[-2], self.spec.patch_size), cells(image.shape[-1], self.spec.patch_size)

@@ -37,6 +37,9 @@ def images(count, name="timm-vit"):
         ("hf-dinov2", {}),
         ("timm-dinov3", {"gates": ("patch", "layer")}),
         ("timm-eva02", {"gates": ("patch", "layer")}),
+        ("timm-dinov3", {}),  # whose heads do not come apart
+        ("timm-eva-gqa", {"last_block": "class"}),
+        ("timm-eva-gqa", {"head_mode": "partial"}),
     ],
 )
 @pytest.mark.parametrize("seed", [0, 1])

@@ -214,6 +214,10 @@ def test_a_mistake_is_said_before_anything_is_trained(given, calls, more, messag
         ("title: T\nsource: S\nrows: [{name: a, option: {}}]", "is no table"),
         ("title: T\nsource: S\nchart: pie\nrows: [{name: a}]", "chart is 'pie'"),
         ("- a", "is no table"),
+        ("title: T\nsource: S\nrows: []", "has no rows"),
+        ("title: T\nsource: S\nrows: [{name: ±}]", "row '±' needs a letter or a digit"),
+        ("title: T\nsource: S\nrows: [{name: a, arguments: --lr 1}]", "give a list"),
+        ("title: T\nsource: S\nrows: [{name: a, options: 3}]", "give names and values"),
     ],
 )
 def test_a_file_that_is_no_table_is_refused(text, message, tmp_path):
