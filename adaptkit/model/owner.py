@@ -17,20 +17,26 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from adaptkit.adapters.base import ExistingLayers, WeightAdapter
 from adaptkit.core.proxy import own_layer, restore
 from adaptkit.core.tree import plain_name, skeleton
 from adaptkit.hub.digest import digest, other_layers
 
-__all__ = ["Owner", "check_free"]
+__all__ = ["Owner", "check_free", "shared"]
 
 MARK = "_adaptkit_owner"
 
 
-#: Parameters that are taken, and by whom: two trees of modules may hold the same ones.
-_taken: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+SHARED = "_adaptkit_shared"
+#: All there are. They are asked for their parameters, which are never referred to weakly: torch would not swap them.
+_owners: weakref.WeakSet[Owner] = weakref.WeakSet()
+
+
+def shared(tree: nn.Module) -> nn.Module:
+    """Say that a tree holds the weights of another on purpose, and is only run; returns it."""
+    vars(tree)[SHARED] = True
+    return tree
 
 
 def check_free(backbone: nn.Module, seen: nn.Module) -> None:
@@ -46,18 +52,18 @@ def check_free(backbone: nn.Module, seen: nn.Module) -> None:
         )
     if owner is not None:
         owner.release(backbone, seen)
-    for name, parameter in seen.named_parameters():
-        other: Owner | None = _taken.get(parameter, _nobody)()
-        if other is not None and other.model is not None:
-            raise ValueError(
-                f"{name} of this {type(backbone).__name__} belongs to the backbone of another adapted model, too, as "
-                "weights of a copy made by expand_channels() do: detach() there first, or attach to "
-                "copy.deepcopy(backbone)"
-            )
-
-
-def _nobody() -> None:
-    """The owner of a parameter that is free."""
+    if SHARED in vars(seen):
+        return
+    here = {id(parameter): name for name, parameter in seen.named_parameters()}
+    others = [model.backbone for model in (one.model for one in list(_owners)) if model is not None]
+    taken = (p for tree in others if SHARED not in vars(tree) for p in tree.parameters() if id(p) in here)
+    both = next(taken, None)
+    if both is not None:
+        raise ValueError(
+            f"{here[id(both)]} of this {type(backbone).__name__} belongs to the backbone of another adapted model too, "
+            "as weights of a copy made by expand_channels() do: detach() there first, or attach to "
+            "copy.deepcopy(backbone)"
+        )
 
 
 class Owner:
@@ -84,6 +90,7 @@ class Owner:
     def belongs_to(self, model: nn.Module) -> None:
         """Say which model this is of: after a copy it is another one."""
         self._model = weakref.ref(model)
+        _owners.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None}
@@ -97,8 +104,6 @@ class Owner:
         self.weights = digest(seen, trainable=True)
         vars(seen)[MARK] = self
         self.belongs_to(model)
-        for parameter in backbone.parameters():
-            _taken[parameter] = weakref.ref(self)
         if self.existing is not None:
             self.existing.take_out(seen)
         backbone.requires_grad_(False)
@@ -110,9 +115,7 @@ class Owner:
         if self.existing is not None:
             self.existing.restore(seen)
         vars(seen).pop(MARK, None)
-        for parameter in backbone.parameters():
-            if _taken.get(parameter, _nobody)() is self:
-                del _taken[parameter]
+        _owners.discard(self)
         modes, flags = _by_plain_name(self._modes), _by_plain_name(self._flags)
         for name, module in backbone.named_modules(remove_duplicate=False):
             module.training = self._modes.get(name, modes.get(plain_name(name), module.training))
