@@ -17,7 +17,7 @@ from torch import nn
 
 from adaptkit.core import registry
 from adaptkit.create import create_backbone
-from adaptkit.hub.file import normalised_by_file
+from adaptkit.hub.fits import normalised_by_file
 from adaptkit.hub.repository import load
 from adaptkit.model.adapted import attach
 from adaptkit.model.expand import expand_channels

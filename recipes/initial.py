@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 import adaptkit
-from adaptkit.hub.file import AdapterFile, check_fits, load_into
+from adaptkit.hub.file import AdapterFile, load_into
+from adaptkit.hub.fits import check_fits
 from adaptkit.model.parts import differences
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from adaptkit.hub.file import normalised_by_file
+from adaptkit.hub.fits import normalised_by_file
 from adaptkit.networks.network import BUILDERS, Network, build, load, restore, save
 
 from .channels import backbone_of

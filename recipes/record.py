@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from adaptkit.hub.file import WEIGHTS, digest_of
+from adaptkit.hub.backbone import digest_of
+from adaptkit.hub.file import WEIGHTS
 from adaptkit.hub.write import write_atomic
 from adaptkit.version import __version__
 

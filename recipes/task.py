@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import adaptkit
-from adaptkit.hub.file import normalised_by_file
+from adaptkit.hub.fits import normalised_by_file
 
 from .channels import backbone_of
 from .order import Rows

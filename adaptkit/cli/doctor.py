@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     from adaptkit.core import registry
     from adaptkit.core.towers import class_path
     from adaptkit.core.view import Spec
-    from adaptkit.hub.file import say_spec
+    from adaptkit.hub.header import say_spec
     from adaptkit.ops.grid import cells
 
     model = _built(args.model, args.pretrained)

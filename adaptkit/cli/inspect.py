@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the header as a table, or as the JSON that it is."""
-    from adaptkit.hub.file import say_spec
+    from adaptkit.hub.header import say_spec
     from adaptkit.hub.repository import load
 
     file = load(args.file)

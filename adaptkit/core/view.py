@@ -144,7 +144,7 @@ class View(ABC):
     def __init__(self, backbone: nn.Module) -> None:
         self.backbone = backbone
         self.sharded: Sequence[nn.Module] = ()  #: the backbone's blocks, where their parameters lie on several devices
-        # Of the weights, from before they were sharded: see adaptkit.hub.file and adaptkit.hub.digest.
+        # Of the weights, from before they were sharded: see adaptkit.hub.backbone and adaptkit.hub.digest.
         self.fingerprint: dict[str, list[float]] | None = None
         self.digest: dict[str, str] | None = None
         self.sums: dict[str, list[float]] | None = None

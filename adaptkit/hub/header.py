@@ -14,7 +14,7 @@ from adaptkit.core.schema import check_fields, read_json
 from adaptkit.core.view import Spec
 from adaptkit.version import __version__
 
-__all__ = ["FORMAT", "check_keys", "read_header", "spec_of"]
+__all__ = ["FORMAT", "check_keys", "read_header", "say_spec", "spec_of"]
 
 FORMAT = 2  #: what is written; 1 is read too, whose spec has other names and which holds no parts of the backbone
 SINCE_FORMAT_1 = {
@@ -44,7 +44,7 @@ class Expansion(TypedDict):
     wavelengths: list[float] | None
 
 
-#: What :func:`adaptkit.hub.file.describe_backbone` says; older files know less.
+#: What :func:`adaptkit.hub.backbone.describe_backbone` says; older files know less.
 Backbone = TypedDict(
     "Backbone",
     {
@@ -134,3 +134,8 @@ def check_keys(names: Sequence[str], header: dict[str, Any], file: str) -> None:
         raise ValueError(
             f"{file}: found the tensor {strange[0]!r:.200}, expected names that begin with {', '.join(known) or 'none'}"
         )
+
+
+def say_spec(spec: Spec | HierarchicalSpec) -> str:
+    """Return the numbers that a backbone must share with a file."""
+    return ", ".join(f"{name}={getattr(spec, name)}" for name in spec._fields[1:])

@@ -19,8 +19,9 @@ from adaptkit.core.tree import evaluating
 from adaptkit.core.view import Features, ViT
 from adaptkit.features.cached import CachedFeatures
 from adaptkit.features.replay import CachedView, replay
+from adaptkit.hub.backbone import describe_backbone
 from adaptkit.hub.card import card_beside
-from adaptkit.hub.file import describe_backbone, write_folder
+from adaptkit.hub.file import write_folder
 from adaptkit.hub.metadata import plain
 from adaptkit.hub.repository import Commit, push
 from adaptkit.model.described import describe

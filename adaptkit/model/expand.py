@@ -26,7 +26,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from adaptkit.core.layers import check_choice
 from adaptkit.core.registry import view
 from adaptkit.core.tree import locate, named_modules, skeleton
-from adaptkit.hub.file import EXPANSION
+from adaptkit.hub.backbone import EXPANSION
 from adaptkit.model.owner import check_free
 
 __all__ = ["expand_channels"]

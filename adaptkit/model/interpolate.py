@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from adaptkit.hub.card import card_beside
-from adaptkit.hub.file import FLOATS, AdapterFile, other_parts, say_spec, write_folder
+from adaptkit.hub.file import FLOATS, AdapterFile, write_folder
+from adaptkit.hub.fits import other_parts
+from adaptkit.hub.header import say_spec
 from adaptkit.model.parts import as_file, differences
 
 __all__ = ["interpolate"]

@@ -19,8 +19,10 @@ from adaptkit.core.hierarchical import HierarchicalSpec, HierarchicalViT
 from adaptkit.core.near import looks_like_path
 from adaptkit.core.registry import configured
 from adaptkit.core.view import View, ViT
+from adaptkit.hub.backbone import expansion
 from adaptkit.hub.digest import NEW_CHANNELS
-from adaptkit.hub.file import AdapterFile, check_fits, expansion, load_into, metadata_of
+from adaptkit.hub.file import AdapterFile, load_into, metadata_of
+from adaptkit.hub.fits import check_fits
 from adaptkit.hub.packages import needs, origin_of
 from adaptkit.hub.repository import is_hub_id, load
 from adaptkit.model.saved import build, check_tensors, configured_by

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from adaptkit.adapters.base import SideAdapter
 from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.hub.card import card_beside
-from adaptkit.hub.file import check_fits, load_into, metadata_of, write_folder
+from adaptkit.hub.file import load_into, metadata_of, write_folder
+from adaptkit.hub.fits import check_fits
 from adaptkit.hub.repository import load
 from adaptkit.model.adapted import AdaptedModel
 from adaptkit.model.facts import ConfigProxy

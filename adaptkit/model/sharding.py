@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from adaptkit.adapters.wrapped import RUN_WHOLE
 from adaptkit.core.tree import blocks_of
-from adaptkit.hub.file import digest_of, fingerprint, sums_of
+from adaptkit.hub.backbone import digest_of, fingerprint, sums_of
 from adaptkit.model.adapted import AdaptedModel
 
 __all__ = ["blocks_of", "shard"]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from adaptkit.core.packed import numel
 from adaptkit.core.proxy import write
-from adaptkit.hub.file import check_fits, metadata_of
+from adaptkit.hub.file import metadata_of
+from adaptkit.hub.fits import check_fits
 from adaptkit.model.ensemble import shares_of
 from adaptkit.model.parts import AdapterSet, as_file, differences
 from adaptkit.model.sets import NamedSets, build_set, checked_name, ordinary_tensors

@@ -428,5 +428,5 @@ def test_a_file_without_a_digest_is_compared_as_it_was(tmp_path):
 def test_what_was_computed_before_sharding_is_what_is_written():
     seen = view(vit())
     seen.digest, seen.sums = {"a": "1-2"}, {"0": [1.0, 2.0, 3.0, 4.0]}
-    described = adaptkit.hub.file.describe_backbone(seen)
+    described = adaptkit.hub.backbone.describe_backbone(seen)
     assert (described["digest"], described["sums"]) == (seen.digest, seen.sums)

@@ -19,6 +19,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 import adaptkit
 from adaptkit.hub import file as files
+from adaptkit.hub.backbone import fingerprint
+from adaptkit.hub.fits import OtherNormalisation
 
 HEAD = ("linear", {"num_classes": 3})
 
@@ -147,7 +149,7 @@ def test_other_normalisation_is_a_warning(saved, tmp_path):
     with pytest.warns(UserWarning, match="normalised by mean"):
         adaptkit.attach(other, tmp_path / "half")
     with warnings.catch_warnings():  # predict() of this model follows the file
-        warnings.simplefilter("error", files.OtherNormalisation)
+        warnings.simplefilter("error", OtherNormalisation)
         adaptkit.from_pretrained(tmp_path / "half", backbone=same)
 
 
@@ -221,4 +223,4 @@ def test_a_layer_of_more_weights_than_float32_can_count_has_a_fingerprint():
     weight = torch.zeros(2**24 + 3)
     weight[-1] = 7.0
     view = SimpleNamespace(fingerprint=None, fingerprint_tensors=lambda: {"patch": weight})
-    assert files.fingerprint(view)["patch"] == [0.0] * 7 + [7.0]
+    assert fingerprint(view)["patch"] == [0.0] * 7 + [7.0]

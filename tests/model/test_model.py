@@ -16,7 +16,7 @@ import adaptkit
 from adaptkit import FPNHeadConfig, LinearHeadConfig, ViTAdapterConfig
 from adaptkit.core import registry
 from adaptkit.core.view import Features
-from adaptkit.hub.file import describe_backbone
+from adaptkit.hub.backbone import describe_backbone
 
 x = torch.randn(2, 3, 32, 40, generator=torch.Generator().manual_seed(0))
 SMALL = {"conv_inplane": 8}

@@ -118,7 +118,7 @@ def test_what_the_user_says_is_used_and_recorded(folder, silent):
     assert again.mean == (0.25, 0.5, 0.75)
 
 
-@pytest.mark.filterwarnings("error::adaptkit.hub.file.OtherNormalisation")
+@pytest.mark.filterwarnings("error::adaptkit.hub.fits.OtherNormalisation")
 def test_a_run_with_other_means_than_the_backbone_says_is_not_told_to_follow_its_own_file(folder):
     segment.main(command(folder, "set", "--num-classes", "3", *CHOSEN))
     detect.main(command(folder, "shapes", "--adapter", "sfp", "--width", "16", "--overwrite", *CHOSEN))
