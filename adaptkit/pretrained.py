@@ -50,8 +50,8 @@ def from_pretrained(
     Args:
         source: a saved folder, or ``"org/name"`` on the Hub.
         backbone: in place of the one that the file records: a module, or a name for
-            :func:`adaptkit.create.create_backbone`. One of three channels is expanded where that was which the file was
-            trained on: ``model.backbone`` is then a copy that shares its weights.
+            :func:`adaptkit.create.create_backbone`. One of three channels is expanded if the file was trained on an
+            expanded one: ``model.backbone`` is then a copy that shares its weights.
         head: where the saved one is a module of your own.
         strict: make other backbone weights than those it was trained on an error instead of a warning.
         positions: the rule by which positions go to another grid, as :func:`adaptkit.attach` takes it: that of the file

@@ -109,7 +109,10 @@ def table(name: str) -> Table:
 
 def _row(said: dict[str, Any], adapter: str) -> Row:
     """Raise ``TypeError`` for a field of another kind: YAML makes numbers of names, and characters of a lone string."""
-    row = Row(**{"adapter": adapter, **said, "name": str(said["name"])})
+    if "name" not in said:
+        raise TypeError(f"a row has no name: {said}")
+    texts = {key: str(said[key]) for key in ("name", "runs", "reading", "series", "base") if key in said}
+    row = Row(**{"adapter": adapter, **said, **texts})
     if not isinstance(row.arguments, list | tuple):
         raise TypeError(f"row {row.name!r} has arguments: {row.arguments!r}; give a list, [--lr, 1e-3]")
     if not isinstance(row.options, dict):

@@ -110,7 +110,7 @@ def _saving(model: nn.Module) -> AdaViT | ToMe:
 def macs(costs: Costs, aux: Mapping[str, Tensor]) -> Tensor:
     """Return the MACs (B,) of each image, from ``Features.aux``; differentiable in the decisions.
 
-    What is counted is the work that the decisions leave, whichever way it was executed; ``costs.dense`` is the same
+    What is counted is the work that the decisions leave where it can be left out at all; ``costs.dense`` is the same
     model without gates. With ToMe it is (1,), the same for every image, and ``aux`` is not read. Raises ``KeyError``
     where ``aux`` is not that of this model.
     """

@@ -23,6 +23,7 @@ from adaptkit.analysis.seen import check_query
 from adaptkit.analysis.style import Drawn, panels, pictured, show
 from adaptkit.analysis.watch import Watched, block_strides, chosen, map_strides, run_watched, single, source_of
 from adaptkit.core.block import Block
+from adaptkit.core.layers import indices
 from adaptkit.core.tree import evaluating
 from adaptkit.core.view import Features
 from adaptkit.ops.grid import map_to_tokens
@@ -82,7 +83,7 @@ def grad_cam(
     """
     one = single(image)
     host = Watched.of(model)
-    at = at if at is None or isinstance(at, str) else operator.index(at)
+    at = at if at is None or isinstance(at, str) else indices("at", [at])[0]
     asked = [at] if at is not None else [None, *reversed(range(host.vit.spec.depth))]
     for place in asked:
         found = _try(model, host, one, target, pixels, place)

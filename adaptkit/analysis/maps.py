@@ -85,7 +85,7 @@ def attention_maps(
 
     def keep(attention: Attention) -> None:
         seen = attention.patches
-        if attention.full is not None and by_class_token:
+        if attention.full is not None and attention.prefix and by_class_token:
             row = attention.full[:, 0, attention.prefix :].unflatten(1, seen.grid)
         else:
             place = (size[0] / 2, size[1] / 2) if query is None else query

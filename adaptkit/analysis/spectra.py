@@ -125,7 +125,7 @@ def spectrum(
                     planes[stride] = planes.get(stride, 0) + _log_amplitude(x)
         curves[name] = {s: _curve(plane / len(given)) for s, plane in planes.items()}
     missing = sorted({*(strides or ())} - there)
-    if missing or strides == ():
+    if missing or (strides is not None and not len(strides)):
         raise ValueError(f"strides={list(strides or ())}: the maps have strides {', '.join(map(str, sorted(there)))}")
     return Spectrum({n: c for n, c in curves.items() if c}, len(given))
 

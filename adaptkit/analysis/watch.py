@@ -6,10 +6,10 @@ one and would hide what is between them.
 
 from __future__ import annotations
 
-import operator
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -148,8 +148,8 @@ def chosen(blocks: int | Sequence[int] | None, depth: int) -> tuple[int, ...]:
     """Indices of blocks, the last so many, or None for all -> indices. Raises ``ValueError`` for what is no block."""
     if blocks is None:
         return tuple(range(depth))
-    if isinstance(blocks, SupportsIndex):
-        count = operator.index(blocks)
+    if isinstance(blocks, numbers.Integral):
+        count = int(blocks)
         if count < 1:
             raise ValueError(f"blocks={count} asks for the last {count} blocks; give at least 1, or a list of indices")
         return tuple(range(max(0, depth - count), depth))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import operator
 from typing import Any, Literal, get_args
 
@@ -168,7 +169,8 @@ def check_numbers(config: Any, but: tuple[str, ...] = ()) -> None:
 
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if str(field.type) in ("int", "int | None") and isinstance(value, float):
+        fractional = isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral)
+        if fractional and field.type in ("int", "int | None", int, int | None):
             raise ValueError(f"{field.name}={value} is counted in whole numbers; give an int")
         if field.name not in but:
             check(field.name, value)

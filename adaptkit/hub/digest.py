@@ -43,9 +43,8 @@ ROW = 1 << 14  #: words of a row: its products stay in a core's cache, and torch
 ROWS = 256  #: how many at once on an accelerator, where a call costs more than memory
 #: Parts that no feature depends on: only a classifier reads them, or masked training. A layer of their own each.
 BESIDE = frozenset({"attn_pool", "classifier", "fc_norm", "head", "head_dist", "mask_token", "neck", "pooler"})
-NEW_CHANNELS = (
-    "new_channels"  #: rows of an expanded patch embedding: a layer of their own, for the rest is the RGB one's
-)
+#: Rows of an expanded patch embedding: a layer of their own, for the rest is the RGB backbone's.
+NEW_CHANNELS = "new_channels"
 #: Under which name a layer of peft or of ours holds the layer of the backbone that it stands for.
 STANDS_FOR = ("base_layer", "original_module", "base")
 OURS = ("adaptkit.", "peft.")

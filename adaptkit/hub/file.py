@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from adaptkit.core.registry import ForeignLayout, layouts
 from adaptkit.core.schema import MOST_BYTES
 from adaptkit.core.shown import Rows, Shown, listed
 from adaptkit.core.view import Spec
+from adaptkit.core.warned import warn
 from adaptkit.hub.header import FORMAT, check_keys, read_header, say_spec, spec_of
 from adaptkit.hub.write import check_writable, write_atomic, write_together
 from adaptkit.version import __version__
@@ -143,10 +143,7 @@ def _check_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 def _holds_nonfinite(tensor: Tensor) -> bool:
     """Look at the sum first: it is finite for almost every tensor. It may overflow; then each value is looked at."""
-    if tensor.dtype not in FLOATS or tensor.is_meta or tensor.layout != torch.strided:
-        return False
-    tensor = tensor.detach()
-    return not tensor.sum().isfinite() and not bool(tensor.isfinite().all())
+    return tensor.dtype in FLOATS and not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all())
 
 
 def _foreign(folder: Path) -> tuple[ForeignLayout, dict[str, Any]] | None:
@@ -177,7 +174,6 @@ def write_folder(
             f"the header has {len(said)} characters, and is read with up to {MOST_BYTES}: give less metadata, which is "
             f"{len(json.dumps(header.get('metadata')))} of them"
         )
-    _warn_nonfinite(tensors)
     data = {CONFIG: (json.dumps(header, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()}
     if card is not None:
         data[CARD] = card.encode()
@@ -188,13 +184,11 @@ def write_folder(
 
 def _warn_nonfinite(tensors: Mapping[str, Tensor]) -> None:
     """What diverged is written, for its owner may want to look at it; but reading it will be refused."""
-    bad = [name for name, x in sorted(tensors.items()) if isinstance(x, Tensor) and _holds_nonfinite(x)]
+    bad = [name for name, x in tensors.items() if _holds_nonfinite(x)]
     if bad:
-        warnings.warn(
+        warn(
             f"{listed(bad, 3)}: NaN or infinite values are saved, the training "
             "has diverged; the file is read by adaptkit.load(path, allow_nonfinite=True) alone",
-            UserWarning,
-            stacklevel=4,
         )
 
 
@@ -214,6 +208,7 @@ def serialised(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes
                 "file holds plain tensors only: give the module plain ones before it is saved"
             )
         copies[key] = own.to("cpu", copy=True).contiguous()
+    _warn_nonfinite(copies)
     try:
         return to_bytes(copies, metadata)
     except (KeyError, ValueError, RuntimeError, SafetensorError) as error:

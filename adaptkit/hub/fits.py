@@ -16,10 +16,11 @@ from torch import Tensor
 
 from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.shown import listed
-from adaptkit.core.tree import plain_name
+from adaptkit.core.tree import blocks_of, plain_name
 from adaptkit.core.view import Spec, View
+from adaptkit.core.warned import warn
 from adaptkit.hub.backbone import digest_of, expansion, fingerprint, normalisation_of, sums_of
-from adaptkit.hub.digest import layers_of, other_blocks, other_layers
+from adaptkit.hub.digest import NEW_CHANNELS, layers_of, other_blocks, other_layers
 from adaptkit.hub.file import AdapterFile
 from adaptkit.hub.header import say_spec
 
@@ -78,23 +79,20 @@ def check_fits(file: AdapterFile, vit: View, strict: bool = False) -> None:
         )
         if strict:
             raise ValueError(message)
-        warnings.warn(message, UserWarning, stacklevel=3)
+        warn(message)
     if saved.get("positions", vit.positions) != vit.positions:
-        warnings.warn(
+        warn(
             f"{file.path} was trained with position embeddings resampled as {saved['positions']!r}, this backbone "
             f"({type(vit.backbone).__name__}) resamples them as {vit.positions!r}: results agree at the native size "
             f"only. For other sizes use {_other_rule(saved['positions'], vit)}",
-            UserWarning,
-            stacklevel=3,
         )
     mean, std = normalisation_of(file.header.get("metadata") or {}, now.channels) or (saved["mean"], saved["std"])
     known = len(mean) == len(source.mean) > 0  # an expanded backbone says it of its first three channels
     if known and (mean, std) != (list(source.mean), list(source.std)):
-        warnings.warn(
+        warn(
             f"{file.path} was trained on images normalised by mean {mean}, std {std}; this backbone declares mean "
             f"{list(source.mean)}, std {list(source.std)}. Normalise as the file says",
             OtherNormalisation,
-            stacklevel=3,
         )
 
 
@@ -116,10 +114,17 @@ def _other_weights(file: AdapterFile, vit: View) -> list[str]:
         return other_parts(file, digest_of(vit), partial(sums_of, vit), partial(fingerprint, vit))
     replaced = {id(p) for name, p in vit.backbone.named_parameters() if plain_name(name) in brought}
     marked = vit.fingerprint_tensors()
-    marks = {k: v for k, v in fingerprint(vit).items() if k not in marked or id(marked[k]) not in replaced}
-    return other_parts(
-        file, digest_of(vit), partial(sums_of, vit), lambda: marks, _touched(layers_of(vit.backbone), brought)
-    )
+    out = {name for name, tensor in marked.items() if id(tensor) in replaced}
+    out |= {"patch"} if any(name.endswith(NEW_CHANNELS) for name in brought) else set()  # a part of that kernel
+    marks = {name: mark for name, mark in fingerprint(vit).items() if name not in out}
+    sums = {index: of for index, of in sums_of(vit).items() if index not in _blocks_of(vit, replaced)}
+    return other_parts(file, digest_of(vit), lambda: sums, lambda: marks, _touched(layers_of(vit.backbone), brought))
+
+
+def _blocks_of(vit: View, replaced: set[int]) -> set[str]:
+    """Return the indices of blocks that hold one of these parameters."""
+    blocks = blocks_of(vit.backbone, len(vit.spec.widths))
+    return {str(i) for i, block in enumerate(blocks) if any(id(p) in replaced for p in block.parameters())}
 
 
 def _touched(layers: Mapping[str, str], brought: Mapping[str, Tensor]) -> dict[str, bool]:
@@ -155,15 +160,15 @@ def other_parts(
         other += [f"block {i}" for i in other_blocks(saved["sums"], sums())]
     mine = marks()
     theirs = {name: mark for name, mark in saved["fingerprint"].items() if not touched or name in mine}
-    if not other and (theirs or not touched) and not _same_marks(theirs, mine):
-        other = [f"{name!r}" for name in theirs] or ["every layer"]
-    return other
+    return other if other or (touched and not theirs) else _other_marks(theirs, mine)
 
 
-def _same_marks(then: Mapping[str, Sequence[float]], now: Mapping[str, Sequence[float]]) -> bool:
-    """Equal up to the rounding of bf16 (8 bits), on every tensor that both sides name."""
-    shared = then.keys() & now.keys()
-    return bool(shared) and all(
-        len(then[k]) == len(now[k]) and all(abs(a - b) <= 1e-4 + 2e-2 * abs(b) for a, b in zip(then[k], now[k]))
-        for k in shared
-    )
+def _other_marks(then: Mapping[str, Sequence[float]], now: Mapping[str, Sequence[float]]) -> list[str]:
+    """Return the tensors that differ by more than the rounding of bf16 (8 bits); all where no name is common."""
+    if not then.keys() & now.keys():
+        return [f"{name!r}" for name in then] or ["every layer"]
+    return [f"{name!r}" for name in then if name in now and not _near(then[name], now[name])]
+
+
+def _near(then: Sequence[float], now: Sequence[float]) -> bool:
+    return len(then) == len(now) and all(abs(a - b) <= 1e-4 + 2e-2 * abs(b) for a, b in zip(then, now))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -97,7 +98,8 @@ def expand_channels(
     parent._modules[name] = ExpandedPatchEmbedding(conv, rows).train(conv.training)
     for module in expanded.modules():
         _count(module, n)
-    setattr(expanded, EXPANSION, {"how": how, "wavelengths": None if wavelengths is None else list(wavelengths)})
+    centres = None if wavelengths is None else [*map(float, wavelengths)]
+    setattr(expanded, EXPANSION, {"how": how, "wavelengths": centres})
     return expanded
 
 
@@ -130,7 +132,7 @@ def _rows(kernel: Tensor, more: int, how: How, wavelengths: Sequence[float] | No
         raise ValueError(
             f"{len(wavelengths)} wavelengths for {more} further channels: give one for each, in nanometres"
         )
-    elif not all(isinstance(w, int | float) and 0 < w < math.inf for w in wavelengths):
+    elif not all(isinstance(w, numbers.Real) and 0 < w < math.inf for w in wavelengths):
         raise ValueError(f"wavelengths={list(wavelengths)}: give nanometres, above 0")
     else:
         mix = torch.stack([_between_colours(float(w)) for w in wavelengths]).to(kernel)

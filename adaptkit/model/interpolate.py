@@ -9,6 +9,7 @@ product. t = 0 is the first file and t = 1 the second, bit for bit.
 from __future__ import annotations
 
 import json
+import numbers
 import os
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def interpolate(file_a: Any, file_b: Any, t: float, folder: str | os.PathLike[st
     Raises ``ValueError`` that names both sides where methods, options, backbone, shapes, task, classes or
     normalisation are not the same, and for another ``t``; ``TypeError`` for what is no saved adapter.
     """
-    if not isinstance(t, int | float):
+    if not isinstance(t, numbers.Real):
         raise TypeError(f"t={t!r} is no number; give one between 0, the first file, and 1, the second")
     if not 0 <= t <= 1:
         raise ValueError(f"t={t} is not between 0, the first file, and 1, the second")
@@ -84,7 +85,7 @@ def _check_headers(a: AdapterFile, b: AdapterFile) -> None:
         _refuse(a, say_spec(a.spec), b, say_spec(b.spec), "both need the same backbone")
     for key in ("mean", "std"):
         if saved[0][key] != saved[1][key]:
-            _refuse(a, f"{key}={saved[0][key]}", b, f"{key}={saved[1][key]}", "both need the same images")
+            _refuse(a, f"{key}={saved[0][key]}", b, f"{key}={saved[1][key]}", "both need the same normalisation")
     two: Any = saved[1]
     layers = other_parts(a, two.get("digest") or {}, lambda: two.get("sums") or {}, lambda: two["fingerprint"])
     if layers:

@@ -10,8 +10,9 @@ finds it taken. So does one to another tree of modules that holds some of the sa
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,17 +24,18 @@ from adaptkit.core.proxy import own_layer, restore
 from adaptkit.core.tree import plain_name, skeleton
 from adaptkit.hub.digest import digest, other_layers
 
-__all__ = ["Owner", "check_free", "shared"]
+__all__ = ["Owner", "check_free", "mark_shared"]
 
 MARK = "_adaptkit_owner"
 
 
 SHARED = "_adaptkit_shared"
-#: All there are. They are asked for their parameters, which are never referred to weakly: torch would not swap them.
+#: All living owners. Parameters are compared, never referred to weakly: torch would not swap them.
 _owners: weakref.WeakSet[Owner] = weakref.WeakSet()
+_lock = threading.Lock()  # of the set, for models that several threads attach and detach, each its own
 
 
-def shared(tree: nn.Module) -> nn.Module:
+def mark_shared(tree: nn.Module) -> nn.Module:
     """Say that a tree holds the weights of another on purpose, and is only run; returns it."""
     vars(tree)[SHARED] = True
     return tree
@@ -42,7 +44,7 @@ def shared(tree: nn.Module) -> nn.Module:
 def check_free(backbone: nn.Module, seen: nn.Module) -> None:
     """Raise ``ValueError`` where an adapted model has this backbone, or one that shares weights with it.
 
-    What an adapted model that is gone has left is put back.
+    What an adapted model that is gone has left, in this tree or in one that shares weights, is put back.
     """
     owner: Owner | None = vars(seen).get(MARK)
     if owner is not None and owner.model is not None:
@@ -50,20 +52,28 @@ def check_free(backbone: nn.Module, seen: nn.Module) -> None:
             f"this {type(backbone).__name__} has adapters already, those of another adapted model: add_adapter() there "
             "adds a set beside them, attach_many() runs several at once, and detach() gives the backbone back"
         )
-    if owner is not None:
+    sharing = [] if _is_shared(backbone, seen) else [one for one in _living() if one is not owner]
+    own = {id(parameter): name for name, parameter in seen.named_parameters()}
+    found = [(one, both) for one in sharing if (both := next((own[i] for i in one.held() if i in own), None))]
+    for one, name in found:
+        if one.model is not None:
+            raise ValueError(
+                f"{name} of this {type(backbone).__name__} belongs to the backbone of another adapted model too, as "
+                "weights of a copy made by expand_channels() do: detach() there first, or give copy.deepcopy(backbone)"
+            )
+    for one in [one for one, _ in found] + ([] if owner is None else [owner]):
+        one.give_back()
+    if owner is not None and vars(seen).get(MARK) is owner:  # a copy of a tree, of which its owner does not know
         owner.release(backbone, seen)
-    if SHARED in vars(seen):
-        return
-    here = {id(parameter): name for name, parameter in seen.named_parameters()}
-    others = [model.backbone for model in (one.model for one in list(_owners)) if model is not None]
-    taken = (p for tree in others if SHARED not in vars(tree) for p in tree.parameters() if id(p) in here)
-    both = next(taken, None)
-    if both is not None:
-        raise ValueError(
-            f"{here[id(both)]} of this {type(backbone).__name__} belongs to the backbone of another adapted model too, "
-            "as weights of a copy made by expand_channels() do: detach() there first, or attach to "
-            "copy.deepcopy(backbone)"
-        )
+
+
+def _is_shared(backbone: nn.Module, seen: nn.Module) -> bool:
+    return SHARED in vars(backbone) or SHARED in vars(seen)
+
+
+def _living() -> list[Owner]:
+    with _lock:
+        return list(_owners)
 
 
 class Owner:
@@ -79,6 +89,7 @@ class Owner:
         self.merged = False  #: whether its weights hold their change
         self.weights: dict[str, str] = {}  #: digest of the weights that can be trained, as they were taken
         self._model: weakref.ref[nn.Module] | None = None
+        self._trees: tuple[weakref.ref[nn.Module], ...] = ()  # the backbone, and the part of it that is seen
         self._modes: dict[str, bool] = {}
         self._flags: dict[str, bool] = {}
 
@@ -87,13 +98,27 @@ class Owner:
         """The adapted model; None where it is gone."""
         return None if self._model is None else self._model()
 
-    def belongs_to(self, model: nn.Module) -> None:
-        """Say which model this is of: after a copy it is another one."""
-        self._model = weakref.ref(model)
-        _owners.add(self)
+    def belongs_to(self, model: nn.Module, backbone: nn.Module, seen: nn.Module) -> None:
+        """Say which model this is of, and in which backbone: after a copy they are others."""
+        self._model, self._trees = weakref.ref(model), (weakref.ref(backbone), weakref.ref(seen))
+        with _lock:
+            _owners.add(self)
+
+    def held(self) -> Iterator[int]:
+        """Go through the identities of the backbone's parameters, those that trained copies stand for too."""
+        trees = [tree for tree in (ref() for ref in self._trees) if tree is not None]
+        if trees and not _is_shared(trees[0], trees[-1]):
+            yield from (id(parameter) for parameter in trees[0].parameters())
+            yield from (id(tensor) for adapter in self.installed for tensor in adapter.originals().values())
+
+    def give_back(self) -> None:
+        """Release the backbone of a model that is gone; nothing where that is gone too."""
+        trees = [tree for tree in (ref() for ref in self._trees) if tree is not None]
+        if len(trees) == 2 and vars(trees[1]).get(MARK) is self:
+            self.release(*trees)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None}
+        return {**self.__dict__, "_model": None, "_trees": ()}
 
     # --------------------------------------------------------------------------------------- taking and giving back
 
@@ -103,7 +128,7 @@ class Owner:
         self._flags = {n: p.requires_grad for n, p in backbone.named_parameters(remove_duplicate=False)}
         self.weights = digest(seen, trainable=True)
         vars(seen)[MARK] = self
-        self.belongs_to(model)
+        self.belongs_to(model, backbone, seen)
         if self.existing is not None:
             self.existing.take_out(seen)
         backbone.requires_grad_(False)
@@ -115,7 +140,8 @@ class Owner:
         if self.existing is not None:
             self.existing.restore(seen)
         vars(seen).pop(MARK, None)
-        _owners.discard(self)
+        with _lock:
+            _owners.discard(self)
         modes, flags = _by_plain_name(self._modes), _by_plain_name(self._flags)
         for name, module in backbone.named_modules(remove_duplicate=False):
             module.training = self._modes.get(name, modes.get(plain_name(name), module.training))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from adaptkit.core.hierarchical import HierarchicalSpec, HierarchicalViT
 from adaptkit.core.near import looks_like_path
 from adaptkit.core.registry import configured
 from adaptkit.core.view import View, ViT
+from adaptkit.core.warned import warn
 from adaptkit.hub.backbone import expansion
 from adaptkit.hub.digest import NEW_CHANNELS
 from adaptkit.hub.file import AdapterFile, load_into, metadata_of
@@ -232,11 +232,9 @@ def _build_backbone(vit: View, given: Sequence[str], files: Sequence[AdapterFile
     if not saved:
         half = [name for name, p in parameters(vit.backbone) if p.dtype == torch.float16 and named(name, parts)]
         if half:
-            warnings.warn(
+            warn(
                 f"{half[0]} is trained in the backbone's float16, in which AdamW's eps of 1e-8 is 0 and its steps are "
                 "NaN: load the backbone in bfloat16 or float32",
-                UserWarning,
-                stacklevel=4,
             )
         return TrainedBackbone(vit.spec, vit.backbone, parts)
     tensors = saved[0].tensors_of("backbone")

@@ -80,7 +80,8 @@ class NamedSets(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"_shares": {}, **state})  # a pickle from before there were ensembles has none
-        self._owner.belongs_to(self)  # a copy has the copied backbone, and its owner
+        if self._vit is not None:
+            self._owner.belongs_to(self, self.backbone, self._vit.backbone)  # those of the copy
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

@@ -16,7 +16,7 @@ from adaptkit.hub.repository import load
 from adaptkit.model.adapted import attach
 from adaptkit.model.described import describe
 from adaptkit.model.many import ManyTasks
-from adaptkit.model.owner import shared
+from adaptkit.model.owner import mark_shared
 from adaptkit.networks import network
 from adaptkit.predict.answers import Answer
 from adaptkit.predict.predicts import Predicts
@@ -112,7 +112,7 @@ class Mounts:
         strict: bool = False, positions: str | None = None,
     ) -> None:  # fmt: skip
         self.metrics, self.strict, self.positions = metrics or Metrics(), strict, positions
-        self._plain = shared(at_rest(skeleton(backbone)))  # for networks: the same weights, and nothing of ours inside
+        self._plain = mark_shared(at_rest(skeleton(backbone)))  # for networks: the same weights, bare
         self._many = ManyTasks(attach(backbone, positions=positions)).eval()
         self.passes = Passes(self._many.model.vit, batching, most, self.metrics)
         self.all: Mapping[str, Mounted] = {}  #: replaced as a whole, so that other threads may read it

@@ -404,6 +404,8 @@ def test_a_host_whose_attention_does_not_come_apart_is_refused():
         ({"layer_bias": 5.0}, "layer_bias=5.0: give two logits"),
         ({"layer_bias": [5.0, 3.0, 0.5]}, "give two logits"),
         ({"layer_bias": [5.0, float("nan")]}, "layer_bias=nan"),
+        ({"layer_bias": "53"}, "give two logits"),
+        ({"layer_bias": (5.0, 0.5), "gates": ("patch",)}, "has none: add 'layer'"),
     ],
 )
 def test_an_option_that_cannot_be_says_so(options, message):

@@ -100,6 +100,11 @@ def test_rows_sum_to_one_in_half_precision_too():
     torch.testing.assert_close(rows, torch.ones_like(rows), atol=1e-5, rtol=0)
 
 
+def test_where_the_prefix_was_dropped_no_patch_is_taken_for_the_class_token():
+    model = adaptkit.attach(HOSTS["timm-vit"].build(), ("vit-adapter", {"conv_inplane": 8, "prefix": "drop"})).eval()
+    assert attention_maps(model, IMAGE).query == (32.0, 32.0)
+
+
 def test_grad_cam_leaves_inference_mode():
     model = pixels()
     expected = grad_cam(model, IMAGE, 1, (5, 7))
@@ -135,7 +140,7 @@ def test_what_is_no_block_is_refused(blocks):
 
 def test_blocks_are_counted_from_the_end_and_by_any_integer():
     assert chosen(np.int64(2), 4) == (2, 3)
-    assert chosen([np.int64(0), -1], 4) == (0, 3)
+    assert chosen([np.int64(0), -1], 4) == chosen(np.array([0, 3]), 4) == chosen(torch.tensor([0, 3]), 4) == (0, 3)
     assert chosen(9, 4) == chosen(None, 4) == (0, 1, 2, 3)
 
 
@@ -170,6 +175,8 @@ def test_a_stride_that_no_map_has_is_refused_and_many_models_have_colours(tmp_pa
     backbone = HOSTS["timm-vit"].build()
     with pytest.raises(ValueError, match=r"strides=\[7\]: the maps have strides 8"):
         spectrum(backbone, IMAGE, strides=[7])
+    with pytest.raises(ValueError, match=r"strides=\[\]"):
+        spectrum(backbone, IMAGE, strides=[])
     with pytest.raises(ValueError, match="strides 4, 8, 16, 32"):
         spectrum({"bare": HOSTS["timm-vit"].build(), "adapted": pixels()}, IMAGE, strides=[4, 7])
     assert spectrum({str(i): backbone for i in range(14)}, IMAGE).save(tmp_path / "many.svg").is_file()

@@ -6,6 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -107,7 +108,8 @@ def test_what_is_no_number_of_channels_and_no_wavelength_is_refused():
     for n in (4.0, "4", True):
         with pytest.raises(TypeError, match="is no number of channels"):
             adaptkit.expand_channels(HOSTS["timm-vit"].build(), n)
-    for wavelength in (float("nan"), float("inf"), -1.0):
+    assert adaptkit.expand_channels(HOSTS["timm-vit"].build(), 4, "wavelength", np.array([842])) is not None
+    for wavelength in (float("nan"), float("inf"), -1.0, "a"):
         with pytest.raises(ValueError, match="give nanometres"):
             adaptkit.expand_channels(HOSTS["timm-vit"].build(), 4, "wavelength", [wavelength])
 
@@ -195,28 +197,74 @@ def test_a_module_of_three_channels_is_expanded_as_the_file_says(tmp_path):
         adaptkit.attach(native, tmp_path)
 
 
+def test_an_attach_that_fails_thaws_nothing_of_another_model():
+    """The model of one tree is gone without detach(), the other tree is adapted, and the first is asked for again."""
+    backbone = HOSTS["timm-vit"].build()
+    expanded = adaptkit.expand_channels(backbone, 5)
+    flags = [p.requires_grad for p in expanded.parameters()]
+    gone = adaptkit.attach(backbone, "sfp")
+    del gone
+    gc.collect()
+    model = adaptkit.attach(expanded, "lora")
+    for fails in (lambda: adaptkit.attach(backbone, "sfp"), lambda: adaptkit.expand_channels(backbone, 4)):
+        with pytest.raises(ValueError, match="another adapted model too"):
+            fails()
+    own = {id(p) for p in model.adapters.parameters()}
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+    model.detach()
+    assert [p.requires_grad for p in expanded.parameters()] == flags
+    assert all(p.requires_grad for p in backbone.parameters())
+
+
+def test_weights_that_trained_copies_stand_for_are_taken_too():
+    backbone = HOSTS["timm-vit"].build()
+    expanded = adaptkit.expand_channels(backbone, 5)
+    model = adaptkit.attach(backbone, "sfp", train_backbone=("*",))
+    assert not {id(p) for p in model.backbone.parameters()} & {id(p) for p in expanded.parameters()}
+    with pytest.raises(ValueError, match="another adapted model too"):
+        adaptkit.attach(expanded, "lora")
+    model.detach()
+    adaptkit.attach(expanded, "lora")
+
+
+PARTS = {
+    "new_channels": NEW,
+    "norm": ("norm",),
+    "biases": ("*.bias",),
+    "all": ("*",),
+    "some": ("blocks.3", "norm.bias"),
+}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("trained", ["new_channels", "norm", "biases"])
+@pytest.mark.parametrize("trained", PARTS)
 def test_weights_that_the_file_brings_itself_need_not_be_the_backbones(trained, tmp_path):
-    build, parts = (
-        HOSTS["timm-vit"].build,
-        {"new_channels": NEW, "norm": ("norm",), "biases": ("blocks.*.bias",)}[trained],
-    )
-    wide = trained == "new_channels"
+    build, wide = HOSTS["timm-vit"].build, trained == "new_channels"
     host = adaptkit.expand_channels(build(), 5, how="mean") if wide else build()
-    model = stirred(adaptkit.attach(host, "adapter-plus", train_backbone=parts)).eval()
+    model = stirred(adaptkit.attach(host, "adapter-plus", train_backbone=PARTS[trained])).eval()
     model.save(tmp_path)
+    brought = set(adaptkit.load(tmp_path).tensors_of("backbone"))
     other = adaptkit.expand_channels(build(), 5, how="zero") if wide else build()
     for name, parameter in other.named_parameters():
-        in_blocks = name.startswith("blocks.") and name.endswith("bias")
-        if (name.startswith("norm.") and trained == "norm") or (in_blocks and trained == "biases"):
-            parameter.add_(1e-3)
+        if name in brought:
+            parameter.normal_()
     x = image("timm-vit", 5 if wide else 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = adaptkit.attach(other, tmp_path, strict=True).eval()
     assert torch.allclose(again(x).tokens, model(x).tokens, atol=1e-6)
     again.detach()
-    dict(other.named_parameters())["blocks.2.attn.qkv.weight"].mul_(1.5)
-    with pytest.raises(ValueError, match=r"they differ in block"):
-        adaptkit.attach(other, tmp_path, strict=True)
+    if trained != "all":  # of what is not brought another value is found
+        kernel = other.patch_embed.proj
+        (kernel.rgb if wide else kernel.weight).mul_(1.5)
+        with pytest.raises(ValueError, match=r"they differ in (patch_embed|'patch')"):
+            adaptkit.attach(other, tmp_path, strict=True)
+
+
+def test_a_warning_points_at_the_line_of_the_user(tmp_path):
+    adaptkit.attach(HOSTS["timm-vit"].build(), "sfp").save(tmp_path)
+    other = HOSTS["timm-vit"].build()
+    torch.nn.init.normal_(other.blocks[1].mlp.fc1.weight)
+    with pytest.warns(UserWarning, match="other weights") as caught:
+        adaptkit.attach(other, tmp_path)
+    assert [warning.filename for warning in caught] == [__file__]

@@ -58,6 +58,8 @@ class AdaViTConfig:
             raise ValueError(f"grid={self.grid} is no (rows, columns) of patches; give two numbers of at least 1")
         if self.bottleneck < 0:
             raise ValueError(f"bottleneck={self.bottleneck} must be at least 0; 0 is none")
+        if self.layer_bias is not None and "layer" not in self.gates:
+            raise ValueError(f"layer_bias is of layer gates, and gates={self.gates} has none: add 'layer'")
         if not self.gates:
             raise ValueError("gates=() leaves nothing to decide; give some of 'patch', 'head', 'layer'")
 
@@ -77,7 +79,7 @@ class AdaViTConfig:
 def logits(option: str, pair: Any) -> tuple[float, float]:
     """Return two logits as a tuple (JSON knows lists only); ``ValueError`` for anything else."""
     try:
-        first, last = pair
-        return float(first), float(last)
+        first, last = map(float, () if isinstance(pair, str) else pair)
+        return first, last
     except (TypeError, ValueError) as error:
         raise ValueError(f"{option}={pair!r}: give two logits, of the first gated block and the last") from error

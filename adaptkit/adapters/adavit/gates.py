@@ -68,8 +68,8 @@ class Gates(nn.Module):
         keep = 1[sigmoid((logits + noise) / temperature) > threshold]      noise in training only
 
     The patch gate looks at every patch token (``patch_policy="token"``) or at the class token (``"class"``), the others
-    at the class token. The layers start with zero weights and a bias that keeps everything, so that at the start the
-    decision is the same for every image: all on.
+    at the class token. The layers start with zero weights, so that at the start the decision is the same for every
+    image: all on by ``keep_bias``, or as ``layer_bias`` has it.
     """
 
     def __init__(self, spec: Spec, config: AdaViTConfig, kinds: Sequence[str], layer_bias: float) -> None:
@@ -117,7 +117,7 @@ class Gates(nn.Module):
 
 
 class DecisionHead(nn.Linear):
-    """A linear layer that keeps everything at the start, and computes in float32 or more whatever it is stored in."""
+    """A linear layer that says one bias at the start, and computes in float32 or more whatever it is stored in."""
 
     def __init__(self, dim: int, decisions: int, keep_bias: float) -> None:
         super().__init__(dim, decisions)

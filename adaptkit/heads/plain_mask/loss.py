@@ -66,7 +66,7 @@ def set_loss(
 
 
 def _check(targets: Sequence[Target], images: int) -> None:
-    """Look at all of the targets that can be seen without waiting for the device."""
+    """Check shapes and dtypes; values are checked with the copy of the costs, so that the device is waited for once."""
     wanted = "give masks (n, H, W) and labels (n,) for each image"
     if len(targets) != images:
         raise ValueError(f"{images} images, and targets of {len(targets)}: {wanted}")
