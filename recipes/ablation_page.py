@@ -128,9 +128,9 @@ def _base(table: Table, found: list[Line]) -> str:
 
 
 def verdict(found: list[Line]) -> str:
-    """Say which rows lie apart from their base by more than the seeds do, and which cannot be told from it.
+    """Say which rows differ significantly from their base, and which do not.
 
-    A row is told apart where the 95 % interval of its mean distance, seed by seed (Student's t), leaves out 0.
+    A row does where the 95 % interval of its mean distance, seed by seed (Student's t), leaves out 0.
     """
     bases = list(dict.fromkeys(line.base for line in found if line.apart is not None))
     if not bases:
@@ -151,7 +151,7 @@ def _against(found: list[Line]) -> str:
     above = [name for name, apart, reach in known if apart > reach]
     below = [name for name, apart, reach in known if apart < -reach]
     rest = [name for name, *_ in known if name not in above and name not in below]
-    parts = (("above", above), ("below", below), ("not told apart", rest))
+    parts = (("significantly above", above), ("significantly below", below), ("not significant", rest))
     return ", ".join(f"{what} {' / '.join(names)}" for what, names in parts if names)
 
 

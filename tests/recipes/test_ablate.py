@@ -151,7 +151,7 @@ def test_distances_are_taken_seed_by_seed():
     text = ablation_page.markdown(table, found, seeds=3).replace("\u00a0", " ")
     assert "| better | 63.0 ± 2.6 | +11.0 ± 1.0 | 3 | 2 G | 1,000 | 1 min 00 s |" in text
     assert "peak memory" not in text  # nobody tells it
-    assert "against base: above better, not told apart equal." in text
+    assert "against base: significantly above better, not significant equal." in text
     some = ended({"base": SCORES["base"][:2], "better": SCORES["better"]})
     assert "| base | 51.0 ± 1.4 | – | 2 of 3 |" in ablation_page.markdown(
         table, ablation_page.lines(table, some), seeds=3
