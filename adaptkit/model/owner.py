@@ -10,7 +10,6 @@ finds it taken. So does one to another tree of modules that holds some of the sa
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -23,6 +22,7 @@ from adaptkit.adapters.base import ExistingLayers, WeightAdapter
 from adaptkit.core.proxy import own_layer, restore
 from adaptkit.core.tree import plain_name, skeleton
 from adaptkit.hub.digest import digest, other_layers
+from adaptkit.ops.forks import Lock
 
 __all__ = ["Owner", "check_free", "mark_shared"]
 
@@ -32,7 +32,7 @@ MARK = "_adaptkit_owner"
 SHARED = "_adaptkit_shared"
 #: All living owners. Parameters are compared, never referred to weakly: torch would not swap them.
 _owners: weakref.WeakSet[Owner] = weakref.WeakSet()
-_lock = threading.Lock()  # of the set, for models that several threads attach and detach, each its own
+_lock = Lock()  # of the set, for models that several threads attach and detach, each its own
 
 
 def mark_shared(tree: nn.Module) -> nn.Module:
