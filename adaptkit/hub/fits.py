@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
-
-from torch import Tensor
 
 from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.shown import listed
@@ -117,20 +114,16 @@ def _other_weights(file: AdapterFile, vit: View) -> list[str]:
     out = {name for name, tensor in marked.items() if id(tensor) in replaced}
     out |= {"patch"} if any(name.endswith(NEW_CHANNELS) for name in brought) else set()  # a part of that kernel
     marks = {name: mark for name, mark in fingerprint(vit).items() if name not in out}
-    sums = {index: of for index, of in sums_of(vit).items() if index not in _blocks_of(vit, replaced)}
-    return other_parts(file, digest_of(vit), lambda: sums, lambda: marks, _touched(layers_of(vit.backbone), brought))
+    without = {layer for name, layer in layers_of(vit.backbone).items() if name in brought}
+    return other_parts(file, digest_of(vit), partial(_sums_without, vit, replaced), lambda: marks, without)
 
 
-def _blocks_of(vit: View, replaced: set[int]) -> set[str]:
-    """Return the indices of blocks that hold one of these parameters."""
-    blocks = blocks_of(vit.backbone, len(vit.spec.widths))
-    return {str(i) for i, block in enumerate(blocks) if any(id(p) in replaced for p in block.parameters())}
-
-
-def _touched(layers: Mapping[str, str], brought: Mapping[str, Tensor]) -> dict[str, bool]:
-    """Layers of which some tensors are brought -> whether all are."""
-    rest = {layer for name, layer in layers.items() if name not in brought}
-    return {layer: layer not in rest for name, layer in layers.items() if name in brought}
+def _sums_without(vit: View, replaced: set[int]) -> dict[str, list[float]]:
+    """Return the sums over those blocks that hold none of these parameters."""
+    sums = sums_of(vit)
+    blocks = blocks_of(vit.backbone, len(vit.spec.widths)) if sums else []
+    touched = {str(i) for i, block in enumerate(blocks) if any(id(p) in replaced for p in block.parameters())}
+    return {index: of for index, of in sums.items() if index not in touched}
 
 
 def other_parts(
@@ -138,7 +131,7 @@ def other_parts(
     now: Mapping[str, str],
     sums: Callable[[], Mapping[str, Sequence[float]]],
     marks: Callable[[], Mapping[str, Sequence[float]]],
-    touched: Mapping[str, bool] = MappingProxyType({}),
+    without: Collection[str] = (),
 ) -> list[str]:
     """Return the parts of two backbones whose weights differ: of the one that a file records, and of another.
 
@@ -147,20 +140,19 @@ def other_parts(
         now: digest of the other backbone.
         sums: returns its sums over blocks, asked for where digests do not say it all: between libraries, precisions.
         marks: returns its fingerprint, likewise.
-        touched: layers of which the file brings some tensors itself, and whether it brings all. They are left out of
-            the digests.
+        without: layers of which the file brings tensors itself, so that their digests are not compared.
     """
     saved = file.header["backbone"]
-    then, now = ({k: v for k, v in (d or {}).items() if k not in touched} for d in (saved.get("digest"), now))
+    then, now = ({k: v for k, v in (d or {}).items() if k not in without} for d in (saved.get("digest"), now))
     # The backbone's own classifier speaks where the adapter has no head.
     other, complete = other_layers(then, now, classifier=file.header["head"] is None and saved.get("classes", 0) > 0)
-    if complete and all(touched.values()):
+    if complete and not without:
         return other
     if saved.get("sums"):
         other += [f"block {i}" for i in other_blocks(saved["sums"], sums())]
     mine = marks()
-    theirs = {name: mark for name, mark in saved["fingerprint"].items() if not touched or name in mine}
-    return other if other or (touched and not theirs) else _other_marks(theirs, mine)
+    theirs = {name: mark for name, mark in saved["fingerprint"].items() if not without or name in mine}
+    return other if other or (without and not theirs) else _other_marks(theirs, mine)
 
 
 def _other_marks(then: Mapping[str, Sequence[float]], now: Mapping[str, Sequence[float]]) -> list[str]:

@@ -26,10 +26,7 @@ from adaptkit.ops.forks import Lock
 
 __all__ = ["Owner", "check_free", "mark_shared"]
 
-MARK = "_adaptkit_owner"
-
-
-SHARED = "_adaptkit_shared"
+MARK, SHARED = "_adaptkit_owner", "_adaptkit_shared"  #: attributes of a tree: who has it, and that it is only run
 #: All living owners. Parameters are compared, never referred to weakly: torch would not swap them.
 _owners: weakref.WeakSet[Owner] = weakref.WeakSet()
 _lock = Lock()  # of the set, for models that several threads attach and detach, each its own
