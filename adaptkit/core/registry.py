@@ -15,7 +15,6 @@ import functools
 import importlib
 import os
 import pkgutil
-import warnings
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +28,7 @@ from adaptkit.core.schema import check_fields
 from adaptkit.core.towers import Found, class_path, first_of, parts_of, said_of
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import View
+from adaptkit.core.warned import warn
 
 __all__ = [
     "OWN_FAMILY",
@@ -167,11 +167,9 @@ def _plugins() -> None:
             point.load()
         except Exception as error:
             package = point.dist.name if point.dist else "unknown"
-            warnings.warn(
+            warn(
                 f"the plug-in {point.name!r} of package {package} ({point.value}) could not be imported and is left "
                 f"out: {error!r}. Repair or uninstall that package",
-                UserWarning,
-                stacklevel=2,
             )
 
 

@@ -11,12 +11,12 @@ import os
 import re
 import sys
 import textwrap
-import warnings
 from pathlib import Path
 from typing import Any
 
 from adaptkit.core.near import hint, looks_like_path
 from adaptkit.core.printable import printable
+from adaptkit.core.warned import warn
 from adaptkit.version import DISTRIBUTION
 
 __all__ = ["card_beside", "check_metadata", "is_hub_id", "merged", "model_card", "renewed"]
@@ -99,18 +99,16 @@ def card_beside(folder: str | os.PathLike[str], header: dict[str, Any]) -> str |
     try:
         return renewed(card, old, str(path), header.get("metadata", {}))
     except ValueError as error:
-        warnings.warn(f"{path} is kept as it is: {error}, and save again", UserWarning, stacklevel=3)
+        warn(f"{path} is kept as it is: {error}, and save again")
         return None
 
 
 def renewed(card: str, old: str, where: str, metadata: dict[str, Any]) -> str:
     """Return :func:`merged`, with a warning where the old card reports results and the new one has none."""
     if "model-index" in _split(old)[0] and not metadata.get("metrics"):
-        warnings.warn(
+        warn(
             f"the card of {where} reports results of what was there before, and they stay: give metrics= to "
             "replace them, or take them out there",
-            UserWarning,
-            stacklevel=4,
         )
     return merged(card, old)
 

@@ -87,8 +87,7 @@ def attach(
         )
     if options:
         if len(adapters) != 1 or not isinstance(adapters[0], str):
-            given = ", ".join(options)
-            raise TypeError(f"{given}: options go with one adapter given by name; otherwise use (name, {{...}})")
+            raise TypeError(f"{', '.join(options)}: options go with one adapter given by name, else use (name, {{...}})")
         adapters = ((adapters[0], options),)
     checked_name(name)
     with ordinary_tensors():

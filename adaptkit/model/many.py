@@ -11,7 +11,6 @@ one of its own, and :func:`attach_many` says so.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from adaptkit.adapters.base import BlockAdapter
 from adaptkit.core.proxy import LayerProxy, Route, Routed, WeightProxy, put, routing
 from adaptkit.core.view import Features, View
+from adaptkit.core.warned import warn
 from adaptkit.features.replay import replay
 from adaptkit.model.adapted import AdaptedModel, attach
 from adaptkit.model.forward import run
@@ -98,7 +98,7 @@ class ManyTasks(nn.Module):
         self.active = (*self.active, name)
         why = self._set(name).why_alone()
         if why:
-            warnings.warn(f"task {name!r} has a pass of its own: {why}", UserWarning, stacklevel=3)
+            warn(f"task {name!r} has a pass of its own: {why}")
 
     def _route(self, name: str) -> None:
         """Have the layers that this task's LoRA changes run it whenever the task is at hand."""

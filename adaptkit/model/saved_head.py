@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from typing import Any
 
 from torch import Tensor, nn
 
 from adaptkit.core.registry import configured, heads
+from adaptkit.core.warned import warn
 from adaptkit.hub.file import AdapterFile
 from adaptkit.model.saved import configured_by
 
@@ -46,11 +46,9 @@ def head_of(arg: Any, files: list[AdapterFile]) -> tuple[Any, AdapterFile | None
         )
     for file in saved:
         if file not in same:
-            warnings.warn(
+            warn(
                 f"the trained head in {file.path} ({_said(file)}) is left out, for head= asks for another "
                 f"({_asked(chosen)}). Give the same one to keep it",
-                UserWarning,
-                stacklevel=4,
             )
     return chosen, same[0] if same else None
 

@@ -6,7 +6,6 @@ pyramid under a head that reads tokens only, LoRA in a layer that the backbone n
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
@@ -20,6 +19,7 @@ from adaptkit.core.proxy import own_layer
 from adaptkit.core.shown import listed
 from adaptkit.core.tree import at_rest, skeleton
 from adaptkit.core.view import Features, View
+from adaptkit.core.warned import warn
 from adaptkit.model.parts import AdapterSet
 
 __all__ = ["check_trained", "tensors_in"]
@@ -62,11 +62,9 @@ def check_trained(vit: View, built: AdapterSet, run: Callable[[View, AdapterSet,
     unread = {n: p for n, p in unread.items() if n not in read_by_none}
     built.leaves_unread = bool(unread)
     if unread and built.head is not None:
-        warnings.warn(
+        warn(
             f"the head {type(built.head).__name__} does not read all that {' + '.join(built.adapters)} makes: its loss "
             f"does not train {listed(list(unread))}. {_remedy(list(unread))}, or add a loss on the features yourself",
-            UserWarning,
-            stacklevel=4,
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adaptkit.core.warned import warn
 from adaptkit.export.detectors import Detections
 from adaptkit.export.trace import Graph
 
@@ -86,10 +86,9 @@ class DetectorGraph(Graph):
     def finish(self) -> None:
         """Warn where the file was compared on images in which there is nothing to find."""
         if self.compared == 0:
-            warnings.warn(
+            warn(
                 "the detector finds nothing in the images that the file was compared on, and neither does the file: "
                 "compare them on a picture of yours",
-                stacklevel=2,
             )
 
 

@@ -7,7 +7,6 @@ peft names a tensor by the layer in its ``PeftModel`` and leaves the adapter's n
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from adaptkit.adapters.lora.adapter import LoRA, LoRAConfig
 from adaptkit.adapters.lora.methods import PARAMETER, SHARED
 from adaptkit.core.schema import check, read_json
+from adaptkit.core.warned import warn
 
 __all__ = ["from_peft_layout", "peft_config_of", "to_peft_layout"]
 
@@ -46,10 +46,8 @@ def from_peft_layout(config: dict[str, Any], tensors: dict[str, Tensor]) -> tupl
     lora = {k: v for k, v in tensors.items() if PARAMETER.search(k)}
     other = sorted(k.removeprefix(PREFIX) for k in tensors.keys() - lora.keys())
     if other:
-        warnings.warn(
+        warn(
             f"{', '.join(other[:4])} in this peft folder are no LoRA and were left out: give the task's head by head=",
-            UserWarning,
-            stacklevel=4,
         )
     own = LoRAConfig.from_json(config)
     base = config.get("base_model_name_or_path") or ""
