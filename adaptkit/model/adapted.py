@@ -87,7 +87,8 @@ def attach(
         )
     if options:
         if len(adapters) != 1 or not isinstance(adapters[0], str):
-            raise TypeError(f"{', '.join(options)}: options go with one adapter by name; otherwise use (name, {{...}})")
+            given = ", ".join(options)
+            raise TypeError(f"{given}: options go with one adapter given by name; otherwise use (name, {{...}})")
         adapters = ((adapters[0], options),)
     checked_name(name)
     with ordinary_tensors():
