@@ -44,7 +44,7 @@ from adaptkit.losses import check_budget
 
 from . import normalisation, record
 from .adavit_model import build
-from .adavit_policies import POLICIES, WAYS, prepared
+from .adavit_policies import POLICIES, WAYS, prepared, warn_out_of_reach
 from .adavit_scores import Score, calibrate, evaluate, images_per_second, random_at
 from .adavit_training import train
 from .devices import together
@@ -131,6 +131,7 @@ def run_in(out: Path, args: argparse.Namespace, accelerator: Accelerator) -> Non
     seed = folded(args.seed * 1000 + accelerator.process_index)
     policy = prepared(model, args.policy, args.budget, (args.size, args.size), seed)
     if accelerator.is_main_process:
+        warn_out_of_reach(accounting.costs(model, (args.size, args.size)), args.budget)
         begin(out, MADE)
         record.write(out, "adavit", args, accelerator, model, (data, held))
     started = time.perf_counter()

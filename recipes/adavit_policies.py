@@ -16,8 +16,9 @@ from torch import Tensor
 
 from adaptkit.adapters.adavit import AdaViT, Random
 from adaptkit.analysis import accounting
+from adaptkit.core.warned import warn
 
-__all__ = ["POLICIES", "WAYS", "at_random", "by_depth", "prepared", "share_of_each"]
+__all__ = ["POLICIES", "WAYS", "at_random", "by_depth", "prepared", "share_of_each", "warn_out_of_reach"]
 
 POLICIES = {"learned": "adaptive", "random": "random+", "static": "static"}  #: --policy -> how its score is called
 #: What a comparison compares, see adavit_baselines.py.
@@ -55,6 +56,19 @@ def decisions(costs: accounting.Costs, images: int, rate: float = 1.0) -> dict[s
     each = {"patch": costs.rows - costs.prefix, "head": gates.spec.num_heads, "layer": 2}
     shapes = {kind: (images, gates.spec.depth - gates.first[kind], each[kind]) for kind in gates.config.gates}
     return {f"{k}_keep": (torch.rand(shape, generator=generator) < rate).float() for k, shape in shapes.items()}
+
+
+def warn_out_of_reach(costs: accounting.Costs, budget: float) -> None:
+    """Warn where the gates spend more than the budget even with all of them shut."""
+    least = float(accounting.macs(costs, decisions(costs, 1, 0.0))) / costs.dense
+    if least > budget:
+        gates = costs.adapter.config.gates
+        apart = all(block.comes_apart for block in costs.blocks)
+        unsplit = "" if apart or "head" not in gates else ", and this backbone computes all heads or none"
+        warn(
+            f"--budget {budget:g} is out of reach: with all gates shut ({', '.join(gates)}) {least:.0%} of the MACs "
+            f"are left{unsplit}. Raise the budget, or let more be skipped: by 'gates' and 'first_block' in --options"
+        )
 
 
 def at_random(costs: accounting.Costs, budget: float, seed: int) -> Random:

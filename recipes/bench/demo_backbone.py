@@ -83,14 +83,14 @@ def make_backbone(pretrained: bool, seed: int, weights: Path | None) -> nn.Modul
 
 
 @torch.inference_mode()
-def features(backbone: nn.Module, images: Tensor, block: int | None = None) -> Tensor:
-    """Frozen patch tokens of all images, after one block or the last, as maps (K, D, H/16, W/16) in half precision."""
-    maps = []
+def features(backbone: nn.Module, images: Tensor, last: int = 1) -> list[Tensor]:
+    """Frozen patch tokens of all images after each of the last blocks: maps (K, D, H/16, W/16) in half precision."""
+    maps: list[list[Tensor]] = [[] for _ in range(last)]
     for batch in images.split(8):
-        given, block = normalised(batch), len(backbone.blocks) - 1 if block is None else block
-        (some,) = backbone.get_intermediate_layers(given, n=[block], reshape=True, norm=True)
-        maps.append(some.half())
-    return torch.cat(maps).clone()
+        found = backbone.get_intermediate_layers(normalised(batch), n=last, reshape=True, norm=True)
+        for some, one in zip(maps, found):
+            some.append(one.half())
+    return [torch.cat(some).clone() for some in maps]
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ def main() -> None:
         for seed in args.seeds:
             if name == "random weights" or not scores:  # the trained one is the same for every seed
                 backbone = make_backbone(name == "demo backbone", seed, args.weights)
-                train_maps, val_maps = features(backbone, train_images), features(backbone, val_images)
+                (train_maps,), (val_maps,) = features(backbone, train_images), features(backbone, val_images)
             scores.append(score(train(args, train_maps, train_labels, seed), val_maps, val_labels))
     means = {name: [scores.mean().item() for scores in rows] for name, rows in results.items()}
 
@@ -200,9 +200,9 @@ def print_blocks(args: argparse.Namespace, fit: tuple[Tensor, Tensor], val: tupl
     even, changed = evenness(backbone, some), changes(backbone, some)
     print(f"Linear head, {args.steps} steps, seed {seed}, {args.height} x {args.width} pixels:\n")
     print("| after block | mIoU | evenness of its attention | what it adds, by what it was given |\n|---|---|---|---|")
-    for block in range(len(backbone.blocks)):
-        head = train(args, features(backbone, fit[0], block), fit[1], seed)
-        miou = score(head, features(backbone, val[0], block), val[1]).mean()
+    depth = len(backbone.blocks)
+    for block, (maps, held) in enumerate(zip(features(backbone, fit[0], depth), features(backbone, val[0], depth))):
+        miou = score(train(args, maps, fit[1], seed), held, val[1]).mean()
         print(f"| {block} | {miou:.1f} | {even[block]:.2f} | {changed[block]:.2f} |", flush=True)
 
 

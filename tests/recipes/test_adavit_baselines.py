@@ -18,7 +18,7 @@ import adaptkit
 from adaptkit.adapters.adavit import AdaViT, Random
 from adaptkit.analysis import accounting
 from recipes import ablation, adavit, adavit_baselines
-from recipes.adavit_policies import WAYS, at_random, by_depth, prepared
+from recipes.adavit_policies import WAYS, at_random, by_depth, prepared, warn_out_of_reach
 
 pytest.importorskip("matplotlib")
 
@@ -58,6 +58,23 @@ def test_static_keeps_the_first_sub_layers_and_as_many_as_the_budget_allows(budg
 
 def test_below_what_the_blocks_without_gates_cost_static_leaves_all_others_out():
     assert not by_depth(accounting.costs(model(), SIZE), 0.05).any()
+
+
+@pytest.mark.parametrize("host", ["timm-vit", "timm-eva02"])
+@pytest.mark.parametrize("gates", [("head",), ("patch",), ("layer",), ("patch", "head", "layer")])
+def test_a_budget_that_no_decision_meets_is_warned_of(host, gates, recwarn):
+    torch.manual_seed(0)
+    adapted = adaptkit.attach(HOSTS[host].build(), ("adavit", {"gates": gates}))
+    costs = accounting.costs(adapted, SIZE)
+    with AdaViT.of(adapted).deciding(Random(0.0, 0.0, 0.0)):
+        least = float(accounting.macs(costs, adapted(images(1)).aux)) / costs.dense
+    warn_out_of_reach(costs, least + 1e-6)
+    assert not recwarn
+    if least > 1e-3:
+        with pytest.warns(UserWarning, match=rf"with all gates shut \({', '.join(gates)}\) {least:.0%}"):
+            warn_out_of_reach(costs, least - 1e-6)
+    if gates == ("head",) and host == "timm-eva02":  # whose heads do not come apart
+        assert least > 0.99
 
 
 @pytest.mark.parametrize("training", [False, True])
