@@ -20,6 +20,8 @@ import json
 import math
 import shutil
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save as to_bytes
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from adaptkit.demo.canvas import Canvas
@@ -310,6 +313,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) 
         total=args.steps * images, initial=first * images, unit="img", unit_scale=True, mininterval=2,
         disable=not accelerator.is_main_process,
     )  # fmt: skip
+    on_cpu = accelerator.device.type == "cpu"  # whose fused kernel is slow in its backward pass
+    attention = partial(sdpa_kernel, SDPBackend.MATH) if on_cpu else nullcontext
     model.train()
     with Stop() as stop:
         for step in range(first, args.steps):
@@ -318,7 +323,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) 
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, step)
             view, noise = pictures.batch(step)
-            with accelerator.autocast():
+            with attention(), accelerator.autocast():
                 losses = model(view, noise, depth_at(args, step))
                 loss = losses["pixels"] + args.dense_weight * (losses["family"] + losses["border"] + losses["depth"])
             accelerator.backward(loss)
