@@ -46,7 +46,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--pool", default=None, choices=["avg", "token", "both"], help="default: both, avg without a token")
     p.add_argument("--zero-head", action=argparse.BooleanOptionalAction, default=False, help="start it at zero")
     p.add_argument("--label-smoothing", type=float, default=0.0)
-    p.add_argument("--budget", type=float, default=0.5, help="share that adavit keeps, see recipes.adavit for more")
+    p.add_argument("--budget", type=float, default=0.5, help="share that each kind of adavit's gates keeps")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

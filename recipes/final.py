@@ -1,7 +1,7 @@
 """What a run leaves for `adaptkit report` when it ends: evaluation.json and pictures.
 
 The numbers are those of the validation that looks at the saved file anyway, in the words of `adaptkit eval --json`; no
-image is looked at twice for them. A dozen images are, to be drawn: the worst, the best, and some that every run on
+image is looked at twice for them. Up to nine images are, to be drawn: the worst, the best, and some that every run on
 these data draws, so that runs can be compared.
 """
 

@@ -34,8 +34,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "validation": ("slide", "stride", "resize", "scales", "flip"),
     "run": (
-        "config", "out", "seed", "seeds", "eval-every", "save-every", "keep-best", "early-stopping", "patience",
-        "details", "tracker", "resume", "change", "overwrite", "shard", "help",
+        "config", "out", "seed", "seeds", "eval-every", "save-every", "keep-best", "patience", "details",
+        "tracker", "resume", "change", "overwrite", "shard", "help",
     ),
 }  # fmt: skip
 REST = "this task"

@@ -1,7 +1,6 @@
 """Does the structure of an adapter matter more than its token mixer, when the backbone is frozen?
 
-    python -m recipes.mixers --train ../shared/data/camvid-train.parquet --val ../shared/data/camvid-val.parquet \
-        --num-classes 11 --out runs/mixers                            # 43 minutes on one core
+    python -m recipes.mixers --train camvid-train.parquet --val camvid-val.parquet --num-classes 11 --out runs/mixers
 
 MetaFormer (Yu et al. 2022) says so of networks trained from scratch: it is the block that makes them, not attention.
 Here the block is an adapter beside each frozen block of the demonstration backbone, a linear head on its tokens

@@ -138,7 +138,7 @@ def parser(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentPars
     p.add_argument("--streaming", action=argparse.BooleanOptionalAction, default=False, help="read data as they come")
     p.add_argument("--shuffle-buffer", type=int, default=1000, help="rows to draw from when streaming; 0: as they come")
     p.add_argument("--backbone", default="demo", help="demo, a timm name, hf-hub:..., org/repo, or a local folder")
-    p.add_argument("--random-backbone", action=argparse.BooleanOptionalAction, default=False, help="for comparison")
+    p.add_argument("--random-backbone", action=argparse.BooleanOptionalAction, default=False, help="random weights")
     p.add_argument("--backbone-dtype", choices=packed.DTYPES, help=DTYPE_HELP)
     normalisation.options(p)
     p.add_argument("--adapter", nargs="+", default=["none"], metavar="NAME", help="one or several, see `adaptkit list`")

@@ -7,8 +7,8 @@
 
 The model, its loss and its training are the same for all three; what is read as data, and the score, are those of
 `recipes.segment --head plain-mask`, `recipes.detect --model plain-mask` and `recipes.panoptic --head plain-mask`,
-whose options are taken: `--task panoptic --help`. Learning rate, decay, warm-up and clipping are the paper's, but with
---config.
+whose options are taken: `--task panoptic --help`. Learning rate, decay, warm-up and clipping are the paper's
+unless --config is given.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
     add_backbone(parser)
     add_ways(parser)
     parser.add_argument("--threshold", type=float, default=0.5, help="least score of an object (default: %(default)s)")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="of the frames of a video")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="take every Nth frame of a video")
     parser.add_argument("--no-overlay", action="store_true", help="write the answers alone")
 
 

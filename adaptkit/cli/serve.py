@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
                       help="let clients mount and unmount, from a folder, hub, hub:org or anywhere")  # fmt: skip
     batch = parser.add_argument_group("batches")
     batch.add_argument("--batching", choices=("exact", "close", "off"), default="exact",
-                       help="images that share a pass: those whose bits it keeps, those of one size, none")  # fmt: skip
+                       help="exact: where answers keep their bits; close: all of one size; off: never")  # fmt: skip
     batch.add_argument("--max-batch", type=int, default=8, help="images of a pass")
     batch.add_argument("--window", type=float, default=2.0, help="milliseconds that an image waits for others")
     limits = parser.add_argument_group("limits")

@@ -1,8 +1,8 @@
 """What did the demonstration backbone learn? A linear head on its frozen tokens, and on the same network untrained.
 
-    python -m recipes.bench.demo_backbone                      # CamVid from ../shared, or the folder ADAPTKIT_SHARED
-    python -m recipes.bench.demo_backbone --weights runs/mae/demo_backbone.safetensors
-    python -m recipes.bench.demo_backbone --blocks             # what each block is worth
+    python -m recipes.bench.demo_backbone --train camvid-train.parquet --val camvid-val.parquet
+    ... --weights runs/mae/demo_backbone.safetensors
+    ... --blocks  # what each block is worth
 
 The head is a batch norm without parameters and a 1 x 1 convolution on the patch tokens, its logits brought to the size
 of the labels bilinearly. Both backbones get the same head, images, steps and learning rate. The spread is the standard
@@ -14,7 +14,6 @@ entropy of its attention, 1: all tokens alike) and by how much it changes the to
 
 import argparse
 import math
-import os
 import statistics
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from torch import Tensor, nn
 
 from adaptkit.analysis.attention import Attention, attentions
 
-ROOT = Path(__file__).parents[2]
 CLASSES = ("sky", "building", "pole", "road", "sidewalk", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
 IGNORE = 255
 LOOKED_AT = 8  #: images whose attention and changes are measured
@@ -35,10 +33,9 @@ LOOKED_AT = 8  #: images whose attention and changes are measured
 
 def arguments() -> argparse.Namespace:
     """Read the command line."""
-    shared = Path(os.environ.get("ADAPTKIT_SHARED", ROOT.parent / "shared"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=Path, default=shared / "data" / "camvid-train.parquet")
-    parser.add_argument("--val", type=Path, default=shared / "data" / "camvid-val.parquet")
+    parser.add_argument("--train", type=Path, required=True, help="Parquet file with the columns image and label")
+    parser.add_argument("--val", type=Path, required=True)
     parser.add_argument("--weights", type=Path, help="other weights than those that ship")
     parser.add_argument("--height", type=int, default=240, help="images are resized to height x width pixels")
     parser.add_argument("--width", type=int, default=320)
