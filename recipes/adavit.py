@@ -52,7 +52,7 @@ from .folder import begin, occupied
 from .help import RecipeParser
 from .labelled import Labelled, check_same_classes, open_labelled
 from .normalisation import source_of
-from .options import MODES, OVERWRITE_HELP, PRECISION_HELP, command, precision, seed_of
+from .options import MODES, OVERWRITE_HELP, PRECISION_HELP, command, precision, seed_of, validation
 from .order import folded
 
 #: What a run leaves.
@@ -124,10 +124,12 @@ def run_in(out: Path, args: argparse.Namespace, accelerator: Accelerator) -> Non
     """Train and compare, in a folder that is this run's."""
     set_seed(folded(args.seed, 31))
     device = accelerator.device
-    data = open_labelled(args.data, "train", args.size)
-    held = open_labelled(args.val or args.data, "validation", args.size)
+    scored = validation(argparse.Namespace(train=args.data, val=args.val))
+    data, held = open_labelled(args.data, "train", args.size), open_labelled(scored, "validation", args.size)
     check_same_classes(data.classes, held.classes, "--data")
     model = build(data, args, device)
+    if accelerator.num_processes > 1:
+        set_seed(folded(args.seed, 31), device_specific=True)  # each draws noise of its own
     seed = folded(args.seed * 1000 + accelerator.process_index)
     policy = prepared(model, args.policy, args.budget, (args.size, args.size), seed)
     if accelerator.is_main_process:

@@ -40,11 +40,13 @@ def validation_batches(rows: Rows, task: Task, accelerator: Accelerator, args: a
     """Return the loader of this rank's share.
 
     A stream is read by the first rank, which deals it out; one of images of several sizes cannot be dealt out in
-    batches, so there each rank reads its part.
+    batches, so there each rank reads its part. With ``--shard`` all ranks run each pass of the backbone together, and
+    the number of passes depends on the sizes: there each reads all.
     """
     collate, how = getattr(rows, "collate", task.collate), loading(accelerator.device, args.workers)
+    if args.shard and not args.streaming and hasattr(rows, "collate"):
+        return OwnShare(rows, args.batch_size, collate_fn=collate, **how)
     if args.streaming and hasattr(rows, "collate"):
-        # With --shard all ranks run each pass of the backbone together, so that there each reads all.
         rank, ranks = (0, 1) if args.shard else (accelerator.process_index, accelerator.num_processes)
         share = 0, rank, ranks, args.workers
         return OwnShare(

@@ -6,8 +6,9 @@
                                      values that a file gives (``adaptkit.bands``), for more than three channels
                                      where neither --mean and --std nor the backbone say them
 
-A backbone of as many channels by itself needs no option. What was measured stands in place of --mean and --std: in the
-log, in ``config.yaml`` and in the adapter's file, so that whoever reads the file normalises alike.
+A backbone of as many channels by itself needs no option, but in detect and panoptic, which look at their images first.
+What was measured stands in place of --mean and --std: in the log, in ``config.yaml`` and in the adapter's file, so that
+whoever reads the file normalises alike.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def build(args: argparse.Namespace, rows: Any = None) -> adaptkit.AdaptedModel:
     if rows is not None:
         channels.settle(args, adaptkit.view(backbone), rows, "--train")
     source_of(adaptkit.view(backbone), args)  # known, or an error, before anything is built
-    pool = args.pool or ("both" if getattr(adaptkit.view(backbone).spec, "prefix", 0) else "avg")
+    pool = args.pool or ("both" if getattr(adaptkit.view(backbone).spec, "num_prefix_tokens", 0) else "avg")
     head = adaptkit.ClassifierHeadConfig(args.num_classes, pool)
     model = adaptkit.attach(backbone, *adapters(args), head=head, train_backbone=trained_parts(backbone, args)).train()
     if args.zero_head:

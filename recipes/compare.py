@@ -40,7 +40,7 @@ PAGE = "report.html"
 #: Options that may differ between a run that is there and the one that is asked for.
 FREE = ("out", "workers", "tracker", "details", "seed", "save_every")
 #: What is left to a run, which records what it found: the number of classes, their weights.
-FOUND: tuple[Any, ...] = (None, ["balanced"])
+FOUND: tuple[Any, ...] = (None, ["balanced"], "auto")
 
 
 @dataclass(frozen=True)

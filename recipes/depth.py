@@ -26,7 +26,7 @@ from adaptkit.pictures import Picture, check_pair, numbers, pair
 from . import channels
 from .augment import colours
 from .channels import backbone_of, trained_parts
-from .data import open_dataset
+from .data import filled, open_dataset
 from .drawn import rooms
 from .engine import run
 from .labels import some
@@ -117,7 +117,8 @@ def build(args: argparse.Namespace) -> adaptkit.AdaptedModel:
 def data(args: argparse.Namespace, model: Any, train: bool) -> DepthData:
     name, split, option = (args.train, "train", "--train") if train else (validation(args), "validation", "--val")
     if name.startswith("drawn:"):
-        opened = rooms(int(name.removeprefix("drawn:")), seed=0 if train else 1, scale=args.depth_scale)
+        drawn = rooms(int(name.removeprefix("drawn:")), seed=0 if train else 1, scale=args.depth_scale)
+        opened = filled(drawn, name, args.streaming)
     else:
         columns = (args.image_column, args.depth_column)
         opened = open_dataset(name, split, columns, args.streaming, DEPTH_NAMES, args.depth_suffix)

@@ -26,16 +26,18 @@ from torch.utils.data import DataLoader
 
 import adaptkit
 from adaptkit.create import create_backbone
-from adaptkit.hub.write import check_writable, write_atomic
+from adaptkit.hub.write import write_atomic
 
 from . import normalisation
 from .devices import copying, loading, together
+from .folder import occupied
 from .help import RecipeParser
 from .labelled import LabelledData, check_same_classes, open_images
-from .options import PRECISION_HELP, command, precision, seed_of, validation
+from .options import OVERWRITE_HELP, PRECISION_HELP, command, precision, seed_of, validation
 from .order import plain_errors
 
 TOGETHER = 32  # batches that are fetched from the device in one go
+RESULT = "result.json"
 BIAS = 100.0  # the constant feature: so large that the ridge leaves the intercept alone
 
 
@@ -61,6 +63,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--workers", type=int, default=0)
     p.add_argument("--mixed-precision", default="no", choices=["no", "bf16", "fp16", "auto"], help=PRECISION_HELP)
     p.add_argument("--out", default="runs/fewshot")
+    p.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False, help=OVERWRITE_HELP)
     args = p.parse_args(argv)
     if min(args.shots) < 0 or args.neighbours < 1 or args.temperature <= 0 or args.l2 < 0:
         p.error("--shots and --l2 must not be negative, --neighbours at least 1, --temperature above 0")
@@ -177,9 +180,14 @@ def table(rows: list[dict]) -> str:
 @plain_errors()
 def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(argv)
-    out = check_writable(args.out)
     mixed_precision = precision(args.mixed_precision)
     accelerator = together(Accelerator, mixed_precision=mixed_precision, dataloader_config=copying())
+    with occupied(args.out, accelerator, overwrite=args.overwrite, made=(RESULT,), can_resume=False) as out:
+        return run(out, args, accelerator)
+
+
+def run(out: Path, args: argparse.Namespace, accelerator: Accelerator) -> list[dict]:
+    """Score, in a folder that is this run's."""
     torch.manual_seed(0)  # a random backbone is the same random one on every rank
     backbone = create_backbone(args.backbone, pretrained=not args.random_backbone)
     saved = adaptkit.load(args.adapter) if args.adapter else None
@@ -201,7 +209,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     results = accuracies(found[0], found[1], args)
     if accelerator.is_main_process:
         text = json.dumps({"arguments": vars(args), "pool": pool, "rows": results}, indent=2) + "\n"
-        write_atomic(Path(out) / "result.json", text.encode())
+        write_atomic(out / RESULT, text.encode())
         print(f"{args.backbone}, pool {pool}, {len(found[0][1])} images to draw from, {len(found[1][1])} held out\n")
         print(table(results))
     accelerator.end_training()

@@ -108,10 +108,12 @@ def _read_table(path: Path) -> dict[str, Any]:
 def to_record(args: argparse.Namespace) -> dict[str, Any]:
     """Return what a file must say for prediction and evaluation: names, how labels were read, and images looked at."""
     said = dict(getattr(args, "named", {}))
-    labels = {k: getattr(args, k) for k in LABELS if getattr(args, k, None) not in (None, {}, False, [])}
+    labels = {
+        k: v for k in LABELS if (v := getattr(args, k, None)) is not None and v is not False and v not in ({}, [])
+    }
     if labels:
         said["labels"] = labels
-    looked = {k: getattr(args, k) for k in WAYS if getattr(args, k, None) not in (None, False, [1.0])}
+    looked = {k: v for k in WAYS if (v := getattr(args, k, None)) is not None and v is not False and v != [1.0]}
     if looked:
         said["evaluation"] = looked
     if len(labels.get("palette", ())) == getattr(args, "num_classes", None):

@@ -32,15 +32,15 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False, help="and over the mirrored image")
 
 
-def ways(args: argparse.Namespace) -> Ways:
-    """Return them; ``ValueError`` for a window or a size that is none."""
+def ways(args: argparse.Namespace, batch_size: int | None = None) -> Ways:
+    """Return them, for ``--batch-size`` images at once; ``ValueError`` for a window or a size that is none."""
     resize = args.resize
     if resize not in (None, "native"):
         if not str(resize).isdigit():
             raise ValueError(f"--resize {resize}: give the shorter side in pixels, or native")
         resize = int(resize)
     slide, stride = (None if v is None else (v[0], v[1]) for v in (args.slide, args.stride))
-    return Ways(slide, stride, resize, tuple(args.scales), args.flip, batch_size=args.batch_size)
+    return Ways(slide, stride, resize, tuple(args.scales), args.flip, batch_size=batch_size or args.batch_size)
 
 
 class NativeSegmentation(Rows):

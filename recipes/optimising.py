@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
 from torch import nn
 
 from adaptkit.adapters.base import Adapter
+from adaptkit.core.tree import blocks_of
+from adaptkit.model.adapted import AdaptedModel
 from adaptkit.model.trained import TrainedBackbone
 
 from .muon import Muon, matrices
@@ -46,15 +48,33 @@ def slower_parts(model: nn.Module) -> dict[int, float]:
 
 
 def blocks_above(model: nn.Module) -> dict[int, int]:
-    """Return by the id of a trained parameter of the backbone how many blocks stand above it."""
+    """Return by the id of a trained parameter of the backbone how many blocks stand above it.
+
+    What stands between two blocks (a stage's downsampling) goes with the first block of its stage.
+    """
     found = {}
-    for part in (m for m in model.modules() if isinstance(m, TrainedBackbone)):
-        depth = part.spec.depth
-        for name, parameter in part.copies.named_parameters():
-            number = next((int(p) for p in name.split(".") if p.isdigit()), None)
-            embeds = any(word in name for word in ("embed", "cls_token", "reg_token", "dist_token", "norm_pre"))
-            found[id(parameter)] = depth if embeds else 0 if number is None else depth - 1 - number
+    for adapted in (m for m in model.modules() if isinstance(m, AdaptedModel)):
+        vit, parts = adapted.vit, [m for m in adapted.modules() if isinstance(m, TrainedBackbone)]
+        if not parts:
+            continue
+        blocks = blocks_of(vit.backbone, len(vit.spec.widths))
+        index = {id(block): i for i, block in enumerate(blocks)}
+        names = {name: index[id(m)] for name, m in vit.backbone.named_modules() if id(m) in index}
+        for name, parameter in ((n, p) for part in parts for n, p in part.copies.named_parameters()):
+            found[id(parameter)] = _above(name, names, len(blocks))
     return found
+
+
+def _above(name: str, blocks: Mapping[str, int], depth: int) -> int:
+    """How many of the blocks, given by their names, stand above the parameter of this name."""
+    parents = [name.rsplit(".", k)[0] for k in range(1, name.count(".") + 1)]
+    for parent in parents:
+        if parent in blocks:
+            return depth - 1 - blocks[parent]
+    if any(word in name for word in ("embed", "cls_token", "reg_token", "dist_token", "norm_pre")):
+        return depth
+    stage = [i for parent in parents[:-1] for block, i in blocks.items() if block.startswith(f"{parent}.")]
+    return depth - 1 - min(stage) if stage and len(stage) < depth else 0
 
 
 def optimizer_of(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:

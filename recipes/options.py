@@ -94,9 +94,13 @@ def seed_of(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r}: a seed is a whole number from 0 to 2^63 - 1")
 
 
-#: What ``--change`` may name: how long and how fast it is trained, not what, on what, or by which loss. It must be
+#: What ``--change`` may name: how long and how fast it is trained, and how it is scored; not what, on what, or by which
+#: loss. It must be
 #: named, for an option that differs by mistake (given the first time, then forgotten) looks like one that is meant.
-CHANGEABLE = ("steps", "lr", "schedule", "warmup", "weight_decay", "clip", "patience", "keep_best")
+CHANGEABLE = (
+    "steps", "lr", "schedule", "warmup", "weight_decay", "clip", "patience", "keep_best",
+    "slide", "stride", "resize", "scales", "flip", "details",
+)  # fmt: skip
 
 
 def changeable(text: str) -> str:
@@ -201,6 +205,12 @@ def read(p: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.
     if getattr(args, "train_backbone", None) and getattr(args, "backbone_dtype", None) not in (None, "float32"):
         p.error(f"--backbone-dtype {args.backbone_dtype} is for frozen weights, and small steps of --train-backbone "
                 "would be lost in it: give one of them")  # fmt: skip
+    if getattr(args, "clip", 1.0) <= 0:
+        p.error(f"--clip {args.clip}: the largest norm of a gradient is above 0, e.g. 1; inf clips nothing")
+    if not 0 <= getattr(args, "warmup", 0.0) < 1:
+        p.error(f"--warmup {args.warmup}: a share of the steps, in 0..1, e.g. 0.05")
+    if min(getattr(args, k, 0) for k in ("eval_every", "save_every")) < 0:
+        p.error("--eval-every and --save-every are numbers of steps, or 0")
     if getattr(args, "patience", 0) < 0:
         p.error(f"--patience {args.patience}: give a number of evaluations, or 0")
     if getattr(args, "change", None) and not args.resume:
@@ -276,8 +286,14 @@ def validation(args: argparse.Namespace) -> str:
     """Return ``--val``, or the set of ``--train`` where that has splits. Raises ``ValueError`` where it has none."""
     path = Path(args.train)
     splits = has_splits(path) or not (path.exists() or "*" in args.train or path.suffix == ".parquet")
+    splits = splits and not args.train.startswith(("crops:", "placed:"))
     if args.val is None and not splits:
         raise ValueError(f"{args.train} has no splits, and a score on training data says little; give --val")
+    if args.val is None and "@" in args.train and not path.exists():
+        said = args.train.partition("@")[0]
+        raise ValueError(
+            f"{args.train} is one split, and a score on it would be one on training data; give --val {said}"
+        )
     return args.val or args.train
 
 

@@ -82,7 +82,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--masked-share", type=float, default=0.25, help="share of the batch that is also masked")
     parser.add_argument("--dense-weight", type=float, default=1.0, help="weight of the dense labels beside the pixels")
     parser.add_argument("--growth", choices=tuple(GROWTH), default="identity", help="how blocks are added")
-    parser.add_argument("--save-every", type=int, default=100, help="steps between two checkpoints")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints; 0: the last alone")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     parser.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="of the matrix products")
     parser.add_argument("--compile", nargs="?", const="default", choices=MODES, metavar="MODE",
@@ -340,7 +340,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) 
             asks = accelerator.num_processes == 1 or (step + 1) % 10 == 0
             late = asks and out_of_time(args, accelerator, run["seconds"] - before)
             stopped = stop.agreed(accelerator, step + 1)
-            if late or stopped or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            if late or stopped or (args.save_every and (step + 1) % args.save_every == 0) or step + 1 == args.steps:
                 store(args, accelerator, run)
             if stopped:
                 bar.close()
@@ -361,6 +361,7 @@ def store(args: argparse.Namespace, accelerator: Accelerator, run: dict) -> None
     fresh, final, old = (args.out / f"checkpoint{suffix}" for suffix in (".new", "", ".old"))
     try:
         accelerator.save_state(str(fresh))
+        accelerator.wait_for_everyone()  # each process has written its part
         if accelerator.is_main_process:
             write_atomic(fresh / PROGRESS, json.dumps({**run, "run": run_of(args.out)}).encode())
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own

@@ -112,6 +112,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                 "around it is a class too: --num-classes 2, without --reduce-zero-label")  # fmt: skip
     args.named = names.named(args)
     names.reading_of(args)  # an error, before anything is opened
+    ways(args, batch_size=1)
     args.head = args.head or saved_head(args) or ("linear" if args.adapter in (["none"], ["linear"]) else "fpn")
     sides = makes_pyramid(args)
     queries.settle(p, args)

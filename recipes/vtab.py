@@ -91,6 +91,8 @@ def run_task(task: str, found: Found, args: argparse.Namespace) -> dict[str, Any
             return finished["result"]
     if args.resume and not checkpoints(Path(own.out)):  # of the sweep, whose tasks are not all begun
         own.resume, own.overwrite = False, True
+    if together(PartialState).is_main_process:
+        done.unlink(missing_ok=True)  # it was of another run
     result = classify.fit(own, last=False)
     if together(PartialState).is_main_process:
         write_atomic(done, json.dumps({"arguments": asked, "result": result}).encode())

@@ -9,7 +9,7 @@ the tokens of the frozen backbone, and pyramids, heads, positions and exports ar
 they are prefix tokens: rotary positions leave them unturned, and a relative bias is 0 for every pair that has one.
 
 In the deep form the outputs of the prompts are dropped before the next block (section 3.2), so only their keys and
-values are computed.
+values are read.
 """
 
 from __future__ import annotations
@@ -84,11 +84,10 @@ class VPT(BlockAdapter):
 def prompted(block: Block, x: Tensor, p: Tensor, goes_on: bool = False) -> tuple[Tensor, Tensor]:
     """Tokens x (B, P+N, D) and prompts p (B, m, D) -> both after the block; p as it is where it does not go on."""
     tokens, prompts = x.shape[1], p.shape[1]
-    q, k, v = (torch.cat(pair, dim=2) for pair in zip(block.qkv(block.norm1(x)), block.qkv_unplaced(block.norm1(p))))
+    (q, k, v), (of_prompts, *more) = block.qkv(block.norm1(x)), block.qkv_unplaced(block.norm1(p))
+    k, v = (torch.cat(pair, dim=2) for pair in zip((k, v), more))
     if goes_on:
-        x = torch.cat([x, p], dim=1)
-    else:
-        q = q[:, :, :tokens]
+        x, q = torch.cat([x, p], dim=1), torch.cat([q, of_prompts], dim=2)
     bias = block.bias
     if bias is not None:
         bias = F.pad(bias, (0, prompts, 0, prompts if goes_on else 0))

@@ -23,7 +23,7 @@ from adaptkit.analysis.rollouts import rollout
 from adaptkit.analysis.seen import check_query
 from adaptkit.analysis.spectra import spectrum
 from adaptkit.analysis.style import Drawn, styled
-from adaptkit.analysis.watch import Watched, chosen, single
+from adaptkit.analysis.watch import BackboneAlone, Watched, chosen, single
 from adaptkit.model.adapted import AdaptedModel
 
 __all__ = ["FIGURES", "Looked", "looks"]
@@ -56,10 +56,10 @@ class _Asked(NamedTuple):
 
     @property
     def models(self) -> dict[str, nn.Module]:
-        """The model, and beside an adapted one its backbone."""
+        """The model, and beside an adapted one its backbone without what acts in it."""
         if not isinstance(self.model, AdaptedModel):
             return {"backbone": self.model}
-        return {"backbone": self.model.backbone, " + ".join(self.model.adapters): self.model}
+        return {"backbone": BackboneAlone(self.model), " + ".join(self.model.adapters): self.model}
 
     @property
     def depths(self) -> Any:

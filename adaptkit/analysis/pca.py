@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adaptkit.analysis.principal import Principal, principal
 from adaptkit.analysis.style import Drawn, panels, pictured, show
-from adaptkit.analysis.watch import Watched, batch, block_strides, source_of
+from adaptkit.analysis.watch import BackboneAlone, Watched, batch, block_strides, source_of
 from adaptkit.core.layers import check_choice
 from adaptkit.core.tree import evaluating
 from adaptkit.model.adapted import AdaptedModel
@@ -107,7 +107,8 @@ def feature_pca(
 def features_of(model: nn.Module, image: Tensor) -> Any:
     """Run a model as in evaluation: image (1, C, H, W) -> Features."""
     with evaluating(model):
-        return model(image) if isinstance(model, AdaptedModel) else Watched.of(model).vit.features(image)
+        adapted = isinstance(model, AdaptedModel | BackboneAlone)
+        return model(image) if adapted else Watched.of(model).vit.features(image)
 
 
 def _is_edge(masks: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> bool:

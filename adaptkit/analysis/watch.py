@@ -25,6 +25,7 @@ from adaptkit.model.forward import run
 from adaptkit.seam import reference
 
 __all__ = [
+    "BackboneAlone",
     "Watched",
     "batch",
     "block_strides",
@@ -41,6 +42,19 @@ __all__ = [
 Visit = Callable[[Block, int, Tensor, Tensor], Tensor | None]
 
 
+class BackboneAlone(nn.Module):
+    """The backbone of an adapted model without what acts in its layers, to be compared with that model."""
+
+    def __init__(self, adapted: AdaptedModel) -> None:
+        super().__init__()
+        self.adapted = adapted
+
+    def forward(self, image: Tensor) -> Features:
+        """(B, C, H, W) -> features of the frozen backbone."""
+        with self.adapted.disable_adapter():
+            return self.adapted(image)
+
+
 class Watched(NamedTuple):
     """A model as its figures need it."""
 
@@ -55,6 +69,8 @@ class Watched(NamedTuple):
 
         Raises ``TypeError`` for one that nothing sees, and for the mean of several sets, which has no one inside.
         """
+        if isinstance(model, BackboneAlone):
+            return Watched(model.adapted.vit, (), None)
         if not isinstance(model, AdaptedModel):
             return Watched(registry.view(model), (), None)
         if model._shares and not model._disabled:
@@ -189,6 +205,7 @@ def map_strides(model: nn.Module, features: Features) -> tuple[int, ...]:
 
 def source_of(model: nn.Module, channels: int) -> Source:
     """Return how the images of a model are normalised; of one that nothing sees, what timm's record says."""
+    model = model.adapted if isinstance(model, BackboneAlone) else model
     if isinstance(model, AdaptedModel):
         return model.vit.source()
     try:

@@ -39,6 +39,7 @@ def add_options(p: Any) -> None:
     p.add_argument("--mask-suffix", metavar="_END", help="how the name of a mask ends that lies beside its image")
     p.add_argument("--reduce-zero-label", action="store_true", help="label 0 is ignored, the others come down by one")
     p.add_argument("--depth-scale", type=float, default=1000.0, help="values per metre (default: %(default)s)")
+    p.add_argument("--skip-degenerate", action="store_true", help="leave out boxes and masks without area")
     p.add_argument("--crop", choices=["eigen", "garg"], help="of depth: the part that published numbers look at")
     p.add_argument("--corruptions", nargs="*", metavar="NAME", choices=CORRUPTIONS,
                    help=f"score worse pictures too, in five strengths; alone: {', '.join(CORRUPTIONS)}")  # fmt: skip

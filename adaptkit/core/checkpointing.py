@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import adaptkit.ops.ms_deform_attn  # noqa: F401  the operator whose output is kept
+from adaptkit.core.proxy import rerouted
 from adaptkit.seam import bound, records_gradients
 
 __all__ = ["OFF", "Checkpointed", "Checkpointing", "recompute"]
@@ -58,7 +59,7 @@ class Checkpointed:
         """(B, P+N, D) -> (B, P+N, D)."""
         if not (self.trained or x.requires_grad):
             return self.build(self.trace)(x)
-        run = bound(partial(_run, self.build, dict(self.trace)), self.state)
+        run = rerouted(bound(partial(_run, self.build, dict(self.trace)), self.state))
         y, reported, dropped = checkpoint(run, x, use_reentrant=False, **self.options)
         self.trace.update(reported)
         for name in dropped:
@@ -96,4 +97,4 @@ def recompute(state: Sequence[tuple[object, str]] | None, run: Callable[..., Ten
     if state is None or isinstance(run, Checkpointed) or not records_gradients():
         return run(*args)
     contexts = partial(create_selective_checkpoint_contexts, _KEPT)
-    return checkpoint(bound(run, state), *args, use_reentrant=False, context_fn=contexts)
+    return checkpoint(rerouted(bound(run, state)), *args, use_reentrant=False, context_fn=contexts)

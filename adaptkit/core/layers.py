@@ -89,7 +89,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        alone = not together or torch.distributed.get_world_size() == 1
         if alone or not self.training:
             return super().forward(x)
         if x.is_cuda:

@@ -11,7 +11,7 @@ leaves alone what somebody else has put there since.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ __all__ = [
     "own_layer",
     "parameter_store",
     "put",
+    "rerouted",
     "restore",
     "routing",
     "write",
@@ -248,6 +249,19 @@ def routing(*routes: Route) -> Iterator[None]:
         yield
     finally:
         _ROUTES.reset(token)
+
+
+def rerouted(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``run`` as it goes here and now, for a time when nobody routes: the backward pass, which runs it again."""
+    routes = _ROUTES.get()
+    if not routes:
+        return run
+
+    def again(*args: Any) -> Any:
+        with routing(*routes):
+            return run(*args)
+
+    return again
 
 
 class Routed(nn.Module):

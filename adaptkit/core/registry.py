@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.core.near import hint
-from adaptkit.core.schema import check_fields
+from adaptkit.core.schema import check_fields, fields_of
 from adaptkit.core.towers import Found, class_path, first_of, parts_of, said_of
 from adaptkit.core.tree import unwrapped
 from adaptkit.core.view import View
@@ -291,5 +291,9 @@ def configured(arg: Any, known: dict[str, Entry], kind: str) -> tuple[Entry, Any
     entry = known[str(name)]
     try:
         return entry, entry.configure(options)
-    except TypeError as error:  # a required option is missing
-        raise ValueError(f"{kind} {str(name)!r} needs more options: {error}") from error
+    except TypeError as error:
+        needed = fields_of(entry.config)[1] - options.keys() if dataclasses.is_dataclass(entry.config) else ()
+        if needed:
+            said = ", ".join(sorted(needed))
+            raise ValueError(f"{kind} {str(name)!r} needs more options: {said}, as in ({name!r}, {{...}})") from error
+        raise ValueError(f"{kind} {str(name)!r} cannot be made with {options}: {error}") from error

@@ -39,7 +39,7 @@ from adaptkit.model.verbs import Verbs
 from adaptkit.predict.predicts import Predicts
 from adaptkit.predict.tasks import Described
 
-__all__ = ["AdaptedModel", "attach", "list_adapters", "list_heads"]
+__all__ = ["AdaptedModel", "adapted_in", "attach", "list_adapters", "list_heads"]
 
 
 def attach(
@@ -181,6 +181,7 @@ class AdaptedModel(Predicts, ShownModel, Facts, Verbs):
             raise ValueError(
                 f"{type(self.vit.backbone).__name__} has stages, whose outputs are not cached; use a plain ViT"
             )
+        check_image(self.vit, image)
         seen: Any = replay(self.vit, self._framed(image))
         return self._seen(image, [seen.states[i + 1] for i in self.reads()[0]])
 
@@ -322,9 +323,17 @@ class AdaptedModel(Predicts, ShownModel, Facts, Verbs):
             if not off <= tolerance:
                 raise RuntimeError(
                     f"{what} by {off:.1e}, more than {tolerance:.1e}; report the backbone "
-                    f"({type(self.backbone).__name__}) and use execution='masked' with it"
+                    f"({type(self.backbone).__name__}), and use execution='masked' with it if packed execution differs"
                 )
         return worst
+
+
+def adapted_in(model: nn.Module, verb: str) -> AdaptedModel:
+    """Return the adapted model that this one is or holds; ``TypeError`` where there is none for this verb."""
+    found = next((m for m in model.modules() if isinstance(m, AdaptedModel)), None)
+    if found is None:
+        raise TypeError(f"{type(model).__name__} holds nothing that attach() made: attach an adapter, then {verb}")
+    return found
 
 
 def _outputs(features: Features) -> list[Tensor]:

@@ -50,6 +50,9 @@ def averaged(shares: Mapping[str, float], alone: Callable[[str], Features]) -> F
     weights, first = [shares[name] for name in names], found[0]
     if len(found) == 1:
         return first
+    if not _equal([one.prefix.shape for one in found]):
+        said = ", ".join(f"{name!r} {one.prefix.shape[1]}" for name, one in zip(names, found))
+        raise ValueError(f"these sets give different numbers of prefix tokens ({said}): attach them with one prefix=")
     shapes = [[m.shape for m in one.maps] for one in found]
     maps = tuple(_mean(m, weights) for m in zip(*(one.maps for one in found))) if _equal(shapes) else ()
     aux = {f"{name}.{key}": value for name, one in zip(names, found) for key, value in one.aux.items()}

@@ -46,6 +46,11 @@ def interpolate(file_a: Any, file_b: Any, t: float, folder: str | os.PathLike[st
     if not 0 <= t <= 1:
         raise ValueError(f"t={t} is not between 0, the first file, and 1, the second")
     a, b = _file(file_a), _file(file_b)
+    if folder is not None and a.header["backbone"] is None:
+        raise ValueError(
+            f"{a.path} is a folder of peft, which says nothing of its backbone, and what is saved here does: leave "
+            "folder out, attach the result to the backbone, and model.save it"
+        )
     _check_headers(a, b)
     _check_tensors(a, b)
     said = {k: v for k, v in _metadata(a).items() if _metadata(b).get(k) == v}

@@ -30,7 +30,8 @@ from adaptkit.core.unpacked import is_plain
 from adaptkit.core.view import ViT
 from adaptkit.features.cached import CachedFeatures
 from adaptkit.hub.digest import stored
-from adaptkit.model.adapted import AdaptedModel
+from adaptkit.model.adapted import AdaptedModel, adapted_in
+from adaptkit.model.image import check_image
 
 __all__ = ["Offload", "bytes_of", "extract_each", "offload", "offloaded"]
 
@@ -76,6 +77,8 @@ def extract_each(model: AdaptedModel, images: Sequence[Tensor]) -> list[CachedFe
     if there is None or not isinstance(vit, ViT):
         return [model.extract(image) for image in images]
     after, _ = model.reads()
+    for image in images:
+        check_image(vit, image)
     begun = [vit.begin(model._framed(image)) for image in images]
     tokens, states = [x for x, _ in begun], [[] for _ in begun]  # type: ignore[var-annotated]
     for index in range(vit.spec.depth):
@@ -91,7 +94,7 @@ class Offload:
     """The blocks that are offloaded, and where they run."""
 
     def __init__(self, model: nn.Module, device: torch.device | str) -> None:
-        adapted = next(m for m in model.modules() if isinstance(m, AdaptedModel))
+        adapted = adapted_in(model, "offload")
         vit = adapted.vit
         if vit.sharded:
             raise ValueError("the backbone is sharded, so in parts on several devices: shard it, or offload it")

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from adaptkit.adapters.wrapped import RUN_WHOLE
 from adaptkit.core.tree import blocks_of
 from adaptkit.hub.backbone import digest_of, fingerprint, sums_of
-from adaptkit.model.adapted import AdaptedModel
+from adaptkit.model.adapted import adapted_in
 
 __all__ = ["blocks_of", "shard"]
 
@@ -39,7 +39,7 @@ def shard(model: Any, **options: Any) -> Any:
         raise RuntimeError(
             "shard() needs a process group: start with torchrun and call torch.distributed.init_process_group()"
         )
-    adapted = next(m for m in model.modules() if isinstance(m, AdaptedModel))
+    adapted = adapted_in(model, "shard")
     vit = adapted.vit
     blocks = blocks_of(vit.backbone, len(vit.spec.widths))
     # While every process can read the weights:
@@ -49,7 +49,7 @@ def shard(model: Any, **options: Any) -> Any:
         setattr(block, RUN_WHOLE, _call)
         register_fsdp_forward_method(block, RUN_WHOLE)
     vit.sharded = blocks
-    own = {p for name, p in model.named_parameters() if p not in set(vit.backbone.parameters())}
+    own = set(model.parameters()) - set(vit.backbone.parameters())
     fully_shard(model, ignored_params=own, **options)
     model._ddp_params_and_buffers_to_ignore = [n for n, p in model.named_parameters() if hasattr(p, "full_tensor")]
     return model

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from adaptkit.core import registry
 from adaptkit.core.proxy import own_layer
@@ -77,6 +78,9 @@ def _small_run(vit: View, built: AdapterSet, run: Callable[[View, AdapterSet, Te
     inside = built.weight_adapters
     with torch.random.fork_rng(devices), _as_it_was(built), _frozen(vit.backbone, built), torch.enable_grad():
         built.train()
+        for module in built.modules():
+            if isinstance(module, _BatchNorm):  # one over all processes would wait for the others
+                module.eval()
         try:
             for adapter in inside:
                 adapter.install(backbone)

@@ -37,8 +37,10 @@ class Transform:
             h, w = (float(v) for v in self.size)
         else:
             shorter = min(height, width)
-            ratio = (shorter if self.size is None else self.size) / shorter
-            h, w = height * ratio, width * ratio
+            size = shorter if self.size is None else self.size
+            h, w = size * height / shorter, size * width / shorter
+            if self.crop is not None and scale == 1.0:  # of classification: as torchvision's and timm's Resize has it
+                h, w = int(h), int(w)
         return max(1, round(h * scale)), max(1, round(w * scale))
 
     def frame(self, image: Tensor, scale: float = 1.0) -> Tensor:

@@ -142,7 +142,8 @@ def detection(model: Any, asked: Asked, args: argparse.Namespace, alter: Alter) 
     recipe = getattr(model, "recipe", None)  # a head that makes objects has none, and makes masks
     with_masks = recipe is None or recipe["network"] == "mask-rcnn"
     channels = model.vit.spec.channels
-    data = open_instances(args.data, args.images, args.split, with_masks, "--data", channels=channels)
+    skip = args.skip_degenerate
+    data = open_instances(args.data, args.images, args.split, with_masks, "--data", skip, channels=channels)
     _check_categories(model, data.categories)
 
     results = []

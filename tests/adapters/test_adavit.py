@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from errors import assert_rounds_to, transformer
@@ -436,3 +437,22 @@ def test_verify_also_compares_everything_on_with_the_host(options, monkeypatch):
     monkeypatch.setattr(gates, "_run", lambda self, block, index, trace, x: there(self, block, index, trace, x) * 1.001)
     with pytest.raises(RuntimeError, match="with everything on differs from the backbone's own blocks by"):
         model.verify(x)
+
+
+def test_what_was_decided_is_repeated_where_patches_are_gated_late():
+    model = loosen(build(first_block=0, first_patch_block=DEPTH - 1))
+    assert model.verify(images()) < 1e-5
+
+
+def test_registers_without_a_class_token_decide_nothing():
+    torch.manual_seed(1)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
+    host = VisionTransformer(**sizes, class_token=False, reg_tokens=4, global_pool="avg")
+    model = loosen(adaptkit.attach(host, ("adavit", {"first_block": 0})).eval())
+    gates = model.adapters["adavit"].gates["0"]
+    x = torch.randn(2, 20, 32)
+    _, logits = gates(x, x, (4, 4))
+    torch.testing.assert_close(logits.layer, gates.layer(x[:, 4:].mean(1)))
+    with pytest.raises(TypeError, match="has registers and no class token; use last_block='all'"):
+        adaptkit.attach(VisionTransformer(**sizes, class_token=False, reg_tokens=4, global_pool="avg"),
+                        ("adavit", {"last_block": "class"}))  # fmt: skip

@@ -14,6 +14,7 @@ from families import HOSTS
 from reference import image, stir
 
 import adaptkit
+from adaptkit.adapters.adavit import Random
 from adaptkit.seam import reference
 
 SUMS = transformer(4, 32, 17)
@@ -91,3 +92,29 @@ def test_hooks_on_the_gates_and_inside_the_backbone_are_called(model, execution)
         seen.clear()
         model.train(training)(image(32, 2))
         assert sorted(seen) == sorted([*parts, "patch", "head", "layer"])
+
+
+@pytest.mark.parametrize("random", [True, False])
+def test_checkpointed_blocks_run_again_under_the_decisions_they_had(random):
+    def gradients(checkpointed):
+        torch.manual_seed(1)
+        model = stir(adaptkit.attach(HOSTS["timm-vit"].build(), ("adavit", {"bottleneck": 2})), 0).double().train()
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(2)
+        with model.adapters["adavit"].deciding(Random(0.5, 0.6, 0.7) if random else None):
+            features = model(image(32, 3).double())
+        features.tokens.square().sum().backward()
+        return [p.grad for p in trained(model).values() if p.grad is not None]
+
+    plain = gradients(False)
+    assert max(g.abs().max() for g in plain) > 0
+    assert all(torch.equal(a, b) for a, b in zip(gradients(True), plain, strict=True))
+
+
+def test_random_decisions_of_a_seed_cannot_be_drawn_twice(model):
+    model.gradient_checkpointing_enable()
+    with model.train().adapters["adavit"].deciding(Random(0.5, 0.6, 0.7, seed=0)):
+        out = model(image(32, 3).double()).tokens.sum()
+    with pytest.raises(RuntimeError, match="leave seed out"):
+        out.backward()

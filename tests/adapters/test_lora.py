@@ -292,3 +292,23 @@ def test_a_folder_of_peft_is_inspected_and_its_backbone_is_asked_for(tmp_path, c
     with pytest.raises(ValueError, match="no backbone is named 'no_such_vit'"):
         adaptkit.from_pretrained(tmp_path)
     assert adaptkit.from_pretrained(tmp_path, backbone=host()).adapters["lora"].config.options["r"] == 2
+
+
+def test_the_order_in_which_layers_were_named_makes_no_other_adapter(tmp_path):
+    """peft saves a set as a list, in whatever order Python's hashes have that day."""
+    for name, targets in (("a", ["qkv", "proj"]), ("b", ["proj", "qkv"])):
+        to_peft(moved(adaptkit.attach(host(), "lora", target_modules=targets)), tmp_path / name)
+        said = tmp_path / name / "adapter_config.json"
+        config = json.loads(said.read_text())
+        config["target_modules"].sort(reverse=name == "b")
+        said.write_text(json.dumps(config))
+    assert adaptkit.interpolate(tmp_path / "a", tmp_path / "b", 0.5).tensors
+    model = adaptkit.attach(host(), tmp_path / "a")
+    model.hotswap_adapter(tmp_path / "b")
+
+
+def test_a_pattern_of_layers_changes_them_where_their_names_do():
+    named = adaptkit.attach(host(), "lora", peft_type="IA3", target_modules=["qkv", "fc2"])
+    pattern = adaptkit.attach(host(), "lora", peft_type="IA3", target_modules=r"blocks\.\d+\.(attn\.qkv|mlp\.fc2)")
+    shapes = [{n: p.shape for n, p in m.adapters.named_parameters()} for m in (named, pattern)]
+    assert shapes[0] == shapes[1]

@@ -24,7 +24,8 @@ from adaptkit.analysis import (
     rollout,
     spectrum,
 )
-from adaptkit.analysis.watch import chosen
+from adaptkit.analysis.pca import features_of
+from adaptkit.analysis.watch import BackboneAlone, chosen
 
 IMAGE = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -195,3 +196,15 @@ def test_no_model_no_key_and_no_mask_are_refused():
     mask[:32] = True
     found = offset_lengths(model, IMAGE, mask)
     assert found == offset_lengths(model, IMAGE, torch.from_numpy(mask))
+
+
+@torch.no_grad()
+def test_a_model_is_compared_with_its_backbone_without_what_changes_its_layers():
+    backbone = HOSTS["timm-vit"].build()
+    image = torch.randn(1, 3, 32, 32)
+    plain = adaptkit.view(backbone).features(image).tokens
+    model = stirred(adaptkit.attach(backbone, "lora")).eval()
+    assert (model(image).tokens - plain).abs().max() > 1e-3
+    assert torch.equal(features_of(BackboneAlone(model), image).tokens, plain)
+    curves = spectrum({"backbone": BackboneAlone(model), "lora": model}, image).curves
+    assert not torch.equal(curves["backbone"][8].amplitude, curves["lora"][8].amplitude)

@@ -121,3 +121,12 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(image, tmp_path):
     assert model.active_adapter == "b"
     assert not model._shares
     assert model.detach() is not None
+
+
+def test_other_numbers_of_prefix_tokens_are_named(image):
+    side = {"conv_inplane": 8, "injector": False}
+    model = adaptkit.attach(HOSTS["timm-vit"].build(), ("vit-adapter", side), head=HEAD, name="a")
+    model.add_adapter(("vit-adapter", {**side, "prefix": "drop"}), head=HEAD, name="b")
+    model.eval().set_adapter(["a", "b"])
+    with pytest.raises(ValueError, match=r"numbers of prefix tokens \('a' 1, 'b' 0\)"):
+        model(image)

@@ -111,3 +111,13 @@ def test_what_is_no_number_and_no_file_says_what_it_is(tmp_path):
         adaptkit.interpolate(a, a, "0.5")
     with pytest.raises(TypeError, match="^a VisionTransformer is no saved adapter"):
         adaptkit.interpolate(HOSTS["timm-vit"].build(), a, 0.5)
+
+
+def test_folders_of_peft_are_interpolated_in_memory_alone(tmp_path):
+    for name in "ab":
+        model = adaptkit.attach(HOSTS["timm-vit"].build(), "lora")
+        adaptkit.interop.to_peft(model, tmp_path / name)
+    assert adaptkit.interpolate(tmp_path / "a", tmp_path / "b", 0.5).tensors
+    with pytest.raises(ValueError, match="says nothing of its backbone.*leave folder out"):
+        adaptkit.interpolate(tmp_path / "a", tmp_path / "b", 0.5, folder=tmp_path / "c")
+    assert not (tmp_path / "c").exists()

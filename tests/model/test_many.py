@@ -21,6 +21,7 @@ TASKS = {
     "class": (None, ("linear", {"num_classes": 5})),
     "split": ("vit-split", ("upsample", {"num_classes": 2})),
 }
+HEAD = ("linear", {"num_classes": 2})
 ALONE = {
     "lora": (["lora", "sfp"], ("fpn", {"num_classes": 2, "channels": 8})),
     "inject": (("vit-adapter", {**SMALL, "injector": True}), ("linear", {"num_classes": 2})),
@@ -204,3 +205,27 @@ def test_rows_of_readers_pass_a_layer_whose_weight_is_read_and_that_lora_has_wra
             torch.testing.assert_close(rows[name].logits, many(x)[name].logits[i : i + 1], atol=1e-5, rtol=1e-5)
         if "lora" in many.active:
             many.remove("lora")
+
+
+def gradients(checkpointed, tasks):
+    """Of LoRA beside a reader, in a pass of its own or in one for both."""
+    model = adaptkit.attach_many(host(), {"lora": ["lora"], "seg": ["sfp"]}, heads=dict.fromkeys(("lora", "seg"), HEAD))
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=g))
+    if checkpointed:
+        model.model.gradient_checkpointing_enable()
+    out = model.train()(image(), tasks=tasks)
+    sum(one.logits.square().mean() for one in out.values()).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("tasks", [None, ["lora", "seg", "lora"]])
+def test_a_layer_that_runs_again_in_the_backward_pass_runs_its_own_task(tasks):
+    plain, again = gradients(False, tasks), gradients(True, tasks)
+    assert plain.keys() == again.keys()
+    assert any("lora_B" in name and grad.abs().max() > 0 for name, grad in plain.items())
+    for name, grad in plain.items():
+        torch.testing.assert_close(again[name], grad, msg=name)

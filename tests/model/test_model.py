@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from adaptkit import FPNHeadConfig, LinearHeadConfig, ViTAdapterConfig
 from adaptkit.core import registry
 from adaptkit.core.view import Features
 from adaptkit.hub.backbone import describe_backbone
+from adaptkit.model.offloading import offload
 
 x = torch.randn(2, 3, 32, 40, generator=torch.Generator().manual_seed(0))
 SMALL = {"conv_inplane": 8}
@@ -218,3 +220,23 @@ def test_what_is_recorded_of_a_backbone_is_the_same_with_another_default_dtype(d
         adaptkit.attach(backbone, ("vit-adapter", SMALL))
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_an_option_of_another_type_is_not_called_missing():
+    with pytest.raises(ValueError, match="adapter 'vpt' cannot be made with {'num_tokens': '10'}: .*int"):
+        adaptkit.attach(HOSTS["timm-vit"].build(), ("vpt", {"num_tokens": "10"}))
+    with pytest.raises(ValueError, match="head 'fpn' needs more options: num_classes"):
+        adaptkit.attach(HOSTS["timm-vit"].build(), head="fpn")
+
+
+def test_features_of_bytes_are_refused_as_a_forward_is():
+    model = adaptkit.attach(HOSTS["timm-vit"].build(), "sfp")
+    with pytest.raises((TypeError, ValueError)) as forward:
+        model(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    with pytest.raises(type(forward.value), match=re.escape(str(forward.value))):
+        model.extract(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+def test_what_was_not_attached_is_named():
+    with pytest.raises(TypeError, match="Linear holds nothing that attach.. made: attach an adapter, then offload"):
+        offload(torch.nn.Linear(2, 2), "cpu")

@@ -116,3 +116,18 @@ def test_a_head_that_returns_a_dict_of_its_own_class_gives_it_in_training_too():
         assert logits.logits is logits["logits"]
     model.train()(torch.randn(2, 3, 32, 32)).logits.logits.sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_one_process_of_many_may_attach_alone(monkeypatch):
+    """What is proven must not wait for the others, which may be elsewhere."""
+
+    def waits(*args, **kwargs):
+        raise AssertionError("attach asked other processes")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *args: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", waits)
+    model = adaptkit.attach(HOSTS["timm-vit"].build(), ("vit-adapter", {"conv_inplane": 8, "norm": "sync"}))
+    assert all(m.training for m in model.adapters.modules())
+    with pytest.raises(AssertionError, match="asked other processes"):
+        model(torch.randn(2, 3, 32, 32))

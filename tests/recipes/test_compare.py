@@ -188,3 +188,15 @@ def test_a_comparison_that_is_stopped_lets_its_run_keep_a_checkpoint(number, tmp
         group.send_signal(number)
     assert group.communicate()[0] == f"kept {number:d}\n"
     assert group.returncode == 128 + number
+
+
+def test_a_batch_size_that_was_found_is_the_one_that_was_asked_for(given, tmp_path):
+    arguments = [*given[1:], "--adapter", "metaformer", "--batch-size", "auto"]
+    arguments = [a for i, a in enumerate(arguments) if "--seeds" not in arguments[max(0, i - 1) : i + 1]]
+    out = tmp_path / "out"
+    out.mkdir()
+    options = vars(segment.parse(arguments)) | {"batch_size": 8}
+    named = {k: v for k, v in options.items() if k in segment.parse(arguments).names}
+    (out / "config.yaml").write_text(yaml.safe_dump({"options": json.loads(json.dumps(named, default=str))}))
+    (out / "result.json").write_text("{}")
+    assert compare.state(compare.Asked("metaformer", 1, out, arguments), segment) is None

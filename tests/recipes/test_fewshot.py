@@ -108,6 +108,10 @@ def test_from_images_to_a_table(tmp_path, capsys):
     assert 15 < rows[0]["ridge"]["mean"] < rows[1]["ridge"]["mean"]
     assert "| 10 | 100 |" in capsys.readouterr().out
     assert (tmp_path / "result.json").is_file()
+    again = [*common, "--size", "16", "--shots", "1", "--seeds", "0", "--out", str(tmp_path)]
+    with pytest.raises(ValueError, match="holds an earlier run"):
+        fewshot.main(again)
+    assert len(fewshot.main([*again, "--overwrite"])) == 1
 
 
 @pytest.mark.parametrize("recipe", ["fewshot", "adavit"])

@@ -87,3 +87,15 @@ def test_where_nothing_is_the_layout_is_said(tmp_path):
 
 def test_a_pattern_names_hub_sets():
     assert vtab.find("org/vtab-{task}", "dtd") == ("org/vtab-dtd@train", "org/vtab-dtd@test")
+
+
+def test_what_an_earlier_run_said_does_not_pass_for_one_that_was_stopped(root, tmp_path, monkeypatch):
+    vtab.main(command_line(root, tmp_path / "out", "--tasks", "eurosat"))
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vtab.classify, "fit", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        vtab.main(command_line(root, tmp_path / "out", "--tasks", "eurosat", "--overwrite"))
+    assert not (tmp_path / "out" / "eurosat" / "done.json").exists()

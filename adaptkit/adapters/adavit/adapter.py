@@ -90,6 +90,17 @@ class AdaViT(Openable):
             raise TypeError(f"this {type(model).__name__} has no AdaViT gates; attach 'adavit' to it")
         return found[0]
 
+    def check_blocks(self, view: View) -> None:
+        """Ask whether there is a class token, which decides; ``TypeError`` where it should be read and is not there."""
+        has_class_token = isinstance(view, ViT) and view.has_class_token
+        if self.config.last_block == "class" and not has_class_token:
+            raise TypeError(
+                f"last_block='class' computes the class token alone, and {type(view.backbone).__name__} has registers "
+                "and no class token; use last_block='all'"
+            )
+        for gates in self.gates.values():
+            gates.has_class_token = has_class_token
+
     def gated(self, kind: str, index: int) -> bool:
         """Whether block ``index`` has a gate of this kind."""
         return kind in self.config.gates and index >= self.first[kind]

@@ -35,17 +35,25 @@ Policy = Callable[[int, Decision], Decision]  #: block index and the gates' own 
 
 
 class Random:
-    """Keep patches, heads and sub-layers at random with these rates: the baseline of the paper's table 1."""
+    """Keep patches, heads and sub-layers at random with these rates: the baseline of the paper's table 1.
 
-    def __init__(self, patch: float = 1.0, head: float = 1.0, layer: float = 1.0, seed: int = 0) -> None:
+    With a ``seed`` the draws come from a generator of its own, else from torch's, whose state gradient checkpointing
+    restores before it runs a block again.
+    """
+
+    def __init__(self, patch: float = 1.0, head: float = 1.0, layer: float = 1.0, seed: int | None = None) -> None:
         self.rates = (patch, head, layer)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def __call__(self, index: int, own: Decision) -> Decision:
         """Draw anew for every image and block; the kinds that the block has gates for."""
         return Decision(*(None if k is None else self._draw(k, rate) for k, rate in zip(own, self.rates)))
 
     def _draw(self, like: Tensor, rate: float) -> Tensor:
+        if self.generator is None:
+            return (torch.rand(like.shape, device=like.device) < rate).to(like)
+        if torch._C._current_graph_task_id() >= 0:  # inside of a backward pass: it would draw other decisions
+            raise RuntimeError("Random(seed=...) cannot run a block again for gradient checkpointing: leave seed out")
         return (torch.rand(like.shape, generator=self.generator) < rate).to(like)
 
 
@@ -58,8 +66,9 @@ class Given:
 
     def __call__(self, index: int, own: Decision) -> Decision:
         """Return the recorded decision of block ``index``."""
-        recorded = {kind: self.keep[kind][:, index - self.first[kind]] for kind in self.keep}
-        return Decision(*(None if k is None else recorded[kind] for kind, k in zip(KINDS, own)))
+        return Decision(
+            *(None if k is None else self.keep[kind][:, index - self.first[kind]] for kind, k in zip(KINDS, own))
+        )
 
 
 class Gates(nn.Module):
@@ -75,6 +84,7 @@ class Gates(nn.Module):
     def __init__(self, spec: Spec, config: AdaViTConfig, kinds: Sequence[str], layer_bias: float) -> None:
         super().__init__()
         self.config = config
+        self.has_class_token = spec.num_prefix_tokens > 0  # or they are registers alone, see AdaViT.check_blocks
         cells = 1 if config.patch_policy == "token" else config.grid[0] * config.grid[1]
         self.patch = DecisionHead(spec.embed_dim, cells, config.keep_bias) if "patch" in kinds else None
         self.head = DecisionHead(spec.embed_dim, spec.num_heads, config.keep_bias) if "head" in kinds else None
@@ -87,7 +97,8 @@ class Gates(nn.Module):
         patch tokens does.
         """
         with full_precision(x):  # a rounded logit may decide otherwise
-            token = x[:, 0] if x.shape[1] > grid[0] * grid[1] else x.mean(1)  # (B, D)
+            patches = grid[0] * grid[1]
+            token = x[:, 0] if self.has_class_token else x[:, -patches:].mean(1)  # (B, D)
             logits = Decision(
                 None if self.patch is None else self._patch_logits(self.patch, token, h, grid),
                 None if self.head is None else self.head(token),

@@ -36,6 +36,8 @@ __all__ = ["LoRA", "LoRAConfig"]
 #: Options of ADDITIVE methods that act when the layer is called, not through its weight.
 BESIDE_THE_WEIGHT = ("lora_bias", "lora_dropout", "rank_dropout", "module_dropout")
 #: Fields of peft's configs that are bookkeeping and no options of a method; our header records them in its own fields.
+SETS = ("target_modules", "exclude_modules", "feedforward_modules")  #: of names, in whatever order they were given
+SEQUENCES = (list, tuple, set, frozenset)
 RECORDS = ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
            "inference_mode", "runtime_config")  # fmt: skip
 
@@ -122,9 +124,9 @@ class LoRAConfig:
 
 
 def _plain(value: Any) -> Any:
-    """Options as JSON has them: sets and tuples become lists."""
+    """Options as JSON has them: sets and tuples become lists, and what peft makes a set of comes in order."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: sorted(v) if k in SETS and isinstance(v, SEQUENCES) else _plain(v) for k, v in value.items()}
     if isinstance(value, set | frozenset):
         return sorted(value)
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

@@ -53,7 +53,10 @@ def resolved(backbone: nn.Module, peft_type: str, options: dict[str, Any]) -> di
     for option in ("rank_pattern", "alpha_pattern"):
         _check_patterns(backbone, option, options.get(option) or {}, found)
     if peft_type == "IA3":  # which of them take their change at the input
-        last = [name for name in found if name.rpartition(".")[2] in ("fc2", "down_proj")]
+        paths = found
+        if isinstance(found, str):  # a pattern of whole paths
+            paths = [path for path in _modules(backbone) if re.fullmatch(found, path)]
+        last = [name for name in paths if name.rpartition(".")[2] in ("fc2", "down_proj")]
         options.setdefault("feedforward_modules", last)
     return options
 

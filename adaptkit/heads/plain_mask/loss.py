@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -160,13 +161,14 @@ def _matched(
     parts = [part.flatten() for part in (*costs, *ranges)]
     host = torch.cat(parts).cpu().split([part.numel() for part in parts])  # one wait for all of them
     _check_ranges(targets, classes, [part.tolist() for part in host[len(costs) :]])
-    device = predictions[0].masks_queries_logits.device
-    found = []
-    for cost, flat in zip(costs, host):
-        rows, columns = linear_sum_assignment(flat.view(cost.shape).nan_to_num(1e9).numpy())
-        found.append(tuple(torch.as_tensor(i, dtype=torch.int64).to(device) for i in (rows, columns)))
+    pairs = [
+        torch.from_numpy(np.stack(linear_sum_assignment(flat.view(cost.shape).nan_to_num(1e9).numpy())))
+        for cost, flat in zip(costs, host)
+    ]  # each (2, matches): queries, targets
+    there = torch.cat(pairs, dim=1).to(predictions[0].masks_queries_logits.device)  # one copy for all of them
+    found = [(rows, columns) for rows, columns in there.split([pair.shape[1] for pair in pairs], dim=1)]
     images = len(targets)
-    return [found[i : i + images] for i in range(0, len(found), images)]  # type: ignore[misc]
+    return [found[i : i + images] for i in range(0, len(found), images)]
 
 
 def _costs(
