@@ -72,4 +72,5 @@ def by_class(mask: Tensor, args: argparse.Namespace) -> list[queries.Target]:
         torch.stack([m == v for v in p]).float() if p else m.new_zeros(0, *m.shape).float()
         for m, p in zip(mask, present)
     ]
-    return [(m, torch.tensor(p, dtype=torch.int64, device=mask.device)) for m, p in zip(masks, present)]
+    labels = torch.tensor([v for p in present for v in p], dtype=torch.int64).to(mask.device)  # one copy
+    return list(zip(masks, labels.split([len(p) for p in present])))

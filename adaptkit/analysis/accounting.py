@@ -79,9 +79,10 @@ class Summary(NamedTuple):
 def costs(model: AdaptedModel, size: tuple[int, int]) -> Costs:
     """Count what one image of ``size`` (H, W) pixels costs, part by part; runs the model once.
 
-    Raises ``TypeError`` where the model has no AdaViT gates and no ToMe.
+    Raises ``TypeError`` where the model has no AdaViT gates and no ToMe, and where several sets act as their mean.
     """
     adapter = _saving(model)
+    model.check_one_acts()
     with torch.no_grad(), evaluating(model), adapter.opened():
         parameter = next(model.backbone.parameters())
         image = torch.zeros(1, model.spec.channels, *size, device=parameter.device, dtype=parameter.dtype)
@@ -145,7 +146,7 @@ def _spent(
 ) -> Tensor:
     """The equation of the module's head; with ``only``, the patch tokens are keys and values alone."""
     keys = prefix + patches
-    queries = keys.new_tensor(prefix) if only else keys
+    queries = prefix if only else keys
     each = block.qkv / 3
     if not block.comes_apart:
         return msa * (keys * block.qkv + queries * block.out + queries * keys * block.pair) + ffn * queries * block.mlp

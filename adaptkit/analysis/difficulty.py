@@ -61,6 +61,7 @@ def easy_and_hard(model: nn.Module, images: Tensor | Sequence[Tensor], count: in
     Raises ``TypeError`` for a model without gates, ``ValueError`` for a single image and where the gates are off.
     """
     AdaViT.of(model)
+    model.check_one_acts()
     given, costs, shares = batch(images), {}, []
     for image in given:
         size = (image.shape[-2], image.shape[-1])

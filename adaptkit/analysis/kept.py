@@ -86,6 +86,7 @@ def kept_patches(model: AdaptedModel, image: Tensor, path: str | os.PathLike[str
     Raises ``TypeError`` for a model without gates, ``ValueError`` for a batch and where the gates are switched off.
     """
     gates = AdaViT.of(model)
+    model.check_one_acts()
     image = single(image)
     with evaluating(model):
         features = model(image)

@@ -73,11 +73,7 @@ class Watched(NamedTuple):
             return Watched(model.adapted.vit, (), None)
         if not isinstance(model, AdaptedModel):
             return Watched(registry.view(model), (), None)
-        if model._shares and not model._disabled:
-            raise TypeError(
-                f"the sets {', '.join(model._shares)} act as their mean, each in a pass of its own: look at one, "
-                f"model.set_adapter({next(iter(model._shares))!r})"
-            )
+        model.check_one_acts()
         if model._disabled or model._active is None:
             return Watched(model.vit, (), None)
         return Watched(model.vit, tuple(model._acting), model.head, model._acting.head_reads)

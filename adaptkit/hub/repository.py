@@ -109,6 +109,9 @@ def push(
     if not isinstance(repo_id, str) or repo_id.count("/") != 1:
         raise ValueError(f"repo_id={repo_id!r} is no repository; give 'user/name'")
     check_names(metadata)
+    taken = [name for name in extra if name in ("folder", "name")]
+    if taken:
+        raise ValueError(f"extra={{{taken[0]!r}: ...}} is an argument of save, not metadata: choose another name")
     metadata = {**extra, **metadata}
     check_metadata(plain(metadata))
     api = HfApi(token=token, library_name="adaptkit", library_version=__version__)

@@ -309,6 +309,7 @@ class AdaptedModel(Predicts, ShownModel, Facts, Verbs):
         Returns the largest such difference over all outputs. Raises ``RuntimeError`` where it exceeds the tolerance,
         and ``TypeError`` where no adapter runs in more than one way.
         """
+        self.check_one_acts()
         with evaluating(self):
             pairs = {what: two for a in self._acting for what, two in a.ways(self, self.vit, image).items()}
         if not pairs:

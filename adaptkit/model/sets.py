@@ -136,6 +136,14 @@ class NamedSets(nn.Module):
         found: Any = self.sets[name]
         return found
 
+    def check_one_acts(self) -> None:
+        """Raise ``TypeError`` for the mean of several sets, which has no one inside to look at."""
+        if self._shares and not self._disabled:
+            raise TypeError(
+                f"the sets {', '.join(self._shares)} act as their mean, each in a pass of its own: look at one, "
+                f"model.set_adapter({next(iter(self._shares))!r})"
+            )
+
     def train(self, mode: bool = True) -> Self:
         """Set the mode of adapters and head; the backbone stays in eval mode, but for the parts that are trained.
 

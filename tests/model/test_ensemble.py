@@ -130,3 +130,24 @@ def test_other_numbers_of_prefix_tokens_are_named(image):
     model.eval().set_adapter(["a", "b"])
     with pytest.raises(ValueError, match=r"numbers of prefix tokens \('a' 1, 'b' 0\)"):
         model(image)
+
+
+def test_what_looks_inside_refuses_the_mean_of_several_sets(image, tmp_path):
+    from adaptkit.analysis import accounting, easy_and_hard, kept_patches
+
+    model = adaptkit.attach(HOSTS["timm-vit"].build(), "adavit", "sfp", name="a")
+    model.add_adapter("adavit", "sfp", name="b")
+    pyramid = adaptkit.as_pyramid(model.eval())
+    model.set_adapter(["a", "b"])
+    for look in (
+        lambda: model.verify(image),
+        lambda: accounting.costs(model, (32, 32)),
+        lambda: kept_patches(model, image[:1]),
+        lambda: easy_and_hard(model, image),
+        lambda: pyramid.save(tmp_path / "file"),
+    ):
+        with pytest.raises(TypeError, match=r"the sets a, b act as their mean.*model.set_adapter\('a'\)"):
+            look()
+    assert not (tmp_path / "file").exists()
+    model.set_adapter("a")
+    assert model.verify(image) < 1e-5
