@@ -52,7 +52,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p = parser("classify", __doc__, steps=600, batch_size=32)
     add_options(p)
-    p.add_argument("--image-column", help="default: the first column of images")
+    p.add_argument("--image-column", help="default: the only one, or the one named image")
     p.add_argument("--label-column", help="default: the first named label, labels, ...")
     p.add_argument("--num-classes", type=int, help="needed where a stream does not name them")
     class_names.options(p)

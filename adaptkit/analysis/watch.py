@@ -21,7 +21,7 @@ from adaptkit.core.layers import indices
 from adaptkit.core.tree import evaluating
 from adaptkit.core.view import Features, Source, View
 from adaptkit.model.adapted import AdaptedModel
-from adaptkit.model.forward import run
+from adaptkit.model.forward import answered, run
 from adaptkit.seam import reference
 
 __all__ = [
@@ -80,7 +80,10 @@ class Watched(NamedTuple):
 
     def logits(self, features: Features) -> Any:
         """Return what the head says of features, or the backbone's own classifier; None without either."""
-        return self.vit.logits(features) if self.head is None else self.head(features)
+        if self.head is None:
+            return self.vit.logits(features)
+        side = next((a for a in self.acting if isinstance(a, SideAdapter)), None)
+        return answered(self.head, features, self.vit.spec, "corner" if side is None else side.pad)
 
 
 class _Acting(NamedTuple):
@@ -91,6 +94,7 @@ class _Acting(NamedTuple):
     head_reads: tuple[int, ...] = ()
     leaves_unread: bool = False
     training: bool = False
+    pad: str = "corner"  # no head reads what is made
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return iter(self.adapters)

@@ -29,10 +29,21 @@ def add_options(p: Any) -> None:
     add_backbone(p)
     p.add_argument("--json", action="store_true", help="print one JSON object with all that was found")
     add_ways(p)
-    p.add_argument("--image-column", help="default: the first column of images")
-    p.add_argument("--target-column", help="of masks, depths or labels; default: found by its name")
-    p.add_argument("--images", help="folder of the images of a COCO file; default: images/ beside it")
-    p.add_argument("--maps", help="folder of the panoptic PNG files; default: beside the JSON file, with its name")
+    p.add_argument("--image-column", help="default: the only one, or the one named image")
+    p.add_argument("--target-column", "--mask-column", "--depth-column", "--label-column", metavar="COLUMN",
+                   help="of masks, depths or labels; default: found by its name")  # fmt: skip
+    p.add_argument(
+        "--images",
+        "--data-images",
+        metavar="DIR",
+        help="folder of the images of a COCO file; default: images/ beside it",
+    )
+    p.add_argument(
+        "--maps",
+        "--data-maps",
+        metavar="DIR",
+        help="folder of the panoptic PNG files; default: beside the JSON file, with its name",
+    )
     p.add_argument("--ignore-index", type=int, help="label that counts nowhere; default: as trained, 255")
     p.add_argument("--label-map", type=json.loads, metavar="JSON", help="of labels in files, or of colours, to classes")
     p.add_argument("--palette", nargs="+", default=[], metavar="COLOUR", help="of each class, in masks of colours")

@@ -6,14 +6,14 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptkit.adapters.base import BlockAdapter, Trace
 from adaptkit.adapters.wrapped import wrapped
 from adaptkit.core.view import Features, View
 from adaptkit.model.parts import AdapterSet
 
-__all__ = ["run"]
+__all__ = ["answered", "run"]
 
 
 def run(vit: View, acting: AdapterSet, image: Tensor) -> Features:
@@ -21,7 +21,7 @@ def run(vit: View, acting: AdapterSet, image: Tensor) -> Features:
     features, must_repeat = _run_once(vit, acting, image)
     while must_repeat:
         features, must_repeat = _run_once(vit, acting, image)
-    logits = vit.logits(features) if acting.head is None else acting.head(features)
+    logits = vit.logits(features) if acting.head is None else answered(acting.head, features, vit.spec, acting.pad)
     if acting.leaves_unread and acting.training and torch.is_grad_enabled():
         logits = _with_all(logits, features)
     return features._replace(logits=logits)
@@ -35,6 +35,22 @@ def _run_once(vit: View, acting: AdapterSet, image: Tensor) -> tuple[Features, b
     features = view.features(image, **reads) if acting.side is None else acting.side(view, image, trace)
     repeats = [adapter.must_repeat(trace) for adapter in acting if isinstance(adapter, BlockAdapter)]
     return features._replace(aux={**features.aux, **trace}), any(repeats)
+
+
+def answered(head: nn.Module, features: Features, spec: Any, pad: str) -> Any:
+    """Return what a head says of features.
+
+    Of an image that was padded on all sides (``pad="centre"``) it sees all that the maps cover, and what it says of
+    pixels is cut to the image.
+    """
+    if pad == "corner":
+        return head(features)
+    (height, width), (whole, across) = features.size, (n * spec.patch_size for n in features.grid)
+    logits = head(features._replace(size=(whole, across)))
+    if not isinstance(logits, Tensor) or logits.shape[-2:] != (whole, across):
+        return logits
+    top, left = (whole - height) // 2, (across - width) // 2
+    return logits[..., top : top + height, left : left + width]
 
 
 def _with_all(logits: Any, features: Features) -> Any:

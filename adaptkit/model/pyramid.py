@@ -167,8 +167,9 @@ class Pyramid(ConfigProxy):
             network: the detector or segmenter that this pyramid is in; without it ``pyramid.model.save`` is the same.
             metadata: kept in the header, as ``AdaptedModel.save`` does; say here how to build ``network`` again.
 
-        Raises ``TypeError`` where several sets act as their mean, ``ValueError`` where this pyramid is not in ``network``
-        or JSON cannot say the metadata, ``OSError`` where the folder cannot be written; the folder is as it was then.
+        Raises ``TypeError`` where several sets act as their mean, ``ValueError`` where this pyramid is not in
+        ``network`` or JSON cannot say the metadata, ``OSError`` where the folder cannot be written; the folder is as it
+        was then.
         """
         self.model.check_one_acts()
         self.model.check_untrained()

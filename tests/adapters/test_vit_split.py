@@ -290,3 +290,20 @@ def test_padded_on_all_sides_it_is_cached_bit_for_bit_and_not_mixed_with_the_oth
     assert torch.equal(centre(corner.extract(whole)).maps[0], corner(whole).maps[0])
     with pytest.raises(ValueError, match="shared with others"):
         adaptkit.attach_many(build(), {"a": ("vit-split", {**options, "pad": "centre"})}).eval()(x)
+
+
+@pytest.mark.parametrize("head", ["linear", "fpn", "upsample"])
+@torch.no_grad()
+def test_what_is_padded_on_all_sides_is_answered_where_it_lies(head):
+    """As of the padded image itself, whose middle is the image."""
+    options = {"strides": None, "pad": "centre"}
+    model = attached("timm-vit", head=(head, {"num_classes": 3}), **options)
+    x, patch = image("timm-vit", extra=(3, 5)), model.spec.patch_size
+    top, left = (-3 % patch) // 2, (-5 % patch) // 2
+    assert left > 0
+    whole = torch.nn.functional.pad(x, (left, -5 % patch - left, top, -3 % patch - top))
+    expected = model(whole).logits[..., top : top + x.shape[-2], left : left + x.shape[-1]]
+    found = model(x)
+    assert found.size == tuple(x.shape[-2:])
+    assert torch.equal(found.logits, expected)
+    assert torch.equal(model(model.extract(x)).logits, expected)
