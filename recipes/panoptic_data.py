@@ -19,6 +19,7 @@ from .augment import colours
 from .coco import MOST, check_images, image_row, picture_of, read_json, size_of
 from .normalisation import normalise
 from .order import Rows
+from .scores.panoptic import CROWD, NOTHING
 
 
 class Segments(NamedTuple):
@@ -143,17 +144,16 @@ class PanopticData(Resized):
     """Samples (image (C, h, w) normalised, target), all resized to one size; ``target`` is a dict.
 
     Training: ``masks`` (n, h, w) in 0..1 and ``labels`` (n,) of the segments that are left after crop and flip, crowds
-    left out. Otherwise ``truth`` (H, W, 2), label and segment id of each pixel at the image's own size, label -1 where
-    nothing counts (unlabelled, crowds).
+    left out. Otherwise ``truth`` (H, W, 2), label and segment id of each pixel at the image's own size, as
+    :func:`recipes.scores.panoptic.counted` takes it.
     """
 
     def truth(self, row: dict[str, Any]) -> Tensor:
-        """Row -> (H, W, 2) int64, label and segment id of each pixel, label -1 where nothing counts."""
+        """Row -> (H, W, 2) int64, label and segment id of each pixel."""
         ids = torch.from_numpy(segment_ids(row["map"], size_of(row)))
-        labels = torch.full_like(ids, -1)
+        labels = torch.full_like(ids, NOTHING)
         for number, (label, crowd) in row["segments"].items():
-            if not crowd:
-                labels[ids == number] = label
+            labels[ids == number] = CROWD - label if crowd else label
         return torch.stack([labels, ids], -1)
 
     def make(self, row: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:

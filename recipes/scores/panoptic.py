@@ -10,6 +10,12 @@ from torch import Tensor
 from .bootstrap import interval
 from .segmentation import listed
 
+__all__ = ["CROWD", "NOTHING", "PanopticQuality", "counted"]
+
+NOTHING = -1  #: the label of what belongs to no segment
+CROWD = -2  #: less k, the label of a crowd of category k
+IDS = 2**24  #: a segment's id is three bytes, the colour of its pixels
+
 
 class PanopticQuality:
     """Panoptic, segmentation and recognition quality over all images (Kirillov et al. 2019, section 4.1).
@@ -18,37 +24,22 @@ class PanopticQuality:
 
         SQ = sum of IoU / TP        RQ = TP / (TP + FP / 2 + FN / 2)        PQ = SQ * RQ
 
-    then the mean over the categories that occur. torchmetrics matches the segments. It would forgive a segment that
-    was missed where the prediction says nothing, so "nothing" is one more category to it, left out of the mean.
+    then the mean over the categories that occur.
     """
 
     def __init__(self, categories: list[dict[str, Any]]) -> None:
-        from torchmetrics.detection import PanopticQuality
-
-        things = {i for i, c in enumerate(categories) if c["isthing"]}
-        self.things, self.nothing = len(things), len(categories)
-        stuff = set(range(len(categories) + 1)) - things
-        self.metric = PanopticQuality(things, stuff, allow_unknown_preds_category=True, sync_on_compute=False)
-        self.images: list[Tensor] = []  #: (4, K), what each image added to the sums
+        self.thing = torch.tensor([bool(c["isthing"]) for c in categories])
+        self.images: list[Tensor] = []  #: (4, K), of each image sum of IoU, TP, FP and FN of each category
 
     def update(self, maps: list[Tensor], truth: list[Tensor]) -> None:
-        for found, true in zip(maps, truth):
-            before = self._counted()
-            self.metric.update(relabelled(found, self.nothing), relabelled(true, self.nothing + 1))  # 1 more: ignored
-            self.images.append((self._counted() - before).cpu())
-
-    def _counted(self) -> Tensor:
-        """Sum of IoU, TP, FP and FN of each category (4, K), things first, then stuff."""
-        counted = (self.metric.iou_sum, self.metric.true_positives, self.metric.false_positives)
-        return torch.stack([x[:-1].double() for x in (*counted, self.metric.false_negatives)])
+        """Count images: label and segment id of each pixel, (H, W, 2) each, as found and as :func:`counted` has it."""
+        self.images += [counted(found, true, len(self.thing)) for found, true in zip(maps, truth)]
 
     def by_class(self) -> list[float | None]:
-        """PQ of each category, in the order of their labels; None for one that does not occur."""
-        iou, tp, fp, fn = self._counted()
-        values = iou / (tp + fp / 2 + fn / 2)
-        place = self.metric.cat_id_to_continuous_id
-        ordered = [float(values[place[label]]) for label in range(self.nothing)]
-        return [None if value != value else value for value in ordered]
+        """PQ of each category; None for one that does not occur."""
+        iou, tp, fp, fn = torch.stack(self.images).sum(0)
+        values = (iou / (tp + fp / 2 + fn / 2)).tolist()
+        return [None if value != value else value for value in values]
 
     def details(self) -> dict[str, Any]:
         """Return the means, and what a report shows beside them; the categories in the order of their labels."""
@@ -63,24 +54,53 @@ class PanopticQuality:
         }
 
     def compute(self) -> dict[str, float]:
-        iou, tp, fp, fn = self._counted()
+        """Return the means over the categories that occur, and over those that are things and stuff."""
+        iou, tp, fp, fn = torch.stack(self.images).sum(0)
         occurs = tp + fp + fn > 0
         sq, rq = iou / tp.clamp_min(1), tp / (tp + fp / 2 + fn / 2).clamp_min(0.5)
-        thing = torch.arange(len(tp)) < self.things
         scores = {"pq": sq * rq, "sq": sq, "rq": rq}
         means = {name: mean(values[occurs]) for name, values in scores.items()}
-        return {**means, "pq_things": mean((sq * rq)[occurs & thing]), "pq_stuff": mean((sq * rq)[occurs & ~thing])}
+        things, stuff = (mean((sq * rq)[occurs & kind]) for kind in (self.thing, ~self.thing))
+        return {**means, "pq_things": things, "pq_stuff": stuff}
+
+
+def counted(found: Tensor, true: Tensor, categories: int) -> Tensor:
+    """Count one image as COCO's evaluation does.
+
+    Args:
+        found, true: label and segment id of each pixel (H, W, 2); the label is a category or :data:`NOTHING`, in the
+            truth also ``CROWD - k``. What is unlabelled counts in no union. A segment that matches nothing is forgiven
+            where more than half of it is unlabelled or in a crowd of its category; a crowd that is missed is, too.
+        categories: K.
+
+    Returns (4, K) float64 on the CPU: the sum of IoU, true positives, false positives, false negatives.
+    """
+    (known, t), (said, f) = segments(true), segments(found)
+    overlap = torch.bincount(t * len(said) + f, minlength=len(known) * len(said)).view(len(known), len(said)).double()
+    void = overlap[known == NOTHING].sum(0)  # of each that was found, its unlabelled pixels
+    union = overlap.sum(1)[:, None] + overlap.sum(0) - overlap - void
+    hit = (known[:, None] == said) & (said >= 0) & (overlap > union / 2)  # at most one for each
+    crowd = (overlap * (known[:, None] == CROWD - said)).sum(0)
+    forgiven = void + crowd > overlap.sum(0) / 2
+    missed, wrong = (known >= 0) & ~hit.any(1), (said >= 0) & ~hit.any(0) & ~forgiven
+    which, one = hit.any(0), (overlap / union.clamp_min(1) * hit).sum(0)
+    sums = torch.zeros(4, categories, dtype=torch.float64, device=overlap.device)
+    for row, labels, value in ((0, said[which], one[which]), (1, said[which], 1.0), (2, said[wrong], 1.0),
+                               (3, known[missed], 1.0)):  # fmt: skip
+        sums[row].index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64) * value)
+    return sums.cpu()
+
+
+def segments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Label and id of each pixel (H, W, 2) -> the label of each segment (n,), and each pixel's segment (H * W,)."""
+    keys, index = (x[..., 0] * IDS + x[..., 1]).flatten().unique(return_inverse=True)
+    return keys.div(IDS, rounding_mode="floor"), index
 
 
 def mean_quality(sums: Tensor) -> Tensor:
-    """(..., 4, K) sums as :meth:`PanopticQuality._counted` -> PQ (...,), the mean over the categories that occur."""
+    """(..., 4, K) sums as :func:`counted` gives them -> PQ (...,), the mean over the categories that occur."""
     iou, tp, fp, fn = sums.unbind(-2)
     return (iou / (tp + fp / 2 + fn / 2)).nanmean(-1)
-
-
-def relabelled(x: Tensor, label: int) -> Tensor:
-    """(H, W, 2) -> (1, H, W, 2), the label -1 replaced."""
-    return torch.where(x[..., :1] < 0, torch.tensor([label, 0]), x)[None]
 
 
 def mean(values: Tensor) -> float:

@@ -212,12 +212,13 @@ def test_samples_are_the_segments_that_the_files_say(folder):
     assert target["masks"].flatten(1).sum(1).gt(0).all()
 
 
-def test_crowds_and_unlabelled_pixels_count_nowhere(tmp_path):
+def test_a_crowd_is_no_segment_and_its_category_is_known(tmp_path):
     path = shapes.write(tmp_path, 2, 32, 48, seed=2)
     edit(lambda d: d["annotations"][0]["segments_info"][0].update(iscrowd=1))(path)
     rows = PanopticData(read(path), (32, 48), network_source())
-    truth = rows[0][1]["truth"]
-    assert (truth[..., 0][truth[..., 1] == 1] == -1).all()
+    truth, (label, crowd) = rows[0][1]["truth"], read(path).rows[0]["segments"][1]
+    assert crowd
+    assert (truth[..., 0][truth[..., 1] == 1] == -2 - label).all()
     rows.train = True
     assert 0 < len(PanopticData(read(path), (32, 48), network_source(), train=True)[(0, 0)][1]["labels"]) < 5
 
