@@ -9,30 +9,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from adaptkit.core.tensors import is_packed
 from adaptkit.core.tree import skeleton
 
-__all__ = ["is_packed", "is_plain", "unpacked"]
+__all__ = ["packs_its_weight", "unpacked"]
 
 ROWS = 1024  #: unit vectors at once
 TOLERANCE = 0.05  #: of a random vector's output, as a share: layers in 8 bits round what comes in too
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether it holds its numbers as they are, in half precision or more."""
-    return type(tensor.data) is Tensor and tensor.is_floating_point() and tensor.dtype.itemsize > 1
-
-
-def is_packed(layer: nn.Module) -> bool:
-    """Whether it is a linear layer that keeps its weight otherwise, here and whole."""
-    from torch._subclasses.fake_tensor import FakeTensor
-    from torch.distributed.tensor import DTensor
-
+def packs_its_weight(layer: nn.Module) -> bool:
+    """Whether it is a linear layer that keeps its weight in fewer bits."""
     weight = layer._parameters.get("weight")
     if weight is None or not hasattr(layer, "in_features") or not hasattr(layer, "out_features"):
         return False
-    return not is_plain(weight) and not isinstance(weight.data, FakeTensor | DTensor)
+    return is_packed(weight)
 
 
 @torch.no_grad()

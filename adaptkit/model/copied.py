@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from adaptkit.core.block import Block
 from adaptkit.core.hierarchical import HierarchicalViT
+from adaptkit.core.tensors import is_plain
 from adaptkit.core.tree import at_rest, skeleton
-from adaptkit.core.unpacked import is_plain
 from adaptkit.core.view import View, ViT
 
 __all__ = ["Copy", "distance", "module_of"]

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptkit.core.tensors import is_plain
 from adaptkit.core.tree import blocks_of
-from adaptkit.core.unpacked import is_plain
 from adaptkit.core.view import ViT
 from adaptkit.features.cached import CachedFeatures
 from adaptkit.hub.digest import stored

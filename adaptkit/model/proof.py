@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from adaptkit.core.block import Block
 from adaptkit.core.hierarchical import HierarchicalViT
+from adaptkit.core.tensors import stands_in
 from adaptkit.core.view import View, ViT
 from adaptkit.model.copied import Copy, distance, module_of
 
@@ -68,15 +69,7 @@ def prove(view: View) -> None:
 
 
 def _is_out_of_reach(p: Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    if p.is_meta or isinstance(p, FakeTensor):
-        return True
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(p, DTensor)
+    return p.is_meta or stands_in(p)
 
 
 # ------------------------------------------------------------------------------------------------------- the forward

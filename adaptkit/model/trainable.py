@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from adaptkit.core import registry
 from adaptkit.core.proxy import own_layer
 from adaptkit.core.shown import listed
+from adaptkit.core.tensors import stands_in
 from adaptkit.core.tree import at_rest, skeleton
 from adaptkit.core.view import Features, View
 from adaptkit.core.warned import warn
@@ -45,7 +46,7 @@ def check_trained(vit: View, built: AdapterSet, run: Callable[[View, AdapterSet,
     """
     trained = {n: p for n, p in built.named_parameters() if p.requires_grad}
     tensors = [*vit.backbone.parameters(), *trained.values()]
-    if not trained or vit.sharded or any(t.is_meta or t.is_inference() or _is_special(t) for t in tensors):
+    if not trained or vit.sharded or any(t.is_meta or t.is_inference() or stands_in(t) for t in tensors):
         return
     try:
         with _small_run(vit, built, run) as features:
@@ -106,11 +107,6 @@ def _frozen(backbone: nn.Module, built: nn.Module) -> Iterator[None]:
     finally:
         for p in others:
             p.requires_grad = True
-
-
-def _is_special(tensor: Tensor) -> bool:
-    """Whether this is a tensor that stands for another one: a shard, or a fake."""
-    return type(tensor.data).__name__ in ("DTensor", "FakeTensor", "FunctionalTensor")
 
 
 def _unreached(features: Features, trained: dict[str, nn.Parameter], everything: bool) -> dict[str, nn.Parameter]:

@@ -25,8 +25,8 @@ def test_a_packed_linear_layer_says_its_weight(rows, monkeypatch):
     monkeypatch.setattr(unpacked, "ROWS", rows)
     torch.manual_seed(0)
     packed = Packed(torch.nn.Linear(7, 5))
-    assert unpacked.is_packed(packed)
-    assert not unpacked.is_packed(torch.nn.Linear(7, 5).bfloat16())
+    assert unpacked.packs_its_weight(packed)
+    assert not unpacked.packs_its_weight(torch.nn.Linear(7, 5).bfloat16())
     found = unpacked.unpacked(packed, torch.float32, "block 3, fc1")
     torch.testing.assert_close(found.weight, packed.weight * packed.scale)
     assert found.bias is packed.bias

@@ -29,6 +29,7 @@ from adaptkit.core.near import hint
 from adaptkit.core.proxy import LayerProxy, WeightProxy, edges, in_place, missing, put, restore
 from adaptkit.core.registry import register_adapter
 from adaptkit.core.schema import check
+from adaptkit.core.tensors import is_packed
 from adaptkit.core.tree import locate, nested
 
 __all__ = ["LoRA", "LoRAConfig"]
@@ -175,7 +176,7 @@ class LoRA(WeightAdapter):
     def _check_quantised(self, path: str, layer: Any) -> None:
         """Refuse what computes with a weight as it is stored, where that is quantised."""
         weight = layer._parameters.get("weight")
-        if weight is None or _is_plain(weight):
+        if weight is None or not is_packed(weight):
             return
         packed = tuple(weight.shape) != (layer.out_features, layer.in_features)
         if (
@@ -240,7 +241,7 @@ class LoRA(WeightAdapter):
             )
         for path, proxy in self.proxies.items():
             for name, tensor in proxy.layer._parameters.items():
-                if tensor is not None and not _is_plain(tensor):
+                if tensor is not None and is_packed(tensor):
                     raise TypeError(
                         f"{path}.{name} is a quantised {type(tensor).__name__} of {tensor.dtype}, and what is merged "
                         "into it would be rounded: keep the adapter beside it, or merge it in full precision"
@@ -312,14 +313,6 @@ class LoRA(WeightAdapter):
                 "layers of the library it was trained in; build the backbone there, or train it again here"
             )
         return renamed
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether this is a weight as torch makes it: neither of integers, nor of a class that packs them."""
-    from torch.distributed.tensor import DTensor  # here, for it takes time to import
-
-    inner = tensor.data if type(tensor) is nn.Parameter else tensor
-    return tensor.is_floating_point() and (type(inner) is Tensor or isinstance(inner, DTensor))
 
 
 def _split(key: str) -> tuple[str, str]:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from adaptkit.core import registry
 from adaptkit.core.block import Block
 from adaptkit.core.proxy import own_layer
+from adaptkit.core.tensors import is_plain
 from adaptkit.core.tree import at_rest, blocks_of, skeleton, unwrapped
-from adaptkit.core.unpacked import is_packed, is_plain, unpacked
+from adaptkit.core.unpacked import packs_its_weight, unpacked
 from adaptkit.core.view import ViT
 
 __all__ = ["BlockCopies", "common_names"]
@@ -132,7 +133,7 @@ def _copy(block: nn.Module, index: int) -> nn.Module:
     dtype = next((p.dtype for p in copy.parameters() if is_plain(p)), torch.float32)
     for module in list(copy.modules()):
         for name, layer in module._modules.items():
-            if layer is not None and is_packed(layer):
+            if layer is not None and packs_its_weight(layer):
                 module._modules[name] = unpacked(layer, dtype, f"block {index}, {name}")
     for module in copy.modules():
         for tensors in (module._parameters, module._buffers):
