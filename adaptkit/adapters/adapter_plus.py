@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.adapters.base import BlockAdapter, Trace
+from adaptkit.adapters.base import Aux, BlockAdapter
 from adaptkit.core.block import Block, Fn
 from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.layers import DropPath, check_choice, check_numbers
@@ -79,7 +79,7 @@ class AdapterPlus(BlockAdapter):
         super().__init__(spec, config)
         self.blocks = nn.ModuleList(Bottleneck(dim, config) for dim in spec.widths)
 
-    def wrap(self, block: Block, index: int, trace: Trace) -> Fn:
+    def wrap(self, block: Block, index: int, aux: Aux) -> Fn:
         """``y + A(y)`` with y = block(x): (B, P+N, D) -> (B, P+N, D)."""
         bottleneck = self.blocks[index]
 

@@ -2,7 +2,7 @@
 
 A *block adapter* wraps one frozen block; any number of them, in the order given. A *side adapter* runs a stream
 beside the blocks and owns the loop over them; at most one. Both can be attached at once: the side adapter then sees
-wrapped blocks. A forward writes nothing to ``self``: what an adapter reports goes into the ``trace``, a dict of tensors
+wrapped blocks. A forward writes nothing to ``self``: what an adapter reports goes into ``aux``, a dict of tensors
 made for this forward and returned as ``Features.aux``.
 """
 
@@ -17,16 +17,16 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from adaptkit.core.block import Block, Fn
-from adaptkit.core.checkpointing import Trace
+from adaptkit.core.checkpointing import Aux
 from adaptkit.core.proxy import LayerProxy
 from adaptkit.core.view import Features, View, ViT
 
 __all__ = [
     "Adapter",
+    "Aux",
     "BlockAdapter",
     "Openable",
     "SideAdapter",
-    "Trace",
     "WeightAdapter",
 ]
 
@@ -106,16 +106,16 @@ class BlockAdapter(Adapter):
         """Raise ``TypeError`` where it cannot act in the blocks of this backbone, beside what ``inside`` says."""
 
     @abstractmethod
-    def wrap(self, block: Block, index: int, trace: Trace) -> Fn:
+    def wrap(self, block: Block, index: int, aux: Aux) -> Fn:
         """Return what runs in place of block ``index``: (B, P+N, D) -> (B, P+N, D).
 
-        Called once more, with a trace of its own, where a checkpointed block runs again in the backward pass.
+        Called once more, with aux outputs of its own, where a checkpointed block runs again in the backward pass.
         """
 
-    def must_repeat(self, trace: Trace) -> bool:
-        """Return whether the forward that filled this trace must run again, with a fresh one.
+    def must_repeat(self, aux: Aux) -> bool:
+        """Return whether the forward that filled these must run again, with none.
 
-        Called once after each forward. Entries that only the adapter needs are removed from the trace here. May return
+        Called once after each forward. Entries that only the adapter needs are removed here. May return
         True only where every block is ``repeatable``.
         """
         return False
@@ -162,7 +162,7 @@ class SideAdapter(Adapter):
         return f"{type(self).__name__} changes what the blocks get"
 
     @abstractmethod
-    def forward(self, vit: ViT, image: Tensor, trace: Trace) -> Features:
+    def forward(self, vit: ViT, image: Tensor, aux: Aux) -> Features:
         """Image (B, C, H, W) -> features, as ``vit.finish`` closes them."""
 
 

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.adapters.base import BlockAdapter, Trace
+from adaptkit.adapters.base import Aux, BlockAdapter
 from adaptkit.core.block import Block, Fn
 from adaptkit.core.layers import check_choice, check_numbers, parameter_dtype
 from adaptkit.core.registry import register_adapter
@@ -220,14 +220,14 @@ class DATKV(BlockAdapter):
         super().__init__(spec, config.resolve(spec))
         self.blocks = nn.ModuleDict({str(i): DATBlock(spec, self.config) for i in self.config.blocks})
 
-    def wrap(self, block: Block, index: int, trace: Trace) -> Fn:
+    def wrap(self, block: Block, index: int, aux: Aux) -> Fn:
         """(B, P+N, D) -> (B, P+N, D)."""
         if index not in self.config.blocks:
             return block
         deformed = self.blocks[str(index)]
 
         def run(x: Tensor) -> Tensor:
-            x, trace[f"points.{index}"] = deformed(block, x)
+            x, aux[f"points.{index}"] = deformed(block, x)
             return x
 
         return run

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.adapters.base import BlockAdapter, Trace
+from adaptkit.adapters.base import Aux, BlockAdapter
 from adaptkit.core.block import Block, Fn, identity
 from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.layers import check_choice, check_numbers, parameter_dtype
@@ -226,7 +226,7 @@ class MetaFormer(BlockAdapter):
             for i, (name, dim, width) in enumerate(sizes)
         )
 
-    def wrap(self, block: Block, index: int, trace: Trace) -> Fn:
+    def wrap(self, block: Block, index: int, aux: Aux) -> Fn:
         """``block(x) + up(...)``: (B, P+N, D) -> (B, P+N, D)."""
         beside, grid = self.blocks[index], block.patch_grid()
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from adaptkit.adapters.base import BlockAdapter, Trace
+from adaptkit.adapters.base import Aux, BlockAdapter
 from adaptkit.core.block import Block, Fn
 from adaptkit.core.layers import check_numbers, parameter_dtype
 from adaptkit.core.registry import register_adapter
@@ -90,7 +90,7 @@ class Rein(BlockAdapter):
         d = s[..., 1:] @ self.mlp_token2feat(t[1:])
         return (self.scale * self.mlp_delta_f(d + own)).to(f.dtype)
 
-    def wrap(self, block: Block, index: int, trace: Trace) -> Fn:
+    def wrap(self, block: Block, index: int, aux: Aux) -> Fn:
         """The block, and what it gives refined: (B, P+N, D) -> (B, P+N, D)."""
         height, width = block.patch_grid()
         patches = height * width

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from adaptkit.adapters.base import SideAdapter, Trace
+from adaptkit.adapters.base import Aux, SideAdapter
 from adaptkit.core.layers import LayerNorm2d, init_weights, parameter_dtype
 from adaptkit.core.registry import register_adapter
 from adaptkit.core.view import Features, Spec, ViT
@@ -77,7 +77,7 @@ class SimpleFeaturePyramid(SideAdapter):
         """Nothing: it reads the last tokens."""
         return ""
 
-    def forward(self, vit: ViT, image: Tensor, trace: Trace) -> Features:
+    def forward(self, vit: ViT, image: Tensor, aux: Aux) -> Features:
         """Image (B, C, H, W) -> features with maps (B, D, H/s, W/s), s of ``strides``, rounded up."""
         features = vit.features(image)
         x = tokens_to_map(features.tokens, features.grid).to(parameter_dtype(self.outputs))
@@ -90,4 +90,4 @@ class SimpleFeaturePyramid(SideAdapter):
                 continue
             size = (cells(height, stride), cells(width, stride))
             maps.append(output(resample_map(stage(x), made, stride, size)))
-        return features._replace(maps=tuple(maps), aux=dict(trace))
+        return features._replace(maps=tuple(maps), aux=dict(aux))

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptkit.adapters.base import Openable, Trace
+from adaptkit.adapters.base import Aux, Openable
 from adaptkit.core.block import Block, Fn
 from adaptkit.core.layers import check_numbers
 from adaptkit.core.registry import register_adapter
@@ -94,14 +94,14 @@ class Stream(NamedTuple):
     full: Tensor  #: (B, P+N, D) what the block gave
 
     @staticmethod
-    def taken(trace: Trace) -> Stream | None:
-        """Take what the last block left out of the trace, if any."""
-        found = {name: trace.pop(f"tome.{name}", None) for name in Stream._fields}
+    def taken(aux: Aux) -> Stream | None:
+        """Take what the last block left there, if any."""
+        found = {name: aux.pop(f"tome.{name}", None) for name in Stream._fields}
         return None if found["tokens"] is None else Stream(**found)  # type: ignore[arg-type]
 
-    def leave(self, trace: Trace) -> None:
+    def leave(self, aux: Aux) -> None:
         """Leave it for the next block."""
-        trace.update({f"tome.{name}": x for name, x in self._asdict().items() if x is not None})
+        aux.update({f"tome.{name}": x for name, x in self._asdict().items() if x is not None})
 
     def at(self, x: Tensor) -> Tensor:
         """(B, P+N, D) as the next block gets them -> (B, T, D): means of their patches, where they were changed."""
@@ -199,16 +199,16 @@ class ToMe(Openable):
             row, still = weight.new_zeros(1, 1, view.spec.embed_dim), torch.full((1,), -1, device=weight.device)
             block.rotate(block.qkv_at(row, still)[0], torch.zeros(1, 2, device=weight.device))
 
-    def wrap(self, block: Block, index: int, trace: Trace) -> Fn:
+    def wrap(self, block: Block, index: int, aux: Aux) -> Fn:
         """The backbone's own block before the first that merges; from there on with fewer tokens inside."""
         if self.open or not any(self.r[: index + 1]):
             return block
         check(block, "this backbone")
-        return partial(self._run, block, index, trace)
+        return partial(self._run, block, index, aux)
 
-    def _run(self, block: Block, index: int, trace: Trace, x: Tensor) -> Tensor:
+    def _run(self, block: Block, index: int, aux: Aux, x: Tensor) -> Tensor:
         grid = block.patch_grid()
-        before = Stream.taken(trace)
+        before = Stream.taken(aux)
         stream = _begun(block, grid, x) if before is None else before._replace(tokens=before.at(x))
         q, k, v = _qkv(block, block.norm1(stream.tokens), None if before is None else stream)
         bias = None
@@ -223,9 +223,9 @@ class ToMe(Openable):
         x = x + block.scale2(block.mlp(block.norm2(x)))
         full = _unmerged(x, stream)
         if index == self.spec.depth - 1:
-            trace["patch_token"], trace["token_size"] = stream.token, stream.size[..., 0]
+            aux["patch_token"], aux["token_size"] = stream.token, stream.size[..., 0]
         else:
-            stream._replace(tokens=x, full=full).leave(trace)
+            stream._replace(tokens=x, full=full).leave(aux)
         return full
 
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.adapters.base import BlockAdapter, Trace
+from adaptkit.adapters.base import Aux, BlockAdapter
 from adaptkit.core.block import Block, Fn
 from adaptkit.core.layers import check_numbers
 from adaptkit.core.registry import register_adapter
@@ -62,22 +62,22 @@ class VPT(BlockAdapter):
         self.prompts = nn.Parameter(torch.empty(sets, config.num_tokens, spec.embed_dim).uniform_(-bound, bound))
         self.dropout = nn.Dropout(config.dropout)
 
-    def wrap(self, block: Block, index: int, trace: Trace) -> Fn:
+    def wrap(self, block: Block, index: int, aux: Aux) -> Fn:
         """The block with prompts beside its tokens: (B, P+N, D) -> (B, P+N, D)."""
-        return partial(self._deep if self.config.deep else self._shallow, block, index, trace)
+        return partial(self._deep if self.config.deep else self._shallow, block, index, aux)
 
     def _own(self, index: int, x: Tensor) -> Tensor:
         """The prompts of a block for each image, (B, m, D)."""
         return self.dropout(self.prompts[index].to(x.dtype).expand(len(x), -1, -1))
 
-    def _deep(self, block: Block, index: int, trace: Trace, x: Tensor) -> Tensor:
+    def _deep(self, block: Block, index: int, aux: Aux, x: Tensor) -> Tensor:
         return prompted(block, x, self._own(index, x))[0]
 
-    def _shallow(self, block: Block, index: int, trace: Trace, x: Tensor) -> Tensor:
-        prompts = self._own(0, x) if index == 0 else trace.pop(CARRIED)
+    def _shallow(self, block: Block, index: int, aux: Aux, x: Tensor) -> Tensor:
+        prompts = self._own(0, x) if index == 0 else aux.pop(CARRIED)
         if index == self.spec.depth - 1:
             return prompted(block, x, prompts)[0]
-        x, trace[CARRIED] = prompted(block, x, prompts, goes_on=True)
+        x, aux[CARRIED] = prompted(block, x, prompts, goes_on=True)
         return x
 
 

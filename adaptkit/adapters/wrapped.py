@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adaptkit.adapters.base import Adapter, BlockAdapter, SideAdapter
 from adaptkit.core.block import Block, Fn
-from adaptkit.core.checkpointing import OFF, Checkpointed, Checkpointing, Trace
+from adaptkit.core.checkpointing import OFF, Aux, Checkpointed, Checkpointing
 from adaptkit.core.hierarchical import HierarchicalViT
 from adaptkit.core.view import Source, View, ViT
 from adaptkit.seam import modes, records_gradients
@@ -22,13 +22,13 @@ __all__ = ["WrappedHierarchicalViT", "WrappedViT", "wrapped"]
 RUN_WHOLE = "run_whole"
 
 
-def wrapped(vit: View, acting: Iterable[Adapter], trace: Trace) -> View:
+def wrapped(vit: View, acting: Iterable[Adapter], aux: Aux) -> View:
     """Return the view for one forward: its blocks wrapped by these adapters, and checkpointed where that is on.
 
     Args:
         vit: the backbone's own view.
         acting: adapters; side adapters among them wrap nothing.
-        trace: what the adapters report in this forward; returned as ``Features.aux``.
+        aux: what the adapters report in this forward; returned as ``Features.aux``.
     """
     adapters = [adapter for adapter in acting if not isinstance(adapter, SideAdapter)]
     wrappers = [adapter for adapter in adapters if isinstance(adapter, BlockAdapter)]
@@ -37,16 +37,16 @@ def wrapped(vit: View, acting: Iterable[Adapter], trace: Trace) -> View:
         return vit
     trained = how.every > 0 and any(p.requires_grad for m in (vit.backbone, *adapters) for p in m.parameters())
     if isinstance(vit, HierarchicalViT):
-        return WrappedHierarchicalViT(vit, wrappers, trace, how, trained)
+        return WrappedHierarchicalViT(vit, wrappers, aux, how, trained)
     if isinstance(vit, ViT):
-        return WrappedViT(vit, wrappers, trace, how, trained)
+        return WrappedViT(vit, wrappers, aux, how, trained)
     raise TypeError(f"{type(vit).__name__} is neither a ViT nor a HierarchicalViT; subclass one of them")
 
 
-def _wrap(block: Block, index: int, adapters: Sequence[BlockAdapter], trace: Trace) -> Fn:
+def _wrap(block: Block, index: int, adapters: Sequence[BlockAdapter], aux: Aux) -> Fn:
     run: Fn = block
     for adapter in adapters:
-        run = adapter.wrap(run if isinstance(run, Block) else replace(block, run=run), index, trace)
+        run = adapter.wrap(run if isinstance(run, Block) else replace(block, run=run), index, aux)
     return run
 
 
@@ -57,7 +57,7 @@ def _wrap_all(view: Any, blocks: Sequence[Block], first: int, grid: tuple[int, i
     how: Checkpointing = view.how
     state = view.state() if how.every else ()
     return [
-        Checkpointed(build, view.trace, view.trained, how.options, state) if how.of(i) else build(view.trace)
+        Checkpointed(build, view.aux, view.trained, how.options, state) if how.of(i) else build(view.aux)
         for i, build in enumerate(builds, first)
     ]
 
@@ -68,9 +68,9 @@ def _state(adapters: Sequence[BlockAdapter]) -> list[tuple[object, str]]:
     return [*modes(m for adapter in adapters for m in adapter.modules()), *switches]
 
 
-def _build(view: Any, block: Block, index: int, trace: Trace) -> Fn:
-    """Return a wrapped block that reports to this trace."""
-    run, sharded = _wrap(block, index, view.adapters, trace), view.vit.sharded
+def _build(view: Any, block: Block, index: int, aux: Aux) -> Fn:
+    """Return a wrapped block that reports to these aux outputs."""
+    run, sharded = _wrap(block, index, view.adapters, aux), view.vit.sharded
     if not sharded or not any(adapter.inside for adapter in view.adapters):
         return run
     return partial(getattr(sharded[index], RUN_WHOLE), run)
@@ -83,13 +83,13 @@ class _Wrapped(View):
         self,
         vit: Any,
         adapters: Sequence[BlockAdapter],
-        trace: Trace,
+        aux: Aux,
         how: Checkpointing = OFF,
         trained: bool = True,
     ) -> None:
         """``trained``: whether a checkpointed block has something to train."""
         super().__init__(vit.backbone, vit.spec)  # type: ignore[call-arg]  # of the kind of view beside this one
-        self.vit, self.adapters, self.trace, self.how, self.trained = vit, adapters, trace, how, trained
+        self.vit, self.adapters, self.aux, self.how, self.trained = vit, adapters, aux, how, trained
         self.positions = vit.positions
 
     def norm(self, x: Tensor) -> Tensor:

@@ -55,23 +55,23 @@ def attentions(
 
     Raises ``TypeError``, with the reason, where no block shows its attention or one that was named does not.
     """
-    host = Watched.of(model)
-    taken = chosen(blocks, host.vit.spec.depth)
-    strides, refused, shown = block_strides(host.vit.spec), {}, []
-    deciding = [a for a in host.acting if isinstance(a, BlockAdapter) and a.inside and not isinstance(a, DATKV)]
+    watched = Watched.of(model)
+    taken = chosen(blocks, watched.vit.spec.depth)
+    strides, refused, shown = block_strides(watched.vit.spec), {}, []
+    deciding = [a for a in watched.acting if isinstance(a, BlockAdapter) and a.inside and not isinstance(a, DATKV)]
     if deciding:
         see = "see kept_patches, or " if isinstance(deciding[0], AdaViT) else ""
         raise TypeError(
             f"{type(deciding[0]).__name__} changes which tokens attend in a block, so the attention of the frozen "
             f"blocks is not what ran; {see}look inside model.disable_adapter()"
         )
-    moving = next((a for a in host.acting if isinstance(a, DATKV)), None)
+    moving = next((a for a in watched.acting if isinstance(a, DATKV)), None)
 
     def look(block: Block, index: int, x: Tensor, y: Tensor) -> None:
         if index not in taken:
             return
         try:
-            found = _attention(host.vit, block, index, x, strides[index], moving)
+            found = _attention(watched.vit, block, index, x, strides[index], moving)
         except TypeError as error:
             refused[index] = str(error)
         else:
@@ -83,7 +83,7 @@ def attentions(
     if refused and (blocks is not None or not shown):
         index, why = next(iter(refused.items()))
         raise TypeError(
-            f"block {index} of {host.vit.spec.family} does not show its attention: {why} (feature_pca and spectrum "
+            f"block {index} of {watched.vit.spec.family} does not show its attention: {why} (feature_pca and spectrum "
             "look at what blocks give, whatever they do)"
         )
 

@@ -82,11 +82,11 @@ def grad_cam(
     a class, a pixel or a mask that is none.
     """
     one = single(image)
-    host = Watched.of(model)
+    watched = Watched.of(model)
     at = at if at is None or isinstance(at, str) else indices("at", [at])[0]
-    asked = [at] if at is not None else [None, *reversed(range(host.vit.spec.depth))]
+    asked = [at] if at is not None else [None, *reversed(range(watched.vit.spec.depth))]
     for place in asked:
-        found = _try(model, host, one, target, pixels, place)
+        found = _try(model, watched, one, target, pixels, place)
         if found is not None:
             a, slope, score, leaf, said = found
             cam = (slope.mean((0, 1)) * a).sum(-1).relu().detach().float().cpu()
@@ -107,17 +107,17 @@ class _Leaf(NamedTuple):
 
 
 def _try(
-    model: nn.Module, host: Watched, image: Tensor, target: Any, pixels: Any, at: int | str | None
+    model: nn.Module, watched: Watched, image: Tensor, target: Any, pixels: Any, at: int | str | None
 ) -> tuple[Tensor, Tensor, float, _Leaf, str] | None:
     """Return A (h, w, D), dy/dA, y, the place and the target; None where y does not depend on A."""
     made: list[_Leaf] = []
-    index = chosen([at], host.vit.spec.depth)[0] if isinstance(at, int) else -1
+    index = chosen([at], watched.vit.spec.depth)[0] if isinstance(at, int) else -1
 
     def visit(block: Block, i: int, x: Tensor, y: Tensor) -> Tensor | None:
         if i != index:
             return None
         y = y.detach().requires_grad_()
-        made[:] = [_Leaf(y, f"block {i}", block.grid or (0, 0), block_strides(host.vit.spec)[i])]
+        made[:] = [_Leaf(y, f"block {i}", block.grid or (0, 0), block_strides(watched.vit.spec)[i])]
         return y
 
     with torch.inference_mode(False), torch.enable_grad(), evaluating(model), reference():
@@ -127,7 +127,7 @@ def _try(
             features = _map_as_leaf(features, map_strides(model, features), at, made)
             if not made:
                 return None
-        logits = host.logits(features)
+        logits = watched.logits(features)
         score, said = _score(logits, target, pixels, image.shape[-2:])
         (leaf,) = made
         if not score.requires_grad:

@@ -67,18 +67,18 @@ def rollout(
     show the attention of all tokens on all.
     """
     check_choice("heads", heads, ("mean", "max"))
-    host, given = Watched.of(model), batch(images)
-    if not isinstance(host.vit, ViT):
+    watched, given = Watched.of(model), batch(images)
+    if not isinstance(watched.vit, ViT):
         raise TypeError(
-            f"{host.vit.spec.family} has other tokens in each stage, so that their attention cannot be multiplied; "
+            f"{watched.vit.spec.family} has other tokens in each stage, so that their attention cannot be multiplied; "
             "rollout takes a plain ViT"
         )
     seen = [_product(model, image, blocks, heads) for image in given]
     shown = pictured([i[0] for i in given], source_of(model, given[0].shape[1]))
     matrices = tuple(product.cpu() for product, _ in seen)
     grids = tuple(last.patches.grid for _, last in seen)
-    prefix, class_token = seen[0][1].prefix, host.vit.has_class_token
-    return Rollout(matrices, grids, host.vit.spec.patch_size, prefix, shown, class_token)
+    prefix, class_token = seen[0][1].prefix, watched.vit.has_class_token
+    return Rollout(matrices, grids, watched.vit.spec.patch_size, prefix, shown, class_token)
 
 
 def _product(model: nn.Module, image: Tensor, blocks: Any, heads: str) -> tuple[Tensor, Attention]:

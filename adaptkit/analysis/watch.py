@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from adaptkit.adapters.base import Adapter, BlockAdapter, SideAdapter, Trace
+from adaptkit.adapters.base import Adapter, Aux, BlockAdapter, SideAdapter
 from adaptkit.core import registry
 from adaptkit.core.block import Block, Fn
 from adaptkit.core.hierarchical import HierarchicalSpec
@@ -112,7 +112,7 @@ class _Watch(BlockAdapter):
         super().__init__(spec, None)
         self.visit = visit
 
-    def wrap(self, block: Block, index: int, trace: Trace) -> Fn:
+    def wrap(self, block: Block, index: int, aux: Aux) -> Fn:
         """(B, P+N, D) -> (B, P+N, D)."""
         return partial(self._run, block, index)
 
@@ -124,10 +124,10 @@ class _Watch(BlockAdapter):
 
 def run_watched(model: nn.Module, image: Tensor, visit: Visit) -> Features:
     """Run a model on (B, C, H, W), a visit after every block; returns features, without the logits of a head."""
-    host = Watched.of(model)
-    acting = _Acting((*host.acting, _Watch(host.vit.spec, visit)), _nothing, host.head_reads)
+    watched = Watched.of(model)
+    acting = _Acting((*watched.acting, _Watch(watched.vit.spec, visit)), _nothing, watched.head_reads)
     with evaluating(model), reference():
-        return run(host.vit, acting, image)  # type: ignore[arg-type]
+        return run(watched.vit, acting, image)  # type: ignore[arg-type]
 
 
 def _nothing(features: Features) -> None:
@@ -196,11 +196,11 @@ def block_strides(spec: Any) -> list[int]:
 
 def map_strides(model: nn.Module, features: Features) -> tuple[int, ...]:
     """Return the strides of the maps of features, in pixels; of the patch tokens where there is no map."""
-    host = Watched.of(model)
+    watched = Watched.of(model)
     if not features.maps:
-        return (host.vit.spec.patch_size,)
-    side = next((a for a in host.acting if isinstance(a, SideAdapter)), None)
-    return tuple(host.vit.spec.strides if side is None else side.strides)
+        return (watched.vit.spec.patch_size,)
+    side = next((a for a in watched.acting if isinstance(a, SideAdapter)), None)
+    return tuple(watched.vit.spec.strides if side is None else side.strides)
 
 
 def source_of(model: nn.Module, channels: int) -> Source:

@@ -72,29 +72,29 @@ def _squares(model: Any, paths: list[Path], size: int | None, normalised: dict[s
     from adaptkit.analysis.watch import Watched
     from adaptkit.predict.transform import transform_of
 
-    host = Watched.of(model)
-    patch = host.vit.spec.patch_size
+    watched = Watched.of(model)
+    patch = watched.vit.spec.patch_size
     side = 224 if size is None else size
     if side < patch:
         raise ValueError(f"--size {side} is less than one patch of {patch} pixels")
     side = round(side / patch) * patch
-    channels, source = host.vit.spec.channels, host.vit.source()
+    channels, source = watched.vit.spec.channels, watched.vit.source()
     given = {name: values * (channels if len(values) == 1 else 1) for name, values in normalised.items()}
     if min(given.get("std", [1.0])) <= 0:
         raise ValueError(f"--std {' '.join(map(str, given['std']))}: a standard deviation is above 0")
-    said = {**(model.metadata if host.acting else {}), **given, "size": side}
+    said = {**(model.metadata if watched.acting else {}), **given, "size": side}
     if not all(said.get(name) or getattr(source, name) for name in ("mean", "std")):
         raise ValueError(
-            f"nobody says how images are normalised for {type(host.vit.backbone).__name__}: --mean and --std"
+            f"nobody says how images are normalised for {type(watched.vit.backbone).__name__}: --mean and --std"
         )
     how = transform_of(source, said, "segmentation", channels)
-    return [how.normalise(_middle(how.frame(_pixels(path, host)), side)) for path in paths]
+    return [how.normalise(_middle(how.frame(_pixels(path, watched)), side)) for path in paths]
 
 
-def _pixels(path: Path, host: Any) -> Any:
+def _pixels(path: Path, watched: Any) -> Any:
     from adaptkit.predict.pixels import pixels
 
-    return pixels(path, host.vit.spec.channels)
+    return pixels(path, watched.vit.spec.channels)
 
 
 def _middle(image: Any, side: int) -> Any:

@@ -23,7 +23,7 @@ from adaptkit.seam import bound, records_gradients
 
 __all__ = ["OFF", "Checkpointed", "Checkpointing", "recompute"]
 
-Trace = dict[str, Tensor]  #: what adapters report in one forward, by name
+Aux = dict[str, Tensor]  #: the aux outputs: what adapters report in one forward, by name
 Run = Callable[[Tensor], Tensor]
 
 
@@ -45,12 +45,12 @@ OFF = Checkpointing(0)
 class Checkpointed:
     """A wrapped block that keeps its input alone.
 
-    A block that runs twice must report twice what it reported first: it is built anew for each run, around a trace of
-    its own that begins as the common one was.
+    A block that runs twice must report twice what it reported first: it is built anew for each run, around aux
+    outputs of its own that begin as the common ones were.
     """
 
-    build: Callable[[Trace], Run]  #: returns the wrapped block, which reports to this trace
-    trace: Trace  #: of the whole forward
+    build: Callable[[Aux], Run]  #: returns the wrapped block, which reports to these
+    aux: Aux  #: of the whole forward
     trained: bool  #: whether something is trained in the blocks, so that a gradient is wanted even if x wants none
     options: Mapping[str, Any]
     state: Sequence[tuple[object, str]] = ()  #: what its run reads of modules, see :func:`adaptkit.seam.bound`
@@ -58,21 +58,21 @@ class Checkpointed:
     def __call__(self, x: Tensor) -> Tensor:
         """(B, P+N, D) -> (B, P+N, D)."""
         if not (self.trained or x.requires_grad):
-            return self.build(self.trace)(x)
-        run = rerouted(bound(partial(_run, self.build, dict(self.trace)), self.state))
+            return self.build(self.aux)(x)
+        run = rerouted(bound(partial(_run, self.build, dict(self.aux)), self.state))
         y, reported, dropped = checkpoint(run, x, use_reentrant=False, **self.options)
-        self.trace.update(reported)
+        self.aux.update(reported)
         for name in dropped:
-            del self.trace[name]
+            del self.aux[name]
         return y
 
 
-def _run(build: Callable[[Trace], Run], before: Trace, x: Tensor) -> tuple[Tensor, Trace, list[str]]:
-    """Run the block; return what it added to the trace, and the names that it took out."""
-    trace = dict(before)
-    y = build(trace)(x)
-    reported = {name: value for name, value in trace.items() if before.get(name) is not value}
-    return y, reported, [name for name in before if name not in trace]
+def _run(build: Callable[[Aux], Run], before: Aux, x: Tensor) -> tuple[Tensor, Aux, list[str]]:
+    """Run the block; return what it added to the aux outputs, and the names that it took out."""
+    aux = dict(before)
+    y = build(aux)(x)
+    reported = {name: value for name, value in aux.items() if before.get(name) is not value}
+    return y, reported, [name for name in before if name not in aux]
 
 
 # ----------------------------------------------------------------------------------------------- one part of a forward

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit.adapters.base import BlockAdapter, Trace
+from adaptkit.adapters.base import Aux, BlockAdapter
 from adaptkit.adapters.wrapped import wrapped
 from adaptkit.core.view import Features, View
 from adaptkit.model.parts import AdapterSet
@@ -29,12 +29,12 @@ def run(vit: View, acting: AdapterSet, image: Tensor) -> Features:
 
 def _run_once(vit: View, acting: AdapterSet, image: Tensor) -> tuple[Features, bool]:
     """Run everything but the head; also return whether an adapter asks for another run (AdaViT's packing)."""
-    trace: Trace = {}
-    view: Any = wrapped(vit, acting, trace)
+    aux: Aux = {}
+    view: Any = wrapped(vit, acting, aux)
     reads = {"reads": acting.head_reads} if acting.head_reads else {}  # which a backbone with stages does not have
-    features = view.features(image, **reads) if acting.side is None else acting.side(view, image, trace)
-    repeats = [adapter.must_repeat(trace) for adapter in acting if isinstance(adapter, BlockAdapter)]
-    return features._replace(aux={**features.aux, **trace}), any(repeats)
+    features = view.features(image, **reads) if acting.side is None else acting.side(view, image, aux)
+    repeats = [adapter.must_repeat(aux) for adapter in acting if isinstance(adapter, BlockAdapter)]
+    return features._replace(aux={**features.aux, **aux}), any(repeats)
 
 
 def answered(head: nn.Module, features: Features, spec: Any, pad: str) -> Any:

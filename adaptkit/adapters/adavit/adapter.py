@@ -25,7 +25,7 @@ from adaptkit.adapters.adavit.gain import gain
 from adaptkit.adapters.adavit.gates import Decision, Gates, Given, Policy
 from adaptkit.adapters.adavit.layouts import Layouts
 from adaptkit.adapters.adavit.packed import packed, skipping
-from adaptkit.adapters.base import Openable, Trace
+from adaptkit.adapters.base import Aux, Openable
 from adaptkit.adapters.wrapped import wrapped
 from adaptkit.core.block import Block, Fn
 from adaptkit.core.layers import check_choice, parameter_dtype
@@ -112,25 +112,25 @@ class AdaViT(Openable):
         (high, low), first = self.config.layer_bias, self.first["layer"]
         return high + (low - high) * (index - first) / max(1, self.spec.depth - 1 - first)
 
-    def wrap(self, block: Block, index: int, trace: Trace) -> Fn:
+    def wrap(self, block: Block, index: int, aux: Aux) -> Fn:
         """Return the block as it is before the first gated one, and under its gates' decision from there on."""
         if self.open or str(index) not in self.gates:
             return block
-        return partial(self._run, block, index, trace)
+        return partial(self._run, block, index, aux)
 
-    def _run(self, block: Block, index: int, trace: Trace, x: Tensor) -> Tensor:
+    def _run(self, block: Block, index: int, aux: Aux, x: Tensor) -> Tensor:
         h = block.norm1(x)
         decision, logits = self.gates[str(index)](x, h, block.patch_grid())
         if self.policy is not None:
             decision = self.policy(index, decision)
-        self._record(trace, index, decision, logits)
+        self._record(aux, index, decision, logits)
         only_prefix = index == self.spec.depth - 1 and self.config.last_block == "class"
         how = How(self.config.head_mode, only_prefix, self.layouts)
-        x = self._execute(index, trace, block, x, h, decision, how)
+        x = self._execute(index, aux, block, x, h, decision, how)
         return self.bottlenecks[str(index)](x) if self.config.bottleneck else x
 
     def _execute(
-        self, index: int, trace: Trace, block: Block, x: Tensor, h: Tensor, decision: Decision, how: How
+        self, index: int, aux: Aux, block: Block, x: Tensor, h: Tensor, decision: Decision, how: How
     ) -> Tensor:
         """Mask in training and in a graph, which cannot follow shapes that depend on the data; else as it is asked."""
         if self.training or is_traced() or self.execution == "masked":
@@ -138,11 +138,11 @@ class AdaViT(Openable):
         if records_gradients() and (self.execution == "auto" or must_wait(x)):
             return masked(block, x, h, decision, how)
         if must_wait(x):
-            return self._without_waiting(index, trace, block, x, h, decision, how)
+            return self._without_waiting(index, aux, block, x, h, decision, how)
         return (packed if self.execution == "packed" else skipping)(block, x, h, decision, how)
 
     def _without_waiting(
-        self, index: int, trace: Trace, block: Block, x: Tensor, h: Tensor, decision: Decision, how: How
+        self, index: int, aux: Aux, block: Block, x: Tensor, h: Tensor, decision: Decision, how: How
     ) -> Tensor:
         """Pack to the block's capacity; with ``"auto"`` only where one is known and that is known to be faster."""
         mask = partial(masked, block, x, h, decision, how)
@@ -157,30 +157,30 @@ class AdaViT(Openable):
                 return mask()
             packs = known is not None and gained.is_profitable(known.share)
         capacity = known if packs and known is not None else EVERYTHING
-        trace[f"adavit.{index}.counts"] = counts(Masks.of(block, x, decision, how), x, capacity)
+        aux[f"adavit.{index}.counts"] = counts(Masks.of(block, x, decision, how), x, capacity)
         return pack(capacity) if packs else mask()
 
-    def must_repeat(self, trace: Trace) -> bool:
+    def must_repeat(self, aux: Aux) -> bool:
         """Read what the blocks counted, all at once. Where one had more on than its capacity, nothing holds."""
-        names = {int(i): f"adavit.{i}.counts" for i in self.gates if f"adavit.{i}.counts" in trace}
+        names = {int(i): f"adavit.{i}.counts" for i in self.gates if f"adavit.{i}.counts" in aux}
         if not names:
             return False
-        numbers = read(torch.stack([trace.pop(name) for name in names.values()]))
+        numbers = read(torch.stack([aux.pop(name) for name in names.values()]))
         return self.capacities.learn(dict(zip(names, numbers)))
 
-    def _record(self, trace: Trace, index: int, decision: Decision, logits: Decision) -> None:
+    def _record(self, aux: Aux, index: int, decision: Decision, logits: Decision) -> None:
         """Keep what was decided; the last block stacks it, (B, gated blocks, ...)."""
         for kind, keep, logit in zip(KINDS, decision, logits):
             if keep is not None and logit is not None:
-                trace[f"adavit.{index}.{kind}_keep"], trace[f"adavit.{index}.{kind}_logits"] = keep, logit
+                aux[f"adavit.{index}.{kind}_keep"], aux[f"adavit.{index}.{kind}_logits"] = keep, logit
         if index != self.spec.depth - 1:
             return
         for kind in self.config.gates:
             for what in ("keep", "logits"):
                 names = [f"adavit.{i}.{kind}_{what}" for i in range(self.first[kind], self.spec.depth)]
-                trace[f"{kind}_{what}"] = torch.stack([trace.pop(n) for n in names if n in trace], dim=1)
+                aux[f"{kind}_{what}"] = torch.stack([aux.pop(n) for n in names if n in aux], dim=1)
 
-    def thresholded(self, aux: Trace) -> Trace:
+    def thresholded(self, aux: Aux) -> Aux:
         """Return the decisions that the same logits give without noise, as evaluation takes them: ``<kind>_keep``."""
         c = self.config
         found = {}
@@ -198,7 +198,7 @@ class AdaViT(Openable):
         finally:
             self.policy = before
 
-    def given(self, aux: Trace) -> Given:
+    def given(self, aux: Aux) -> Given:
         """Return the policy that repeats the decisions of another forward of the same images."""
         return Given(aux, self.first)
 

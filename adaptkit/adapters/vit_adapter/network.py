@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.adapters.base import SideAdapter, Trace
+from adaptkit.adapters.base import Aux, SideAdapter
 from adaptkit.adapters.vit_adapter.config import STRIDES, ViTAdapterConfig
 from adaptkit.core.block import Fn
 from adaptkit.core.checkpointing import recompute
@@ -249,7 +249,7 @@ class ViTAdapter(SideAdapter):
             return "its injectors write into the tokens; injector=False only reads them"
         return "prefix='drop' runs the blocks without prefix tokens" if self.config.prefix == "drop" else ""
 
-    def forward(self, vit: ViT, image: Tensor, trace: Trace) -> Features:
+    def forward(self, vit: ViT, image: Tensor, aux: Aux) -> Features:
         """Image (B, C, H, W) -> features with maps (B, D, H/s, W/s), s of ``strides``, rounded up."""
         x, blocks = vit.begin(image)
         if self.config.prefix == "drop":
@@ -262,7 +262,7 @@ class ViTAdapter(SideAdapter):
         for interaction, (first, last) in zip(self.interactions, self.config.interaction_indexes):
             x, c, tokens = interaction(x, c, blocks[first : last + 1], read, grids, run)
             taps.append(tokens)
-        return vit.finish(x, image, self._pyramid(c1, c, taps, grids, image), trace)
+        return vit.finish(x, image, self._pyramid(c1, c, taps, grids, image), aux)
 
     def _state(self, vit: ViT) -> list[tuple[object, str]] | None:
         """Return the state that recomputation restores, see :func:`adaptkit.seam.bound`; None: recompute nothing."""

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptkit.adapters.base import SideAdapter, Trace
+from adaptkit.adapters.base import Aux, SideAdapter
 from adaptkit.adapters.vit_split.config import STRIDES, ViTSplitConfig
 from adaptkit.adapters.vit_split.copies import BlockCopies
 from adaptkit.core.checkpointing import recompute
@@ -123,7 +123,7 @@ class ViTSplit(SideAdapter):
         """Nothing: it reads tokens."""
         return ""
 
-    def forward(self, vit: ViT, image: Tensor, trace: Trace) -> Features:
+    def forward(self, vit: ViT, image: Tensor, aux: Aux) -> Features:
         """Image (B, C, H, W) -> features with maps (B, D, H/s, W/s), s of ``strides``, rounded up.
 
         Tokens and prefix are those of the frozen backbone.
@@ -137,7 +137,7 @@ class ViTSplit(SideAdapter):
         prior = self.frozen_conv(torch.cat([self._map(vit, taps[i], grid) for i in self.out_indices], dim=1))
         task = self._map(vit, self._task(vit, taps[self.select_layers[0] - 1], grid), grid)
         fused = self.fusion_conv(torch.cat([prior, task], dim=1))
-        return vit.finish(x, image, self._pyramid(fused, image), trace)
+        return vit.finish(x, image, self._pyramid(fused, image), aux)
 
     def _task(self, vit: ViT, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens (B, P+N, D) before the first copy -> after the last."""
