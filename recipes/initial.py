@@ -102,7 +102,7 @@ def other_head(
 
 def saved(name: str) -> AdapterFile | None:
     """Return the file that is meant by one of ``--adapter``, None for the name of an adapter."""
-    from adaptkit.model.parts import as_file
+    from adaptkit.model.building import as_file
 
     return None if name in ("none", "linear") else as_file(name)
 

@@ -16,7 +16,7 @@ from adaptkit.interop.loading import REMEDY, filled, timm_vit
 from adaptkit.interop.vit_adapter import resampled_positions
 from adaptkit.losses import KINDS
 from adaptkit.model.adapted import AdaptedModel
-from adaptkit.model.parts import check_tensors
+from adaptkit.model.saved import check_tensors
 
 _GATE = re.compile(r"blocks\.(\d+)\.(?:attn\.token_select|(head|layer)_select)\.mlp_head\.(weight|bias)$")
 OFFICIAL = {"patch_threshold": 0.6, "head_threshold": 0.5, "layer_threshold": 0.5, "temperature": 1.0}

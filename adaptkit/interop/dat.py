@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from adaptkit.interop.loading import REMEDY
 from adaptkit.mixers.dat import DeformableAttention
-from adaptkit.model.parts import check_tensors
+from adaptkit.model.saved import check_tensors
 
 KERNELS = (9, 7, 5, 3)  # of the offset network, by the authors' stage_idx
 

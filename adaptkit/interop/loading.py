@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adaptkit.core.registry import view
 from adaptkit.model.adapted import AdaptedModel, attach
-from adaptkit.model.parts import check_tensors
+from adaptkit.model.saved import check_tensors
 
 __all__ = ["REMEDY", "Checkpoint", "filled", "timm_vit"]
 

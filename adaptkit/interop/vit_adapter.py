@@ -18,7 +18,7 @@ from adaptkit.core.registry import view
 from adaptkit.core.view import Spec
 from adaptkit.interop.loading import REMEDY, Checkpoint, filled, timm_vit
 from adaptkit.model.adapted import AdaptedModel
-from adaptkit.model.parts import check_tensors
+from adaptkit.model.saved import check_tensors
 
 # The adapter's keys, anchored: `norm1.` at the top is the pyramid's, `blocks.0.norm1.` is the ViT's.
 _ADAPTER_KEY = re.compile(r"(level_embed$|spm\.|interactions\.\d+\.|up\.|norm[1-4]\.)")

@@ -16,7 +16,7 @@ from adaptkit.core.view import Spec
 from adaptkit.interop.loading import REMEDY, Checkpoint, filled, timm_vit
 from adaptkit.interop.vit_adapter import resampled_positions
 from adaptkit.model.adapted import AdaptedModel
-from adaptkit.model.parts import check_tensors
+from adaptkit.model.saved import check_tensors
 
 # `backbone.bn_norm` is built and saved by the authors, and never used.
 _OWN = re.compile(r"(split_head|frozen_conv|fusion_conv|up[1-4]|norm[1-4])\.")

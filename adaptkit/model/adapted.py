@@ -24,13 +24,14 @@ from adaptkit.hub.card import card_beside
 from adaptkit.hub.file import write_folder
 from adaptkit.hub.metadata import plain
 from adaptkit.hub.repository import Commit, push
+from adaptkit.model.building import view_of
 from adaptkit.model.described import describe
 from adaptkit.model.ensemble import averaged
 from adaptkit.model.facts import Facts
 from adaptkit.model.forward import run
 from adaptkit.model.image import check_image
 from adaptkit.model.owner import Owner, check_free
-from adaptkit.model.parts import AdapterSet, view_of
+from adaptkit.model.parts import AdapterSet
 from adaptkit.model.proof import prove
 from adaptkit.model.sets import build_set, checked_name, ordinary_tensors
 from adaptkit.model.shown import ShownModel

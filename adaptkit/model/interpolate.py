@@ -21,7 +21,8 @@ from adaptkit.hub.card import card_beside
 from adaptkit.hub.file import FLOATS, AdapterFile, write_folder
 from adaptkit.hub.fits import other_parts
 from adaptkit.hub.header import say_spec
-from adaptkit.model.parts import as_file, differences
+from adaptkit.model.building import as_file
+from adaptkit.model.parts import differences
 
 __all__ = ["interpolate"]
 

@@ -28,7 +28,8 @@ from adaptkit.hub.fits import check_fits
 from adaptkit.hub.repository import load
 from adaptkit.model.adapted import AdaptedModel
 from adaptkit.model.facts import ConfigProxy
-from adaptkit.model.parts import AdapterSet, check_tensors, differences
+from adaptkit.model.parts import AdapterSet, differences
+from adaptkit.model.saved import check_tensors
 from adaptkit.ops.grid import cells
 
 __all__ = ["Pyramid", "as_pyramid"]

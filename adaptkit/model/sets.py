@@ -14,8 +14,10 @@ from torch import nn
 
 from adaptkit.core.near import hint
 from adaptkit.core.view import View
+from adaptkit.model.building import parts_of
 from adaptkit.model.owner import Owner
-from adaptkit.model.parts import AdapterSet, head_of, parts_of
+from adaptkit.model.parts import AdapterSet
+from adaptkit.model.saved_head import head_of
 
 __all__ = ["NamedSets", "build_set", "checked_name", "ordinary_tensors"]
 

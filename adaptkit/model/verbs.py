@@ -12,8 +12,9 @@ from adaptkit.core.packed import numel
 from adaptkit.core.proxy import write
 from adaptkit.hub.file import metadata_of
 from adaptkit.hub.fits import check_fits
+from adaptkit.model.building import as_file
 from adaptkit.model.ensemble import shares_of
-from adaptkit.model.parts import AdapterSet, as_file, differences
+from adaptkit.model.parts import AdapterSet, differences
 from adaptkit.model.sets import NamedSets, build_set, checked_name, ordinary_tensors
 
 __all__ = ["Verbs"]
