@@ -55,6 +55,8 @@ def backbone_of(args: argparse.Namespace) -> nn.Module:
     backbone = backbone if dtype is None else in_fewer_bits(backbone, dtype)
     wanted, has = getattr(args, "channels", None), adaptkit.view(backbone).spec.channels
     if wanted in (None, has):
+        if wanted is not None and (args.expand or args.wavelengths):
+            raise ValueError(f"--expand is of other channels: {args.backbone} has these {has} by itself; leave it out")
         return backbone
     if getattr(args, "cache_features", None):
         raise ValueError(

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,12 @@ def read(p: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.
         p.error("--steps, --batch-size and --accumulate must be at least 1")
     if not 0 < getattr(args, "layer_decay", 1.0) <= 1:
         p.error(f"--layer-decay {args.layer_decay}: a factor in 0..1, e.g. 0.8; 1 is the same rate for all blocks")
+    if not (getattr(args, "train_backbone", None) or getattr(args, "channels", None)):
+        check_unused(p, args, ("layer_decay",), "nothing of the backbone is trained: --train-backbone")
+    if not getattr(args, "cache_features", None):
+        check_unused(p, args, ("cache_dtype",), "no features are kept: --cache-features")
+    if getattr(args, "channels", None) is None:
+        check_unused(p, args, ("expand", "wavelengths"), "the backbone is taken as it is: --channels")
     if getattr(args, "train_backbone", None) and getattr(args, "cache_features", None):
         p.error("--cache-features keeps what a frozen backbone says, and --train-backbone changes it: give one of them")
     if getattr(args, "train_backbone", None) and getattr(args, "backbone_dtype", None) not in (None, "float32"):
@@ -280,6 +286,13 @@ def config_arguments(p: argparse.ArgumentParser, config: str) -> list[str]:
         else:
             tokens.append(f"{flag}={value}")
     return tokens
+
+
+def check_unused(p: argparse.ArgumentParser, args: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Refuse options that differ from their defaults and would change nothing."""
+    for name in names:
+        if hasattr(args, name) and getattr(args, name) != p.get_default(name):
+            p.error(f"--{name.replace('_', '-')} has nothing to act on, for {why}")
 
 
 def validation(args: argparse.Namespace) -> str:
