@@ -46,6 +46,7 @@ from .look import check_labels
 from .normalisation import source_of
 from .optimising import cosine, parameter_groups
 from .options import OVERWRITE_HELP, command, seed_of
+from .scores.segmentation import confusion, mean_iou
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "no residual": {"residual": False},
@@ -159,14 +160,10 @@ def train(row: dict[str, Any], seed: int, data: tuple[Tensor, Tensor], args: arg
 @torch.inference_mode()
 def miou(model: Any, data: tuple[Tensor, Tensor], args: argparse.Namespace) -> float:
     """Mean intersection over union in per cent, over the classes that occur."""
-    n = args.num_classes
-    confusion = torch.zeros(n * n)
-    for image, mask in zip(data[0].split(args.batch_size), data[1].split(args.batch_size)):
-        guess, known = model(image).logits.argmax(1), mask != args.ignore_index
-        confusion += torch.bincount(mask[known] * n + guess[known], minlength=n * n)
-    confusion = confusion.view(n, n)
-    hits, union = confusion.diag(), confusion.sum(0) + confusion.sum(1) - confusion.diag()
-    return 100 * float((hits / union)[union > 0].mean())
+    batches = zip(data[0].split(args.batch_size), data[1].split(args.batch_size))
+    guesses = ((model(image).logits.argmax(1), mask) for image, mask in batches)
+    counts = torch.stack([confusion(g, mask, args.num_classes, args.ignore_index) for g, mask in guesses]).sum(0)
+    return 100 * float(mean_iou(torch.stack([counts.diag(), counts.sum(0), counts.sum(1)])))
 
 
 # ------------------------------------------------------------------------------------------------------- report
