@@ -20,6 +20,8 @@ from adaptkit.losses import KINDS, usage
 from .labelled import Labelled
 from .normalisation import source_of
 
+FINE, MOST = 0.002, 1024.0  #: of a shift of logits: how fine it is found, and how far it may go
+
 
 class Score(NamedTuple):
     """What one way of deciding gives."""
@@ -94,19 +96,19 @@ def calibrate(model: Any, data: Labelled, args: argparse.Namespace, device: torc
     costs = accounting.costs(model, (args.size, args.size))
     biases = [(bias, bias.clone()) for bias in shifted(gates)]
 
-    def move(by: float) -> None:
+    def spent(by: float) -> float:
         for bias, value in biases:
             bias.copy_(value + by)
+        return evaluate(model, data, order, args, device, costs).macs.mean
 
     low, high = -16.0, 16.0
-    for _ in range(14):  # to 0.002
+    while low > -MOST and spent(low) > args.budget:  # tokens, and so logits, are large in some backbones
+        low, high = 2 * low, low
+    while high - low > FINE:
         middle = (low + high) / 2
-        move(middle)
-        if evaluate(model, data, order, args, device, costs).macs.mean > args.budget:
-            high = middle
-        else:
-            low = middle
-    move(low)  # never above the budget
+        low, high = (low, middle) if spent(middle) > args.budget else (middle, high)
+    for bias, value in biases:
+        bias.copy_(value + low)  # never above the budget
     return low
 
 

@@ -44,7 +44,7 @@ def validation_batches(rows: Rows, task: Task, accelerator: Accelerator, args: a
     the number of passes depends on the sizes: there each reads all.
     """
     collate, how = getattr(rows, "collate", task.collate), loading(accelerator.device, args.workers)
-    if args.shard and not args.streaming and hasattr(rows, "collate"):
+    if getattr(args, "shard", False) and not args.streaming and hasattr(rows, "collate"):
         return OwnShare(rows, args.batch_size, collate_fn=collate, **how)
     if args.streaming and hasattr(rows, "collate"):
         rank, ranks = (0, 1) if args.shard else (accelerator.process_index, accelerator.num_processes)

@@ -31,7 +31,7 @@ from .coco import Instances, summary_of, warn_unseen_categories
 from .detection_data import Detection, as_lists, open_instances
 from .engine import run
 from .normalisation import source_of
-from .options import adapters, check_unused, command, parser, read
+from .options import adapters, command, parser, read
 from .scores.average_precision import STATS, as_results, average_precision, average_precisions
 from .scores.detection import image_f1
 from .task import Task
@@ -67,10 +67,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     queries.settle(p, args)
     if args.model != queries.HEAD and (args.size[0] > args.size[1] or args.size[0] < 1):
         p.error(f"--size {args.size[0]} {args.size[1]}: give the shorter side first, in pixels")
-    if args.model == queries.HEAD:
-        check_unused(p, args, ("width", "anchor"), "plain-mask has neither pyramid nor anchors")
-    else:
-        check_unused(p, args, ("queries", "points"), f"{args.model} has no queries")
     if args.width < 1:
         p.error(f"--width {args.width} must be at least 1")
     if args.model == "fcos" and (args.width % 32 or args.width < 64):

@@ -32,7 +32,7 @@ from .initial import saved_head
 from .look import check_labels
 from .native import NativeSegmentation, masks, predictor, ways
 from .normalisation import source_of
-from .options import adapters, check_unused, command, makes_pyramid, parser, read, validation
+from .options import adapters, command, makes_pyramid, parser, read, validation
 from .order import Rows
 from .scores.segmentation import SemanticScores, confusion, extras, packed
 from .task import Task
@@ -120,10 +120,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         p.error(f"--head linear reads the tokens, so {sides[0]}'s pyramid would not be trained; use --head fpn")
     if args.head in network.BUILDERS:
         network.check_mask2former(p, args)
-    else:
-        check_unused(p, args, ("width", "layers"), f"--head {args.head} has its own sizes")
-        if args.head != queries.HEAD:
-            check_unused(p, args, ("queries", "points"), f"--head {args.head} has no queries")
     if is_set(args.head) and (args.class_weights or args.loss != ["cross-entropy"]):
         p.error(f"--loss and --class-weights are for heads that say a class of each pixel; {args.head} brings a loss")
     try:

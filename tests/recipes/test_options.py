@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from recipes import adavit, batches, depth, detect, names, options, segment
+from recipes import adavit, batches, depth, names, options, segment
 from recipes.optimising import blocks_above
 
 SEGMENT = ["--train", "a.parquet", "--val", "b.parquet", "--num-classes", "3"]
@@ -42,27 +42,17 @@ def test_numbers_that_would_spoil_the_training_are_refused(more, message, capsys
 
 
 @pytest.mark.parametrize(
-    ("recipe", "more", "message"),
+    ("more", "message"),
     [
-        (segment, ["--layer-decay", "0.8"], "--layer-decay has nothing to act on"),
-        (segment, ["--cache-dtype", "int8"], "--cache-dtype has nothing to act on"),
-        (segment, ["--expand", "mean"], "--expand has nothing to act on"),
-        (segment, ["--head", "fpn", "--width", "64"], "--width has nothing to act on, for --head fpn"),
-        (
-            segment,
-            ["--adapter", "none", "--head", "linear", "--queries", "64"],
-            "--queries has nothing to act on, for --head linear",
-        ),
-        (detect, ["--model", "retinanet", "--queries", "10"], "--queries has nothing to act on, for retinanet"),
-        (detect, ["--model", "plain-mask", "--anchor", "4"], "--anchor has nothing to act on, for plain-mask"),
+        (["--layer-decay", "0.8"], "--layer-decay has nothing to act on"),
+        (["--cache-dtype", "int8"], "--cache-dtype has nothing to act on"),
+        (["--expand", "mean"], "--expand has nothing to act on"),
     ],
 )
-def test_options_that_change_nothing_are_refused(recipe, more, message, capsys):
-    given = SEGMENT if recipe is segment else SEGMENT[:4]
+def test_options_that_change_nothing_are_refused(more, message, capsys):
     with pytest.raises(SystemExit):
-        recipe.parse([*given, *more])
+        segment.parse([*SEGMENT, *more])
     assert message in capsys.readouterr().err
-    recipe.parse(given)
 
 
 @pytest.mark.parametrize("ignored", [0, -1, 255, 7])
