@@ -1,7 +1,7 @@
 """Pretrain the demonstration backbone: masked autoencoding plus dense labels, on pictures drawn by formula.
 
     python -m recipes.pretrain_mae --steps 20 --batch-size 8 --canvases 8 --image-size 64 --out /tmp/mae
-    python -m recipes.pretrain_mae       # on two cores, 80 minutes: what made the checkpoint that ships
+    python -m recipes.pretrain_mae       # on two cores, 93 minutes: what made the checkpoint that ships
 
 A part of each batch is masked: three quarters of the patches are hidden and a small decoder draws them again (He et al.
 2022; the target is the pixels of a patch with its own mean and deviation taken out). All of the batch goes through the

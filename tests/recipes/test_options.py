@@ -33,23 +33,12 @@ def test_ways_of_looking_that_are_none_end_no_run_that_was_trained(more, message
         (["--warmup", "500"], "--warmup 500.0: a share of the steps"),
         (["--eval-every", "-1"], "are numbers of steps, or 0"),
         (["--save-every", "-5"], "are numbers of steps, or 0"),
-    ],
-)
-def test_numbers_that_would_spoil_the_training_are_refused(more, message, capsys):
-    with pytest.raises(SystemExit):
-        segment.parse([*SEGMENT, *more])
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
         (["--layer-decay", "0.8"], "--layer-decay has nothing to act on"),
         (["--cache-dtype", "int8"], "--cache-dtype has nothing to act on"),
         (["--expand", "mean"], "--expand has nothing to act on"),
     ],
 )
-def test_options_that_change_nothing_are_refused(more, message, capsys):
+def test_options_that_would_spoil_the_training_or_change_nothing_are_refused(more, message, capsys):
     with pytest.raises(SystemExit):
         segment.parse([*SEGMENT, *more])
     assert message in capsys.readouterr().err
