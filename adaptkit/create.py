@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,13 @@ __all__ = ["best_device", "create_backbone"]
 
 
 def create_backbone(
-    name: str, pretrained: bool = True, *, classifier: bool = False, cls: Any = None, **download: Any
+    name: str,
+    pretrained: bool = True,
+    *,
+    classifier: bool = False,
+    cls: Any = None,
+    in_chans: int = 3,
+    **download: Any,
 ) -> nn.Module:
     """Return a ViT, ready to be given to ``attach``.
 
@@ -29,15 +36,19 @@ def create_backbone(
         pretrained: load the weights; ``False`` builds the architecture with random ones.
         classifier: keep the classifier that comes with timm's weights.
         cls: the transformers class to build, in place of what ``AutoModel`` chooses.
+        in_chans: of timm's models; those of pretrained weights are repeated or summed as timm does it. For a frozen
+            answer that stays what it was see :func:`adaptkit.expand_channels`.
         download: ``revision``, ``token``, ``cache_dir`` and ``local_files_only`` as transformers takes them. timm knows
             the first, as ``@revision`` behind the name, and ``cache_dir``.
 
     No code of a repository is run, whatever its config says, and of a pickle only the tensors are read
     (``weights_only=True``, in timm since 1.0.26).
 
-    Raises ``ValueError`` for a name that nothing knows.
+    Raises ``ValueError`` for a name that nothing knows, and for ``in_chans`` of what timm does not build.
     """
+    by_timm = partial(_timm, pretrained=pretrained, classifier=classifier, in_chans=in_chans)
     if name == "demo":
+        _check_three(name, in_chans)
         from adaptkit.demo import demo_backbone
 
         return demo_backbone(pretrained)
@@ -50,17 +61,19 @@ def create_backbone(
         if not config.is_file():
             raise ValueError(f"{folder} holds no config.json: expected a folder saved by timm or transformers")
         if "architecture" in json.loads(config.read_text()):
-            return _timm(f"local-dir:{folder}", pretrained, classifier, {})
+            return by_timm(f"local-dir:{folder}", {})
+        _check_three(name, in_chans)
         return _transformers(name, pretrained, cls, download)
     if name.startswith(("hf-hub:", "local-dir:")):
-        return _timm(name, pretrained, classifier, download)
+        return by_timm(name, download)
     if is_path:
         raise ValueError(f"there is no folder {name}{beside(name)}: the Hub is not asked for what looks like a path")
     if name.startswith("timm/"):
-        return _timm(f"hf-hub:{name}", pretrained, classifier, download)
+        return by_timm(f"hf-hub:{name}", download)
     if "/" in name:
+        _check_three(name, in_chans)
         return _transformers(name, pretrained, cls, download)
-    return _timm(name, pretrained, classifier, download)
+    return by_timm(name, download)
 
 
 def best_device(name: str | None = None) -> torch.device:
@@ -78,7 +91,15 @@ def best_device(name: str | None = None) -> torch.device:
     return device
 
 
-def _timm(name: str, pretrained: bool, classifier: bool, download: dict[str, Any]) -> nn.Module:
+def _check_three(name: str, in_chans: int) -> None:
+    if in_chans != 3:
+        raise ValueError(
+            f"{name} is not built by timm, which makes kernels for other channels: build it with 3 and give it to "
+            f"adaptkit.expand_channels(backbone, {in_chans})"
+        )
+
+
+def _timm(name: str, download: dict[str, Any], pretrained: bool, classifier: bool, in_chans: int) -> nn.Module:
     import timm
 
     import adaptkit.models  # noqa: F401  registers DAT with timm
@@ -94,6 +115,8 @@ def _timm(name: str, pretrained: bool, classifier: bool, download: dict[str, Any
     if download.get("revision") and name.startswith("hf-hub:"):
         name = f"{name}@{download['revision']}"
     options: dict[str, Any] = {} if classifier else {"num_classes": 0}
+    if in_chans != 3:
+        options["in_chans"] = in_chans
     if download.get("cache_dir"):
         options["cache_dir"] = download["cache_dir"]
     return timm.create_model(name, pretrained=pretrained, **options)

@@ -137,6 +137,11 @@ def _grey(array: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray(array.astype(np.int32))
 
 
+def is_bands(data: bytes, channels: int) -> bool:
+    """Whether :mod:`adaptkit.bands` reads this file, and not Pillow."""
+    return bands.is_npy(data) or (bands.is_tiff(data) and not _is_pillows(data, channels))
+
+
 def _is_pillows(data: bytes, channels: int) -> bool:
     """Whether Pillow opens this TIFF, and has all of it that is asked for."""
     try:

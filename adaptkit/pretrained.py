@@ -92,9 +92,15 @@ def recorded(source: str, header: dict[str, Any], download: dict[str, Any]) -> n
     if name != "demo":  # which is in this package
         check_public(saved["source"], saved.get("revision"), source)
     needs_classifier = header["head"] is None and saved.get("classes", 0) > 0
+    channels = _channels(saved)
     try:
         model: Any = create_backbone(
-            name, classifier=needs_classifier, cls=cls, revision=saved.get("revision") or None, **download
+            name,
+            classifier=needs_classifier,
+            cls=cls,
+            revision=saved.get("revision") or None,
+            in_chans=channels,
+            **download,
         )
     except Exception as error:  # of any of the libraries that build it
         at = f" at revision {saved['revision']}" if saved.get("revision") else ""
@@ -120,9 +126,22 @@ def expanded_as(model: nn.Module, header: dict[str, Any]) -> nn.Module:
     said, channels = saved.get("expanded"), saved.get("spec", {}).get("channels", 3)
     if said is None or registry.view(model).spec.channels != 3:
         return model
+    _check_channels(channels)
+    return expand_channels(model, channels, said["how"], said["wavelengths"])
+
+
+def _check_channels(channels: int) -> None:
     if channels > MOST_CHANNELS:
         raise ValueError(f"the file says {channels} channels of an image, and at most {MOST_CHANNELS} are built")
-    return expand_channels(model, channels, said["how"], said["wavelengths"])
+
+
+def _channels(saved: dict[str, Any]) -> int:
+    """Return how many channels it shall be built for: other than 3 where timm did so before."""
+    channels = saved.get("spec", {}).get("channels", 3)
+    if not saved["class"].startswith("timm.") or saved.get("expanded") is not None:
+        return 3
+    _check_channels(channels)
+    return int(channels)
 
 
 def _name(saved: dict[str, Any]) -> tuple[str, Any]:

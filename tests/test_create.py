@@ -35,6 +35,14 @@ def test_a_folder_that_timm_saved(tmp_path):
     assert all(torch.equal(v, host.state_dict()[k]) for k, v in again.state_dict().items())
 
 
+def test_timm_builds_for_other_channels_and_nobody_else_does(tmp_path):
+    assert view(create_backbone("test_vit", pretrained=False, in_chans=4)).spec.channels == 4
+    HOSTS["hf-dinov2"].build().save_pretrained(tmp_path)
+    for name in (str(tmp_path), "demo"):
+        with pytest.raises(ValueError, match=r"expand_channels\(backbone, 4\)"):
+            create_backbone(name, in_chans=4)
+
+
 @pytest.mark.parametrize("name", ["no_such_model", "vit_no_such"])
 def test_an_unknown_name_says_what_was_tried(name):
     with pytest.raises(ValueError, match=f"no backbone is named '{name}': it is no timm model"):

@@ -198,9 +198,13 @@ def test_an_output_that_does_not_exist_is_answered_before_any_tracing(outputs, s
 @torch.no_grad()
 def test_a_program_gives_what_the_model_gives_and_leaves_the_model_as_it_was(tmp_path):
     model = attached(vit, ("metaformer", {"width": 4, "mixer": "pool"}), "sfp").train()
+    model.adapters["sfp"].eval()
+    modes = [module.training for module in model.modules()]
     before = {k: v.clone() for k, v in model.state_dict().items()}
     path = to_exported_program(model, tmp_path / "model.pt2", (40, 32))
-    assert model.training
+    with pytest.raises(ValueError, match="zz"):
+        to_exported_program(model, tmp_path / "none.pt2", (40, 32), outputs=["zz"])
+    assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     extra = {"adaptkit.json": ""}
     program = torch.export.load(path, extra_files=extra).module()
@@ -233,6 +237,7 @@ def test_a_file_that_does_not_agree_is_not_put_in_place(tmp_path):
     [
         ("model.pt2", (32, 32), {}, ValueError, r"model\.pt2 does not end in \.onnx"),
         ("no/model.onnx", (32, 32), {}, FileNotFoundError, "there is no folder .*no to write model.onnx to"),
+        ("model.onnx", (0, 64), {}, ValueError, "at least 1"),
         ("model.onnx", (64, 72), {"dynamic_size": True}, ValueError, "in multiples of 32 pixels; .*at least 64"),
     ],
 )

@@ -68,7 +68,7 @@ class VPT(BlockAdapter):
 
     def _own(self, index: int, x: Tensor) -> Tensor:
         """The prompts of a block for each image, (B, m, D)."""
-        return self.dropout(self.prompts[index].to(x.dtype).expand(len(x), -1, -1))
+        return self.dropout(self.prompts[index].to(x.dtype).expand(x.shape[0], -1, -1))
 
     def _deep(self, block: Block, index: int, aux: Aux, x: Tensor) -> Tensor:
         return prompted(block, x, self._own(index, x))[0]

@@ -118,8 +118,8 @@ def position_similarity(model: nn.Module, size: Sequence[int] | None = None) -> 
     added = first.added
     if len(added) > 1 and torch.allclose(added, added[:1].expand_as(added), atol=1e-5):
         raise TypeError(
-            f"{vit.spec.family} adds no table of positions to its tokens ({vit.positions}); attention_distance says "
-            "how far its blocks look"
+            f"{vit.spec.family} adds no table of positions to its tokens (positions: {vit.positions})"
+            + ("; attention_distance says how far its blocks look" if vit.splits else "")
         )
     table = torch.nn.functional.normalize(added.double(), dim=1).cpu()
     return PositionSimilarity((table @ table.T).float(), grid)

@@ -56,7 +56,7 @@ class HfEomt(_Eomt):
         if is_native(image, self.body.config.image_size):
             return embeddings(image)
         x = embeddings.patch_embeddings(image) + resampled(embeddings.position_embeddings.weight[None], grid)
-        prefix = [t.expand(len(x), -1, -1) for t in (embeddings.cls_token, embeddings.register_tokens)]
+        prefix = [t.expand(x.shape[0], -1, -1) for t in (embeddings.cls_token, embeddings.register_tokens)]
         return embeddings.dropout(torch.cat([*prefix, x], dim=1))
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:

@@ -56,7 +56,7 @@ class HfSiglip2(HfClipNames):
         cells = image.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, h, p, w, p)
         patches = cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
         shape = (image.shape[2] // p, image.shape[3] // p)
-        return patches, torch.tensor(shape, device=image.device).expand(len(image), 2)
+        return patches, torch.tensor(shape, device=image.device).expand(image.shape[0], 2)
 
 
 @register_family("transformers.models.siglip2.modeling_siglip2.Siglip2Model")  # type: ignore[type-var]

@@ -40,7 +40,7 @@ class OpenCLIPViT(ViT):
         """Patches, class token, positions, ``ln_pre``."""
         backbone: Any = self.backbone
         x = map_to_tokens(backbone.conv1(image))
-        x = torch.cat([backbone.class_embedding.view(1, 1, -1).expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        x = torch.cat([backbone.class_embedding.view(1, 1, -1).expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         return backbone.ln_pre(backbone.patch_dropout(x + _positions(backbone, grid).to(x.dtype)))
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:

@@ -19,9 +19,12 @@ from adaptkit.ops.grid import map_to_tokens
 
 @register_family("timm.models.vision_transformer_sam.VisionTransformerSAM")
 class TimmSam(TimmPlain):
-    """Blocks on a map (B, h, w, D), given and taken as tokens. No class token and no final norm.
+    """Blocks on a map (B, h, w, D), given and taken as tokens. No class token.
 
-    The neck, a small convolutional head to 256 channels, is left to the backbone: tokens are what the last block gives.
+    A neck of convolutions to 256 channels is left to the backbone: tokens are then what the last block gives, without a
+    norm, and there are no logits. Built without one (``neck_chans=None``, as ``samvit_base_patch16_224``), the neck is
+    timm's name for the final norm.
+
     Attention does not come apart into ``qkv``, ``bias`` and ``out``: windows are padded with keys that are no
     patch, and the relative positions are multiplied with the query. Those parts raise a ``TypeError``.
     """
@@ -29,6 +32,12 @@ class TimmSam(TimmPlain):
     family = "timm-sam"
     positions = "bicubic antialias, relative ones linear"
     splits = False
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__(backbone)
+        if backbone.pos_embed is None:
+            relative = any(getattr(unwrapped(blk).attn, "use_rel_pos", False) for blk in backbone.blocks)
+            self.positions = "relative ones linear" if relative else "none"
 
     def embed(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patches, positions, ``norm_pre``."""
@@ -44,25 +53,38 @@ class TimmSam(TimmPlain):
         """timm's own blocks, tokens unfolded to this grid."""
         return [_block(blk, grid) for blk in block_list(self.backbone.blocks)]
 
+    @property
+    def has_neck(self) -> bool:
+        """Whether there are convolutions behind the last block, to another width."""
+        return isinstance(unwrapped(self.backbone.neck), nn.Sequential)
+
     def norm(self, x: Tensor) -> Tensor:
-        """The identity: SAM has a neck where others have a norm."""
-        return x
+        """``backbone.neck`` where it is the final norm; the identity where it is more than that."""
+        neck: Any = self.backbone.neck
+        return x if self.has_neck else neck(_as_map(x)).squeeze(3).mT
 
     def classify(self, x: Tensor) -> Tensor | None:
-        """None: the backbone classifies what leaves its neck."""
-        return None
+        """``backbone.forward_head``; None where the backbone classifies what leaves its convolutions."""
+        return None if self.has_neck else super().classify(_as_map(x))
 
     def answers(self, tokens: Tensor) -> Sequence[Tensor]:
-        """Nothing: the backbone pools what leaves its neck."""
-        return ()
+        """As elsewhere; nothing where the backbone pools what leaves its convolutions."""
+        return () if self.has_neck else (self.backbone.forward_head(_as_map(tokens)), tokens)
 
     def reference(self, image: Tensor) -> Tensor:
-        """``backbone.forward_features`` of a copy, its neck taken off."""
+        """``backbone.forward_features``, of a copy whose convolutions are taken off."""
         backbone: Any = self.backbone
+        if not self.has_neck:
+            return map_to_tokens(backbone.forward_features(image))
         neck, backbone.neck = backbone.neck, nn.Identity()
         tokens = map_to_tokens(backbone.forward_features(image))
         backbone.neck = neck
         return tokens
+
+
+def _as_map(x: Tensor) -> Tensor:
+    """Tokens (B, N, D) -> a map (B, D, N, 1) of one column: norm and pooling do not ask where a token lies."""
+    return x.mT.unsqueeze(3)
 
 
 def _block(outer: Any, grid: tuple[int, int]) -> Block:

@@ -38,7 +38,7 @@ class TorchvisionViT(ViT):
         """``backbone.conv_proj``, class token, positions, dropout."""
         backbone: Any = self.backbone
         x = map_to_tokens(backbone.conv_proj(image))
-        x = torch.cat([backbone.class_token.expand(len(x), -1, -1), x], dim=1)
+        x = torch.cat([backbone.class_token.expand(x.shape[0], -1, -1), x], dim=1)
         return backbone.encoder.dropout(x + _positions(backbone, grid))
 
     def blocks(self, image: Tensor, grid: tuple[int, int]) -> Sequence[Block]:

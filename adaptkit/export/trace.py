@@ -15,6 +15,7 @@ from adaptkit.adapters.adavit import AdaViT
 from adaptkit.adapters.base import SideAdapter, WeightAdapter
 from adaptkit.core.hierarchical import HierarchicalSpec
 from adaptkit.core.near import hint
+from adaptkit.core.tree import evaluating
 from adaptkit.core.view import Features
 from adaptkit.export.resampled import AntialiasByMatrices
 from adaptkit.heads.base import QueryLogits
@@ -166,6 +167,8 @@ def traced(
     if not isinstance(model, AdaptedModel) and not hasattr(model, "graph"):
         raise TypeError(f"{type(model).__name__} has no adapters; export what adaptkit.attach returned")
     adapted = inside(model)
+    if min(size) < 1:
+        raise ValueError(f"size={tuple(size)}: give height and width in pixels, at least 1")
     unit = math.lcm(32, adapted.spec.patch_size)
     if dynamic_size and any(n % unit or n < 2 * unit for n in size):
         raise ValueError(
@@ -173,7 +176,7 @@ def traced(
             f"give an example of at least {2 * unit} that is one"
         )
     with ExitStack() as stack, torch.no_grad():
-        stack.callback(model.train, model.training)
+        stack.enter_context(evaluating(model))
         ready = _ready(model).eval()
         graph = graph_of(ready, size, outputs)
         if dynamic_size and graph.sized:
@@ -197,7 +200,11 @@ def traced(
                 program = _with_constant_positions(program, image, shapes)
         except Exception as error:
             what = f"{type(model.vit.backbone).__name__} with {', '.join(adapted.adapters) or 'no adapter'}"
-            remedy = "Export one file for each size (dynamic_size=False)" if dynamic_size else "Report the backbone"
+            remedy = "Report the backbone"
+            if dynamic_size:
+                remedy = "Export one file for each size (dynamic_size=False)"
+            elif dynamic_batch:
+                remedy = "Export it for one batch size (dynamic_batch=False, --fixed-batch)"
             raise ValueError(f"torch.export cannot trace {what} at {tuple(size)}: {_brief(error)}. {remedy}") from error
         yield program, graph, image
 

@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  #: one is loaded into another
+LFS = b"version https://git-lfs"  #: how a file begins that stands for another
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
 
@@ -93,13 +94,16 @@ def load(path: str | os.PathLike[str], allow_nonfinite: bool = False) -> Adapter
     """Read a saved adapter: its folder, or the safetensors file in it. A folder that peft saved is a LoRA.
 
     Raises ``FileNotFoundError`` where there is none, ``ValueError`` where the file is truncated, not an adapter file,
-    of a newer format, or holds NaN or infinity and ``allow_nonfinite`` is not given.
+    of a newer format, or holds NaN or infinity and ``allow_nonfinite`` is not given, ``PermissionError`` where it may
+    not be read.
     """
     file = Path(path).expanduser()
     near = _within(file) if file.exists() else beside(file)
     file = file / WEIGHTS if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"no adapter at {path}{near}: expected a folder with {WEIGHTS}, or that file itself")
+    with file.open("rb") as opened:  # safetensors says of one that may not be read that it is not there
+        start = opened.read(len(LFS))
     try:
         with safe_open(file, "pt") as f:
             metadata = f.metadata() or {}
@@ -109,9 +113,13 @@ def load(path: str | os.PathLike[str], allow_nonfinite: bool = False) -> Adapter
             wanted = header is not None or foreign is not None
             tensors = {k: f.get_tensor(k) for k in names} if wanted else {}
     except (SafetensorError, OSError) as error:
+        remedy = "Copy or download it again"
+        if start == LFS:
+            remedy = "It stands for a file that git-lfs keeps: git lfs pull"
+        elif file.name != WEIGHTS and (file.parent / WEIGHTS).is_file():
+            remedy = f"Give the folder, or {WEIGHTS} in it"
         raise ValueError(
-            f"{file} ({file.stat().st_size} bytes) is not a complete safetensors file: {error}. "
-            "Copy or download it again"
+            f"{file} ({file.stat().st_size} bytes) is not a complete safetensors file: {error}. {remedy}"
         ) from error
     if not allow_nonfinite:
         _check_finite(tensors, file)

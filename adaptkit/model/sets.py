@@ -203,6 +203,12 @@ class NamedSets(nn.Module):
         for name in (n for n in self.sets if acts[n]):
             self.set_of(name).flags = None  # while it acts, its flags are the parameters' own
 
+    def _settle_mode_of(self, *names: str) -> None:
+        """Give sets that act the mode of the model. One that has it keeps what was said to modules inside it."""
+        for one in (self.sets[name] for name in names):
+            if one.training != self.training:
+                one.train(self.training)
+
     def _settle_modes(self) -> None:
         self.backbone.eval()
         trained = None if self._active is None or self._disabled else self._acting.backbone

@@ -28,7 +28,10 @@ class Verbs(NamedSets):
     def add_adapter(
         self, *adapters: Any, name: str, head: Any = None, strict: bool = False, train_backbone: Sequence[str] = ()
     ) -> None:
-        """Attach another set under a name, as :func:`attach` takes it. It does not act before :meth:`set_adapter`."""
+        """Attach another set under a name, as :func:`attach` takes it. It does not act before :meth:`set_adapter`.
+
+        One from a file is in eval mode until then.
+        """
         if checked_name(name) in self.sets:
             raise ValueError(f"adapters named {name!r} are there already; delete_adapter({name!r}), or choose a name")
         with ordinary_tensors(), self.disable_adapter():  # on the backbone's own weights, nothing merged or trained
@@ -41,7 +44,8 @@ class Verbs(NamedSets):
         """Prove of a set that is to be added what a subclass demands."""
 
     def set_adapter(self, name: str | Sequence[str], weights: Sequence[float] | None = None) -> None:
-        """Make this set the active one: it alone runs and is trained. Nothing is recompiled for a set seen before.
+        """Make this set the active one: it alone runs and is trained, in the mode of the model. Nothing is recompiled
+        for a set seen before.
 
         Args:
             name: of the set; or several names, an ensemble to predict with. Then each set runs alone, in a pass of its
@@ -50,8 +54,9 @@ class Verbs(NamedSets):
             weights: of an ensemble, one for each name, brought to a sum of 1; None: equal ones.
 
         Raises ``ValueError`` for an unknown name and weights that do not fit, ``RuntimeError`` for an ensemble in
-        training mode.
+        training mode or a model that was detached.
         """
+        _ = self.vit  # of a detached model no name is asked for
         if isinstance(name, str):
             if weights is not None:
                 raise ValueError(f"weights={list(weights)} with the set {name!r} alone: they are for several names")
@@ -67,6 +72,7 @@ class Verbs(NamedSets):
         with self._changing():
             self._merged = self._merged and not shares and first == self._active
             self._active, self._shares = first, shares
+        self._settle_mode_of(*(shares or (first,)))
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
@@ -81,7 +87,11 @@ class Verbs(NamedSets):
                 self._active, self._shares = before
 
     def delete_adapter(self, name: str) -> None:
-        """Drop a set. If it was active, the first of the others now is; with none left the backbone runs plain."""
+        """Drop a set. If it was active, the first of the others now is; with none left the backbone runs plain.
+
+        Raises ``ValueError`` for an unknown name, ``RuntimeError`` for a model that was detached.
+        """
+        _ = self.vit
         dropped = self.set_of(name)
         others = [n for n in self.sets if n != name]
         with self._changing():
@@ -89,6 +99,8 @@ class Verbs(NamedSets):
             if self._active == name:
                 self._active, self._merged = next(iter(others), None), False
         del self.sets[name]
+        if self._active is not None:
+            self._settle_mode_of(self._active)
         rest = [(p, p.requires_grad) for one in self.sets.values() for p in one.parameters()]
         _thaw(dropped)
         for parameter, flag in rest:  # a head of the user's may be in two sets
@@ -97,6 +109,9 @@ class Verbs(NamedSets):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Run the plain backbone inside: ``with model.disable_adapter(): model(image)``, bit for bit.
+
+        An image is padded to the patch, or to the first stride of a backbone with stages; where the backbone alone
+        does not pad (PoolFormer, NaFlex), what it says of such sizes is another.
 
         What is active and merged when it is left acts again: also a set that was made the active one inside.
         """

@@ -50,9 +50,12 @@ def found(given: Sequence[str]) -> list[Found]:
     names: dict[str, Path] = {}
     for one in listed:
         if one.name in names and names[one.name] != one.path:
+            remedy = "give the folder above them, so that names keep their folders"
+            if names[one.name].parent == one.path.parent:
+                remedy = "rename one"
             raise ValueError(
-                f"{names[one.name]} and {one.path} would both be answered in {one.name}.png: give the folder above "
-                "them, so that names keep their folders, or run twice"
+                f"{names[one.name]} and {one.path} would both be answered in {one.name}.png: {remedy}, or run twice, "
+                "each time with another --out"
             )
         names[one.name] = one.path
     return list({one.path: one for one in listed}.values())

@@ -17,6 +17,9 @@ from adaptkit.pictures import CHANNELS, colours, read
 
 __all__ = ["listed", "pixels", "shown"]
 
+BYTES = bytes | bytearray | memoryview
+ROUNDING = 1e-3  #: by which resizing may leave 0..1
+
 
 def listed(images: Any) -> tuple[list[Any], bool]:
     """Return single pictures, and whether several were asked for: a list, a tuple, or an array with a batch dimension.
@@ -32,7 +35,7 @@ def listed(images: Any) -> tuple[list[Any], bool]:
                 "with one dimension more in front"
             )
         return [images], False
-    if isinstance(images, str | bytes | os.PathLike | Image.Image):
+    if isinstance(images, str | BYTES | os.PathLike | Image.Image):
         return [images], False
     if isinstance(images, Sequence):
         return list(images), True
@@ -55,8 +58,8 @@ def pixels(image: Any, channels: int = CHANNELS) -> Tensor:
     """
     if isinstance(image, Tensor | np.ndarray):
         return _channels(_scaled(_tensor(image, channels), channels), channels)
-    said = {"bytes": bytes(image), "path": None} if isinstance(image, bytes) else image
-    name = "the image" if isinstance(image, bytes | Image.Image) else ""
+    said = {"bytes": bytes(image), "path": None} if isinstance(image, BYTES) else image
+    name = "the image" if isinstance(image, BYTES | Image.Image) else ""
     picture = read(Path(said).expanduser() if isinstance(said, str) else said, name, channels=channels)
     return _scaled(colours(picture).as_subclass(Tensor), channels)
 
@@ -83,8 +86,8 @@ def _tensor(image: Tensor | np.ndarray, channels: int) -> Tensor:
     """
     last = isinstance(image, np.ndarray)
     if isinstance(image, np.ndarray):
-        sixteen = image.dtype == np.uint16
-        image = torch.from_numpy(np.array(image, np.int32 if sixteen else image.dtype, order="C"))
+        sixteen = image.dtype.kind == "u" and image.dtype.itemsize == 2  # in either byte order
+        image = torch.from_numpy(np.array(image, np.int32 if sixteen else image.dtype.newbyteorder("="), order="C"))
     else:
         sixteen = image.dtype == torch.uint16
         image = image.detach().to(torch.int32) if sixteen else image.detach()
@@ -113,12 +116,19 @@ def _scaled(image: Tensor, channels: int) -> Tensor:
         raise ValueError(f"an image of {image.dtype}: give 8 or 16 bits without a sign, or floats in 0..1")
     image = image.float()
     low, high = (float(v) for v in torch.aminmax(image)) if image.numel() else (0.0, 0.0)
-    if not (low >= 0 and high <= 255):  # NaN is neither
+    if not (low >= -ROUNDING and high <= 255 + 255 * ROUNDING):  # NaN is neither
         raise ValueError(
             f"an image with values {low:g}..{high:g}: pixels are in 0..1 or 0..255. If it is normalised already, call "
             "the model itself: model(image)"
         )
-    return image / 255 if high > 1 else image
+    if high >= 2:
+        return image.clamp(0, 255) / 255
+    if high > 1 + ROUNDING:
+        raise ValueError(
+            f"an image with values {low:g}..{high:g}: more than 0..1, and too dark for 0..255. Where resizing "
+            "overshot, give image.clamp(0, 1)"
+        )
+    return image.clamp(0, 1)
 
 
 def _channels(image: Tensor, channels: int) -> Tensor:

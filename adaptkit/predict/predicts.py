@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -99,7 +100,7 @@ class Predicts:
 def _pair(value: Any) -> tuple[int, int] | None:
     if value is None:
         return None
-    sides = (value, value) if isinstance(value, int) else tuple(value)
+    sides = tuple(value) if isinstance(value, Iterable) else (value, value)
     if len(sides) != 2:
         raise ValueError(f"{value}: give height and width in pixels")
-    return int(sides[0]), int(sides[1])
+    return operator.index(sides[0]), operator.index(sides[1])

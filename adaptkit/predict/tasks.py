@@ -74,6 +74,10 @@ class Task(ABC):
         self.names, self.categories = _classes(said)
         self.colours = said.get("palette")
 
+    def sides(self, height: int, width: int) -> tuple[int, int]:
+        """(H, W) of a picture -> (h, w) that it is brought to at most."""
+        return self.transform.framed(height, width, max(self.asked.ways.scales))
+
     def together(self, one: Tensor, other: Tensor) -> bool:
         """Whether two images (C, H, W) can run in one batch."""
         return self.transform.framed(*one.shape[-2:]) == self.transform.framed(*other.shape[-2:])
@@ -258,6 +262,9 @@ class Detections(Task):
                 categories=self.categories,
                 masks=masks,
             )
+
+    def sides(self, height: int, width: int) -> tuple[int, int]:
+        return (height, width) if self.described.objects is None else super().sides(height, width)
 
     def _found(self, images: list[Tensor]) -> Iterable[dict[str, Tensor]]:
         objects = self.described.objects

@@ -61,9 +61,12 @@ class Transform:
 
         return F.normalize(image, list(self.mean), list(self.std))
 
-    def resized(self, size: int | tuple[int, int] | None) -> Transform:
-        """Return the transform with another ``size``."""
-        return replace(self, size=size)
+    def resized(self, size: int | None) -> Transform:
+        """Return the transform for another shorter side, the crop in proportion; None: the whole picture as it is."""
+        if self.crop is None or size is None:
+            return replace(self, size=size, crop=None)
+        before = min(self.size) if isinstance(self.size, tuple) else self.size or self.crop
+        return replace(self, size=size, crop=max(1, min(size, round(self.crop * size / before))))
 
 
 def transform_of(source: Source, said: Mapping[str, Any], answers: str, channels: int) -> Transform:
@@ -83,6 +86,11 @@ def transform_of(source: Source, said: Mapping[str, Any], answers: str, channels
     size = said.get("size")
     how = "bicubic" if source.interpolation == "lanczos" else source.interpolation or "bilinear"
     if answers == "classification":
+        if isinstance(size, list | tuple):
+            height, width = (int(side) for side in size)
+            if height != width:
+                return Transform((height, width), None, mean, std)
+            size = height
         if not isinstance(size, int):
             return Transform((source.crop,) * 2 if source.squash else source.resize or 224,
                              source.crop or 224, mean, std, how)  # fmt: skip

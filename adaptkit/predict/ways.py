@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from dataclasses import dataclass
 
 __all__ = ["Ways"]
@@ -19,7 +21,9 @@ class Ways:
 
     slide: tuple[int, int] | None = None  #: (h, w) of the window, in pixels; None: the whole picture at once
     stride: tuple[int, int] | None = None  #: of the window; None: two thirds of it
-    resize: int | str | None = None  #: shorter side in pixels, or "native"; None: as trained, native where it slides
+    #: shorter side in pixels, a classifier's crop in proportion; "native": the whole picture at its own size; None: as
+    #: trained, native where it slides
+    resize: int | str | None = None
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
     blend: str = "mean"  #: of overlapping tiles: "mean", as published, or "hann", which weighs a tile's middle more
@@ -33,15 +37,15 @@ class Ways:
             raise ValueError(f"stride={self.stride} is of a window: give slide=(h, w) too")
         if self.slide is not None and self.stride is not None and any(s > w for s, w in zip(self.stride, self.slide)):
             raise ValueError(f"stride={self.stride} is larger than the window slide={self.slide}: pixels are left out")
-        if not self.scales or min(self.scales) <= 0:
+        if not self.scales or min(self.scales) <= 0 or not all(map(math.isfinite, self.scales)):
             raise ValueError(f"scales={self.scales}: give factors above 0, e.g. (0.5, 1.0, 1.5)")
         if isinstance(self.resize, str) and self.resize != "native":
             raise ValueError(f"resize={self.resize!r}: give the shorter side in pixels, or 'native'")
-        if isinstance(self.resize, int) and self.resize < 1:
+        if self.resize is not None and not isinstance(self.resize, str) and _whole("resize", self.resize) < 1:
             raise ValueError(f"resize={self.resize}: give at least 1 pixel")
         if self.blend not in ("mean", "hann"):
             raise ValueError(f"blend={self.blend!r}: choose 'mean' or 'hann'")
-        if self.batch_size < 1:
+        if _whole("batch_size", self.batch_size) < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
 
     @property
@@ -55,3 +59,10 @@ class Ways:
         if self.slide is None:
             raise ValueError("there is no window: slide is None")
         return self.stride or (max(1, self.slide[0] * 2 // 3), max(1, self.slide[1] * 2 // 3))
+
+
+def _whole(name: str, value: object) -> int:
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ValueError(f"{name}={value!r}: give a whole number") from error

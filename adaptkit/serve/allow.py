@@ -25,7 +25,7 @@ class Allowed:
         for place in places:
             if "=" in place:
                 raise ValueError(f"--allow-mount {place}: that is a task; put it first, or write --allow-mount=PLACE")
-            if place not in (ANYWHERE, "hub") and not place.startswith("hub:") and not Path(place).is_dir():
+            if place not in (ANYWHERE, "hub") and not place.startswith("hub:") and not _resolved(place).is_dir():
                 raise ValueError(f"--allow-mount {place}: no such folder; give a folder, hub, hub:org or {ANYWHERE}")
         self.places = tuple(places)
 
@@ -45,4 +45,9 @@ class Allowed:
             return True
         if place == "hub" or place.startswith("hub:"):
             return is_hub_id(file) and place in ("hub", f"hub:{file.partition('/')[0]}")
-        return not is_hub_id(file) and Path(file).resolve().is_relative_to(Path(place).resolve())
+        return not is_hub_id(file) and _resolved(file).is_relative_to(_resolved(place))
+
+
+def _resolved(path: str) -> Path:
+    """As it is opened: ``~`` is the home folder, links are followed."""
+    return Path(path).expanduser().resolve()

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from adaptkit import bands
 from adaptkit.ops.forks import Lock
-from adaptkit.pictures import CHANNELS, read
+from adaptkit.pictures import CHANNELS, is_bands, read
 from adaptkit.predict.pixels import pixels
 
 __all__ = ["FORMATS", "Gate", "Limits", "Refused", "decoded", "sizes_of"]
@@ -96,7 +95,7 @@ def sizes_of(images: Sequence[bytes], limits: Limits, channels: int = CHANNELS) 
     found = []
     for number, data in enumerate(images, 1):
         which = f"image {number}" if len(images) > 1 else "the image"
-        if bands.is_npy(data) or (bands.is_tiff(data) and channels != CHANNELS):
+        if is_bands(data, channels):
             height, width = _size_of_bands(data, which, channels)
             found.append(_within(height, width, which, limits, channels))
             continue

@@ -13,7 +13,10 @@ GRACE = 30  #: seconds that requests have to end after SIGTERM
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """Take an address before anything slow is done; port 0 is any free one. ``OSError`` says which address is taken."""
+    """Take an address before anything slow is done; port 0 is any free one. ``OSError`` says which address is taken,
+    ``ValueError`` that a port is none."""
+    if not 0 <= port < 2**16:
+        raise ValueError(f"--port {port}: give 0 to {2**16 - 1}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -21,7 +24,8 @@ def bound(host: str, port: int) -> socket.socket:
         sock.bind((host, port))
     except OSError as error:
         sock.close()
-        raise OSError(f"{host}:{port} cannot be listened on: {error}; choose another --port, or 0") from error
+        remedy = "check --host" if isinstance(error, socket.gaierror) else "choose another --port, or 0"
+        raise OSError(f"{host}:{port} cannot be listened on: {error}; {remedy}") from error
     return sock
 
 

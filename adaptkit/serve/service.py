@@ -46,13 +46,28 @@ class Service:
         sizes = sizes_of(images, self.limits, channels)
         with self.gate.pixels(sum(sizes)):
             pictures = await asyncio.gather(*(asyncio.to_thread(decoded, data, channels) for data in images))
-            futures = [self.worker.submit(picture, tasks, asked) for picture in pictures]
+            futures: list[Future[Answers]] = []
             try:
+                for picture in pictures:
+                    self._check_sides(picture, tasks, asked)
+                futures = [self.worker.submit(picture, tasks, asked) for picture in pictures]
                 found = await asyncio.gather(*(asyncio.wrap_future(f) for f in futures))
             except BaseException as error:
                 _cancel(futures)
                 raise _as_refused(error) from error
         return list(zip(pictures, found))
+
+    def _check_sides(self, picture: Tensor, tasks: Sequence[str], asked: Asked) -> None:
+        """Raise :class:`Refused` (413) for a picture whose shorter side, brought to a task's, makes it too long."""
+        height, width = picture.shape[-2:]
+        for name in tasks:
+            rows, columns = self.mounts.of(name).task(asked).sides(height, width)
+            if rows * columns > self.limits.pixels:
+                raise Refused(
+                    413,
+                    f"the image has {width} x {height} pixels (width x height), and task {name!r} makes it {columns} x "
+                    f"{rows}; the limit is {self.limits.pixels:,} pixels: cut it",
+                )
 
     def answer(self, image: bytes, task: str, asked: Asked) -> tuple[Tensor, Answer]:
         """Answer for one image and wait for it, from any thread."""

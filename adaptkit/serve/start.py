@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 import torch
 from torch import nn
 
-from adaptkit.create import create_backbone
+from adaptkit.create import best_device, create_backbone
 from adaptkit.hub.file import AdapterFile
 from adaptkit.pretrained import expanded_as, recorded
 from adaptkit.serve.allow import Allowed
@@ -37,12 +38,14 @@ def service_of(args: argparse.Namespace) -> Service:
     files, allowed = files_of(args.adapters), Allowed(args.allow_mount)
     if not files and not allowed.places:
         raise ValueError("nothing to serve: give name=FILE, or --allow-mount to mount while it runs")
-    pixels = round(args.max_megapixels * 1e6)
-    limits = Limits(round(args.max_mb * 2**20), pixels, args.max_images, args.max_requests, 2 * pixels)
+    pixels = _whole("--max-megapixels", args.max_megapixels * 1e6)
+    limits = Limits(_whole("--max-mb", args.max_mb * 2**20), pixels, args.max_images, args.max_requests, 2 * pixels)
     if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads {args.threads}: give at least 1")
         torch.set_num_threads(args.threads)
     read = {name: Mounts.read(file) for name, file in files.items()}
-    backbone = _backbone(args.backbone, files, read).to(_device(args.device))
+    backbone = _backbone(args.backbone, files, read).to(best_device(args.device))
     mounts = Mounts(backbone, args.batching, args.max_batch, strict=args.strict, positions=args.positions)
     for name, file in files.items():
         try:
@@ -62,8 +65,8 @@ def _backbone(name: str | None, files: dict[str, str], read: dict[str, AdapterFi
     return recorded(files[first], read[first].header, {})
 
 
-def _device(name: str | None) -> torch.device:
-    if name is not None:
-        return torch.device(name)
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return torch.device("cpu") if found is None else found
+def _whole(flag: str, value: float) -> int:
+    """Return a number to the nearest whole one; ``ValueError`` for NaN and infinity."""
+    if not math.isfinite(value):
+        raise ValueError(f"{flag} {value}: give a number")
+    return round(value)

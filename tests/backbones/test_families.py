@@ -14,6 +14,7 @@ from families import DEPTH, DIM, HEADS, HOSTS, randomise
 from reference import stir
 
 import adaptkit
+from adaptkit import analysis
 from adaptkit.core.registry import view
 
 transformers = pytest.importorskip("transformers")
@@ -327,6 +328,24 @@ def test_sam_says_that_its_attention_does_not_come_apart():
 
 
 @torch.no_grad()
+def test_sam_without_convolutions_has_a_final_norm_and_logits():
+    """timm calls the norm ``neck``; ``samvit_base_patch16_224`` is such a model."""
+    from timm.models.vision_transformer_sam import VisionTransformerSAM
+
+    options = {"neck_chans": None, "use_abs_pos": False, "use_rel_pos": True, "window_size": 3}
+    sizes = {"img_size": 64, "embed_dim": DIM, "depth": DEPTH, "num_heads": HEADS, "num_classes": 5}
+    host = randomise(VisionTransformerSAM(**sizes, **options))
+    for size in ((64, 64), (48, 80)):
+        image = torch.randn(2, 3, *size)
+        features = adaptkit.attach(host, "lora").eval()(image)
+        assert torch.equal(features.tokens, host.forward_features(image).flatten(2).mT)
+        assert torch.equal(features.logits, host(image))
+    assert type(host.neck).__name__ == "LayerNorm2d"
+    assert view(host).positions == "relative ones linear"
+    with pytest.raises(TypeError, match=r"no table of positions to its tokens \(positions: relative ones linear\)$"):
+        analysis.position_similarity(adaptkit.attach(host, "lora"))
+
+
 def test_gated_attention_runs_but_does_not_come_apart():
     from timm.models.eva import EvaBlock
 

@@ -161,6 +161,22 @@ def test_a_truncated_file_is_a_clear_error(saved, keep):
         adaptkit.load(saved)
 
 
+def test_what_is_no_weights_file_is_called_by_its_name(saved):
+    with pytest.raises(ValueError, match=r"Give the folder, or adapter_model\.safetensors in it"):
+        adaptkit.load(saved / "adapter_config.json")
+    weights = saved / "adapter_model.safetensors"
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ValueError, match="git lfs pull"):
+        adaptkit.load(saved)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read every file")
+def test_a_file_that_may_not_be_read_is_a_permission_error(saved):
+    (saved / "adapter_model.safetensors").chmod(0)
+    with pytest.raises(PermissionError):
+        adaptkit.load(saved)
+
+
 def test_a_foreign_safetensors_file_is_a_clear_error(tmp_path):
     save_file({"model.weight": torch.ones(2)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"no 'adaptkit' header; its tensors are model\.weight"):

@@ -350,7 +350,8 @@ def test_a_backbone_without_an_image_processor_says_nothing_of_normalisation(hub
 
 
 @torch.no_grad()
-def test_from_pretrained_of_a_timm_model_on_the_hub(hub, tmp_path):
+@pytest.mark.parametrize("channels", [3, 4])
+def test_from_pretrained_of_a_timm_model_on_the_hub(hub, tmp_path, channels):
     import timm
     from timm.models import save_for_hf
 
@@ -358,13 +359,14 @@ def test_from_pretrained_of_a_timm_model_on_the_hub(hub, tmp_path):
     tiny = timm.create_model("vit_tiny_patch16_224", num_classes=0, **args)
     save_for_hf(tiny, str(tmp_path / "tiny"), model_args=args, safe_serialization=True)
     sha = hub.put("timm-user/tiny", {f.name: f.read_bytes() for f in (tmp_path / "tiny").iterdir()})
-    backbone = timm.create_model(f"hf-hub:timm-user/tiny@{sha}", pretrained=True)
+    # timm makes the kernel of four channels of the three that are on the Hub
+    backbone = timm.create_model(f"hf-hub:timm-user/tiny@{sha}", pretrained=True, in_chans=channels)
     hub.put("timm-user/tiny", {"model.safetensors": b"one commit later"})
     model = randomise(adaptkit.attach(backbone, "sfp"))
     assert model.vit.source()[:2] == ("timm-user/tiny", sha)
     folder = model.save(tmp_path / "saved")
     again = adaptkit.from_pretrained(folder, strict=True)
-    image = torch.randn(1, 3, 40, 32)
+    image = torch.randn(1, channels, 40, 32)
     assert all(torch.equal(a, b) for a, b in zip(again(image).maps, model(image).maps))
 
 

@@ -50,6 +50,8 @@ def test_sets_and_many_tasks_follow_the_same_rule(name, training, tmp_path):
     model.add_adapter(folder, name="loaded")
     assert model.sets["fresh"].training
     assert not model.sets["loaded"].training
+    model.set_adapter("loaded")  # a model in training mode trains what acts, with its dropout
+    assert all(m.training for m in model.sets["loaded"].modules())
     many = adaptkit.attach_many(backbone(name, training), {"fresh": "sfp"})
     assert modes(many.model) == ({False}, {True})
     many = adaptkit.attach_many(backbone(name, training), {"loaded": folder})

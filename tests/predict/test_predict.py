@@ -88,6 +88,26 @@ def test_grey_sixteen_bits_and_alpha():
     assert torch.equal(pixels(narrow), narrow)
 
 
+def test_rounding_does_not_turn_one_scale_into_another():
+    """torch's antialiased resizing of a white region gives 1.0000002."""
+    white = torch.zeros(3, 64, 80)
+    white[:, :32] = 1
+    resized = F.interpolate(white[None], (33, 47), mode="bilinear", antialias=True)[0]
+    assert resized.max() > 1
+    assert torch.equal(pixels(resized), resized.clamp(0, 1))
+    assert torch.equal(pixels(resized * 255 + 1e-4), (resized * 255 + 1e-4).clamp(max=255) / 255)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", "f4"])
+def test_arrays_of_either_byte_order_and_buffers_are_pictures(picture, dtype, tmp_path):
+    array = np.asarray(picture).astype(dtype)
+    assert torch.equal(pixels(array.astype(array.dtype.newbyteorder(">"))), pixels(array))
+    picture.save(tmp_path / "picture.png")
+    data = (tmp_path / "picture.png").read_bytes()
+    assert torch.equal(pixels(bytearray(data)), pixels(picture))
+    assert torch.equal(pixels(memoryview(data)), pixels(picture))
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [
@@ -95,7 +115,8 @@ def test_grey_sixteen_bits_and_alpha():
         (torch.full((3, 8, 8), float("nan")), "pixels are in"),
         (torch.ones(5, 8, 8), "5 channels, and this backbone takes 3"),
         (torch.ones(3, 8, 8, dtype=torch.int64), "int64"),
-        (torch.ones(2), "no|expected"),
+        (torch.ones(2), r"shape \(2,\): expected"),
+        (torch.linspace(0, 1.2, 64).expand(3, 8, 64), r"more than 0\.\.1, and too dark for 0\.\.255"),
         (3, "a path, a PIL image"),
     ],
 )
@@ -225,6 +246,9 @@ class Own(torch.nn.Module):
         {"scales": ()},
         {"resize": "big"},
         {"resize": 0},
+        {"resize": np.int64(-5)},
+        {"resize": (64, 64)},
+        {"scales": (float("inf"),)},
         {"blend": "x"},
         {"batch_size": 0},
     ],
@@ -232,6 +256,26 @@ class Own(torch.nn.Module):
 def test_ways_that_make_no_sense_are_refused(files, picture, ways):
     with pytest.raises(ValueError, match=next(iter(ways))):
         opened(files, "seg").predict(picture, **ways)
+
+
+def test_a_class_is_seen_without_padding_at_another_size(files):
+    """The crop goes with the resize: 32 of 37 pixels, and none at the picture's own size."""
+    model = opened(files, "class")
+    seen = []
+    model.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    white = torch.ones(3, 40, 60)
+    for ways, size in (({}, (32, 32)), ({"resize": 20}, (17, 17)), ({"resize": "native"}, (40, 60))):
+        model.predict(white, **ways)
+        assert seen[-1].shape[-2:] == size
+        torch.testing.assert_close(seen[-1], torch.full_like(seen[-1], (1 - 0.5) / 0.25))
+
+
+@pytest.mark.parametrize(("size", "framed"), [([32, 32], (37, 32)), ([32, 48], ((32, 48), None))])
+def test_a_class_keeps_the_sides_that_its_file_says(tmp_path, size, framed):
+    model = adaptkit.attach(backbone(), "lora", head=("classifier", {"num_classes": 7}))
+    model.save(tmp_path, task="image-classification", **{**COMMON, "size": size})
+    transform = adaptkit.from_pretrained(tmp_path, backbone=backbone()).transform
+    assert (transform.size, transform.crop) == framed
 
 
 def test_what_is_for_maps_is_refused_for_a_class(files, picture):
@@ -296,11 +340,16 @@ def test_mistakes_of_the_command_are_one_line(files, picture, local, tmp_path, c
     for name in ("one", "drawn/a", "drawn/a_overlay"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         picture.save(tmp_path / f"{name}.png")
+    for name in ("a.png", "a.jpg"):
+        (tmp_path / "two").mkdir(exist_ok=True)
+        picture.save(tmp_path / "two" / name)
     argv = ["predict", str(files / "seg"), "--backbone", str(local), "--out"]
     for more, message in (
         ([str(tmp_path / "out"), str(tmp_path / "none.png")], "there is no file, folder or pattern"),
         ([str(tmp_path), str(tmp_path / "one.png")], "would overwrite a picture"),
         ([str(tmp_path / "out"), str(tmp_path / "drawn")], "would both be answered in a_overlay.png"),
+        ([str(tmp_path / "out"), str(tmp_path / "two")], "rename one, or run twice"),
+        ([str(tmp_path / "out"), str(tmp_path / "one.png"), "--scales", "inf"], "scales"),
         ([str(tmp_path / "out"), str(tmp_path / "one.png"), "--device", "nothing"], "nothing"),
         ([str(tmp_path / "out"), str(tmp_path / "one.png"), "--resize", "large"], "--resize large"),
     ):

@@ -138,6 +138,7 @@ def test_the_png_can_be_in_the_json_and_the_answer_over_the_picture(client, alon
         ("/predict/seg", {"content": b""}, 400, "the body is empty"),
         ("/predict/seg", {"data": {"a": "b"}, "files": {"x": ("", b"")}}, 400, "the form has no file"),
         ("/predict/seg", {"content": photo((101, 100), kind="JPEG")}, 413, "10,100; the limit is 10,000"),
+        ("/predict/seg", {"content": photo((400, 1))}, 413, "task 'seg' makes it 40 x 16000; the limit is 10,000"),
         ("/predict/seg", {"content": b"x" * 60_001}, 413, "larger than 60,000 bytes"),
         ("/predict/seg", {"files": [("i", ("a", photo((8, 8))))] * 4}, 413, "more than 3 images"),
         ("/predict/seg", {"files": [("i", ("a", photo((99, 99), kind="JPEG")))] * 3}, 413, "29,403 pixels together"),
@@ -180,7 +181,7 @@ def test_adapters_are_mounted_and_unmounted(client, files):
     assert client.post("/adapters/x", json={"file": str(files["lora"].parent / "none")}).status_code == 422
 
 
-def test_files_come_from_where_they_may(files, tmp_path):
+def test_files_come_from_where_they_may(files, tmp_path, monkeypatch):
     folder = files["seg"].parent
     for places, file, may in [
         ([], str(files["seg"]), False), ([str(folder)], str(files["seg"]), True), ([str(folder)], "/etc", False),
@@ -191,6 +192,13 @@ def test_files_come_from_where_they_may(files, tmp_path):
         with nullcontext() if may else pytest.raises(Refused) as refused:
             Allowed(places).check(file)
         assert may or refused.value.status == 403, (places, file)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(folder)
+    for place in (".", str(folder)):
+        with pytest.raises(Refused):
+            Allowed([place]).check("~/secret")
+    (tmp_path / "home").mkdir()
+    Allowed(["~/"]).check(str(tmp_path / "home" / "file"))
     link = tmp_path / "link"
     link.symlink_to("/etc")
     with pytest.raises(Refused):

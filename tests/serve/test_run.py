@@ -43,6 +43,14 @@ def test_the_command_answers_and_ends_on_sigterm(tmp_path):
         (["a.b=x"], "a task cannot be served as 'a.b'"),
         ([], "nothing to serve"),
         (["a=x", "--max-megapixels", "0"], "limit pixels=0"),
+        (["a=x", "--max-megapixels", "inf"], "--max-megapixels inf"),
+        (["a=x", "--threads", "0"], "--threads 0: give at least 1"),
+        (["a=x", "--port", "99999"], "--port 99999: give 0 to 65535"),
+        (["a=x", "--host", "no.such.host.invalid"], "check --host"),
+        (
+            ["--allow-mount", ".", "--backbone", "demo", "--device", "nonsense"],
+            "the device 'nonsense' is not to be had",
+        ),
         (["--allow-mount", "seg=x"], "that is a task; put it first"),
     ],
 )
