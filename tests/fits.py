@@ -41,14 +41,19 @@ def fits(adapter, host):
     return True
 
 
-def rows():
-    """For each class of host its adapters, in the order of the table."""
+def classes():
+    """Hosts by library and class, in the order of the table."""
     hosts = [registry.view(host.build()).backbone for _, host in sorted(HOSTS.items())] + list(hierarchical())
     by_class = {}
     for host in hosts:
         by_class.setdefault((type(host).__module__.partition(".")[0], type(host).__name__), []).append(host)
+    return dict(sorted(by_class.items()))
+
+
+def rows():
+    """For each class of host its adapters, in the order of the table."""
     names = [name for name in adaptkit.list_adapters() if "toy" not in name]
-    for (library, cls), group in sorted(by_class.items()):
+    for (library, cls), group in classes().items():
         yield library, cls, {name: [fits(name, host) for host in group] for name in names}
 
 

@@ -261,19 +261,24 @@ def test_any_input_size_gives_maps_of_the_image_size(adapter, name, cells, extra
 
 
 # Tracing every pair would take minutes and say little more: the blocks of every family are traced under a block
-# adapter, and every method on one backbone of each position scheme. Each method on a plain ViT, and the blocks of every
-# tenth family, come with each run of the tests; the others with `-m full`.
+# adapter, and every method on one backbone of each position scheme. Each method on a plain ViT, compiled or exported by
+# turns, and the blocks of every tenth family, come with each run of the tests; the others with `-m full`.
 TRACED = [("toy-bottleneck", h) for h in sorted(HOSTS)] + [
     (a, h) for a in ADAPTERS for h in ("timm-vit", "timm-dinov3", "hf-dinov2") if a in METHODS or h == "timm-vit"
 ]
-QUICK = {("toy-bottleneck", h) for h in sorted(HOSTS)[::10]} | {(a, "timm-vit") for a in METHODS}
-traced = pytest.mark.parametrize(
-    ("adapter", "name"),
-    [
-        pytest.param(a, h, id=f"{a}-{h}", marks=() if (a, h) in QUICK else pytest.mark.full)
-        for a, h in dict.fromkeys(TRACED)
-    ],
-)
+QUICK = [(a, "timm-vit") for a in METHODS] + [("toy-bottleneck", h) for h in sorted(HOSTS)[::10]]
+
+
+def traced(turn):
+    """Every pair; of the quick ones every other one is not ``full``."""
+    quick = QUICK[turn::2]
+    return pytest.mark.parametrize(
+        ("adapter", "name"),
+        [
+            pytest.param(a, h, id=f"{a}-{h}", marks=() if (a, h) in quick else pytest.mark.full)
+            for a, h in dict.fromkeys(TRACED)
+        ],
+    )
 
 
 def assert_same_function(model, image, found, expected):
@@ -282,7 +287,7 @@ def assert_same_function(model, image, found, expected):
     assert_rounds_to(*([f.tokens, *f.maps] for f in (found, expected)), *SUMS, moved=[moved.tokens, *moved.maps])
 
 
-@traced
+@traced(1)
 def test_compiles_as_one_graph(adapter, name):
     torch._dynamo.reset()
     model = randomise(attach_short(adapter, name))
@@ -292,7 +297,7 @@ def test_compiles_as_one_graph(adapter, name):
     assert_same_function(model, x, compiled, expected)
 
 
-@traced
+@traced(0)
 @torch.no_grad()
 def test_exports(adapter, name):
     model = randomise(attach_short(adapter, name))

@@ -1,6 +1,5 @@
 """What a model does on a GPU, followed without one: no copy from the host, no waiting, as many operators at any batch."""
 
-import functools
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -73,6 +72,9 @@ ON_TRANSFORMERS = (
 )
 
 
+ONCE = ("vit-adapter", "vit-adapter-layer", "vit-adapter-extract-only")
+
+
 def full(number, name=""):
     """Of mixers and of what transformers has, every other one comes with each run of the tests."""
     mixers = {f"{adapter}-{mixer}" for adapter in ("vit-adapter", "metaformer") for mixer in list_mixers()}
@@ -99,7 +101,6 @@ def attach(adapter, host, head):
     return adaptkit.attach(HOSTS[host].at(*SIZE), *ADAPTERS[adapter], head=HEADS[head], **more)
 
 
-@functools.cache
 def runs(adapter, host, head):
     """Forward and backward in training, forward in eval mode, at each batch: ``{(mode, batch): Run}``."""
     model, found = attach(adapter, host, head), {}
@@ -119,35 +120,20 @@ def runs(adapter, host, head):
 
 @every
 @pytest.mark.filterwarnings("ignore:the head")
-def test_nothing_is_copied_from_the_host(adapter, host, head):
-    for when, run in runs(adapter, host, head).items():
-        assert run.copies == [], when
-
-
-@every
-@pytest.mark.filterwarnings("ignore:the head")
-def test_nothing_waits_for_the_device(adapter, host, head):
-    for when, run in runs(adapter, host, head).items():
-        assert run.waits == [], when
-
-
-@every
-@pytest.mark.filterwarnings("ignore:the head")
-def test_the_number_of_operators_does_not_grow_with_the_batch(adapter, host, head):
+def test_the_host_neither_copies_nor_waits_and_operators_do_not_grow_with_the_batch(adapter, host, head):
     found = runs(adapter, host, head)
+    for when, run in found.items():
+        assert run.copies == [], when
+        assert run.waits == [], when
     for mode in ("training", "eval"):
         few, many = (found[mode, batch].operators for batch in BATCHES)
         assert few == many, mode
-
-
-@pytest.mark.parametrize("adapter", ["vit-adapter", "vit-adapter-layer", "vit-adapter-extract-only"])
-def test_nothing_is_computed_twice_unless_it_is_asked_for(adapter):
-    operators = runs(adapter, "timm-vit", "fpn")["training", 2].operators
-    forward = runs(adapter, "timm-vit", "fpn")["eval", 2].operators
-    for once in ("adaptkit.ms_deform_attn.default", "aten.native_layer_norm.default", "aten.gelu.default"):
-        assert operators[once] == forward[once] > 0
-    again = runs("vit-adapter-checkpoint", "timm-vit", "fpn")
-    assert again["training", 2].operators["aten.gelu.default"] > again["eval", 2].operators["aten.gelu.default"]
+    if adapter in ONCE:  # a backward pass computes nothing again
+        operators, forward = (found[mode, 2].operators for mode in ("training", "eval"))
+        for once in ("adaptkit.ms_deform_attn.default", "aten.native_layer_norm.default", "aten.gelu.default"):
+            assert operators[once] == forward[once] > 0
+    if adapter == "vit-adapter-checkpoint":  # where it was asked for, it does
+        assert found["training", 2].operators["aten.gelu.default"] > found["eval", 2].operators["aten.gelu.default"]
 
 
 # ------------------------------------------------------------------------------------------- AdaViT, packed

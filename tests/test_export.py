@@ -122,7 +122,10 @@ def vit_of_96():
     return VisionTransformer(**{**SMALL, "img_size": 96})
 
 
-@pytest.mark.parametrize(("host", "sizes"), [(vit, ((64, 64), (128, 96))), (vit_of_96, ((96, 96), (64, 160)))])
+@pytest.mark.parametrize(
+    ("host", "sizes"),
+    [pytest.param(vit, ((64, 64), (128, 96)), marks=slow), (vit_of_96, ((96, 96), (64, 160)))],
+)
 @torch.no_grad()
 def test_onnx_resamples_antialiased_positions_itself_at_any_size(host, sizes, tmp_path):
     """Larger and smaller than the table, and its own size, where the backbone resamples nothing."""

@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import fits
 
+import adaptkit
 from recipes.ablation import table
 
 ROOT = Path(__file__).parents[1]
@@ -19,9 +20,26 @@ PAGES = {str(p.relative_to(ROOT)): p.read_text() for p in (ROOT / "README.md", *
 README = PAGES["README.md"]
 
 
+def said_to_fit():
+    return README[README.index(fits.START) + len(fits.START) : README.index(fits.STOP)].strip()
+
+
+@pytest.mark.full
 def test_the_table_of_what_fits_what_is_what_attaching_says():
-    said = README[README.index(fits.START) + len(fits.START) : README.index(fits.STOP)].strip()
-    assert said == fits.table(), "python tests/fits.py prints the table of today"
+    assert said_to_fit() == fits.table(), "python tests/fits.py prints the table of today"
+
+
+def test_the_table_of_what_fits_what_is_true_of_one_backbone_of_each_class():
+    """Of every fourth cell, along rows and columns."""
+    names = [name for name in adaptkit.list_adapters() if "toy" not in name]
+    header, _, *lines = said_to_fit().splitlines()
+    assert header == "| | " + " | ".join(f"`{name}`" for name in names) + " |"
+    of_class = {f"{library} {cls}": group[0] for (library, cls), group in fits.classes().items()}
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines}
+    assert list(cells) == list(of_class)
+    for i, (title, row) in enumerate(cells.items()):
+        for name, cell in list(zip(names, row, strict=True))[i % 4 :: 4]:
+            assert cell == "some" or fits.fits(name, of_class[title]) == (cell == "yes"), (title, name)
 
 
 def blocks(language):
@@ -106,7 +124,5 @@ for path in sys.argv[1:]:
 
 
 def test_the_packages_are_listed_and_another_name_is_an_attribute_error():
-    import adaptkit
-
     assert {"analysis", "attach", "export", "interop", "losses"} <= set(dir(adaptkit))
     assert not hasattr(adaptkit, "no_such_module")
