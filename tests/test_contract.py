@@ -88,6 +88,7 @@ SETTINGS = {
 }  # fmt: skip
 ADAPTERS = {**METHODS, **SETTINGS}
 SUMS = transformer(2 * DEPTH, DIM, 4 * 4 + 5)  # of the backbone's blocks, and as many again of the adapter
+PYRAMIDS = ("vit-adapter", "sfp", "vit-split", "pyramid")  # those that make maps
 KINDS = ("timm-vit", "timm-siglip", "timm-dinov2-reg", "timm-dinov3", "timm-beit", "timm-sam", "hf-dinov2", "hf-dinov3")
 assert set(adaptkit.list_adapters()) <= {
     a if isinstance(a, str) else a[0] for group in ADAPTERS.values() for a in group
@@ -217,12 +218,13 @@ def test_detach_returns_the_very_object_as_it_was(adapter, name):
 
 @every(2)
 def test_frozen_means_frozen_and_every_adapter_parameter_gets_a_gradient(adapter, name):
-    model = attach(adapter, name).train()
+    model = randomise(attach(adapter, name)).train()  # at the start a gradient may be zero: gamma, LoRA's B
+    model.sets.apply(lambda m: setattr(m, "p", 0.0) if hasattr(m, "p") else None)  # paths that are dropped have none
     before = copy.deepcopy(model.backbone.state_dict())
     scalar(model(image(name))).backward()
     assert not any(m.training for m in model.backbone.modules())
-    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    assert not missing
+    grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert not [n for n, grad in grads.items() if grad is None or not grad.any()]
     assert all(p.grad is None and not p.requires_grad for p in model.backbone.parameters())
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2).step()
     assert all(torch.equal(v, before[k]) for k, v in model.backbone.state_dict().items())
@@ -254,7 +256,8 @@ def test_any_input_size_gives_maps_of_the_image_size(adapter, name, cells, extra
     x = image(name, 1, cells, extra)
     features = model(x)
     height, width = x.shape[-2:]
-    strides = (4, 8, 16, 32) if features.maps else ()
+    pyramid = any(word in adapter for word in PYRAMIDS)
+    strides = (4, 8, 16, 32) if pyramid else ()
     assert [m.shape[-2:] for m in features.maps] == [(-(-height // s), -(-width // s)) for s in strides]
     assert features.logits.shape == (1, 3, height, width)
     assert all(m.isfinite().all() for m in features.maps)

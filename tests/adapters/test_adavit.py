@@ -301,6 +301,11 @@ def test_gates_decide_in_float32_under_autocast():
     assert all(aux[k].dtype == torch.float32 for k in aux)
     first = {k: v[:, 0] for k, v in expected.items() if k.endswith("keep") and k != "patch_keep"}
     assert all(torch.equal(aux[k][:, 0], v) for k, v in first.items())
+    gates, x = next(iter(AdaViT.of(model).gates.values())), torch.randn(2, 17, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = gates(x, x, (4, 4))[1]
+    for one, other in zip(inside, gates(x, x, (4, 4))[1]):
+        assert torch.equal(one, other)
 
 
 @torch.no_grad()

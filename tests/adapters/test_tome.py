@@ -297,6 +297,9 @@ def test_half_precision_and_autocast_merge_by_the_same_rule(name):
         mixed = attach(name, dtype=torch.float32, r=3)(x)
     half = attach(name, dtype=torch.bfloat16, r=3)(x)
     assert half.tokens.dtype == torch.bfloat16
+    keys = torch.randn(2, 1, 17, 32, dtype=torch.bfloat16)  # of one head, whose mean rounds nothing
+    for one, other in zip(Matching.of(keys, 3, 1)[:3], Matching.of(keys.float(), 3, 1)[:3]):
+        assert torch.equal(one, other)
     for found in (mixed, half):
         assert found.tokens.isfinite().all()
         assert found.aux["token_size"].dtype == torch.float32

@@ -482,7 +482,8 @@ def test_keys_of_a_query_stand_side_by_side(tmp_path):
     extractors = [f"adapter, extractor 3, stride {s}" for s in (8, 16, 32)]
     assert names[3:] == ["adapter, block 3", "adapter, injector 3", *extractors]
     for name, scores in found.scores.items():
-        assert scores.sum(1) == pytest.approx([1.0] * len(scores), abs=1e-4) or "adapter" in name
+        most = 1e-4 if name != "adapter, block 3" else 0.1  # its class token has a share, too
+        assert scores.sum(1) == pytest.approx([1.0] * len(scores), abs=most), name
     assert found.save(tmp_path / "keys.pdf").read_bytes().startswith(b"%PDF")
 
 

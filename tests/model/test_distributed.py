@@ -48,7 +48,8 @@ def test_two_ranks_lose_what_one_process_loses_on_the_same_batches(method, runs)
         saved = adaptkit.load(runs / folder).tensors
         assert saved.keys() == tensors.keys()
         for key, tensor in saved.items():
-            torch.testing.assert_close(tensor, tensors[key], atol=1e-3, rtol=1e-3)
+            moved = float((tensors[key] - start[key]).abs().max()) if key in start else 0.0
+            torch.testing.assert_close(tensor, tensors[key], atol=max(1e-6, 0.05 * moved), rtol=0)
 
 
 @pytest.mark.parametrize("method", ranks.METHODS)

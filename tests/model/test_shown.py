@@ -10,6 +10,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from families import HOSTS
+from fits import hierarchical
 
 import adaptkit
 from adaptkit.core.shown import as_html, as_text
@@ -39,10 +40,15 @@ def test_every_module_is_still_to_be_had():
     assert "(blocks): Sequential(" in repr(model().backbone)
 
 
-@pytest.mark.parametrize("host", ["timm-vit", "hf-dinov2", "timm-swin"])
-def test_every_kind_of_backbone_is_shown(host):
-    name = host if host in HOSTS else next(iter(HOSTS))
-    assert " on " in repr(adaptkit.attach(HOSTS[name].build(), "metaformer"))
+@pytest.mark.parametrize("name", ["timm-vit", "hf-dinov2"])
+def test_every_kind_of_backbone_is_shown(name):
+    assert "4 blocks of width 32" in repr(adaptkit.attach(HOSTS[name].build(), "metaformer"))
+
+
+def test_a_backbone_with_stages_is_shown():
+    said = [repr(adaptkit.attach(host, "lora", target_modules="all-linear")) for host in hierarchical()]
+    assert all("16, 24, 32, 64" in one for one in (said[0], said[2])), said
+    assert "16, 32, 64, 128" in said[1]
 
 
 def test_sets_modes_and_parts_of_the_backbone_are_shown():

@@ -98,5 +98,9 @@ def test_a_detector_trains_and_comes_back_from_its_file(backbone, tmp_path):
                           "--backbone", str(backbone), "--batch-size", "2", "--steps", "1", "--save-every", "0",
                           "--out", str(tmp_path / "run"), *WIDTH])  # fmt: skip
     assert result["box_ap"] == result["box_ap_reattached"]
-    model = network.load(tmp_path / "run/adapter", create_backbone(str(backbone)))
+    file = adaptkit.load(tmp_path / "run/adapter")
+    model = network.load(file, create_backbone(str(backbone)))
+    held, saved = model.network.state_dict(), file.tensors_of("head")
+    assert len(saved) > 10
+    assert all(torch.equal(held[k], v) for k, v in saved.items())
     assert {"boxes", "labels", "scores"} == model([torch.rand(3, 60, 50)])[0].keys()
