@@ -77,12 +77,13 @@ def create_backbone(
 
 
 def best_device(name: str | None = None) -> torch.device:
-    """Return the device of this name; without one the GPU where there is one, else the CPU.
+    """Return the device of this name; without one the accelerator where there is one, else the CPU.
 
     Raises ``ValueError`` for a device that this machine does not have.
     """
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        name = "cpu" if found is None else found.type
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

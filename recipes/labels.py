@@ -253,14 +253,20 @@ def label_table(mapping: dict[str, int], reduce_zero: bool, ignore_index: int) -
 # ---------------------------------------------------------------------------------------------------------- checks
 
 
-def check_range(ids: np.ndarray, num_classes: int, ignore_index: int, name: str, file: str = "") -> None:
-    """``ValueError`` where a mask holds labels that are neither classes nor ignored."""
+def check_range(
+    ids: np.ndarray, num_classes: int, ignore_index: int, name: str, file: str = "", of_model: bool = False
+) -> None:
+    """``ValueError`` where a mask holds labels that are neither classes nor ignored.
+
+    ``of_model``: the classes are those of a trained model, so that no other number of them is advised.
+    """
     outside = np.unique(ids[((ids < 0) | (ids >= num_classes)) & (ids != ignore_index)])
     if len(outside) == 0:
         return
     wrong = outside.tolist()
     black_and_white = f", or --label-map '{BLACK_AND_WHITE}' if white is a class" if wrong == [255] else ""
     more = f"--num-classes {max(wrong) + 1} or " if max(wrong) >= num_classes else ""
+    more = "--label-map for the classes of the model, or " if of_model else more
     if wrong == [num_classes] and not (ids == 0).any():
         more = f"--reduce-zero-label if labels count from 1, {more}"
     raise ValueError(

@@ -17,9 +17,17 @@ ADVICE = "check --ignore-index, --label-map and --reduce-zero-label"
 
 
 def check_labels(
-    data: SegmentationData, num_classes: int, ignore_index: int, name: str, most: int = MOST, train: bool = False
+    data: SegmentationData,
+    num_classes: int,
+    ignore_index: int,
+    name: str,
+    most: int = MOST,
+    train: bool = False,
+    of_model: bool = False,
 ) -> Summary:
     """Look at ``most`` masks, evenly chosen (of a stream at the first tenth of it); return what they hold.
+
+    ``of_model``: the classes are those of a trained model.
 
     Raises ``ValueError`` for labels out of range, masks of another size than their image, black and white masks whose
     white would be ignored, and training masks of which nothing counts. What will teach nothing is a warning: masks that
@@ -32,7 +40,7 @@ def check_labels(
         image = data.read({"image": row["image"]}, index, pixels=False)["image"]
         check_pair(image, mask, "a mask")
         ids = data.labels.ids(mask)
-        check_range(ids, num_classes, ignore_index, f"{name}, row {index}", mask.name)
+        check_range(ids, num_classes, ignore_index, f"{name}, row {index}", mask.name, of_model)
         counts = np.bincount(ids[ids != ignore_index], minlength=num_classes)
         ignored += not counts.any()
         seen.see(counts, ids.size - int(counts.sum()), image.upright)

@@ -51,7 +51,7 @@ def segmentation(model: Any, asked: Asked, args: argparse.Namespace, alter: Alte
     opened = open_dataset(args.data, args.split, columns, suffix=args.mask_suffix)
     source = Source(mean=transform.mean, std=transform.std)
     rows = SegmentationData(opened, (32, 32), source, labels=how, classes=classes, ignore=ignore, name="--data")
-    check_labels(rows, classes, ignore, "--data")
+    check_labels(rows, classes, ignore, "--data", of_model=True)
     native = NativeSegmentation(rows)
     task, scores = TASKS["segmentation"](model, described, transform, asked), SemanticScores()
     with torch.no_grad():

@@ -8,7 +8,7 @@ from PIL import Image
 
 from adaptkit.pictures import read
 from recipes import evaluate, names, segment
-from recipes.labels import Reading, palette_of, reading
+from recipes.labels import Reading, check_range, palette_of, reading
 
 RGB = [(0, 0, 0), (128, 64, 128), (0, 0, 142)]
 HEX = ["#000000", "#804080", "#00008e"]
@@ -192,3 +192,12 @@ def test_an_evaluation_of_black_and_white_masks_does_not_score_the_background_al
         evaluate.evaluate(evaluate.parse([file, "--data", str(white)]))
     mapped = evaluate.evaluate(evaluate.parse([file, "--data", str(white), "--label-map", '{"0": 0, "255": 1}']))
     assert mapped["confusion"] == evaluate.evaluate(evaluate.parse([file, "--data", str(ones)]))["confusion"]
+
+
+def test_a_model_is_not_told_to_have_more_classes():
+    with pytest.raises(
+        ValueError, match=r"outside 0\.\.1 .*pass --label-map for the classes of the model, or --ignore"
+    ):
+        check_range(np.array([[0, 7]]), 2, 255, "--data, row 0", of_model=True)
+    with pytest.raises(ValueError, match=r"pass --num-classes 8 or --ignore-index 7"):
+        check_range(np.array([[0, 7]]), 2, 255, "--train, row 0")
